@@ -1,0 +1,267 @@
+"""The base of all settings: frozen pydantic models read from YAML plus `key.sub=value` overrides.
+
+Every phase declares its own settings next to the code that reads them; this module only knows how to read
+them, and how to turn what a user got wrong into one line that names the key, what was found and the fix.
+"""
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import PydanticUndefined
+
+MAX_YAML_NODES = 100_000
+
+
+class UserError(Exception):
+    """A mistake its user can mend. The message is one line; commands print it and exit with code 2."""
+
+
+class Settings(BaseModel):
+    """Frozen settings: unknown keys are refused with the nearest known one, wrong types by name of the key."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), validate_default=False)
+
+    @classmethod
+    def read(cls, source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Self:
+        """Settings from a YAML file or a mapping, then `key.sub=value` overrides in order.
+
+        Raises UserError, one line, for a missing file, bad YAML, an unknown key or a value of the wrong type.
+        """
+        if isinstance(source, Mapping):
+            where, values = "settings", _plain_copy(source)
+        else:
+            where, values = str(source), read_yaml(source)
+        if not isinstance(values, dict):
+            raise UserError(f"{where}: expected `key: value` lines at the top, found {_kind(values)}")
+        for override in overrides:
+            _apply_override(values, override)
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise UserError(f"{where}: {_first_problem(cls, error)}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, with duplicate keys refused and `1e-5` read as the number it is."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def _no_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[str] = set()
+    for key, _ in node.value:
+        if key.value in seen:
+            line = key.start_mark.line + 1
+            raise UserError(f"line {line}: key '{key.value}' stands twice in the same block; remove one")
+        if isinstance(key.value, str) and key.tag != "tag:yaml.org,2002:merge":
+            seen.add(key.value)
+    loader.flatten_mapping(node)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _no_duplicates)
+
+
+def _expanded_size(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """Nodes under `node` once every alias is written out (an alias bomb has few nodes but an enormous size)."""
+    if id(node) in sizes:
+        if sizes[id(node)] == 0:
+            raise UserError("an anchor contains itself")
+        return sizes[id(node)]
+    sizes[id(node)] = 0
+    children: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        children = [child for pair in node.value for child in pair]
+    elif isinstance(node, yaml.SequenceNode):
+        children = node.value
+    sizes[id(node)] = 1 + sum(_expanded_size(child, sizes) for child in children)
+    return sizes[id(node)]
+
+
+def parse_yaml_documents(text: str, where: str) -> list[Any]:
+    """All YAML documents of `text` as plain Python values; `where` names the source in errors."""
+    documents: list[Any] = []
+    loader = _Loader(text)
+    try:
+        while loader.check_node():
+            node = loader.get_node()
+            if node is None:
+                documents.append(None)
+                continue
+            if _expanded_size(node, {}) > MAX_YAML_NODES:
+                raise UserError(f"more than {MAX_YAML_NODES} values once aliases are written out; refused")
+            documents.append(loader.construct_document(node))
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f"line {mark.line + 1}: " if mark else ""
+        problem = getattr(error, "problem", None) or type(error).__name__
+        raise UserError(f"{where}: {line}not valid YAML: {problem}") from None
+    finally:
+        loader.dispose()
+    return documents
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a file, or a UserError that says what is wrong with it."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: is a directory, expected a file")
+    if not path.exists():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")], n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise UserError(f"{path}: no such file{hint}")
+    if not path.is_file():
+        raise UserError(f"{path}: not a regular file")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+
+
+def read_yaml(path: str | Path) -> Any:
+    """The single YAML document of a file; an empty file reads as {}."""
+    documents = parse_yaml_documents(read_text(path), str(path))
+    if len(documents) > 1:
+        raise UserError(f"{path}: {len(documents)} YAML documents, expected one")
+    return (documents[0] if documents else None) or {}
+
+
+def _plain_copy(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain_copy(item) for key, item in value.items()}
+    return [_plain_copy(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, sign, text = override.partition("=")
+    if not sign or not key.strip():
+        raise UserError(f"'{override}': expected key=value or key.sub=value")
+    parsed = parse_yaml_documents(text, f"override '{override}'") or [None]
+    *parents, last = key.strip().split(".")
+    block: Any = values
+    for parent in parents:
+        if not isinstance(block.get(parent), dict):
+            block[parent] = {}
+        block = block[parent]
+    block[last] = parsed[0]
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    names = {dict: "a block of keys", list: "a list", str: "text", bool: "true/false", int: "a whole number"}
+    return f"{names.get(type(value), type(value).__name__)} {str(value)[:60]!r}"
+
+
+_EXPECTED = {
+    "int_parsing": "a whole number", "int_type": "a whole number", "int_from_float": "a whole number",
+    "float_parsing": "a number", "float_type": "a number", "bool_parsing": "true or false",
+    "bool_type": "true or false", "string_type": "text", "list_type": "a list", "dict_type": "a block of keys",
+    "model_type": "a block of keys", "model_attributes_type": "a block of keys", "tuple_type": "a list",
+}  # fmt: skip
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """A hint: `; did you mean 'x'?`, or the known words when none is near."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean '{near[0]}'?"
+    return f"; known here: {', '.join(sorted(known))}" if known else ""
+
+
+def _first_problem(cls: type[BaseModel], error: ValidationError) -> str:
+    """The most telling of pydantic's problems as one line. In a union, the branch that fits best speaks."""
+    problems = error.errors(include_url=False)
+    problem = max(problems, key=lambda p: len(p["loc"])) if len(problems) > 1 and _same_root(problems) else problems[0]
+    keys = [str(part) for part in problem["loc"] if not _is_union_tag(part)]
+    dotted, kind, found = ".".join(keys), problem["type"], problem.get("input")
+    if kind == "extra_forbidden":
+        owner = _settings_at(cls, keys[:-1])
+        known = [name for name in owner.model_fields] if owner else []
+        return f"unknown key '{dotted}'{nearest(keys[-1], known)}"
+    if kind == "missing":
+        return f"key '{dotted}' is missing; it has no default"
+    if kind == "value_error":
+        message = str(problem["ctx"]["error"]) if "ctx" in problem else problem["msg"]
+        return f"{dotted}: {message}" if dotted else message
+    expected = _EXPECTED.get(kind) or problem["msg"][0].lower() + problem["msg"][1:]
+    return f"{dotted}: expected {expected.removeprefix('input should be ')}, found {_kind(found)}"
+
+
+def _same_root(problems: Sequence[Any]) -> bool:
+    return len({p["loc"][:1] for p in problems}) == 1
+
+
+def _is_union_tag(part: Any) -> bool:
+    return isinstance(part, str) and (part[:1].isupper() or "[" in part or part in ("str", "int", "float", "bool"))
+
+
+def settings_types(annotation: Any) -> Iterator[type[Settings]]:
+    """Every Settings class inside a type annotation: `X`, `X | None`, `list[X]`, `dict[str, X]`."""
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        yield annotation
+        return
+    for argument in typing.get_args(annotation):
+        yield from settings_types(argument)
+
+
+def _settings_at(cls: type[BaseModel], keys: Sequence[str]) -> type[BaseModel] | None:
+    owner: type[BaseModel] | None = cls
+    for key in keys:
+        if owner is None:
+            return None
+        if key in owner.model_fields:
+            owner = next(settings_types(owner.model_fields[key].annotation), None)
+    return owner
+
+
+def _type_name(annotation: Any) -> str:
+    if isinstance(annotation, type) and not typing.get_args(annotation):
+        return {"NoneType": "null", "str": "text", "int": "whole number", "float": "number", "bool": "true|false"}.get(
+            annotation.__name__, annotation.__name__
+        )
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return "|".join(str(a) for a in arguments)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_type_name(a) for a in arguments)
+    if origin is typing.Annotated:
+        return _type_name(arguments[0])
+    if origin in (list, tuple):
+        return "list"
+    return "block" if origin is dict else str(annotation).replace("typing.", "")
+
+
+def describe(cls: type[Settings], prefix: str = "") -> list[str]:
+    """One line a key for `--help`: the key, its default, its type and what it is for."""
+    lines = []
+    for name, field in cls.model_fields.items():
+        nested = next(settings_types(field.annotation), None)
+        if field.default is not PydanticUndefined:
+            default = "null" if field.default is None else str(field.default).lower() if field.default in (True, False) and isinstance(field.default, bool) else str(field.default)
+        elif field.default_factory is not None:
+            default = ""
+        else:
+            default = "(required)"
+        if nested and isinstance(field.default, Settings):
+            default = ""
+        about = field.description or ""
+        lines.append(f"  {prefix + name + (': ' + default if default else ':'):<44} {_type_name(field.annotation)}. {about}")
+        if nested is not None:
+            infix = f"{name}.NAME." if typing.get_origin(field.annotation) is dict else f"{name}."
+            lines += describe(nested, prefix + infix)
+    return lines

@@ -1,0 +1,266 @@
+"""Qwen2 in Flax linen, used as pure functions over a nested dictionary of parameters.
+
+Shapes, names and initializers come from the parameter table (spec.py). Layers are stacked and scanned over,
+so the program's size does not grow with depth.
+"""
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from bmjax.config import UserError
+from bmjax.model import attention, loss, rope, spec
+from bmjax.model.spec import Param, Qwen2Config
+from bmjax.parallel.mesh import constrain, sharding
+
+Params = dict[str, Any]
+NO_WINDOW = 2**30
+REMAT = ("none", "full")
+
+
+class Cache(NamedTuple):
+    """Keys and values [L, B, S, K, H], which slots hold a real token [B, S], and the next free slot (scalar)."""
+
+    k: jax.Array
+    v: jax.Array
+    valid_BS: jax.Array
+    next_slot: jax.Array
+
+
+class Context(NamedTuple):
+    """What every layer reads besides the hidden states."""
+
+    cos: jax.Array
+    sin: jax.Array
+    segment_ids_BT: jax.Array
+    valid_BS: jax.Array | None
+    start: jax.Array | None
+
+
+@lru_cache(maxsize=64)
+def _rows(config: Qwen2Config) -> dict[str, Param]:
+    return {row.name: row for row in spec.table(config)}
+
+
+def _initial(row: Param, config: Qwen2Config, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    if row.init == "normal":
+        return jax.random.normal(key, shape, dtype) * config.initializer_range
+    return jnp.zeros(shape, dtype) if row.init == "zeros" else jnp.ones(shape, dtype)
+
+
+def _leaf(module: nn.Module, name: str, row_name: str, config: Qwen2Config) -> jax.Array:
+    row = _rows(config)[row_name]
+    shape = row.shape[1:] if row.stacked else row.shape
+    return module.param(name, lambda key: _initial(row, config, key, shape, jnp.float32))
+
+
+class RMSNorm(nn.Module):
+    config: Qwen2Config
+    row: str
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        scale = _leaf(self, "scale", f"{self.row}/scale", self.config)
+        x = x_BTD.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.config.norm_eps)
+        return scale.astype(x_BTD.dtype) * x.astype(x_BTD.dtype)
+
+
+class Linear(nn.Module):
+    config: Qwen2Config
+    row: str
+    bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x @ _leaf(self, "kernel", f"{self.row}/kernel", self.config).astype(x.dtype)
+        if self.bias:
+            y = y + _leaf(self, "bias", f"{self.row}/bias", self.config).astype(x.dtype)
+        return y
+
+
+class Attention(nn.Module):
+    config: Qwen2Config
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, ctx: Context, window: jax.Array | None, kv: Any) -> tuple[jax.Array, Any]:
+        c = self.config
+        B, T, _ = x_BTD.shape
+
+        def project(letter: str, heads: int) -> jax.Array:
+            y = Linear(c, f"layers/attention/{letter}", bias=True, name=letter)(x_BTD)
+            return constrain(y.reshape(B, T, heads, c.head_dim), "batch", "length", "heads", None)
+
+        q = rope.rotate(project("q", c.num_heads), ctx.cos, ctx.sin)
+        k = rope.rotate(project("k", c.num_kv_heads), ctx.cos, ctx.sin)
+        v = project("v", c.num_kv_heads)
+        if kv is None:
+            # A query block reads all keys before it: gathered over `context` here, once.
+            k, v = (constrain(a, "batch", None, "kv_heads", None) for a in (k, v))
+            out = attention.causal_attention(q, k, v, ctx.segment_ids_BT, window)
+        else:
+            k, v = (
+                jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, ctx.start, 0, 0))
+                for old, new in zip(kv, (k, v), strict=True)
+            )
+            kv = (k, v)
+            out = attention.cached_attention(q, k, v, ctx.valid_BS, ctx.start, window)
+        out = out.reshape(B, T, c.num_heads * c.head_dim)
+        return Linear(c, "layers/attention/o", name="o")(out), kv
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    config: Qwen2Config
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        gate = Linear(self.config, "layers/mlp/gate", name="gate")(x_BTD)
+        up = Linear(self.config, "layers/mlp/up", name="up")(x_BTD)
+        h_BTF = constrain(nn.silu(gate) * up, "batch", "length", "mlp")
+        return Linear(self.config, "layers/mlp/down", name="down")(h_BTF)
+
+
+class Layer(nn.Module):
+    config: Qwen2Config
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, ctx: Context, window: jax.Array | None, kv: Any) -> tuple[jax.Array, Any]:
+        normed = RMSNorm(self.config, "layers/attention_norm", name="attention_norm")(x_BTD)
+        out, kv = Attention(self.config, name="attention")(normed, ctx, window, kv)
+        x_BTD = constrain(x_BTD + out, "batch", "length", None)
+        normed = RMSNorm(self.config, "layers/mlp_norm", name="mlp_norm")(x_BTD)
+        x_BTD = constrain(x_BTD + MLP(self.config, name="mlp")(normed), "batch", "length", None)
+        return x_BTD, kv
+
+
+class Qwen2(nn.Module):
+    """Tokens to final hidden states [B, T, D]; `head_weight` turns those into logits.
+
+    dtype: of activations. remat: 'full' recomputes each layer in the backward pass, 'none' keeps everything.
+    unroll: layers per scan iteration (a small model on a CPU is faster with all of them).
+    """
+
+    config: Qwen2Config
+    dtype: Any = jnp.float32
+    remat: str = "none"
+    unroll: int = 1
+
+    @nn.compact
+    def __call__(
+        self, tokens_BT: jax.Array, segment_ids_BT: jax.Array, positions_BT: jax.Array, cache: Cache | None = None
+    ) -> tuple[jax.Array, Cache | None]:
+        c = self.config
+        embedding_VD = _Embedding(c, name="embed")()
+        x_BTD = constrain(jnp.take(embedding_VD, tokens_BT, axis=0).astype(self.dtype), "batch", "length", None)
+        cos, sin = rope.tables(c.rope, c.head_dim, c.max_length, positions_BT)
+        windows = None
+        if c.uses_windows:
+            windows = jnp.array([NO_WINDOW if w is None else w for w in c.windows], jnp.int32)
+        if cache is None:
+            ctx, kv = Context(cos, sin, segment_ids_BT, None, None), None
+        else:
+            ctx = Context(cos, sin, segment_ids_BT, cache.valid_BS, cache.next_slot)
+            kv = (cache.k, cache.v)
+        layer = nn.remat(Layer, prevent_cse=False) if self.remat == "full" else Layer
+        stack = nn.scan(
+            layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.num_layers,
+            in_axes=(nn.broadcast, 0 if windows is not None else nn.broadcast, 0 if kv is not None else nn.broadcast),
+            out_axes=0 if kv is not None else nn.broadcast, unroll=min(self.unroll, c.num_layers),
+        )  # fmt: skip
+        x_BTD, kv = stack(c, name="layers")(x_BTD, ctx, windows, kv)
+        if cache is not None:
+            cache = cache._replace(k=kv[0], v=kv[1], next_slot=cache.next_slot + tokens_BT.shape[1])
+        return RMSNorm(c, "final_norm", name="final_norm")(x_BTD), cache
+
+
+class _Embedding(nn.Module):
+    config: Qwen2Config
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        return _leaf(self, "embedding", "embed/embedding", self.config)
+
+
+def init(config: Qwen2Config, seed: int, mesh: Mesh | None = None, dtype: Any = jnp.float32) -> Params:
+    """Random parameters as the table says, each leaf born with its sharding on `mesh`."""
+    rows = spec.table(config)
+
+    def build(key: jax.Array) -> list[jax.Array]:
+        keys = list(jax.random.split(key, len(rows)))
+        return [_initial(row, config, key, row.shape, dtype) for row, key in zip(rows, keys, strict=True)]
+
+    where = None if mesh is None else [sharding(mesh, row.axes, row.shape) for row in rows]
+    leaves = jax.jit(build, out_shardings=where)(jax.random.key(seed))
+    return spec.unflatten([(row.path, leaf) for row, leaf in zip(rows, leaves, strict=True)])
+
+
+def default_positions(segment_ids_BT: jax.Array) -> jax.Array:
+    """0, 1, 2, ... restarting where the segment id changes along the row."""
+    index = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)[None, :]
+    changed = jnp.pad(segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return index - jax.lax.cummax(jnp.where(changed, index, 0), axis=1)
+
+
+def head_weight(config: Qwen2Config, params: Params) -> jax.Array:
+    """The matrix [D, V] from hidden states to logits: the embedding's transpose when it is tied."""
+    return params["embed"]["embedding"].T if config.tied else params["lm_head"]["kernel"]
+
+
+def trunk(params: Params) -> Params:
+    """The parameters that the linen module reads (all but the head)."""
+    return {key: value for key, value in params.items() if key != "lm_head"}
+
+
+def hidden(
+    config: Qwen2Config, params: Params, tokens_BT: jax.Array, segment_ids_BT: jax.Array | None = None,
+    positions_BT: jax.Array | None = None, *, dtype: Any = jnp.float32, remat: str = "none", unroll: int = 1,
+) -> jax.Array:  # fmt: skip
+    """Final hidden states [B, T, D] in `dtype`. segment_ids: int32 1.. per document, 0 = padding; default all 1."""
+    if segment_ids_BT is None:
+        segment_ids_BT = jnp.ones_like(tokens_BT)
+    if positions_BT is None:
+        positions_BT = default_positions(segment_ids_BT)
+    model = Qwen2(config, dtype, remat, unroll)
+    return model.apply({"params": trunk(params)}, tokens_BT, segment_ids_BT, positions_BT)[0]
+
+
+def logits(
+    config: Qwen2Config, params: Params, tokens_BT: jax.Array, segment_ids_BT: jax.Array | None = None,
+    positions_BT: jax.Array | None = None, *, dtype: Any = jnp.float32,
+) -> jax.Array:  # fmt: skip
+    """Logits [B, T, V] in float32."""
+    h_BTD = hidden(config, params, tokens_BT, segment_ids_BT, positions_BT, dtype=dtype)
+    w_DV = head_weight(config, params).astype(dtype)
+    return jnp.einsum("btd,dv->btv", h_BTD, w_DV, preferred_element_type=jnp.float32)
+
+
+def loss_sum(
+    config: Qwen2Config, params: Params, tokens_BT: jax.Array, loss_mask_BT: jax.Array,
+    segment_ids_BT: jax.Array | None = None, positions_BT: jax.Array | None = None, *,
+    dtype: Any = jnp.float32, remat: str = "none", unroll: int = 1,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """Summed next-token loss in nats over targets with mask 1, and their number; both float32 scalars."""
+    h_BTD = hidden(
+        config, params, tokens_BT, segment_ids_BT, positions_BT, dtype=dtype, remat=remat, unroll=unroll
+    )
+    labels, mask = loss.next_token_targets(tokens_BT, loss_mask_BT, segment_ids_BT)
+    nats = loss.cross_entropy_sum(h_BTD, head_weight(config, params).astype(dtype), labels, mask)
+    return nats, jnp.sum(mask)
+
+
+def empty_cache(config: Qwen2Config, batch: int, slots: int, dtype: Any) -> Cache:
+    """A cache of `slots` tokens for `batch` rows, nothing valid yet."""
+    shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
+    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch, slots), bool), jnp.int32(0))
+
+
+def check_length(config: Qwen2Config, length: int, what: str) -> None:
+    """Raise UserError when `what` is longer than the model's context."""
+    if length > config.max_length:
+        raise UserError(f"{what}: {length} tokens, the model's context holds {config.max_length}; shorten it")

@@ -1,0 +1,261 @@
+"""THE parameter table: every parameter's path, shape, logical axes, initializer, Hugging Face key and layout.
+
+Initialization, sharding, import, export and merging read this table and have none of their own.
+Shapes: V vocabulary, D hidden size, N query heads, K key/value heads, H head size, F feed-forward, L layers.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bmjax.config import UserError, read_text
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position settings. `kind` is 'default', 'linear' or 'yarn' (arXiv 2309.00071)."""
+
+    theta: float = 10_000.0
+    kind: str = "default"
+    factor: float = 1.0
+    original_length: int | None = None
+    attention_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+
+@dataclass(frozen=True)
+class Qwen2Config:
+    """What the architecture needs of a Hugging Face Qwen2 `config.json`.
+
+    `windows` holds one entry a layer: the sliding window in tokens, or None for full attention.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_length: int
+    norm_eps: float = 1e-6
+    tied: bool = False
+    rope: Rope = Rope()
+    windows: tuple[int | None, ...] = ()
+    initializer_range: float = 0.02
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.windows) not in (0, self.num_layers):
+            raise UserError(f"{len(self.windows)} layer types for {self.num_layers} layers")
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(
+                f"num_attention_heads {self.num_heads} is not a multiple of num_key_value_heads {self.num_kv_heads}"
+            )
+
+    @property
+    def uses_windows(self) -> bool:
+        return any(window is not None for window in self.windows)
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], where: str = "config.json") -> "Qwen2Config":
+        """From the dictionary of a Hugging Face config.json (transformers 4 and 5 spellings).
+
+        Raises UserError for another `model_type`, a missing key, or a rope type that is not supported.
+        """
+        kind = config.get("model_type")
+        if kind != "qwen2":
+            raise UserError(f"{where}: model_type is {kind!r}, expected 'qwen2' (Qwen2, Qwen2.5, R1-Distill-Qwen)")
+        if config.get("hidden_act", "silu") != "silu":
+            raise UserError(f"{where}: hidden_act is {config['hidden_act']!r}, expected 'silu'")
+        try:
+            heads, hidden, layers = (
+                int(config[k]) for k in ("num_attention_heads", "hidden_size", "num_hidden_layers")
+            )
+            return cls(
+                vocab_size=int(config["vocab_size"]),
+                hidden_size=hidden,
+                intermediate_size=int(config["intermediate_size"]),
+                num_layers=layers,
+                num_heads=heads,
+                num_kv_heads=int(config.get("num_key_value_heads") or heads),
+                head_dim=int(config.get("head_dim") or hidden // heads),
+                max_length=int(config.get("max_position_embeddings", 32_768)),
+                norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+                tied=bool(config.get("tie_word_embeddings", False)),
+                rope=_rope(config, where),
+                windows=_windows(config, layers),
+                initializer_range=float(config.get("initializer_range", 0.02)),
+                eos_token_ids=_ids(config.get("eos_token_id")),
+                pad_token_id=config.get("pad_token_id"),
+            )
+        except KeyError as error:
+            raise UserError(f"{where}: key {error} is missing") from None
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{where}: a value has the wrong type: {error}") from None
+
+    @classmethod
+    def from_dir(cls, directory: str | Path) -> "Qwen2Config":
+        """From DIR/config.json."""
+        return cls.from_hf(read_hf_config(directory), str(Path(directory) / "config.json"))
+
+
+def read_hf_config(directory: str | Path) -> dict[str, Any]:
+    """DIR/config.json as a dictionary; a UserError when it is missing or is not a JSON object."""
+    path = Path(directory) / "config.json"
+    try:
+        config = json.loads(read_text(path))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(config).__name__}")
+    return config
+
+
+def _ids(value: Any) -> tuple[int, ...]:
+    return () if value is None else tuple(value) if isinstance(value, (list, tuple)) else (int(value),)
+
+
+def _rope(config: Mapping[str, Any], where: str) -> Rope:
+    # transformers 5 writes `rope_parameters`, 4 wrote `rope_theta` and `rope_scaling`.
+    values: dict[str, Any] = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    kind = values.get("rope_type", values.get("type")) or "default"
+    theta = float(values.get("rope_theta") or config.get("rope_theta") or 10_000.0)
+    if kind == "default":
+        return Rope(theta=theta)
+    if kind not in ("yarn", "linear"):
+        raise UserError(f"{where}: rope type {kind!r} is not supported; 'default', 'linear' and 'yarn' are")
+    original = values.get("original_max_position_embeddings") or config.get("max_position_embeddings")
+    return Rope(
+        theta=theta,
+        kind=kind,
+        factor=float(values["factor"]),
+        original_length=int(original) if original else None,
+        attention_factor=values.get("attention_factor"),
+        beta_fast=float(values.get("beta_fast") or 32.0),
+        beta_slow=float(values.get("beta_slow") or 1.0),
+        mscale=values.get("mscale"),
+        mscale_all_dim=values.get("mscale_all_dim"),
+        truncate=bool(values.get("truncate", True)),
+    )
+
+
+def _windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
+    window = config.get("sliding_window")
+    kinds = config.get("layer_types")
+    if not config.get("use_sliding_window", False) or window is None:
+        return ()
+    if kinds is None:
+        first = int(config.get("max_window_layers", 28))
+        kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
+    return tuple(int(window) if kind == "sliding_attention" else None for kind in kinds)
+
+
+@dataclass(frozen=True)
+class Param:
+    """One row of the table.
+
+    path: keys in the nested parameter dictionary. shape and axes: of the array in that dictionary, with the
+    layer axis first where the parameter is stacked over layers. hf_key: name in a Hugging Face checkpoint,
+    with `{layer}` where it is stacked. transposed: the HF tensor is this array's (per layer) transpose, so the
+    HF last axis (in_features, the row a merge normalises along) is the second to last axis here.
+    init: 'normal' (standard deviation `initializer_range`), 'zeros' or 'ones'.
+    """
+
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    hf_key: str
+    init: str
+    transposed: bool = False
+    hf_shape: tuple[int, ...] = field(default=())
+
+    @property
+    def stacked(self) -> bool:
+        return "{layer}" in self.hf_key
+
+    @property
+    def name(self) -> str:
+        """The path as one string, as `freeze:` patterns and logs write it: layers/attention/q/kernel."""
+        return "/".join(self.path)
+
+    @property
+    def is_matrix(self) -> bool:
+        """Two or more dimensions per layer: what weight decay applies to (biases and norms are vectors)."""
+        return len(self.shape) - self.stacked >= 2
+
+    def hf_keys(self) -> list[str]:
+        """The checkpoint's tensor names that make up this parameter, in layer order."""
+        return [self.hf_key.format(layer=i) for i in range(self.shape[0])] if self.stacked else [self.hf_key]
+
+
+def _param(path: str, shape: tuple[int, ...], axes: tuple[str, ...], hf_key: str, init: str, transposed: bool) -> Param:
+    per_layer = shape[1:] if "{layer}" in hf_key else shape
+    return Param(
+        path=tuple(path.split("/")), shape=shape, axes=axes, hf_key=hf_key, init=init, transposed=transposed,
+        hf_shape=per_layer[::-1] if transposed else per_layer,
+    )  # fmt: skip
+
+
+def table(c: Qwen2Config) -> tuple[Param, ...]:
+    """Every parameter of a Qwen2 model, in the order of a Hugging Face checkpoint."""
+    L, D, F, V = c.num_layers, c.hidden_size, c.intermediate_size, c.vocab_size
+    NH, KH = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    layer = "model.layers.{layer}."
+    rows: list[Param] = [_param("embed/embedding", (V, D), ("vocab", "embed"), "model.embed_tokens.weight", "normal", False)]
+
+    def kernel(path: str, shape: tuple[int, int], axes: tuple[str, str], hf: str) -> None:
+        rows.append(_param(f"layers/{path}/kernel", (L, *shape), ("layers", *axes), f"{layer}{hf}.weight", "normal", True))
+
+    def vector(path: str, size: int, axis: str, hf: str, init: str) -> None:
+        rows.append(_param(f"layers/{path}", (L, size), ("layers", axis), layer + hf, init, False))
+
+    vector("attention_norm/scale", D, "norm", "input_layernorm.weight", "ones")
+    for letter, size, axis in (("q", NH, "heads"), ("k", KH, "kv_heads"), ("v", KH, "kv_heads")):
+        kernel(f"attention/{letter}", (D, size), ("embed", axis), f"self_attn.{letter}_proj")
+        vector(f"attention/{letter}/bias", size, axis, f"self_attn.{letter}_proj.bias", "zeros")
+    kernel("attention/o", (NH, D), ("heads", "embed"), "self_attn.o_proj")
+    vector("mlp_norm/scale", D, "norm", "post_attention_layernorm.weight", "ones")
+    kernel("mlp/gate", (D, F), ("embed", "mlp"), "mlp.gate_proj")
+    kernel("mlp/up", (D, F), ("embed", "mlp"), "mlp.up_proj")
+    kernel("mlp/down", (F, D), ("mlp", "embed"), "mlp.down_proj")
+    rows.append(_param("final_norm/scale", (D,), ("norm",), "model.norm.weight", "ones", False))
+    if not c.tied:
+        rows.append(_param("lm_head/kernel", (D, V), ("embed", "vocab"), "lm_head.weight", "normal", True))
+    return tuple(rows)
+
+
+def count(c: Qwen2Config) -> int:
+    """Number of parameters (a tied embedding counts once)."""
+    total = 0
+    for row in table(c):
+        size = 1
+        for n in row.shape:
+            size *= n
+        total += size
+    return total
+
+
+def get(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:
+    """The leaf of a nested dictionary at `path`."""
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+def unflatten(leaves: Iterator[tuple[tuple[str, ...], Any]] | list[tuple[tuple[str, ...], Any]]) -> dict[str, Any]:
+    """A nested dictionary from (path, leaf) pairs."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves:
+        block = tree
+        for key in path[:-1]:
+            block = block.setdefault(key, {})
+        block[path[-1]] = leaf
+    return tree

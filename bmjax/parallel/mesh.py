@@ -1,0 +1,85 @@
+"""The one mesh and the one place where logical axis names become mesh axes."""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from bmjax.config import UserError
+
+AXES = ("data", "fsdp", "context", "tensor")
+
+# One line per logical axis, and why it is laid out so.
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    "batch": ("data", "fsdp"),  # rows of a step: both axes hold different rows
+    "length": "context",  # tokens of a row
+    "embed": "fsdp",  # D of every matrix: gathered layer by layer, as ZeRO-3 does
+    "heads": "tensor",  # query heads: attention of a head needs no other head
+    "kv_heads": "tensor",  # with their query heads
+    "mlp": "tensor",  # F: gate and up split by columns, down by rows
+    "vocab": "tensor",  # rows of the embedding, columns of the head
+    "layers": None,  # scanned over, never split
+    "norm": None,  # scales of D elements: too small to be worth a gather
+}
+
+
+def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with the axes data, fsdp, context, tensor over `devices` (default: all there are).
+
+    `sizes` gives the size per axis, absent axes are 1, at most one may be -1: whatever is left over. Without
+    any -1 the product may be smaller than the number of devices: the first ones are used.
+    Raises UserError for an unknown axis or sizes that do not fit the devices.
+    """
+    devices = list(devices if devices is not None else jax.devices())
+    sizes = dict(sizes or {})
+    for axis in sizes:
+        if axis not in AXES:
+            raise UserError(f"mesh: unknown axis '{axis}'; the axes are {', '.join(AXES)}")
+    shape = [int(sizes.get(axis, 1)) for axis in AXES]
+    if any(size < 1 and size != -1 for size in shape) or shape.count(-1) > 1:
+        raise UserError(f"mesh: sizes {sizes}: each must be at least 1, and at most one may be -1 (the rest)")
+    fixed = 1
+    for size in shape:
+        fixed *= size if size != -1 else 1
+    if -1 in shape:
+        if len(devices) % fixed:
+            raise UserError(
+                f"mesh: {len(devices)} devices cannot be divided by {fixed} (the product of the sizes given); "
+                "change one of the sizes"
+            )
+        shape[shape.index(-1)] = len(devices) // fixed
+        fixed = len(devices)
+    if fixed > len(devices):
+        raise UserError(f"mesh: sizes {sizes} need {fixed} devices, there are {len(devices)}; make a size smaller")
+    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:fixed])
+
+
+def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
+    """The mesh axes of an array whose dimensions carry these logical names (None: not split)."""
+    return PartitionSpec(*(None if axis is None else RULES[axis] for axis in axes))
+
+
+def sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int] | None = None) -> NamedSharding:
+    """Where an array with these logical axes lives on `mesh`.
+
+    With `shape`, a dimension that its mesh axes do not divide stays whole (small models on large meshes).
+    """
+    spec = partition_spec(axes)
+    if shape is not None:
+        parts = []
+        for size, part in zip(shape, spec, strict=True):
+            names = (part,) if isinstance(part, str) else tuple(part or ())
+            ways = 1
+            for name in names:
+                ways *= mesh.shape[name]
+            parts.append(part if size % ways == 0 else None)
+        spec = PartitionSpec(*parts)
+    return NamedSharding(mesh, spec)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Tell the compiler how `x` is laid out by logical names; without a mesh in scope it does nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes))
