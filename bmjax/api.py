@@ -1,0 +1,174 @@
+"""The Python interface: load, logits, loss, save, generate, merge, train, run."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from bmjax.config import UserError
+from bmjax.model import qwen2
+from bmjax.model.spec import Qwen2Config, read_hf_config
+from bmjax.parallel.mesh import make_mesh, sharding
+from bmjax.weights import hf
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded model: its config, its parameters (nested dict of arrays), its tokenizer or None.
+
+    Computation runs in `dtype`, on `mesh`; `directory` is where its files are.
+    """
+
+    config: Qwen2Config
+    params: qwen2.Params
+    tokenizer: Any
+    directory: Path
+    mesh: Mesh
+    dtype: str
+
+    def logits(self, tokens_BT: Any, segment_ids: Any = None, positions: Any = None) -> jax.Array:
+        """Logits, float32 [B, T, V], of tokens int32 [B, T].
+
+        segment_ids: 1.. per document of a packed row, 0 = padding; default: one document a row.
+        positions: default: counted from 0 in every document.
+        """
+        tokens, segments, places = self._arrays(tokens_BT, segment_ids, positions)
+        with jax.set_mesh(self.mesh):
+            return _logits(self.config, self.dtype)(self.params, tokens, segments, places)
+
+    def loss(
+        self, tokens_BT: Any, loss_mask_BT: Any, segment_ids: Any = None, positions: Any = None
+    ) -> tuple[float, int]:
+        """(nats, count): next-token loss summed over the targets with mask 1, and how many those are.
+
+        mask[b, t] = 1 makes tokens[b, t] a target, predicted from the tokens before it; a document's first
+        token has no prediction and is never counted.
+        """
+        tokens, segments, places = self._arrays(tokens_BT, segment_ids, positions)
+        mask = self._place(loss_mask_BT, "loss_mask")
+        if mask.shape != tokens.shape:
+            raise UserError(f"loss_mask: shape {mask.shape}, expected that of the tokens, {tokens.shape}")
+        with jax.set_mesh(self.mesh):
+            nats, count = _loss(self.config, self.dtype)(self.params, tokens, mask, segments, places)
+        return float(nats), int(count)
+
+    def _arrays(self, tokens: Any, segments: Any, positions: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        tokens = self._place(tokens, "tokens")
+        qwen2.check_length(self.config, tokens.shape[1], "tokens")
+        top = int(jnp.max(tokens)) if tokens.size else 0
+        if top >= self.config.vocab_size or (tokens.size and int(jnp.min(tokens)) < 0):
+            raise UserError(f"tokens: ids must lie in 0..{self.config.vocab_size - 1}, found {top}")
+        segments = jnp.ones_like(tokens) if segments is None else self._place(segments, "segment_ids")
+        if positions is None:
+            positions = qwen2.default_positions(segments)
+        positions = jnp.broadcast_to(self._place(positions, "positions"), tokens.shape)
+        return tokens, segments, positions
+
+    def _place(self, array: Any, name: str) -> jax.Array:
+        array = np.asarray(array, np.int32)
+        if array.ndim != 2:
+            raise UserError(f"{name}: {array.ndim} dimensions, expected 2: [rows, tokens]")
+        return jax.device_put(array, sharding(self.mesh, ("batch", "length"), array.shape))
+
+
+@lru_cache(maxsize=16)
+def _logits(config: Qwen2Config, dtype: str) -> Any:
+    return jax.jit(lambda params, t, s, p: qwen2.logits(config, _cast(params, dtype), t, s, p, dtype=jnp.dtype(dtype)))
+
+
+@lru_cache(maxsize=16)
+def _loss(config: Qwen2Config, dtype: str) -> Any:
+    return jax.jit(
+        lambda params, t, m, s, p: qwen2.loss_sum(config, _cast(params, dtype), t, m, s, p, dtype=jnp.dtype(dtype))
+    )
+
+
+def _cast(params: Any, dtype: str) -> Any:
+    return jax.tree.map(lambda a: a.astype(dtype), params)
+
+
+def load(
+    source: str | Path, dtype: str | None = "float32", mesh: Mapping[str, int] | Mesh | None = None
+) -> Model:
+    """A Hugging Face Qwen2 model from a directory or a hub id.
+
+    dtype: of the parameters and of computation ('float32', 'bfloat16', 'float16'); None keeps what is stored.
+    mesh: axis sizes such as {"fsdp": 4, "tensor": 2}; None is one device.
+    Raises UserError, one line, for anything wrong with the directory.
+    """
+    directory = hf.resolve_model(str(source))
+    config = Qwen2Config.from_dir(directory)
+    devices = mesh if isinstance(mesh, Mesh) else make_mesh(mesh)
+    params = hf.load_params(directory, config, devices, dtype=None if dtype is None else np.dtype(jnp.dtype(dtype)))
+    compute = dtype or str(params["embed"]["embedding"].dtype)
+    return Model(config, params, hf.load_tokenizer(directory), directory, devices, compute)
+
+
+def save(model: Model, output: str | Path) -> Path:
+    """Write `model` as a Hugging Face directory, replacing `output` only once everything is written."""
+    hf.save_hf(Path(output), model.params, read_hf_config(model.directory), side_files=model.directory)
+    return Path(output)
+
+
+def generate(
+    model: Model, prompts: Sequence[str] | Sequence[Sequence[int]], max_new_tokens: int = 64, temperature: float = 0.0,
+    seed: int = 0, top_p: float = 1.0, batch: int = 64,
+) -> list[str] | list[list[int]]:  # fmt: skip
+    """The continuation of every prompt, without the prompt and without the end token.
+
+    Prompts are text (tokenized as they stand, no chat template) or lists of token ids. Returns text where the
+    model has a tokenizer, else token ids.
+    """
+    from bmjax.generate import sampler
+
+    if isinstance(prompts, str):
+        raise UserError("prompts: expected a list of texts or of token lists, found one text")
+    encoded: list[Sequence[int]] = []
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            if model.tokenizer is None:
+                raise UserError(f"{model.directory}: no tokenizer, so prompts must be lists of token ids")
+            prompt = model.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        encoded.append(prompt)
+    sampling = sampler.Sampling(max_new_tokens, temperature, top_p, seed)
+    with jax.set_mesh(model.mesh):
+        outs = sampler.generate(
+            model.config, model.params, encoded, sampling, eos_ids(model), batch, jnp.dtype(model.dtype)
+        )
+    if model.tokenizer is None:
+        return [list(out.tokens) for out in outs]
+    return [model.tokenizer.decode(out.tokens, skip_special_tokens=True) for out in outs]
+
+
+def eos_ids(model: Model) -> tuple[int, ...]:
+    """The token ids that end a generation: those of generation_config.json, the config, the tokenizer."""
+    return hf.end_tokens(model.directory, model.config, model.tokenizer)
+
+
+def merge(recipe: str | Path | Mapping[str, Any], output: str | Path, overwrite: bool = False) -> dict[str, Any]:
+    """Merge Hugging Face directories as `recipe` (YAML path or dict) says; returns the report."""
+    from bmjax.merge import engine
+    from bmjax.merge.recipe import read_recipe
+
+    return engine.merge(read_recipe(recipe), Path(output), overwrite=overwrite)
+
+
+def train(settings: str | Path | Mapping[str, Any], *overrides: str) -> dict[str, Any]:
+    """Train one branch; the keys are those of `bmjax train`. Returns its summary (hf, steps, tokens, loss)."""
+    from bmjax.branch.settings import TrainSettings
+    from bmjax.branch.train import train as run_training
+
+    return run_training(TrainSettings.read(settings, overrides))
+
+
+def run(config: str | Path | Mapping[str, Any], output: str | Path | None = None, *overrides: str) -> dict[str, Any]:
+    """The whole branch-merge run; the keys are those of `bmjax run`. Returns report.json as a dictionary."""
+    from bmjax import pipeline
+
+    return pipeline.run(pipeline.RunSettings.read(config, overrides), output)

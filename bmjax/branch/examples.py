@@ -1,0 +1,210 @@
+"""Dataset rows to tokens and a loss mask that is 1 on what the assistant wrote, nowhere else.
+
+The prompt and the completion are tokenized apart, so training sees the prompt exactly as generation will, and
+a template that drops part of the answer (DeepSeek's own removes the reasoning) is caught instead of trained on.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bmjax.config import UserError, read_text
+
+TEMPLATES = Path(__file__).parent / "templates"
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+@dataclass(frozen=True)
+class Example:
+    """One document: tokens int32 [T] and loss mask uint8 [T], 1 where the token is a target."""
+
+    tokens: np.ndarray
+    loss_mask: np.ndarray
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Tokenized documents, the number cut or left out for their length, and a hash of rows and template."""
+
+    examples: tuple[Example, ...]
+    truncated: int
+    dropped: int
+    digest: str
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(example.tokens) for example in self.examples)
+
+
+def read_rows(data: str | Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
+    """(where, row) of every row of JSON Lines, JSON or Parquet files, or of a hub dataset's train split."""
+    files = [data] if isinstance(data, str) else list(data)
+    rows = [row for name in files for row in _read_file(name)]
+    if not rows:
+        raise UserError(f"{', '.join(files)}: no rows; expected at least one with a prompt and a response")
+    return rows
+
+
+def _read_file(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    path = Path(name)
+    if path.suffix == ".parquet" or (not path.suffix and not path.exists() and name.count("/") == 1):
+        yield from _read_with_datasets(name, path)
+        return
+    text = read_text(path)
+    if path.suffix == ".json" and text.lstrip().startswith("["):
+        try:
+            values: list[Any] = json.loads(text)
+        except ValueError as error:
+            raise UserError(f"{path}: not valid JSON: {error}") from None
+        numbered: Iterator[tuple[int, Any]] = iter(enumerate(values, 1))
+    else:
+        numbered = _json_lines(path, text)
+    for number, value in numbered:
+        if not isinstance(value, dict):
+            raise UserError(f"{path}, row {number}: expected a JSON object, found {type(value).__name__}")
+        yield f"{path}, row {number}", value
+
+
+def _json_lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{path}, line {number}: not valid JSON: {error}") from None
+
+
+def _read_with_datasets(name: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    import datasets
+
+    try:
+        if path.suffix == ".parquet":
+            read_parquet = datasets.Dataset.from_parquet
+            rows: Any = read_parquet(str(path)) if path.is_file() else None
+            if rows is None:
+                raise UserError(f"{path}: no such file")
+        else:
+            rows = datasets.load_dataset(name, split="train")
+    except UserError:
+        raise
+    except Exception as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"data: {name}: neither a file here nor a dataset the hub gives: {first}") from None
+    for number, row in enumerate(rows, 1):
+        yield f"{name}, row {number}", dict(row)
+
+
+def messages_of(row: Mapping[str, Any], where: str) -> list[dict[str, str]]:
+    """The row as chat messages. Known forms: `messages`, `conversations` (ShareGPT), `prompt` with `response`.
+
+    A record's `reasoning` becomes <think>...</think> before the response, as the teacher wrote it.
+    """
+    if "messages" in row:
+        turns = [(turn.get("role"), turn.get("content")) for turn in row["messages"]]
+    elif "conversations" in row:
+        turns = [(turn.get("from"), turn.get("value")) for turn in row["conversations"]]
+    elif "prompt" in row and "response" in row:
+        answer = row["response"]
+        if row.get("reasoning"):
+            answer = f"<think>\n{row['reasoning']}\n</think>\n{answer}"
+        turns = [("system", row["system"])] if row.get("system") else []
+        turns += [("user", row["prompt"]), ("assistant", answer)]
+    else:
+        found = ", ".join(sorted(row)[:8]) or "nothing"
+        raise UserError(f"{where}: expected 'prompt' and 'response', 'messages' or 'conversations'; found {found}")
+    messages = []
+    for role, content in turns:
+        if role not in ROLES or not isinstance(content, str):
+            raise UserError(f"{where}: a turn has role {role!r} and {type(content).__name__} content; expected text by one of {', '.join(ROLES)}")
+        messages.append({"role": ROLES[role], "content": content})
+    return messages
+
+
+def chat_template(tokenizer: Any, template: str | None) -> str:
+    """The Jinja text of `template`: null is the tokenizer's own, a name is ours, else a file."""
+    if template is None:
+        own = getattr(tokenizer, "chat_template", None)
+        if not own:
+            raise UserError("template: the student's tokenizer has no chat template; set template: chatml, deepseek-r1 or FILE.jinja")
+        return own if isinstance(own, str) else own["default"]
+    named = TEMPLATES / f"{template}.jinja"
+    if named.is_file():
+        return named.read_text(encoding="utf-8").rstrip("\n")
+    if not template.endswith(".jinja"):
+        known = ", ".join(sorted(p.stem for p in TEMPLATES.glob("*.jinja")))
+        raise UserError(f"template: {template!r} is not one of {known}, nor a FILE.jinja")
+    return read_text(template)
+
+
+def render_prompt(tokenizer: Any, messages: Sequence[Mapping[str, str]], template: str) -> str:
+    """The text that a model continues: all turns, then the opening of the assistant's."""
+    return tokenizer.apply_chat_template(
+        list(messages), tokenize=False, add_generation_prompt=True, chat_template=template
+    )
+
+
+def _pieces(tokenizer: Any, messages: list[dict[str, str]], template: str, where: str) -> list[tuple[str, bool]]:
+    """The conversation as (text, is target) pieces in order."""
+    pieces: list[tuple[str, bool]] = []
+    done = ""
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = render_prompt(tokenizer, messages[:index], template)
+        full = tokenizer.apply_chat_template(messages[: index + 1], tokenize=False, chat_template=template)
+        if not full.startswith(prompt) or not prompt.startswith(done) or message["content"].strip() not in full:
+            raise UserError(
+                f"{where}: the chat template drops or rewrites part of the conversation, so it cannot be trained on; "
+                "set template: chatml or deepseek-r1, or a FILE.jinja that keeps every turn"
+            )
+        target = full[len(prompt) :]
+        if index == len(messages) - 1 and target.rstrip().endswith(tokenizer.eos_token or "\0"):
+            target = target.rstrip()  # generation stops at the end token; nothing after it is worth learning
+        pieces += [(prompt[len(done) :], False), (target, True)]
+        done = full
+    return pieces
+
+
+def build_dataset(
+    rows: Sequence[tuple[str, dict[str, Any]]], tokenizer: Any, template: str, seq_len: int, overlong: str
+) -> Dataset:
+    """Tokenize every row. A row without a target token is an error that names it.
+
+    Rows over `seq_len` tokens are cut ('truncate'), left out ('drop') or refused ('error').
+    """
+    pieces = [(index, *piece) for index, (where, row) in enumerate(rows)
+              for piece in _pieces(tokenizer, messages_of(row, where), template, where)]  # fmt: skip
+    if not pieces:
+        raise UserError(f"{rows[0][0]}: no assistant turn, so no target token to learn from")
+    encoded = tokenizer([text for _, text, _ in pieces], add_special_tokens=False)["input_ids"]
+    tokens: list[list[int]] = [[] for _ in rows]
+    masks: list[list[int]] = [[] for _ in rows]
+    for (index, _, target), ids in zip(pieces, encoded, strict=True):
+        tokens[index] += ids
+        masks[index] += [int(target)] * len(ids)
+
+    digest = hashlib.sha256(template.encode())
+    examples, truncated, dropped = [], 0, 0
+    for (where, _), ids, mask in zip(rows, tokens, masks, strict=True):
+        if len(ids) > seq_len:
+            if overlong == "error":
+                raise UserError(f"{where}: {len(ids)} tokens, seq_len is {seq_len}; shorten the row, or set overlong: truncate or drop")
+            if overlong == "drop":
+                dropped += 1
+                continue
+            truncated += 1
+        if not any(mask[1:seq_len]):
+            if 1 in mask[1:]:
+                raise UserError(f"{where}: the prompt alone has {mask.index(1)} tokens, seq_len is {seq_len}: no target token is left; raise seq_len or set overlong: drop")
+            raise UserError(f"{where}: no target token: the assistant's turn is missing or empty")
+        example = Example(np.array(ids[:seq_len], np.int32), np.array(mask[:seq_len], np.uint8))
+        digest.update(example.tokens.tobytes() + example.loss_mask.tobytes())
+        examples.append(example)
+    if not examples:
+        raise UserError(f"{rows[0][0]}: all {dropped} rows are over seq_len {seq_len} tokens; raise seq_len")
+    return Dataset(tuple(examples), truncated, dropped, digest.hexdigest())

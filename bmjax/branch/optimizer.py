@@ -1,0 +1,71 @@
+"""AdamW and its schedules, with Hugging Face Trainer's definitions of warm-up and decay."""
+
+import fnmatch
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bmjax.config import UserError
+from bmjax.model.spec import Param, get, unflatten
+
+
+def warmup_steps(warmup: float, steps: int) -> int:
+    """Below 1 a share of `steps`, rounded up; from 1 on a number of steps."""
+    return math.ceil(steps * warmup) if warmup < 1 else round(warmup)
+
+
+def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup: float) -> float:
+    """The rate of step `step` (from 0) of `steps`: up linearly from 0 during the warm-up, then `schedule`."""
+    warm = warmup_steps(warmup, steps)
+    if step < warm:
+        return peak * step / max(1, warm)
+    progress = (step - warm) / max(1, steps - warm)
+    if schedule == "cosine":
+        return peak * max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+    return peak * max(0.0, 1.0 - progress) if schedule == "linear" else peak
+
+
+def split_frozen(rows: tuple[Param, ...], freeze: list[str]) -> tuple[tuple[Param, ...], tuple[Param, ...]]:
+    """(trained, frozen) rows of the table. A pattern that matches nothing is an error."""
+    for pattern in freeze:
+        if not any(fnmatch.fnmatchcase(row.name, pattern) for row in rows):
+            raise UserError(f"freeze: '{pattern}' matches no parameter; names are like {', '.join(r.name for r in rows[:4])}")
+    frozen = tuple(row for row in rows if any(fnmatch.fnmatchcase(row.name, p) for p in freeze))
+    trained = tuple(row for row in rows if row not in frozen)
+    if not trained:
+        raise UserError("freeze: every parameter is frozen; nothing is left to train")
+    return trained, frozen
+
+
+def pick(params: Any, rows: tuple[Param, ...]) -> dict[str, Any]:
+    """The sub-dictionary of `params` with these rows only."""
+    return unflatten([(row.path, get(params, row.path)) for row in rows])
+
+
+def join(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
+    """Two disjoint nested dictionaries as one."""
+    out = dict(left)
+    for key, value in right.items():
+        out[key] = join(out[key], value) if key in out else value
+    return out
+
+
+def adamw(rows: tuple[Param, ...], beta1: float, beta2: float, eps: float, weight_decay: float, clip: float) -> Any:
+    """An optax transformation without its learning rate: clip, Adam, weight decay on matrices.
+
+    The rate is a multiplier at the step, so that one compiled step serves every schedule.
+    """
+    decayed = unflatten([(row.path, row.is_matrix) for row in rows])
+    parts = [optax.clip_by_global_norm(clip)] if clip else []
+    parts.append(optax.scale_by_adam(b1=beta1, b2=beta2, eps=eps))
+    if weight_decay:
+        parts.append(optax.add_decayed_weights(weight_decay, mask=decayed))
+    return optax.chain(*parts)
+
+
+def global_norm(tree: Any) -> jax.Array:
+    """Root of the sum of squares over all leaves, float32."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)))

@@ -1,0 +1,130 @@
+"""One training step: microbatches summed, divided once by the count of target tokens, clipped, applied."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from bmjax.branch import optimizer
+from bmjax.model import qwen2, spec
+from bmjax.model.spec import Qwen2Config
+from bmjax.parallel.mesh import sharding
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Everything a compiled step depends on; equal plans share one compilation."""
+
+    config: Qwen2Config
+    freeze: tuple[str, ...]
+    accumulate: int
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    clip: float
+    compute_dtype: str
+    remat: str
+    unroll: int
+    track_move: bool
+    mesh: Mesh
+
+    @property
+    def rows(self) -> tuple[tuple[spec.Param, ...], tuple[spec.Param, ...]]:
+        """(trained, frozen) rows of the table."""
+        return optimizer.split_frozen(spec.table(self.config), list(self.freeze))
+
+    @property
+    def adamw(self) -> Any:
+        return optimizer.adamw(self.rows[0], self.beta1, self.beta2, self.eps, self.weight_decay, self.clip)
+
+
+def init_state(plan: StepPlan, params: qwen2.Params) -> dict[str, Any]:
+    """Training state from float32 parameters: trained, frozen, moments, and the start when the move is tracked."""
+    trained, frozen = plan.rows
+    train = optimizer.pick(params, trained)
+    shardings = jax.tree.map(lambda a: a.sharding, train)
+    moments = jax.jit(plan.adamw.init, out_shardings=_moment_shardings(plan, shardings, train))(train)
+    state = {"params": train, "frozen": optimizer.pick(params, frozen), "moments": moments}
+    if plan.track_move:
+        # The step donates the parameters; the start needs buffers of its own.
+        state["start"] = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)(train)
+    return state
+
+
+def _moment_shardings(plan: StepPlan, shardings: Any, train: Any) -> Any:
+    """Moments lie where their parameters lie; counters are replicated."""
+    by_path = {jax.tree_util.keystr(path): s for path, s in jax.tree_util.tree_leaves_with_path(shardings)}
+    replicated = NamedSharding(plan.mesh, PartitionSpec())
+
+    def place(path: Any, leaf: Any) -> Any:
+        keys = [k for k in path if isinstance(k, jax.tree_util.DictKey)]
+        return by_path.get(jax.tree_util.keystr(tuple(keys)), replicated) if leaf.ndim else replicated
+
+    return jax.tree_util.tree_map_with_path(place, jax.eval_shape(plan.adamw.init, train))
+
+
+def all_params(state: dict[str, Any]) -> qwen2.Params:
+    """The model's parameters, trained and frozen together."""
+    return optimizer.join(state["params"], state["frozen"])
+
+
+@lru_cache(maxsize=16)
+def make_step(plan: StepPlan) -> Any:
+    """step(state, tokens, segment_ids, loss_mask, rate) -> (state, metrics); arrays [B, T], B = all rows.
+
+    metrics: loss (nats a target token), targets, grad_norm (before clipping), move (|delta|/|start|), all scalars.
+    The state is donated.
+    """
+    dtype = jnp.dtype(plan.compute_dtype)
+    tx = plan.adamw
+
+    def nats(train: Any, frozen: Any, batch: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        # Cast before the layers use them: what is gathered over fsdp is then of the compute dtype.
+        params = jax.tree.map(lambda a: a.astype(dtype), optimizer.join(train, frozen))
+        tokens, segments, mask = batch
+        return qwen2.loss_sum(
+            plan.config, params, tokens, mask, segments, dtype=dtype, remat=plan.remat, unroll=plan.unroll
+        )
+
+    gradient = jax.value_and_grad(nats, has_aux=True)
+
+    def summed(train: Any, frozen: Any, batch: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array, Any]:
+        if plan.accumulate == 1:
+            (total, count), grads = gradient(train, frozen, batch)
+            return total, count, grads
+
+        def body(carry: Any, micro: tuple[jax.Array, ...]) -> tuple[Any, None]:
+            (total, count), grads = gradient(train, frozen, micro)
+            return jax.tree.map(jnp.add, carry, (total, count, grads)), None
+
+        # Row b goes to microbatch b mod A, so every microbatch takes a share of each device's rows.
+        micros = tuple(a.reshape(-1, plan.accumulate, a.shape[1]).swapaxes(0, 1) for a in batch)
+        start = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, train))
+        return jax.lax.scan(body, start, micros)[0]
+
+    def step(
+        state: dict[str, Any], tokens: jax.Array, segments: jax.Array, mask: jax.Array, rate: jax.Array
+    ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+        train = state["params"]
+        total, count, grads = summed(train, state["frozen"], (tokens, segments, mask))
+        denominator = jnp.maximum(count, 1.0)
+        grads = jax.tree.map(lambda g: g / denominator, grads)
+        updates, moments = tx.update(grads, state["moments"], train)
+        train = jax.tree.map(lambda p, u: p - rate * u, train, updates)
+        metrics = {"loss": total / denominator, "targets": count, "grad_norm": optimizer.global_norm(grads)}
+        if plan.track_move:
+            delta = jax.tree.map(jnp.subtract, train, state["start"])
+            whole = optimizer.join(state["start"], state["frozen"])
+            metrics["move"] = optimizer.global_norm(delta) / optimizer.global_norm(whole)
+        return state | {"params": train, "moments": moments}, metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def place_batch(mesh: Mesh, *arrays: Any) -> list[jax.Array]:
+    """Host arrays [B, T] onto the mesh: rows over data and fsdp, tokens over context."""
+    return [jax.device_put(a, sharding(mesh, ("batch", "length"), a.shape)) for a in arrays]

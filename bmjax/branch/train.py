@@ -1,0 +1,220 @@
+"""Train one branch: a student, a dataset, AdamW, checkpoints, and a Hugging Face directory at the end."""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from bmjax.branch import examples, optimizer
+from bmjax.branch.loader import Loader
+from bmjax.branch.metrics import Log, MetricsLog, write_line
+from bmjax.branch.settings import TrainSettings
+from bmjax.branch.step import StepPlan, all_params, init_state, make_step, place_batch
+from bmjax.config import UserError
+from bmjax.model import spec
+from bmjax.model.spec import Qwen2Config, read_hf_config
+from bmjax.parallel.mesh import make_mesh
+from bmjax.weights import hf
+from bmjax.weights.checkpoint import Checkpoints
+from bmjax.weights.safetensors import write_atomic
+
+UNROLL_UP_TO = 8  # layers: below this a CPU gains from unrolling the scan, and the program stays small
+
+
+def _unroll(config: Qwen2Config) -> int:
+    return config.num_layers if jax.default_backend() == "cpu" and config.num_layers <= UNROLL_UP_TO else 1
+
+
+def _total_steps(settings: TrainSettings, loader: Loader) -> int:
+    if settings.steps is not None:
+        return settings.steps
+    assert settings.epochs is not None  # the settings hold exactly one of the two
+    return max(1, math.ceil(settings.epochs * loader.steps_per_epoch))
+
+
+def _fingerprint(settings: TrainSettings, student: Path, digest: str) -> dict[str, str]:
+    """What a checkpoint must share with the run that resumes from it, by the key to blame."""
+    ignored = {"output", "student", "data", "save_every", "keep", "log_every", "wandb", "mesh", "export_dtype", "remat"}
+    keys = {key: str(value) for key, value in settings.model_dump().items() if key not in ignored}
+    weights = hashlib.sha256()
+    for file in sorted(student.glob("*.safetensors")) + [student / "config.json"]:
+        weights.update(f"{file.name} {file.stat().st_size}".encode())
+        with file.open("rb") as stream:
+            weights.update(stream.read(2**20))
+    return {**keys, "data": digest, "student": weights.hexdigest()}
+
+
+def _check_same(found: dict[str, str], expected: dict[str, str], directory: Path) -> None:
+    for key, value in expected.items():
+        if found.get(key) != value:
+            detail = "its contents differ" if key in ("data", "student") else f"it had {found.get(key)}, now {value}"
+            raise UserError(
+                f"{directory}: the checkpoint belongs to another run: {key}: {detail}; "
+                "use another output, or delete the checkpoints to start anew"
+            )
+
+
+def train(settings: TrainSettings, log: Log = write_line) -> dict[str, Any]:
+    """Run or resume the training that `settings` describe; returns a summary, also written to DIR/result.json.
+
+    Keys of the summary: hf (path), steps, tokens (real tokens seen), loss (of the last step), move.
+    A finished run returns its summary at once.
+    """
+    output = Path(settings.output)
+    student = hf.resolve_model(settings.student)
+    config = Qwen2Config.from_dir(student)
+    if settings.seq_len > config.max_length:
+        raise UserError(
+            f"seq_len: {settings.seq_len} is more than the student's context of {config.max_length} tokens; lower it"
+        )
+    tokenizer = hf.load_tokenizer(student)
+    if tokenizer is None:
+        raise UserError(f"{student}: no tokenizer files (tokenizer.json or vocab.json); training needs a tokenizer")
+    template = examples.chat_template(tokenizer, settings.template)
+    dataset = examples.build_dataset(
+        examples.read_rows(settings.data), tokenizer, template, settings.seq_len, settings.overlong
+    )
+    loader = Loader(
+        dataset, settings.seq_len, settings.batch, settings.packing, settings.shuffle, settings.seed
+    )
+    steps = _total_steps(settings, loader)
+    expected = _fingerprint(settings, student, dataset.digest) | {"steps": str(steps)}
+    finished = _finished(output, expected)
+    if finished:
+        log(f"{output}: already trained, {finished['steps']} steps")
+        return finished
+
+    overlong = f", {dataset.truncated} truncated, {dataset.dropped} dropped" if dataset.truncated + dataset.dropped else ""
+    log(
+        f"{output.name}: {len(dataset.examples)} documents, {dataset.tokens:,} tokens in {len(loader.rows)} rows of "
+        f"{loader.length} ({loader.fill:.1%} filled){overlong}; {spec.count(config):,} parameters, {steps} steps"
+    )
+    mesh = make_mesh(settings.mesh)
+    _check_divides(settings, mesh)
+    plan = StepPlan(
+        config=config, freeze=tuple(settings.freeze), accumulate=settings.accumulate, beta1=settings.beta1,
+        beta2=settings.beta2, eps=settings.eps, weight_decay=settings.weight_decay, clip=settings.clip,
+        compute_dtype=settings.compute_dtype, remat=settings.remat, unroll=_unroll(config),
+        track_move=settings.track_move, mesh=mesh,
+    )  # fmt: skip
+    optimizer.split_frozen(spec.table(config), settings.freeze)
+    with jax.set_mesh(mesh):
+        state = init_state(plan, hf.load_params(student, config, mesh, dtype=np.float32))
+        checkpoints = Checkpoints(output / "checkpoints", keep=settings.keep, every=settings.save_every)
+        try:
+            state, start, seen = _resume(checkpoints, state, expected, log)
+            state, summary = _loop(plan, settings, loader, state, start, steps, seen, checkpoints, expected, log)
+        finally:
+            checkpoints.close()
+        dtype = np.dtype(settings.export_dtype) if settings.export_dtype else None
+        _export(output, student, state, dtype, template if settings.template else None)
+    result = {"hf": str(output / "hf"), "steps": steps, "fingerprint": expected, **summary}
+    write_atomic(output / "result.json", json.dumps(result, indent=1))
+    return result
+
+
+def _check_divides(settings: TrainSettings, mesh: Any) -> None:
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = settings.batch // settings.accumulate
+    if rows % ways:
+        raise UserError(
+            f"batch: {settings.batch} rows / accumulate {settings.accumulate} = {rows} a microbatch, not a multiple of "
+            f"mesh data x fsdp = {ways}; change batch, accumulate or mesh"
+        )
+    if settings.packing and settings.seq_len % mesh.shape["context"]:
+        raise UserError(f"seq_len: {settings.seq_len} is not a multiple of mesh context = {mesh.shape['context']}")
+
+
+def _finished(output: Path, expected: dict[str, str]) -> dict[str, Any] | None:
+    path = output / "result.json"
+    if not path.exists() or not (output / "hf" / "config.json").exists():
+        return None
+    result = json.loads(path.read_text())
+    _check_same(result["fingerprint"], expected, output)
+    return result
+
+
+def _resume(
+    checkpoints: Checkpoints, state: dict[str, Any], expected: dict[str, str], log: Log
+) -> tuple[dict[str, Any], int, int]:
+    """(state, steps done, tokens seen) from the newest whole checkpoint, or the state given."""
+    latest = checkpoints.latest()
+    if latest is None:
+        return state, 0, 0
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), _saved(state))
+    restored, meta = checkpoints.restore(latest, abstract)
+    _check_same(meta["fingerprint"], expected, checkpoints.directory)
+    log(f"resuming at step {latest}")
+    return state | restored, latest, meta["tokens"]
+
+
+def _saved(state: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint needs: the frozen parameters and the start come from the student again."""
+    return {"params": state["params"], "moments": state["moments"]}
+
+
+def _loop(
+    plan: StepPlan, settings: TrainSettings, loader: Loader, state: dict[str, Any], start: int, steps: int, seen: int,
+    checkpoints: Checkpoints, fingerprint: dict[str, str], log: Log,
+) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
+    output = Path(settings.output)
+    step_function = make_step(plan)
+    metrics_log = MetricsLog(
+        output / "metrics.jsonl", output.name, plan.config, loader.length, start, steps, loader.steps_per_epoch, log,
+        settings.log_every, settings.wandb, settings.model_dump(),
+    )  # fmt: skip
+    values: dict[str, float] = {}
+    pending: tuple[Any, ...] | None = None
+
+    def settle() -> dict[str, float]:
+        """Wait for the step before this one: the device computes while the next batch is laid out."""
+        assert pending is not None
+        number, rate, tokens, metrics = pending
+        numbers = {key: float(value) for key, value in metrics.items()}
+        if not math.isfinite(numbers["loss"]):
+            raise UserError(
+                f"step {number}: the loss is {numbers['loss']}; stopped, the checkpoints before it are kept in "
+                f"{output / 'checkpoints'}; lower learning_rate or look at the data"
+            )
+        metrics_log.step(number, rate, tokens, numbers)
+        return numbers
+
+    try:
+        for step in range(start, steps):
+            batch = loader.at(step)
+            rate = optimizer.learning_rate(step, steps, settings.learning_rate, settings.schedule, settings.warmup)
+            arrays = place_batch(plan.mesh, batch.tokens, batch.segment_ids, batch.loss_mask)
+            state, metrics = step_function(state, *arrays, np.float32(rate))
+            if pending:
+                values = settle()
+            pending = (step + 1, rate, batch.real_tokens, metrics)
+            seen += batch.real_tokens
+            if (step + 1) % settings.save_every == 0 or step + 1 == steps:
+                values = settle()
+                pending = None
+                checkpoints.save(step + 1, _saved(state), {"fingerprint": fingerprint, "tokens": seen, "values": values})
+    finally:
+        metrics_log.close()
+    if not values:  # resumed after the last step: nothing was left to do but the export
+        values = checkpoints.restore(None, jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), _saved(state)))[1]["values"]  # fmt: skip
+    return state, {"tokens": seen, "loss": values["loss"], "move": values.get("move")}
+
+
+def _export(output: Path, student: Path, state: dict[str, Any], dtype: Any, template: str | None) -> None:
+    """DIR/hf: the weights in `dtype` (or as the student stores them), with the student's tokenizer and config."""
+    hf_config = read_hf_config(student)
+    if dtype is None:
+        dtype = hf.stored_dtype(student)
+    tokenizer = None
+    if template is not None:
+        tokenizer = hf.load_tokenizer(student)
+        tokenizer.chat_template = template  # the template is part of the branch: serve with what it was trained on
+    hf.save_hf(
+        output / "hf", all_params(state), hf_config, side_files=student, tokenizer=tokenizer, dtype=dtype
+    )
+

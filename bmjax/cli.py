@@ -1,0 +1,183 @@
+"""The commands: parse and call, no logic."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from bmjax.config import Settings, UserError, describe, nearest
+from bmjax.version import __version__
+
+INTRO = """bmjax {version}: Branch-Merge distillation (arXiv 2503.04872) in JAX
+
+One student per domain is trained from a common backbone on a teacher's traces; the branches are merged into one
+student that is better than the backbone in every domain.
+
+usage: bmjax COMMAND CONFIG [key=value ...]      e.g. bmjax run configs/demo.yaml --output runs/demo
+
+  run CONFIG [--output DIR]   the whole experiment: teacher, branches, merges, mixture, scores, report.html
+  collect CONFIG              ask a teacher (any OpenAI-compatible endpoint) for reasoning traces
+  select CONFIG               keep the traces worth training on, and say why the others were dropped
+  train CONFIG                fine-tune a student on a dataset (a branch, the mixture, a backbone)
+  merge RECIPE OUT            merge Hugging Face directories; the same as python -m bmjax.merge
+  convert SRC DST --to hf|orbax   Hugging Face directory to Orbax checkpoint of parameters, and back
+  eval CONFIG                 accuracy with 95% intervals and held-out loss of a model
+
+Every key of a CONFIG can be overridden: training.steps=10. `bmjax COMMAND --help` lists all keys with defaults.
+A mistake in a config or an input is one line that names it, and exit code 2; nothing half-written stays behind.
+"""
+
+
+def _run(settings: Any, output: str | None) -> None:
+    from bmjax.pipeline.run import run
+
+    run(settings, output)
+
+
+def _collect(settings: Any, output: str | None) -> None:
+    from bmjax.branch.metrics import write_line
+    from bmjax.teach.collect import collect
+
+    collect(settings, write_line)
+
+
+def _select(settings: Any, output: str | None) -> None:
+    from bmjax.branch.metrics import write_line
+    from bmjax.teach.select import render_table, select
+
+    print(render_table(select(settings, write_line)))
+
+
+def _train(settings: Any, output: str | None) -> None:
+    from bmjax.branch.train import train
+
+    train(settings)
+
+
+def _eval(settings: Any, output: str | None) -> None:
+    from bmjax.evaluate.run import evaluate, summary
+
+    for task, score in evaluate(settings).items():
+        print(f"{task}: {summary(score)}")
+
+
+def _settings_of(command: str) -> type[Settings]:
+    if command == "run":
+        from bmjax.pipeline.settings import RunSettings
+
+        return RunSettings
+    if command in ("collect", "select"):
+        from bmjax.teach.settings import CollectSettings, SelectSettings
+
+        return CollectSettings if command == "collect" else SelectSettings
+    if command == "train":
+        from bmjax.branch.settings import TrainSettings
+
+        return TrainSettings
+    from bmjax.evaluate.settings import EvalSettings
+
+    return EvalSettings
+
+
+CALLS: dict[str, Callable[[Any, str | None], None]] = {
+    "run": _run, "collect": _collect, "select": _select, "train": _train, "eval": _eval,
+}  # fmt: skip
+EXAMPLES = {
+    "run": ("bmjax run configs/demo.yaml --output runs/demo", "bmjax run configs/demo.yaml --output runs/long branch.steps=300"),
+    "collect": ("bmjax collect collect.yaml teacher.concurrency=64",),
+    "select": ("bmjax select select.yaml max_characters=20000",),
+    "train": ("bmjax train branch.yaml learning_rate=2e-5 output=runs/math", "bmjax train branch.yaml freeze=[embed/*]"),
+    "eval": ("bmjax eval eval.yaml temperature=0.6 top_p=0.95 samples=16",),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, or 2 for a mistake its user can mend."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except UserError as error:
+        print(f"bmjax: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("bmjax: stopped; the same command continues where it was", file=sys.stderr)
+        return 130
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(INTRO.format(version=__version__), end="")
+        return 0 if arguments else 2
+    if arguments[0] in ("-V", "--version"):
+        print(f"bmjax {__version__}")
+        return 0
+    command, *rest = arguments
+    if command == "merge":
+        from bmjax.merge.__main__ import main as merge_main
+
+        return merge_main(rest)
+    if command == "convert":
+        return _convert(rest)
+    if command not in CALLS:
+        raise UserError(f"unknown command '{command}'{nearest(command, [*CALLS, 'merge', 'convert'])}")
+    kind = _settings_of(command)
+    if "-h" in rest or "--help" in rest:
+        print(_help(command, kind), end="")
+        return 0
+    output = None
+    if "--output" in rest and command == "run":
+        at = rest.index("--output")
+        if at + 1 == len(rest):
+            raise UserError("--output: a directory must follow")
+        output = rest[at + 1]
+        del rest[at : at + 2]
+    unknown = [argument for argument in rest if argument.startswith("-")]
+    if unknown:
+        raise UserError(f"unknown option '{unknown[0]}'; settings are given as key=value, see bmjax {command} --help")
+    if not rest or "=" in rest[0]:
+        raise UserError(f"bmjax {command}: the CONFIG file is missing; see bmjax {command} --help")
+    config, *overrides = rest
+    CALLS[command](kind.read(config, overrides), output)
+    return 0
+
+
+def _help(command: str, kind: type[Settings]) -> str:
+    option = " [--output DIR]" if command == "run" else ""
+    examples = "".join(f"  {line}\n" for line in EXAMPLES[command])
+    keys = "\n".join(describe(kind))
+    return (
+        f"usage: bmjax {command} CONFIG{option} [key=value ...]\n\n{(kind.__doc__ or '').strip()}\n\nexamples:\n{examples}\n"
+        f"keys of CONFIG (YAML), with defaults; nested keys are overridden as a.b=value:\n{keys}\n"
+    )
+
+
+CONVERT_HELP = """usage: bmjax convert SRC DST --to hf|orbax
+
+  --to orbax   SRC is a Hugging Face directory or hub id; DST gets its parameters as an Orbax checkpoint, with
+               config.json and the tokenizer beside it
+  --to hf      SRC is such a directory (or a run's output with checkpoints/ and hf/); DST gets safetensors
+
+DST must not exist. Tensors keep their dtype: hf -> orbax -> hf gives the same bytes.
+"""
+
+
+def _convert(rest: list[str]) -> int:
+    if "-h" in rest or "--help" in rest:
+        print(CONVERT_HELP, end="")
+        return 0
+    if "--to" not in rest or rest.index("--to") + 1 == len(rest):
+        raise UserError("bmjax convert: --to hf or --to orbax is missing")
+    at = rest.index("--to")
+    kind = rest[at + 1]
+    paths = rest[:at] + rest[at + 2 :]
+    if kind not in ("hf", "orbax"):
+        raise UserError(f"--to: expected hf or orbax, found '{kind}'")
+    if len(paths) != 2:
+        raise UserError(f"bmjax convert: expected SRC and DST, found {len(paths)} paths")
+    from bmjax.weights.convert import to_hf, to_orbax
+
+    (to_hf if kind == "hf" else to_orbax)(paths[0], paths[1])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

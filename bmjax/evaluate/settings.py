@@ -1,0 +1,35 @@
+"""The settings of `bmjax eval`."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from bmjax.config import Settings
+
+
+class TaskSettings(Settings):
+    """One task: questions with references, and, for the held-out loss, whole traces of the same kind."""
+
+    questions: str | list[str] | None = Field(None, description="JSONL file(s), rows with prompt and reference: accuracy")
+    traces: str | list[str] | None = Field(None, description="JSONL file(s), rows with prompt and response: held-out loss")
+    kind: str | None = Field(None, description="judge: a domain (math, code, science) or math, choice, exact, tests; default: the task's name")
+    limit: int | None = Field(None, ge=1, description="take the first so many rows only")
+
+
+class EvalSettings(Settings):
+    """`bmjax eval CONFIG`: score a model on tasks."""
+
+    model: str = Field(description="Hugging Face directory or hub id")
+    tasks: dict[str, TaskSettings] = Field(description="name: {questions, traces, kind}")
+    output: str = Field(description="directory for scores.json and samples/TASK.jsonl")
+    template: str | None = Field(None, description="chat template: null for the model's own, chatml, deepseek-r1, or FILE.jinja")
+    system: str | None = Field(None, description="a system turn before every question")
+    seq_len: int = Field(4096, ge=2, description="tokens a row when measuring the loss")
+    max_new_tokens: int = Field(2048, ge=1, description="longest answer, reasoning included")
+    temperature: float = Field(0.0, ge=0, description="0 is greedy; reasoning models are usually scored at 0.6")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling; 0.95 with temperature 0.6")
+    samples: int = Field(1, ge=1, description="answers a question; accuracy is their mean (avg@k)")
+    seed: int = Field(0, description="of the sampling")
+    batch: int = Field(64, ge=1, description="rows generated or scored at once")
+    compute_dtype: Literal["bfloat16", "float32"] = Field("float32", description="of weights and activations")
+    mesh: dict[str, int] = Field({}, description="devices along data, fsdp, context, tensor; default: one device")

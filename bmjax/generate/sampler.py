@@ -1,0 +1,159 @@
+"""Batched generation with a key/value cache: greedy, or temperature with nucleus (top-p) sampling.
+
+Prompts are padded on the left, so that all rows of a batch write the same cache slot. A row's random numbers
+come from (seed, its number in the call), so its text doesn't depend on which rows share its batch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bmjax.config import UserError
+from bmjax.model import qwen2
+from bmjax.model.spec import Qwen2Config
+
+PREFILL = 512  # prompt tokens per pass, which bounds the scores held at once
+BUCKET = 16  # prompt lengths are padded up to a multiple, so that few programs are compiled
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """max_new_tokens a prompt; temperature 0 is greedy; top_p keeps the least set of tokens with that mass."""
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Generation:
+    """New token ids without the end token, and why it stopped: 'stop' (end token) or 'length'."""
+
+    tokens: tuple[int, ...]
+    finish_reason: str
+
+
+def generate(
+    config: Qwen2Config, params: Any, prompts: Sequence[Sequence[int]], sampling: Sampling,
+    eos_ids: Sequence[int], batch: int = 64, dtype: Any = jnp.float32,
+) -> list[Generation]:  # fmt: skip
+    """A continuation of every prompt (token ids), in order.
+
+    Raises UserError for an empty prompt or one that fills the model's context. Where prompt and new tokens
+    together pass the context, the row stops there with 'length'.
+    """
+    for number, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise UserError(f"prompt {number}: empty; expected at least one token")
+        if len(prompt) >= config.max_length:
+            raise UserError(
+                f"prompt {number}: {len(prompt)} tokens, the model's context holds {config.max_length} with the answer; shorten it"
+            )
+    if sampling.max_new_tokens < 1 or sampling.temperature < 0 or not 0 < sampling.top_p <= 1:
+        raise UserError("generation: max_new_tokens must be at least 1, temperature at least 0, top_p in (0, 1]")
+    results: list[Generation | None] = [None] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    for start in range(0, len(order), batch):
+        chosen = order[start : start + batch]
+        rows = _rows(len(chosen), batch)
+        length = _bucket(max(len(prompts[i]) for i in chosen), config.max_length)
+        new = min(sampling.max_new_tokens, config.max_length - length)
+        tokens, pad = np.zeros((rows, length), np.int32), np.full(rows, length - 1, np.int32)
+        numbers = np.zeros(rows, np.int32)
+        for b, i in enumerate(chosen):
+            pad[b], numbers[b] = length - len(prompts[i]), i
+            tokens[b, pad[b] :] = prompts[i]
+        run = _compiled(config, max(new, 1), sampling.temperature == 0, sampling.top_p < 1, tuple(eos_ids), str(jnp.dtype(dtype)))
+        out = np.asarray(
+            run(params, tokens, pad, numbers, np.arange(rows) >= len(chosen), np.int32(sampling.seed),
+                np.float32(sampling.temperature), np.float32(sampling.top_p))
+        )  # fmt: skip
+        for b, i in enumerate(chosen):
+            ends = np.flatnonzero(np.isin(out[b], list(eos_ids)))
+            cut, reason = (ends[0], "stop") if len(ends) else (min(new, config.max_length - len(prompts[i])), "length")
+            results[i] = Generation(tuple(int(t) for t in out[b, :cut]), reason)
+    return [result for result in results if result is not None]
+
+
+def _rows(count: int, batch: int) -> int:
+    """A batch's rows: the next power of two, so that the last, smaller batch compiles few shapes."""
+    rows = 1
+    while rows < count:
+        rows *= 2
+    return min(rows, max(batch, count))
+
+
+def _bucket(length: int, limit: int) -> int:
+    step = BUCKET if length <= PREFILL else PREFILL
+    return max(length, min(-(-length // step) * step, limit - 1))
+
+
+@lru_cache(maxsize=64)
+def _compiled(config: Qwen2Config, new: int, greedy: bool, nucleus: bool, eos_ids: tuple[int, ...], dtype_name: str) -> Any:
+    dtype = jnp.dtype(dtype_name)
+    unroll = config.num_layers if config.num_layers <= 8 else 1
+    model = qwen2.Qwen2(config, dtype, unroll=unroll)
+    eos = jnp.array(eos_ids or (-1,), jnp.int32)
+
+    def run(
+        params: Any, prompts_BP: jax.Array, pad_B: jax.Array, numbers_B: jax.Array, done_B: jax.Array,
+        seed: jax.Array, temperature: jax.Array, top_p: jax.Array,
+    ) -> jax.Array:  # fmt: skip
+        B, P = prompts_BP.shape
+        params = jax.tree.map(lambda a: a.astype(dtype), params)
+        w_DV = qwen2.head_weight(config, params)
+        cache = qwen2.empty_cache(config, B, P + new, dtype)
+        cache = cache._replace(valid_BS=jnp.arange(P + new)[None, :] >= pad_B[:, None])
+        keys_B = jax.vmap(lambda n: jax.random.fold_in(jax.random.key(seed), n))(numbers_B)
+
+        def forward(tokens_BT: jax.Array, cache: qwen2.Cache) -> tuple[jax.Array, qwen2.Cache]:
+            slots = cache.next_slot + jnp.arange(tokens_BT.shape[1])
+            positions = jnp.maximum(slots[None, :] - pad_B[:, None], 0)
+            variables = {"params": qwen2.trunk(params)}
+            h_BTD, cache = model.apply(variables, tokens_BT, jnp.ones_like(tokens_BT), positions, cache)
+            z_BV = jnp.einsum("bd,dv->bv", h_BTD[:, -1], w_DV, preferred_element_type=jnp.float32)
+            return z_BV, cache
+
+        z_BV = jnp.zeros((B, config.vocab_size), jnp.float32)
+        for start in range(0, P, PREFILL):
+            z_BV, cache = forward(prompts_BP[:, start : start + PREFILL], cache)
+
+        def choose(z_BV: jax.Array, step: jax.Array) -> jax.Array:
+            if greedy:
+                return jnp.argmax(z_BV, axis=-1).astype(jnp.int32)
+            z_BV = z_BV / temperature
+            if nucleus:
+                z_BV = _nucleus(z_BV, top_p)
+            step_keys = jax.vmap(lambda key: jax.random.fold_in(key, step))(keys_B)
+            return jax.vmap(jax.random.categorical)(step_keys, z_BV).astype(jnp.int32)
+
+        def more(carry: Any) -> jax.Array:
+            step, _, _, done_B, _ = carry
+            return (step < new) & ~jnp.all(done_B)
+
+        def advance(carry: Any) -> Any:
+            step, z_BV, out_BN, done_B, cache = carry
+            token_B = jnp.where(done_B, eos[0], choose(z_BV, step))
+            out_BN = jax.lax.dynamic_update_slice(out_BN, token_B[:, None], (0, step))
+            done_B = done_B | jnp.isin(token_B, eos)
+            z_BV, cache = forward(jnp.maximum(token_B, 0)[:, None], cache)
+            return step + 1, z_BV, out_BN, done_B, cache
+
+        out_BN = jnp.full((B, new), eos[0], jnp.int32)
+        return jax.lax.while_loop(more, advance, (jnp.int32(0), z_BV, out_BN, done_B, cache))[2]
+
+    return jax.jit(run)
+
+
+def _nucleus(z_BV: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Logits outside the least set of tokens whose probability reaches top_p become -inf (arXiv 1904.09751)."""
+    sorted_BV = jnp.flip(jnp.sort(z_BV, axis=-1), axis=-1)
+    before = jnp.cumsum(jax.nn.softmax(sorted_BV, axis=-1), axis=-1) - jax.nn.softmax(sorted_BV, axis=-1)
+    least = jnp.min(jnp.where(before < top_p, sorted_BV, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(z_BV >= least, z_BV, -jnp.inf)

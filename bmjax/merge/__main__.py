@@ -1,0 +1,121 @@
+"""`python -m bmjax.merge RECIPE OUT [key=value ...]`, which is also `bmjax merge`."""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from typing import NoReturn
+
+from tqdm import tqdm
+
+from bmjax.config import UserError
+from bmjax.merge.engine import merge
+from bmjax.merge.methods import METHODS
+from bmjax.merge.recipe import read_recipe
+
+_ABOUT = """\
+Merge fine-tuned models of one architecture into one: reads Hugging Face directories (safetensors), writes one.
+
+Arithmetic is float32 whatever the files hold, rounded once at the end; quantiles are exact; the same recipe gives the
+same bytes. OUT appears when it is complete, beside it nothing does. OUT/merge_report.json tells per tensor and layer
+what was kept of each model.
+"""
+
+_RECIPE = """\
+a recipe (mergekit's dialect):
+  merge_method: arcee_fusion          # one of the methods below
+  base_model: models/science          # changes are measured against it; gives config and tokenizer
+  models:
+    - models/math                     # or  - model: models/math
+  parameters: {lambda: 1.0}           #       parameters: {weight: 0.5}
+  dtype: bfloat16                     # default: as the base stores each tensor
+
+several merges in a row, without writing those between (this is TinyR1's recipe):
+  sources: {math: models/math, science: models/science, code: models/code}
+  steps:
+    - {name: mid, merge_method: arcee_fusion, base_model: science, models: [math]}
+    - {name: student, merge_method: arcee_fusion, base_model: code, models: [mid]}
+
+overrides: parameters.lambda=0.5   dtype=float32   sources.math=DIR   steps.mid.parameters.lambda=0.5
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
+def _methods() -> str:
+    lines = ["methods and their parameters (a * marks those given per model, or once for all):"]
+    for method in METHODS.values():
+        least, most = method.branches
+        count = f"{least} or more" if most is None else str(least) if least == most else f"{least} to {most}"
+        base = "base_model and " if method.base == "required" else ""
+        lines += ["", f"  {method.name}: {base}{count} model{'s' * (count != '1')}"]
+        lines += [f"    {line}".rstrip() for line in method.summary.splitlines()]
+        for p in method.parameters.values():
+            default = "none" if p.default is None else str(p.default).lower()
+            title = f"{p.name}{'*' if p.about.each else ''}: {default}"
+            lines.append(f"      {title:<18} {p.expected}. {p.about.text[:1].upper()}{p.about.text[1:]}.")
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="bmjax merge",
+        description=_ABOUT,
+        epilog=f"{_RECIPE}\n{_methods()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="the YAML file")
+    parser.add_argument("out", metavar="OUT", help="directory to write; must not exist or be empty, is never an input")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="change the recipe's keys")
+    parser.add_argument("--overwrite", action="store_true", help="replace a model directory OUT once the merge is done")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code: 0 done, 2 a mistake in the input, 130 interrupted."""
+    try:
+        _run(_parser().parse_intermixed_args(argv))
+    except UserError as error:
+        print(f"bmjax: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("bmjax: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _run(options: argparse.Namespace) -> None:
+    recipe = read_recipe(options.recipe, options.overrides)
+    start, last = time.perf_counter(), 0
+    bar = tqdm(unit="B", unit_scale=True, desc="merge", disable=options.quiet or not sys.stderr.isatty(), leave=False)
+
+    def progress(done: int, total: int, name: str) -> None:
+        nonlocal last
+        bar.total = total
+        bar.update(done - last)
+        last = done
+
+    def log(line: str) -> None:
+        if not options.quiet:
+            tqdm.write(f"bmjax: note: {line}", file=sys.stderr)
+
+    with bar:
+        report = merge(recipe, options.out, overwrite=options.overwrite, log=log, progress=progress)
+    if options.quiet:
+        return
+    for step in recipe.steps:
+        summary = report["total"][step.name]
+        moved = summary["moved_norm"] / max(summary["reference_norm"], 1e-30)
+        kept = ", ".join(f"{name} {model['kept']:.1%}" for name, model in summary["models"].items())
+        print(f"{step.name}: {step.method.name}, moved {moved:.2%} of its base's norm, entries taken: {kept}")
+    seconds = time.perf_counter() - start
+    print(f"{options.out}: {len(report['tensors'])} tensors, {last / 1e9:.2f} GB read, {seconds:.1f} s")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

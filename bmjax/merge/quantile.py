@@ -1,0 +1,78 @@
+"""Exact order statistics without sorting: bisection on the bit patterns of non-negative float32 numbers.
+
+The bits of non-negative floats, read as integers, have the order of the floats. At most 32 counting passes find the
+k-th smallest value exactly; the only communication between devices is one small sum a pass, so a sharded array needs
+no gather, and the result depends neither on the order of the elements nor on how they are laid out.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+MAX_ELEMENTS = 2**31 - 1
+
+
+def rank(q: float, n: int) -> int:
+    """The index floor(q * (n - 1)) of the q-quantile in `n` sorted values."""
+    return math.floor(q * (n - 1))
+
+
+def order_statistics(x: jax.Array, ranks: Sequence[int]) -> jax.Array:
+    """The values that `sort(ravel(x))` has at `ranks`, float32 [len(ranks)], exactly.
+
+    x: float32 of any shape, at least one element, every element >= 0 (and no NaN: their values are then meaningless).
+    ranks: 0-based, static. Works under jit on sharded arrays.
+    """
+    if not 0 < x.size <= MAX_ELEMENTS:
+        raise ValueError(f"order_statistics: {x.size} elements, expected 1 to {MAX_ELEMENTS}")
+    if any(not 0 <= r < x.size for r in ranks):
+        raise ValueError(f"order_statistics: ranks {list(ranks)} outside 0..{x.size - 1}")
+    bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
+    wanted = jnp.asarray(ranks, jnp.int32)
+
+    def unfinished(state: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        i, low, high = state
+        return (i < 32) & jnp.any(low < high)
+
+    def halve(state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        i, low, high = state
+        middle = low + (high - low) // 2
+        at_most = _counts(bits, middle)
+        enough = at_most > wanted
+        return i + 1, jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
+
+    start = jnp.full(wanted.shape, jnp.min(bits)), jnp.full(wanted.shape, jnp.max(bits))
+    _, low, _ = lax.while_loop(unfinished, halve, (jnp.int32(0), *start))
+    return lax.bitcast_convert_type(low, jnp.float32)
+
+
+def count(mask: jax.Array) -> jax.Array:
+    """The number of true elements, int32, exactly."""
+    return _counts(1 - mask.astype(jnp.int32), jnp.zeros(1, jnp.int32))[0]
+
+
+def _counts(bits: jax.Array, limits: jax.Array) -> jax.Array:
+    """How many elements are at most each of `limits` [R], int32 [R]."""
+    return lax.platform_dependent(jnp.atleast_1d(bits), limits, cpu=_counts_by_rows, default=_counts_at_once)
+
+
+def _counts_at_once(bits: jax.Array, limits: jax.Array) -> jax.Array:
+    # Each sum is one scalar all-reduce however the array is sharded; GPU and TPU compilers fuse them into one pass.
+    return jnp.stack([jnp.sum(bits <= limits[k], dtype=jnp.int32) for k in range(limits.size)])
+
+
+def _counts_by_rows(bits: jax.Array, limits: jax.Array) -> jax.Array:
+    # XLA's CPU compiler runs one reduction with several results in parallel and vectorized, which it does not do for
+    # plain sums of comparisons: 30 times the speed. The barrier keeps it from joining the two sums into one.
+    masks = tuple((bits <= limits[k % limits.size]).astype(jnp.int32) for k in range(max(2, limits.size)))
+    rows = lax.reduce(masks, (np.int32(0),) * len(masks), add_each, (bits.ndim - 1,))
+    return jnp.stack([jnp.sum(count) for count in lax.optimization_barrier(rows)])[: limits.size]
+
+
+def add_each(x: Sequence[jax.Array], y: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    """The combination of a `lax.reduce` that sums several arrays at once."""
+    return tuple(a + b for a, b in zip(x, y, strict=True))

@@ -1,0 +1,91 @@
+"""A domain's rows as files: what the backbone reads, what the branch reads, validation and test.
+
+    DIR/data/DOMAIN/backbone.jsonl   prompt, reasoning, response      the backbone's rows
+    DIR/data/DOMAIN/problems.jsonl   prompt, reference                what the teacher is asked (built-in domains)
+    DIR/data/DOMAIN/train.jsonl      prompt, reasoning, response      the branch's rows
+    DIR/data/DOMAIN/{validation,test}.jsonl  prompt, reference, reasoning, response
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bmjax.branch.examples import read_rows
+from bmjax.config import UserError
+from bmjax.pipeline.settings import BuiltinDomain, DomainSettings, SourceSettings
+from bmjax.teach.problems import Problem, make_problems, solve
+from bmjax.teach.template import fill
+from bmjax.weights.safetensors import write_atomic
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """JSON Lines, written whole or not at all."""
+    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_builtin(settings: BuiltinDomain, directory: Path, seed: int) -> None:
+    """Problems of a built-in domain. The splits never share a prompt; the backbone's are not asked again."""
+    domain = settings.domain
+    backbone = make_problems(domain, settings.backbone_count, seed, settings.backbone_levels, split="train")
+    known = {problem.prompt for problem in backbone}
+    asked = make_problems(domain, settings.count, seed + 1, settings.levels, exclude=known, split="train")
+    write_rows(directory / "backbone.jsonl", map(_solved, backbone))
+    write_rows(directory / "problems.jsonl", map(asdict, asked))
+    for split, count in (("validation", settings.validation), ("test", settings.test)):
+        problems = make_problems(domain, count, seed, settings.levels, split="val" if split == "validation" else "test")
+        write_rows(directory / f"{split}.jsonl", map(_solved, problems))
+
+
+def _solved(problem: Problem) -> dict[str, Any]:
+    solution = solve(problem.prompt)
+    return {
+        "prompt": problem.prompt, "reference": problem.reference,
+        "reasoning": solution.reasoning, "response": solution.answer,
+    }  # fmt: skip
+
+
+def write_sources(settings: DomainSettings, name: str, directory: Path) -> None:
+    """Rows that exist: split into training, validation and test by their own files or by hash of the prompt."""
+    assert settings.train is not None  # the settings hold train where they hold no builtin
+    rows = _rows(settings.train, f"domains.{name}.train")
+    if settings.test is not None:
+        test = _rows(settings.test, f"domains.{name}.test")
+    else:
+        test = [row for row in rows if _place(row["prompt"], "test") < settings.test_share]
+    held_out = {" ".join(row["prompt"].split()) for row in test}
+    rest = [row for row in rows if " ".join(row["prompt"].split()) not in held_out]
+    validation = [row for row in rest if _place(row["prompt"], "validation") < settings.validation_share]
+    chosen = {row["prompt"] for row in validation}
+    train = [row for row in rest if row["prompt"] not in chosen]
+    for split, part in (("train", train), ("validation", validation), ("test", test)):
+        if not part:
+            raise UserError(f"domains.{name}: no {split} rows are left; check files, between and the shares")
+        write_rows(directory / f"{split}.jsonl", part)
+    write_rows(directory / "backbone.jsonl", train)
+
+
+def _place(prompt: str, purpose: str) -> float:
+    """Where in [0, 1) a prompt falls: always the same, whatever the order or number of rows."""
+    return int.from_bytes(hashlib.sha256(f"{purpose}\0{prompt}".encode()).digest()[:8], "big") / 2**64
+
+
+def _rows(source: SourceSettings, key: str) -> list[dict[str, Any]]:
+    rows = []
+    for where, row in read_rows(source.files):
+        if all(low <= _number(row, name, where) <= high for name, (low, high) in source.between.items()):
+            flat = {name: "\n".join(map(str, v)) if isinstance(v, list) else v for name, v in row.items()}
+            prompt, response = (fill(getattr(source, part), flat, where, f"{key}.{part}") for part in ("prompt", "response"))
+            rows.append({"prompt": str(prompt), "response": str(response)})
+    if not rows:
+        raise UserError(f"{key}: no row of {source.files} passes 'between' {source.between}")
+    return rows
+
+
+def _number(row: dict[str, Any], name: str, where: str) -> float:
+    try:
+        return float(row[name])
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{where}: between: field '{name}' is missing or no number") from None

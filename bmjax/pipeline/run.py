@@ -1,0 +1,324 @@
+"""The branch-merge run: backbone, teacher, selection, branches, merges, mixture, scores, report.
+
+    DIR/data/DOMAIN/      rows (data.py)              DIR/branch/DOMAIN/  checkpoints, hf, metrics.jsonl
+    DIR/teach/DOMAIN/     the teacher's traces        DIR/mixture/        the same for the data mixture
+    DIR/backbone/         the common start            DIR/merges/NAME/hf  every merge
+    DIR/scores/SPLIT/...  every sample                DIR/merged/hf       the chosen one
+"""
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from bmjax.branch.metrics import Log, write_line
+from bmjax.branch.settings import Training, TrainSettings
+from bmjax.branch.train import train
+from bmjax.config import UserError
+from bmjax.evaluate.run import evaluate
+from bmjax.evaluate.settings import EvalSettings, TaskSettings
+from bmjax.merge import engine
+from bmjax.merge.recipe import read_recipe
+from bmjax.pipeline import data, student
+from bmjax.pipeline.choose import RULE, choose
+from bmjax.pipeline.settings import RunSettings
+from bmjax.pipeline.stages import Stages
+from bmjax.report import summary_table, write_report
+from bmjax.teach.collect import collect
+from bmjax.teach.select import select
+from bmjax.teach.settings import BuiltinProblems, CollectSettings, SelectSettings
+from bmjax.version import __version__
+from bmjax.weights import hf
+from bmjax.weights.safetensors import replacing, write_atomic
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
+
+
+def run(settings: RunSettings, output: str | Path | None = None, log: Log = write_line) -> dict[str, Any]:
+    """Run, or continue, the experiment in `output` (default: the config's); returns report.json's content."""
+    chosen = output or settings.output
+    if chosen is None:
+        raise UserError("output: no directory given; pass --output DIR or set output in the config")
+    directory = Path(chosen)
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"{directory}: is a file, expected a directory for the run")
+    with _alone(directory):
+        return _Run(settings, directory, log).everything()
+
+
+@contextlib.contextmanager
+def _alone(directory: Path):
+    """Hold the run directory: two runs writing the same one would mix their results."""
+    import fcntl
+
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = (directory / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be written: {error.strerror}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{directory}: another run is writing here; wait for it or choose another output") from None
+        yield
+
+
+class _Run:
+    """One run: its settings, its directory, its stages."""
+
+    def __init__(self, settings: RunSettings, directory: Path, log: Log) -> None:
+        self.settings, self.directory, self.log = settings, directory, log
+        self.domains = list(settings.domains)
+        self.stages = Stages(directory, log)
+        for name, recipe in settings.merges.items():
+            read_recipe(self._with_sources(recipe, name))  # a bad recipe is told now, not after the training
+
+    def everything(self) -> dict[str, Any]:
+        for domain in self.domains:
+            self._data(domain)
+        self._backbone()
+        for domain in self.domains:
+            self._teach(domain)
+        for domain in self.domains:
+            self._branch(domain)
+        self._mixture()
+        for name in self.settings.merges:
+            self._merge(name)
+        validation = {name: self._scores(name, "validation") for name in ["backbone", *self._merge_names()]}
+        winner = choose(validation, self.settings.choose.by)
+        self._merged(winner)
+        models = ["backbone", *(f"branch/{d}" for d in self.domains), *self._merge_names(), "mixture"]
+        scores = {name: self._scores(name, "test") for name in models}
+        report = self._report(scores, winner, validation)
+        write_atomic(self.directory / "report.json", json.dumps(report, indent=1))
+        write_report(self.directory, report)
+        self.log(summary_table(report))
+        self.log(f"report: {self.directory / 'report.html'}   merged model: {self.directory / 'merged' / 'hf'}")
+        return report
+
+    # Where things are
+
+    def _merge_names(self) -> list[str]:
+        return [f"merge/{name}" for name in self.settings.merges]
+
+    def _relative(self, model: str) -> str:
+        """A model's directory under the run's: what report.json calls it is where it lies."""
+        if model == "backbone" and self.settings.student is not None:
+            return "."
+        return model.replace("merge/", "merges/")
+
+    def _hf(self, model: str) -> str:
+        if model == "backbone" and self.settings.student is not None:
+            return self.settings.student
+        return str(self.directory / self._relative(model) / "hf")
+
+    def _rows(self, domain: str, name: str) -> Path:
+        return self.directory / "data" / domain / f"{name}.jsonl"
+
+    # The stages, in order
+
+    def _data(self, domain: str) -> None:
+        own = self.settings.domains[domain]
+        folder = self.directory / "data" / domain
+        kept = own.model_dump(exclude={"branch"})
+        inputs = [kept, self.settings.seed, _file_states(own)]
+
+        def work() -> None:
+            if own.builtin is not None:
+                data.write_builtin(own.builtin, folder, self.settings.seed)
+            else:
+                data.write_sources(own, domain, folder)
+
+        names = ["backbone", "validation", "test", "problems" if own.builtin is not None else "train"]
+        self.stages.run(f"data/{domain}", inputs, [], [f"data/{domain}/{name}.jsonl" for name in names], work)
+
+    def _backbone(self) -> None:
+        settings = self.settings
+        after = [f"data/{domain}" for domain in self.domains]
+        if settings.student is not None or settings.backbone is None:
+            return
+        files = [self._rows(domain, "backbone") for domain in self.domains]
+        training = self._training(settings.backbone, "init/hf", files, "backbone")
+        inputs = [settings.model.model_dump(), settings.template, settings.seed, _important(training)]
+
+        def work() -> None:
+            start = self.directory / "init" / "hf"
+            if not (start / "config.json").exists():
+                student.create(settings.model, files, start, settings.seed, settings.template)
+            train(training, self.log)
+
+        self.stages.run("backbone", inputs, after, ["init", "backbone"], work)
+
+    def _training(self, training: Training, start: str, files: list[Path], output: str) -> TrainSettings:
+        base = self.settings.student if start == "backbone/hf" and self.settings.student else str(self.directory / start)
+        own = {"student": base, "data": [str(file) for file in files], "output": str(self.directory / output)}
+        values = training.model_dump() | own
+        return TrainSettings.model_validate(values | {"seed": training.seed + self.settings.seed, "template": training.template or self.settings.template})
+
+    def _teach(self, domain: str) -> None:
+        own = self.settings.domains[domain].builtin
+        if own is None:
+            return
+        folder, train_rows = self.directory / "teach" / domain, self._rows(domain, "train")
+        teacher = self.settings.teacher
+        if teacher.base_url is None:
+            teacher = teacher.model_copy(update={"builtin": True})
+        collecting = CollectSettings.model_validate(
+            {"problems": str(self._rows(domain, "problems")), "output": str(folder), "domain": domain,
+             "prompt": "{prompt}", "reference": "{reference}", "teacher": teacher.model_dump()}
+        )  # fmt: skip
+        held_out = [str(self._rows(domain, split)) for split in ("validation", "test")]
+        selecting = SelectSettings(traces=str(folder), output=str(folder / "selected"), held_out=held_out)
+
+        def work() -> None:
+            collect(collecting, self.log)
+            kept = select(selecting, self.log)[domain]
+            write_atomic(train_rows, (folder / "selected" / f"{domain}.jsonl").read_bytes())
+            dropped = {reason: n for reason, n in kept.items() if reason != "kept" and n}
+            counts = {"collected": sum(kept.values()), "kept": kept["kept"], "dropped": dropped}
+            write_atomic(folder / "counts.json", json.dumps(counts))
+
+        inputs = [teacher.model_dump(), domain]
+        outputs = [f"teach/{domain}", f"data/{domain}/train.jsonl"]
+        self.stages.run(f"teach/{domain}", inputs, [f"data/{domain}"], outputs, work)
+
+    def _after_rows(self) -> list[str]:
+        names = [f"teach/{d}" if self.settings.domains[d].builtin is not None else f"data/{d}" for d in self.domains]
+        return names if self.settings.student is not None else ["backbone", *names]
+
+    def _branch(self, domain: str) -> None:
+        files, output = [self._rows(domain, "train")], f"branch/{domain}"
+        training = self._training(self.settings.branch_training(domain), "backbone/hf", files, output)
+        rows = f"teach/{domain}" if self.settings.domains[domain].builtin is not None else f"data/{domain}"
+        after = [rows] if self.settings.student is not None else ["backbone", rows]
+        self.stages.run(
+            output, [_important(training), self.settings.student], after, [output], lambda: _train(training, self.log)
+        )
+
+    def _mixture(self) -> None:
+        steps = sum(self._summary(f"branch/{domain}")["steps"] for domain in self.domains)
+        files = [self._rows(domain, "train") for domain in self.domains]
+        training = self._training(self.settings.mixture_training(steps), "backbone/hf", files, "mixture")
+        inputs = [_important(training), self.settings.student]
+        self.stages.run("mixture", inputs, self._after_rows(), ["mixture"], lambda: _train(training, self.log))
+
+    def _with_sources(self, recipe: dict[str, Any], name: str) -> dict[str, Any]:
+        if "sources" in recipe:
+            raise UserError(f"merges.{name}: sources are given by the run (backbone and the domains); remove the key")
+        sources = {"backbone": self._hf("backbone")} | {d: self._hf(f"branch/{d}") for d in self.domains}
+        return recipe | {"sources": sources}
+
+    def _merge(self, name: str) -> None:
+        recipe = self._with_sources(self.settings.merges[name], name)
+        after = [f"branch/{domain}" for domain in self.domains]
+        if self.settings.student is None:
+            after.append("backbone")
+
+        def work() -> None:
+            engine.merge(recipe, self.directory / "merges" / name / "hf", overwrite=True)
+
+        self.stages.run(f"merge/{name}", [self.settings.merges[name], self.settings.student], after, [f"merges/{name}"], work)
+
+    def _stage_of(self, model: str) -> list[str]:
+        return [] if model == "backbone" and self.settings.student is not None else [model]
+
+    def _scores(self, model: str, split: str) -> dict[str, Any]:
+        settings = self.settings
+        tasks = {}
+        for domain in self.domains:
+            file = str(self._rows(domain, split))
+            own = settings.domains[domain].builtin
+            tasks[domain] = TaskSettings(questions=file if own else None, traces=file, kind=own.domain if own else None)
+        output = f"scores/{split}/{model.replace('/', '-')}"
+        evaluation = EvalSettings(
+            model=self._hf(model), tasks=tasks, output=str(self.directory / output), template=settings.template,
+            seed=settings.seed, **settings.evaluate.model_dump(),
+        )  # fmt: skip
+        after = [*self._stage_of(model), *(f"data/{domain}" for domain in self.domains)]
+        inputs = [settings.evaluate.model_dump(), settings.template, settings.student, settings.seed]
+        self.stages.run(
+            f"evaluate/{split}/{model}", inputs, after, [output], lambda: _discard(evaluate(evaluation, self.log))
+        )
+        return json.loads((self.directory / output / "scores.json").read_text())
+
+    def _merged(self, winner: str) -> None:
+        def work() -> None:
+            with replacing(self.directory / "merged" / "hf") as temporary:
+                for file in Path(self._hf(winner)).iterdir():
+                    try:
+                        os.link(file, temporary / file.name)  # the same bytes under two names
+                    except OSError:
+                        shutil.copyfile(file, temporary / file.name)
+
+        self.stages.run("merged", winner, [winner], ["merged"], work)
+
+    # The report
+
+    def _summary(self, model: str) -> dict[str, Any]:
+        return json.loads((self.directory / model / "result.json").read_text())
+
+    def _report(
+        self, scores: dict[str, Any], winner: str, validation: dict[str, Any]
+    ) -> dict[str, Any]:
+        trained = [*(f"branch/{d}" for d in self.domains), "mixture"]
+        tokens = {model: self._summary(model)["tokens"] for model in trained}
+        together = sum(tokens[f"branch/{d}"] for d in self.domains)
+        models: dict[str, Any] = {}
+        for name, score in scores.items():
+            if name == "mixture":
+                models["merged"] = models[winner]
+            is_merge = name.startswith("merge/")
+            own = name in trained or (name == "backbone" and self.settings.student is None)
+            models[name] = {
+                "hf": os.path.relpath(hf.resolve_model(self._hf(name)), self.directory),
+                "metrics": f"{self._relative(name)}/metrics.jsonl" if own else None,
+                "merge_report": f"{self._relative(name)}/hf/{engine.REPORT}" if is_merge else None,
+                "tokens": tokens.get(name, together if is_merge else 0),
+                "move": self._summary(name)["move"] if name in trained else None,
+                "scores": score,
+            }
+        models["merged"] = models[winner] | {"hf": "merged/hf", "merge_report": f"merged/hf/{engine.REPORT}"}
+        selection = {d: self._selection(d) for d in self.domains if self.settings.domains[d].builtin is not None}
+        return {
+            "models": models,
+            "chosen": {
+                "merge": winner.removeprefix("merge/"),
+                "rule": RULE.format(by=self.settings.choose.by),
+                "validation": {name.removeprefix("merge/"): score for name, score in validation.items()},
+            },
+            "selection": selection,
+            "stages": self.stages.measured,
+            "versions": {"bmjax": __version__, "python": platform.python_version()} | {p: version(p) for p in PACKAGES},
+            "config": self.settings.model_dump(mode="json"),
+        }
+
+    def _selection(self, domain: str) -> dict[str, Any]:
+        return json.loads((self.directory / "teach" / domain / "counts.json").read_text())
+
+
+def _train(training: TrainSettings, log: Log) -> None:
+    train(training, log)
+
+
+def _discard(value: Any) -> None:
+    del value
+
+
+def _important(training: TrainSettings) -> dict[str, Any]:
+    """What a training's result depends on (where it lies and how it is shown change nothing)."""
+    return training.model_dump(exclude={"output", "student", "data", "save_every", "keep", "log_every", "wandb"})
+
+
+def _file_states(domain: Any) -> list[Any]:
+    """Size and time of the files a domain reads: a changed file redoes what depends on it."""
+    states: list[Any] = []
+    for source in (domain.train, domain.test):
+        for name in [] if source is None else [source.files] if isinstance(source.files, str) else source.files:
+            path = Path(name)
+            states.append([name, path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else [name])
+    return states

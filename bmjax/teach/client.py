@@ -1,0 +1,228 @@
+"""One client for every model behind an OpenAI-compatible chat endpoint: teacher, student or judge.
+
+Requests share kept-alive connections, a limit on how many are in flight, and retries with jittered exponential
+backoff that honour Retry-After. Reasoning arrives as `reasoning_content` (DeepSeek's API), `reasoning` (vLLM) or as
+<think> text, and leaves as one field.
+"""
+
+import asyncio
+import email.utils
+import os
+import random
+import threading
+import time
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self, TypeVar
+from urllib.parse import urlsplit
+
+import httpx
+
+from bmjax.config import UserError
+
+RETRYABLE = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+FIRST_WAIT = 0.5
+LONGEST_WAIT = 60.0
+LONGEST_RETRY_AFTER = 600.0
+CONNECTIONS_PER_POOL = 2
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a model answered; `usage` as the endpoint counted it, `attempts` >= 1."""
+
+    reasoning: str
+    response: str
+    finish_reason: str
+    usage: dict[str, Any]
+    attempts: int
+
+
+class RequestFailed(Exception):
+    """A request that got no answer: the last status (None: no connection), why, and after how many attempts."""
+
+    def __init__(self, message: str, status: int | None, attempts: int) -> None:
+        super().__init__(message)
+        self.status, self.attempts = status, attempts
+
+
+def api_key(variable: str | None) -> str | None:
+    """The key in an environment variable, None when no variable is named. UserError when it is not set."""
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise UserError(f"api_key_env: the environment variable {variable} is not set; export it with the API key")
+    return key
+
+
+def split_think(content: str, reasoning: str | None = None) -> tuple[str, str]:
+    """(reasoning, response) of a reply.
+
+    One leading <think>...</think> is split; the opening tag may be missing, as when the chat template gives it. An
+    unclosed one is all reasoning. Anything else, two blocks for instance, stays whole in the response, tags included.
+    """
+    if reasoning:
+        return reasoning.strip(), content.strip()
+    text = content.strip()
+    opened, closed = text.count("<think>"), text.count("</think>")
+    if opened <= 1 and closed == 1 and (opened == 0 or text.startswith("<think>")):
+        before, _, after = text.removeprefix("<think>").partition("</think>")
+        return before.strip(), after.strip()
+    if opened == 1 and closed == 0 and text.startswith("<think>"):
+        return text.removeprefix("<think>").strip(), ""
+    return "", text
+
+
+class ChatClient:
+    """Asynchronous chat completions; use as an async context manager.
+
+    `timeout` is seconds for one attempt, `retries` how many further ones a retryable failure gets. UserError for an
+    address that is no http(s) URL.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        key: str | None = None,
+        concurrency: int = 32,
+        retries: int = 8,
+        timeout: float = 1800.0,
+    ) -> None:
+        parts = urlsplit(base_url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise UserError(f"base_url: found '{base_url}', expected http://HOST:PORT/v1 or https://HOST/v1")
+        self.base_url, self.model, self.retries = base_url.rstrip("/"), model, retries
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        context = httpx.create_ssl_context()
+        # A pool scans all its connections at every request (5 ms of CPU with 32 of them): many small pools are quick.
+        sizes = [CONNECTIONS_PER_POOL] * (concurrency // CONNECTIONS_PER_POOL)
+        if rest := concurrency % CONNECTIONS_PER_POOL:
+            sizes.append(rest)
+        self._pools = [
+            httpx.AsyncClient(
+                headers=headers,
+                verify=context,
+                timeout=httpx.Timeout(timeout, connect=min(timeout, 30.0)),
+                limits=httpx.Limits(max_connections=size, max_keepalive_connections=size),
+                trust_env=parts.hostname not in ("127.0.0.1", "localhost", "::1"),
+            )
+            for size in sizes
+        ]
+        self._free: asyncio.LifoQueue[httpx.AsyncClient] = asyncio.LifoQueue()
+        for pool, size in zip(self._pools, sizes, strict=True):
+            for _ in range(size):
+                self._free.put_nowait(pool)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for pool in self._pools:
+            await pool.aclose()
+
+    async def complete(self, messages: Sequence[Mapping[str, str]], sampling: Mapping[str, Any]) -> Reply:
+        """The answer to a chat; `sampling` holds temperature, top_p, max_tokens, seed... as the endpoint names them.
+
+        Raises RequestFailed once no attempt is left or the endpoint refuses for good.
+        """
+        body = {"model": self.model, "messages": list(messages), **sampling}
+        pool = await self._free.get()
+        try:
+            return await self._attempts(pool, body)
+        finally:
+            self._free.put_nowait(pool)
+
+    async def _attempts(self, pool: httpx.AsyncClient, body: Mapping[str, Any]) -> Reply:
+        for attempt in range(1, self.retries + 2):
+            wait: float | None = None
+            try:
+                answer = await pool.post(f"{self.base_url}/chat/completions", json=body)
+            except (httpx.TransportError, httpx.DecodingError) as error:
+                message, status = f"{type(error).__name__}: {error}".rstrip(": "), None
+            else:
+                status = answer.status_code
+                if status == 200:
+                    try:
+                        return _read_reply(answer.json(), attempt)
+                    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+                        message = f"not a chat completion: {type(error).__name__} {error}"
+                else:
+                    message = _error_text(answer)
+                    wait = _retry_after(answer.headers.get("Retry-After"))
+                    if status not in RETRYABLE:
+                        raise RequestFailed(message, status, attempt)
+            if attempt <= self.retries:
+                await asyncio.sleep(backoff(attempt) if wait is None else wait)
+        raise RequestFailed(message, status, self.retries + 1)
+
+
+def backoff(attempt: int) -> float:
+    """Seconds to wait after the attempt of this number (from 1): exponential, with full jitter, at most a minute."""
+    return random.uniform(0.5, 1.0) * min(LONGEST_WAIT, FIRST_WAIT * 2 ** (attempt - 1))
+
+
+def _retry_after(value: str | None) -> float | None:
+    """Seconds of a Retry-After header, which is a number or a date; None when absent or unreadable."""
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        except (ValueError, TypeError):
+            return None
+    return min(max(seconds, 0.0), LONGEST_RETRY_AFTER) if seconds == seconds else None
+
+
+def _error_text(answer: httpx.Response) -> str:
+    """The message of an OpenAI-style error body, else the start of the body."""
+    try:
+        error = answer.json()["error"]
+        text = error["message"] if isinstance(error, dict) else error
+    except (ValueError, KeyError, TypeError):
+        text = answer.text
+    return f"HTTP {answer.status_code}: {' '.join(str(text).split())[:300]}"
+
+
+def _read_reply(body: Any, attempts: int) -> Reply:
+    choice = body["choices"][0]
+    message = choice["message"]
+    content, thought = message.get("content") or "", message.get("reasoning_content") or message.get("reasoning")
+    if not isinstance(content, str) or not isinstance(thought, str | None):
+        raise ValueError("content is not text")
+    reasoning, response = split_think(content, thought)
+    usage = body.get("usage")
+    return Reply(
+        reasoning, response, choice.get("finish_reason") or "stop", usage if isinstance(usage, dict) else {}, attempts
+    )
+
+
+def run_async(work: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine to its end, also where an event loop already runs (a notebook): there in a thread of its own."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    outcome: list[T] = []
+    problem: list[BaseException] = []
+
+    def target() -> None:
+        try:
+            outcome.append(asyncio.run(work))
+        except BaseException as error:
+            problem.append(error)
+
+    thread = threading.Thread(target=target)
+    thread.start()
+    thread.join()
+    if problem:
+        raise problem[0]
+    return outcome[0]

@@ -1,0 +1,68 @@
+"""What the three domains share: the problem, its solution, and the arithmetic every reasoning line is written in.
+
+A step is always written `7 + 5 = 12`: decimal whole numbers, spaces around the operator, exact division. A domain
+with another convention would pull the branches apart where the merge needs them to agree.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+MAX_VALUE = 10**9
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question as the student sees it, its reference answer, and how hard it is (1, 2 or 3)."""
+
+    domain: str
+    prompt: str
+    reference: str
+    level: int
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A worked answer: the reasoning, one step a line, and the final answer."""
+
+    reasoning: str
+    answer: str
+
+
+@dataclass
+class Calculator:
+    """Whole-number arithmetic that writes each step down.
+
+    `slip_step` is the index of the one step whose result comes out `slip_by` too high (the built-in teacher's
+    mistakes); -1 means none. `steps` counts the steps taken so far.
+    """
+
+    slip_step: int = -1
+    slip_by: int = 0
+    steps: int = 0
+
+    def apply(self, left: int, operator: str, right: int) -> tuple[int, str]:
+        """The result and the line `left operator right = result`. ValueError if it is not a whole number in range."""
+        if operator == "+":
+            result = left + right
+        elif operator == "-":
+            result = left - right
+        elif operator == "*":
+            result = left * right
+        elif operator == "/":
+            if right == 0 or (left % right and self.slip_step < 0):
+                raise ValueError(f"{left} / {right} is not a whole number")
+            result = left // right
+        else:
+            raise ValueError(f"unknown operator {operator!r}")
+        if self.steps == self.slip_step:
+            result += self.slip_by
+        self.steps += 1
+        if abs(result) > MAX_VALUE:
+            raise ValueError(f"{left} {operator} {right} is out of range")
+        return result, f"{left} {operator} {right} = {result}"
+
+
+def split_of(prompt: str) -> str:
+    """The split a prompt belongs to, whatever the seed: its sha256 modulo 10 is 0 for test, 1 for val, else train."""
+    digit = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "big") % 10
+    return {0: "test", 1: "val"}.get(digit, "train")

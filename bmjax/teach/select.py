@@ -1,0 +1,193 @@
+"""Sorts collected traces into one training set per domain and counts, by reason, what was dropped.
+
+The kept rows are ordered by their ids, so the result does not depend on the order in which a collector happened to
+receive them. Records stay on disk: only ids, hashes and file offsets are held in memory.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from bmjax.config import UserError
+from bmjax.teach.record import Record, indexed_records, json_line, normalise_prompt, replaced
+from bmjax.teach.settings import SelectSettings
+from bmjax.teach.template import fill, read_rows
+
+REASONS = ("duplicate", "truncated", "malformed", "wrong", "right", "unjudged", "too long", "held out", "enough")
+SELECTION = "selection.json"
+
+Table = dict[str, dict[str, int]]
+
+
+def select(settings: SelectSettings, log: Callable[[str], None] = lambda line: None) -> Table:
+    """Write OUTPUT/DOMAIN.jsonl for every domain of the traces; returns {domain: {"kept": n, reason: n, ...}}.
+
+    Each dataset row has prompt, reasoning, response, reference and id. The table is also OUTPUT/selection.json.
+    UserError for missing or unreadable traces, and for a domain of which nothing is left; then nothing is written.
+    """
+    files = _trace_files(settings.traces)
+    index = sorted((record.id, number, offset, record.domain) for number, offset, record in _all_records(files))
+    if not index:
+        raise UserError(f"traces: {', '.join(map(str, files))} holds no record; run `bmjax collect` first")
+    held_out = _HeldOut(settings)
+    table: Table = {}
+    chosen: dict[str, list[tuple[int, int]]] = {}
+    for domain in sorted({entry[3] for entry in index}):
+        _check_file_name(domain)
+        entries = [(number, offset) for _, number, offset, its_domain in index if its_domain == domain]
+        chosen[domain], table[domain] = _sift(files, entries, settings, held_out)
+        if not chosen[domain]:
+            dropped = ", ".join(f"{reason} {n}" for reason, n in table[domain].items() if n and reason != "kept")
+            raise UserError(f"domain '{domain}': none of {len(entries)} traces is left to train on ({dropped})")
+    for domain, kept in chosen.items():
+        with replaced(Path(settings.output) / f"{domain}.jsonl") as out:
+            for record in _records_at(files, kept):
+                out.write(json_line(_dataset_row(record)))
+        log(f"select {domain}: {len(kept)} of {sum(table[domain].values())} traces kept")
+    with replaced(Path(settings.output) / SELECTION) as out:
+        out.write(json.dumps(table, indent=1).encode() + b"\n")
+    return table
+
+
+def render_table(table: Table) -> str:
+    """The table as text: one row a domain, one column for each reason that occurs, shares of what came in."""
+    reasons = [reason for reason in REASONS if any(row.get(reason) for row in table.values())]
+    header = ["domain", "traces", "kept", *reasons]
+    rows = [header]
+    for domain, counts in table.items():
+        total = sum(counts.values())
+        kept = f"{counts['kept']} ({100 * counts['kept'] / total:.0f}%)" if total else "0"
+        rows.append([domain, str(total), kept, *(str(counts.get(reason, 0)) for reason in reasons)])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    lines = []
+    for cells in rows:
+        first, *rest = (cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+        lines.append("  ".join([first.strip().ljust(widths[0]), *rest]).rstrip())
+    return "\n".join(lines)
+
+
+def drop_reason(record: Record, settings: SelectSettings) -> str | None:
+    """Why a single record is not worth training on, or None: truncated, malformed, its verdict, too long."""
+    if record.finish_reason == "length":
+        return "truncated"
+    if not well_formed(record, settings.require_reasoning):
+        return "malformed"
+    if record.verdict not in settings.keep:
+        return record.verdict if record.verdict in REASONS else "unjudged"
+    tokens = record.usage.get("completion_tokens")
+    if settings.max_tokens is not None and isinstance(tokens, int) and tokens > settings.max_tokens:
+        return "too long"
+    characters = len(record.prompt) + len(record.reasoning) + len(record.response)
+    if settings.max_characters is not None and characters > settings.max_characters:
+        return "too long"
+    return None
+
+
+def well_formed(record: Record, require_reasoning: bool = True) -> bool:
+    """Whether the reply was exactly one <think>...</think> followed by a non-empty answer."""
+    tagged = any(tag in part for tag in ("<think>", "</think>") for part in (record.reasoning, record.response))
+    return not tagged and bool(record.response.strip()) and (bool(record.reasoning.strip()) or not require_reasoning)
+
+
+def _dataset_row(record: Record) -> dict[str, object]:
+    return {
+        "prompt": record.prompt,
+        "reasoning": record.reasoning,
+        "response": record.response,
+        "reference": record.reference,
+        "id": record.id,
+    }
+
+
+def _sift(
+    files: Sequence[Path], entries: Sequence[tuple[int, int]], settings: SelectSettings, held_out: "_HeldOut"
+) -> tuple[list[tuple[int, int]], dict[str, int]]:
+    """The entries to keep and the counts of one domain. The first reason that fits is the one counted."""
+    kept: list[tuple[int, int]] = []
+    counts = dict.fromkeys(("kept", *REASONS), 0)
+    seen: set[bytes] = set()
+    of_prompt: dict[bytes, int] = {}
+    for entry, record in zip(entries, _records_at(files, entries), strict=True):
+        prompt = _hash(normalise_prompt(record.prompt))
+        marks = {b"id" + _hash(record.id), b"text" + _hash(prompt.hex() + record.reasoning + "\0" + record.response)}
+        reason = "duplicate" if marks & seen else drop_reason(record, settings)
+        seen |= marks
+        if reason is None and held_out.overlaps(record.prompt):
+            reason = "held out"
+        if reason is None and settings.per_prompt is not None and of_prompt.get(prompt, 0) >= settings.per_prompt:
+            reason = "enough"
+        if reason is None:
+            of_prompt[prompt] = of_prompt.get(prompt, 0) + 1
+            kept.append(entry)
+        counts[reason or "kept"] += 1
+    return kept, counts
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).digest()[:16]
+
+
+class _HeldOut:
+    """The prompts of the held-out files: whole, and as word n-grams where that is asked for."""
+
+    def __init__(self, settings: SelectSettings) -> None:
+        self.n = settings.ngram
+        self.whole: set[bytes] = set()
+        self.grams: set[bytes] = set()
+        for path in _as_list(settings.held_out):
+            for where, row in read_rows(path):
+                prompt = str(fill(settings.held_out_prompt, row, where, "held_out_prompt"))
+                self.whole.add(_hash(" ".join(_words(prompt))))
+                self.grams.update(self._grams(prompt))
+
+    def overlaps(self, prompt: str) -> bool:
+        """Equal to a held-out prompt up to case, spaces and punctuation, or sharing an n-gram with one."""
+        if not self.whole:
+            return False
+        return _hash(" ".join(_words(prompt))) in self.whole or any(gram in self.grams for gram in self._grams(prompt))
+
+    def _grams(self, prompt: str) -> Iterator[bytes]:
+        words = _words(prompt)
+        if self.n:
+            for start in range(len(words) - self.n + 1):
+                yield _hash(" ".join(words[start : start + self.n]))
+
+
+def _words(text: str) -> list[str]:
+    """Lower-cased words and signs of arithmetic: `7 - 5` and `7 + 5` are different prompts."""
+    return re.findall(r"\w+|[+\-*/<>=^()\[\]]", text.lower())
+
+
+def _as_list(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
+
+
+def _trace_files(traces: str | list[str]) -> list[Path]:
+    files = [Path(name) / "traces.jsonl" if Path(name).is_dir() else Path(name) for name in _as_list(traces)]
+    if not files:
+        raise UserError("traces: found an empty list, expected at least one file")
+    return files
+
+
+def _all_records(files: Sequence[Path]) -> Iterator[tuple[int, int, Record]]:
+    for number, path in enumerate(files):
+        for offset, record in indexed_records(path):
+            yield number, offset, record
+
+
+def _records_at(files: Sequence[Path], entries: Sequence[tuple[int, int]]) -> Iterator[Record]:
+    handles = [path.open("rb") for path in files]
+    try:
+        for number, offset in entries:
+            handles[number].seek(offset)
+            yield Record.from_json(json.loads(handles[number].readline()))
+    finally:
+        for handle in handles:
+            handle.close()
+
+
+def _check_file_name(domain: str) -> None:
+    if not re.fullmatch(r"[\w][\w .+-]*", domain):
+        raise UserError(f"domain '{domain}': cannot name a file; use letters, digits, - and _")

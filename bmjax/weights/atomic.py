@@ -1,0 +1,130 @@
+"""Outputs that appear whole or not at all: write beside the target, flush to disk, rename."""
+
+import contextlib
+import fcntl
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from bmjax.config import UserError
+
+
+def write_atomic(path: str | Path, data: bytes | str) -> None:
+    """Replace the file `path` by `data` (text as UTF-8): a reader sees the old content or the new, never a part.
+
+    Makes missing parent directories. UserError, one line naming the file, when it cannot be written.
+    """
+    path = Path(path)
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "xb") as file:
+                file.write(data.encode() if isinstance(data, str) else data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync_directory(path.parent)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise write_error(path, error) from None
+
+
+@contextlib.contextmanager
+def replacing(target: str | Path, overwrite: bool = True) -> Iterator[Path]:
+    """An empty directory beside `target` that takes its place when the block ends well.
+
+    An existing target is moved aside and deleted after that; with overwrite=False it is a UserError. After an
+    error the temporary directory is removed and the target untouched. An OSError (a full disk, no permission)
+    becomes a UserError of one line that names the target. What a killed process left beside the target is
+    cleared away first.
+    """
+    named, target = Path(target), Path(target).resolve()
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{named}: exists and is not a directory; choose another name")
+    if target.exists() and not overwrite:
+        raise UserError(f"{named}: exists already; choose another name or remove it")
+    stem = f".{target.name}.{secrets.token_hex(4)}"
+    temporary, aside = target.parent / f"{stem}.tmp", target.parent / f"{stem}.old"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _clear_leftovers(target)
+        temporary.mkdir()
+        lock = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield temporary
+            _sync_tree(temporary)
+            if target.exists():
+                target.rename(aside)
+            try:
+                temporary.rename(target)
+            except OSError:
+                if aside.exists():
+                    aside.rename(target)
+                raise
+            sync_directory(target.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            os.close(lock)
+        shutil.rmtree(aside, ignore_errors=True)
+    except OSError as error:
+        raise write_error(named, error) from None
+
+
+def write_error(target: Path, error: OSError) -> UserError:
+    """The one line for an operating system error met while writing `target`."""
+    return UserError(f"{target}: cannot write: {error.strerror or error}; nothing was changed")
+
+
+def _clear_leftovers(target: Path) -> None:
+    """Remove what killed processes left of `target`; put an old target back that one had moved aside."""
+    pattern = re.compile(re.escape(f".{target.name}.") + r"[0-9a-f]{8}\.(tmp|old)")
+    stems = {path.stem for path in target.parent.iterdir() if pattern.fullmatch(path.name)}
+    for stem in sorted(stems):
+        temporary, old = target.parent / f"{stem}.tmp", target.parent / f"{stem}.old"
+        if _locked(temporary):
+            continue
+        if old.is_dir() and not target.exists():
+            old.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _locked(directory: Path) -> bool:
+    """Whether a living process is writing `directory`: its lock ends with it, however it ends."""
+    if not directory.is_dir():
+        return False
+    fd = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def _sync_tree(directory: Path) -> None:
+    for parent, _, files in os.walk(directory):
+        for name in files:
+            _sync(Path(parent) / name)
+        _sync(Path(parent))
+
+
+def sync_directory(directory: Path) -> None:
+    """Put the names in `directory` on disk."""
+    _sync(directory)
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

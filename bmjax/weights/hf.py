@@ -1,0 +1,305 @@
+"""A Hugging Face directory <-> the nested parameter dictionary of the table in model/spec.py.
+
+Import reads each device's block straight from the files' byte ranges; export fetches one tensor at a time. So host
+memory never holds the model a second time, only the leaf in hand.
+"""
+
+import difflib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from bmjax.config import UserError, read_text
+from bmjax.model import spec
+from bmjax.model.spec import Param, Qwen2Config
+from bmjax.parallel.mesh import sharding
+from bmjax.weights.safetensors import DTYPES, Checkpoint, Writer, listing, open_checkpoint, replacing
+
+FLOATS = {name: DTYPES[name] for name in ("BF16", "F16", "F32")}
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model",
+    "added_tokens.json", "special_tokens_map.json", *TEMPLATE_FILES,
+)  # fmt: skip
+HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja", "tokenizer*"]
+COMPARE_ROWS = 4096
+
+
+def load_params(
+    directory: str | Path, config: Qwen2Config, mesh: Mesh | None = None, dtype: Any = None
+) -> dict[str, Any]:
+    """The parameters in `directory` as a nested dictionary of jax.Array, laid out on `mesh` as the table says.
+
+    mesh None: on the default device. dtype None: as stored. Every process reads only the blocks of its own devices.
+    Raises UserError, one line, when the files do not hold exactly the tensors that `config` describes.
+    """
+    checkpoint = open_checkpoint(directory)
+    check_tensors(checkpoint, config)
+    wanted = None if dtype is None else np.dtype(dtype)
+    return spec.unflatten([(row.path, _load_leaf(checkpoint, row, mesh, wanted)) for row in spec.table(config)])
+
+
+def check_tensors(checkpoint: Checkpoint, config: Qwen2Config) -> None:
+    """UserError unless the checkpoint holds exactly the tensors of the table, in shape and in a float type.
+
+    A tied checkpoint may also hold lm_head.weight if it equals the embedding; rotary_emb.inv_freq is ignored.
+    """
+    where, tensors = checkpoint.directory, checkpoint.tensors
+    if config.num_layers > len(tensors):
+        raise UserError(f"{where}: config.json says {config.num_layers} layers, the files hold {len(tensors)} tensors")
+    expected = {key: row.hf_shape for row in spec.table(config) for key in row.hf_keys()}
+    missing = [name for name in expected if name not in tensors]
+    if missing:
+        hint = "; config.json has tie_word_embeddings false" if missing == [HEAD] else ""
+        raise UserError(f"{where}: missing {listing(missing)}{hint}")
+    surplus = [name for name in tensors if name not in expected and not name.endswith("rotary_emb.inv_freq")]
+    if config.tied and HEAD in surplus:
+        _check_tied(checkpoint)
+        surplus.remove(HEAD)
+    if surplus:
+        raise UserError(f"{where}: surplus {listing(surplus)} that a Qwen2 model with this config.json does not have")
+    misshapen = [
+        f"{name} is {list(tensors[name].shape)}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if tensors[name].shape != shape
+    ]
+    if misshapen:
+        raise UserError(
+            f"{where}: {len(misshapen)} misshapen: {_first_three(misshapen)}; config.json or the file is wrong"
+        )
+    other = [f"{name} is {tensors[name].dtype}" for name in expected if tensors[name].dtype not in FLOATS]
+    if other:
+        raise UserError(f"{where}: {len(other)} of a type not supported: {_first_three(other)}; use BF16, F16 or F32")
+
+
+def _first_three(problems: Sequence[str]) -> str:
+    return ", ".join(problems[:3]) + (", ..." if len(problems) > 3 else "")
+
+
+def _check_tied(checkpoint: Checkpoint) -> None:
+    embedding, head = checkpoint.tensors[EMBEDDING], checkpoint.tensors[HEAD]
+    same = (embedding.shape, embedding.dtype) == (head.shape, head.dtype)
+    for start in range(0, embedding.shape[0] if same and embedding.shape else 0, COMPARE_ROWS):
+        rows = (slice(start, start + COMPARE_ROWS),)
+        same = same and checkpoint.read(EMBEDDING, rows).tobytes() == checkpoint.read(HEAD, rows).tobytes()
+    if not same:
+        raise UserError(
+            f"{checkpoint.directory}: config.json has tie_word_embeddings true, but the files hold a {HEAD} "
+            f"that differs from {EMBEDDING}; set tie_word_embeddings to false"
+        )
+
+
+def _load_leaf(checkpoint: Checkpoint, row: Param, mesh: Mesh | None, dtype: np.dtype | None) -> jax.Array:
+    keys = row.hf_keys()
+    if dtype is None:
+        stored = {checkpoint.tensors[key].numpy_dtype for key in keys}
+        dtype = stored.pop() if len(stored) == 1 else np.dtype(jnp.result_type(*stored))
+    blocks: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+
+    def block(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None  # only fully replicated extended dtypes have none
+        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, row.shape, strict=True))
+        if bounds not in blocks:  # devices that hold the same block share one reading of it
+            blocks[bounds] = _read_block(checkpoint, row, keys, bounds, dtype)
+        return blocks[bounds]
+
+    if mesh is None:
+        return jax.device_put(block((slice(None),) * len(row.shape)))
+    return jax.make_array_from_callback(row.shape, sharding(mesh, row.axes, row.shape), block)
+
+
+def _read_block(
+    checkpoint: Checkpoint, row: Param, keys: Sequence[str], bounds: tuple[tuple[int, int], ...], dtype: np.dtype
+) -> np.ndarray:
+    """The block `bounds` of the leaf, its layers read one after another into place."""
+    inner = tuple(slice(*pair) for pair in (bounds[1:] if row.stacked else bounds))
+    index = inner[::-1] if row.transposed else inner
+    out = np.empty([stop - start for start, stop in bounds], dtype)
+    layers = keys[slice(*bounds[0])] if row.stacked else keys
+    for place, key in zip(out if row.stacked else [out], layers, strict=True):
+        part = checkpoint.read(key, index)
+        with np.errstate(invalid="ignore", over="ignore"):  # casting keeps NaN and infinity, which is no error
+            place[...] = part.T if row.transposed else part
+    return out
+
+
+@partial(jax.jit, static_argnames=("dtype", "transposed"))
+def _hf_tensor(leaf: jax.Array, layer: Any, dtype: Any, transposed: bool) -> jax.Array:
+    """One tensor in Hugging Face's orientation, as a new array: reading it leaves no host copy on the leaf."""
+    part = leaf if layer is None else jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+    return jnp.array(part.T if transposed else part, dtype=dtype, copy=True)
+
+
+def save_hf(
+    directory: str | Path, params: Mapping[str, Any], hf_config: Mapping[str, Any], *, side_files: Path | None = None,
+    tokenizer: Any = None, dtype: Any = None, shard_bytes: float = 5e9,
+) -> None:  # fmt: skip
+    """Write a Hugging Face directory that transformers loads, replacing `directory` once all of it is on disk.
+
+    params: nested dictionary of arrays (sharded ones of this process too). hf_config: what config.json holds; its
+    dtype key is set to what is stored. side_files: a directory whose tokenizer, chat template and generation config
+    are copied; tokenizer: a transformers tokenizer to save instead of the one in side_files. dtype None: every leaf's
+    own. Raises UserError for a directory that holds something else than a model, a full disk, parameters that
+    do not fit the config.
+    """
+    directory = Path(directory)
+    config = Qwen2Config.from_hf(hf_config, "config")
+    rows = _file_order(spec.table(config))
+    leaves = {row.path: _leaf(params, row) for row, _ in rows}
+    stored = {path: np.dtype(leaf.dtype if dtype is None else dtype) for path, leaf in leaves.items()}
+    plan = [(row.hf_key.format(layer=layer), stored[row.path], row.hf_shape) for row, layer in rows]
+    if directory.is_dir() and not (directory / "config.json").exists() and any(directory.iterdir()):
+        raise UserError(f"{directory}: exists, is not empty and holds no model; choose another name or empty it")
+    with replacing(directory) as temporary:
+        with Writer(temporary, plan, shard_bytes) as writer:
+            for (row, layer), (name, kept, _) in zip(rows, plan, strict=True):
+                array = _hf_tensor(leaves[row.path], layer, kept, row.transposed)
+                writer.write(name, jax.device_get(array))
+        sizes: Counter[str] = Counter()
+        for _, kept, shape in plan:
+            sizes[kept.name] += int(np.prod(shape))
+        _write_json(temporary / "config.json", _with_dtype(hf_config, sizes.most_common(1)[0][0]))
+        _write_side_files(temporary, hf_config, side_files, tokenizer)
+
+
+def _file_order(table: Sequence[Param]) -> list[tuple[Param, int | None]]:
+    """(row, layer) of every tensor: layer by layer, as Hugging Face orders them."""
+    stacked = [row for row in table if row.stacked]
+    first = table.index(stacked[0])
+    layers = [(row, layer) for layer in range(stacked[0].shape[0]) for row in stacked]
+    head = [(row, None) for row in table[:first]]
+    return [*head, *layers, *((row, None) for row in table[first:] if not row.stacked)]
+
+
+def _leaf(params: Mapping[str, Any], row: Param) -> Any:
+    try:
+        leaf = spec.get(params, row.path)
+    except (KeyError, TypeError):
+        raise UserError(
+            f"parameters: {row.name} is missing; config and parameters belong to different models"
+        ) from None
+    if tuple(leaf.shape) != row.shape:
+        raise UserError(f"parameters: {row.name} is {list(leaf.shape)}, the config says {list(row.shape)}")
+    return leaf
+
+
+def _with_dtype(hf_config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    # transformers 5 writes `dtype`, 4 wrote `torch_dtype`; both read the latter.
+    result = {"architectures": ["Qwen2ForCausalLM"], **hf_config}
+    keys = [key for key in ("dtype", "torch_dtype") if key in result] or ["torch_dtype"]
+    return result | dict.fromkeys(keys, dtype)
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _write_side_files(target: Path, hf_config: Mapping[str, Any], source: Path | None, tokenizer: Any) -> None:
+    if source is not None:
+        for name in ("generation_config.json", *(TOKENIZER_FILES if tokenizer is None else ())):
+            if (Path(source) / name).is_file():
+                shutil.copyfile(Path(source) / name, target / name)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(target))
+        _name_for_transformers_4(target / "tokenizer_config.json")
+    if not (target / "generation_config.json").exists():
+        ids = {key: hf_config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        _write_json(target / "generation_config.json", {key: value for key, value in ids.items() if value is not None})
+
+
+def _name_for_transformers_4(path: Path) -> None:
+    """transformers 5 names its general class TokenizersBackend, which 4 does not know; both know the old name."""
+    if path.is_file():
+        values = json.loads(read_text(path))
+        if values.get("tokenizer_class") == "TokenizersBackend":
+            _write_json(path, values | {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def stored_dtype(directory: str | Path) -> np.dtype:
+    """The dtype that most of a directory's parameters are stored in."""
+    sizes: Counter[str] = Counter()
+    for info in open_checkpoint(directory).tensors.values():
+        sizes[info.dtype] += info.nbytes // info.numpy_dtype.itemsize
+    if not sizes:
+        raise UserError(f"{directory}: the weights hold no tensor")
+    return DTYPES[sizes.most_common(1)[0][0]]
+
+
+def load_tokenizer(directory: str | Path) -> Any:
+    """The fast tokenizer of a directory, or None when it has no tokenizer files. Never runs code from there.
+
+    tokenizer.json is taken as it stands. transformers' AutoTokenizer is only for directories without one: for a
+    Qwen2 config it puts Qwen2's own splitting and normalizing in place of what tokenizer.json says.
+    """
+    directory = Path(directory)
+    has = {name for name in TOKENIZER_FILES if (directory / name).is_file()}
+    if not (has & {"tokenizer.json", "tokenizer.model", "vocab.txt"} or {"vocab.json", "merges.txt"} <= has):
+        return None
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    try:
+        if "tokenizer.json" in has:
+            return PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
+        return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
+    except Exception as error:
+        raise UserError(f"{directory}: the tokenizer cannot be loaded: {_first_line(error)}") from None
+
+
+def end_tokens(directory: str | Path, config: Qwen2Config, tokenizer: Any = None) -> tuple[int, ...]:
+    """The token ids that end a generation: those of generation_config.json, of the config, of the tokenizer."""
+    path = Path(directory) / "generation_config.json"
+    found: Any = None
+    if path.exists():
+        try:
+            values = json.loads(read_text(path))
+            found = values.get("eos_token_id")
+        except (ValueError, AttributeError):
+            raise UserError(f"{path}: expected a JSON object") from None
+    ids = [] if found is None else list(found) if isinstance(found, list) else [found]
+    if not all(type(token) is int for token in ids):
+        raise UserError(f"{path}: eos_token_id is {found!r}, expected a token id or a list of them")
+    ids += config.eos_token_ids
+    if tokenizer is not None and tokenizer.eos_token_id is not None:
+        ids.append(int(tokenizer.eos_token_id))
+    return tuple(dict.fromkeys(ids))
+
+
+def resolve_model(name: str | Path) -> Path:
+    """The directory of a model: `name` if it is one, else the hub model `org/name`, downloaded on first use."""
+    text = str(name)
+    path = Path(text).expanduser()
+    if text and path.is_dir():
+        return path
+    if path.exists() and text:
+        raise UserError(f"{text}: is a file, expected a model directory or a hub id like org/name")
+    if text.startswith((".", "/", "~")) or text.count("/") != 1 or path.parent.is_dir():
+        near = difflib.get_close_matches(path.name, _siblings(path), n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else "; a hub id looks like org/name"
+        raise UserError(f"{text!r}: no such directory{hint}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(text, allow_patterns=HUB_FILES))
+    except Exception as error:
+        raise UserError(
+            f"{text}: no such directory, and the Hugging Face Hub did not give it: {_first_line(error)}"
+        ) from None
+
+
+def _siblings(path: Path) -> list[str]:
+    return [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines or [type(error).__name__])[0][:200]

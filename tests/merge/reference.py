@@ -1,0 +1,112 @@
+"""Independent float64 formulas of the merge methods, and small checkpoints to merge."""
+
+import json
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+from bmjax.model.spec import Qwen2Config, table
+
+EPSILON = 1e-8
+
+
+def softmax(x):
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def fusion_mask(base, branch, origin=None):
+    """The textbook arcee fusion mask in float64: base, branch of one HF tensor (1-D: the vector is the row)."""
+    b, w = base.astype(np.float64), branch.astype(np.float64)
+    if origin is not None:
+        w = b + (w - origin.astype(np.float64))
+    p, q = softmax(w) + EPSILON, softmax(b) + EPSILON
+    importance = np.abs(w - b) * np.sum(p * np.log(p / q), axis=-1, keepdims=True)
+    ordered = np.sort(importance.ravel())
+    q1, median, q3 = (ordered[int(np.floor(share * (ordered.size - 1)))] for share in (0.25, 0.5, 0.75))
+    return (importance >= median + 1.5 * (q3 - q1)) & (w != b)
+
+
+def fuse(base, branch, origin=None):
+    mask = fusion_mask(base, branch, origin)
+    b, w = base.astype(np.float64), branch.astype(np.float64)
+    return np.where(mask, w if origin is None else b + (w - origin.astype(np.float64)), b)
+
+
+def jaccard(a, b):
+    union = np.sum(a | b)
+    return 1.0 if union == 0 else np.sum(a & b) / union
+
+
+def real_sized(shape, seed, weight_rms=0.02, delta_rms=2e-4, branches=1):
+    """A base and branches as fine-tuning leaves them: float32."""
+    rng = np.random.default_rng(seed)
+    base = (weight_rms * rng.standard_normal(shape)).astype(np.float32)
+    return base, [(base + delta_rms * rng.standard_normal(shape)).astype(np.float32) for _ in range(branches)]
+
+
+def heavy_tailed(shape, seed, branches=1):
+    """Student's t with 3 degrees of freedom: some weights and changes far out."""
+    rng = np.random.default_rng(seed)
+    base = (0.05 * rng.standard_t(3, shape)).astype(np.float32)
+    return base, [(base + 0.01 * rng.standard_t(3, shape)).astype(np.float32) for _ in range(branches)]
+
+
+SMALL = Qwen2Config(
+    vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8,
+    max_length=64,
+)  # fmt: skip
+
+
+def hf_tensors(config, seed, base=None, delta=1e-3, dtype=np.float32):
+    """Random HF tensors of a config, or `base` moved a little."""
+    rng = np.random.default_rng(seed)
+    tensors = {}
+    for row in table(config):
+        for key in row.hf_keys():
+            noise = rng.standard_normal(row.hf_shape)
+            value = 0.05 * noise if base is None else base[key].astype(np.float64) + delta * noise
+            tensors[key] = value.astype(dtype)
+    return tensors
+
+
+def hf_dir(directory: Path, tensors, **config):
+    """An HF directory as the safetensors library writes it."""
+    directory.mkdir(parents=True)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    kinds = {str(t.dtype) for t in tensors.values()}
+    config = {"model_type": "qwen2", "dtype": kinds.pop() if len(kinds) == 1 else "float32", **config}
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "tokenizer.json").write_text(json.dumps({"made for": directory.name}))
+    return directory
+
+
+def tree_of(config, tensors):
+    """The nested dictionary of numpy arrays that holds HF tensors, by the table."""
+    tree = {}
+    for row in table(config):
+        leaves = [tensors[key].T if row.transposed else tensors[key] for key in row.hf_keys()]
+        block = tree
+        for key in row.path[:-1]:
+            block = block.setdefault(key, {})
+        block[row.path[-1]] = np.stack(leaves) if row.stacked else leaves[0]
+    return tree
+
+
+def tensors_of(config, tree):
+    """The inverse of `tree_of`."""
+    tensors = {}
+    for row in table(config):
+        leaf = tree
+        for key in row.path:
+            leaf = leaf[key]
+        leaf = np.asarray(leaf)
+        for i, key in enumerate(row.hf_keys()):
+            one = leaf[i] if row.stacked else leaf
+            tensors[key] = one.T if row.transposed else one
+    return tensors
+
+
+BF16 = ml_dtypes.bfloat16
