@@ -59,7 +59,7 @@ def _read_file(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     if path.suffix == ".json" and text.lstrip().startswith("["):
         try:
             values: list[Any] = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: not valid JSON: {error}") from None
         numbered: Iterator[tuple[int, Any]] = iter(enumerate(values, 1))
     else:
@@ -75,7 +75,7 @@ def _json_lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
         if line.strip():
             try:
                 yield number, json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}, line {number}: not valid JSON: {error}") from None
 
 
@@ -105,9 +105,9 @@ def messages_of(row: Mapping[str, Any], where: str) -> list[dict[str, str]]:
     A record's `reasoning` becomes <think>...</think> before the response, as the teacher wrote it.
     """
     if "messages" in row:
-        turns = [(turn.get("role"), turn.get("content")) for turn in row["messages"]]
+        turns = _turns(row, "messages", "role", "content", where)
     elif "conversations" in row:
-        turns = [(turn.get("from"), turn.get("value")) for turn in row["conversations"]]
+        turns = _turns(row, "conversations", "from", "value", where)
     elif "prompt" in row and "response" in row:
         answer = row["response"]
         if row.get("reasoning"):
@@ -119,10 +119,17 @@ def messages_of(row: Mapping[str, Any], where: str) -> list[dict[str, str]]:
         raise UserError(f"{where}: expected 'prompt' and 'response', 'messages' or 'conversations'; found {found}")
     messages = []
     for role, content in turns:
-        if role not in ROLES or not isinstance(content, str):
+        if not isinstance(role, str) or role not in ROLES or not isinstance(content, str):
             raise UserError(f"{where}: a turn has role {role!r} and {type(content).__name__} content; expected text by one of {', '.join(ROLES)}")
         messages.append({"role": ROLES[role], "content": content})
     return messages
+
+
+def _turns(row: Mapping[str, Any], key: str, role: str, content: str, where: str) -> list[tuple[Any, Any]]:
+    turns = row[key]
+    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
+        raise UserError(f"{where}: '{key}' must be a list of turns, each with '{role}' and '{content}'")
+    return [(turn.get(role), turn.get(content)) for turn in turns]
 
 
 def chat_template(tokenizer: Any, template: str | None) -> str:
@@ -131,7 +138,7 @@ def chat_template(tokenizer: Any, template: str | None) -> str:
         own = getattr(tokenizer, "chat_template", None)
         if not own:
             raise UserError("template: the student's tokenizer has no chat template; set template: chatml, deepseek-r1 or FILE.jinja")
-        return own if isinstance(own, str) else own["default"]
+        return own if isinstance(own, str) else own.get("default") or next(iter(own.values()))
     named = TEMPLATES / f"{template}.jinja"
     if named.is_file():
         return named.read_text(encoding="utf-8").rstrip("\n")
@@ -141,11 +148,19 @@ def chat_template(tokenizer: Any, template: str | None) -> str:
     return read_text(template)
 
 
-def render_prompt(tokenizer: Any, messages: Sequence[Mapping[str, str]], template: str) -> str:
-    """The text that a model continues: all turns, then the opening of the assistant's."""
-    return tokenizer.apply_chat_template(
-        list(messages), tokenize=False, add_generation_prompt=True, chat_template=template
-    )
+def _render(tokenizer: Any, messages: Sequence[Mapping[str, str]], template: str, where: str, prompt: bool) -> str:
+    try:
+        return tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=prompt, chat_template=template
+        )
+    except Exception as error:  # a template is a program; whatever it raises is its author's mistake
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{where}: the chat template cannot render this conversation: {first}") from None
+
+
+def render_prompt(tokenizer: Any, messages: Sequence[Mapping[str, str]], template: str, where: str = "template") -> str:
+    """The text that a model continues: all turns, then the opening of the assistant's. `where` is named in errors."""
+    return _render(tokenizer, messages, template, where, prompt=True)
 
 
 def _pieces(tokenizer: Any, messages: list[dict[str, str]], template: str, where: str) -> list[tuple[str, bool]]:
@@ -153,20 +168,22 @@ def _pieces(tokenizer: Any, messages: list[dict[str, str]], template: str, where
     pieces: list[tuple[str, bool]] = []
     done = ""
     for index, message in enumerate(messages):
+        content = message["content"].strip()
         if message["role"] != "assistant":
             continue
-        prompt = render_prompt(tokenizer, messages[:index], template)
-        full = tokenizer.apply_chat_template(messages[: index + 1], tokenize=False, chat_template=template)
-        if not full.startswith(prompt) or not prompt.startswith(done) or message["content"].strip() not in full:
+        prompt = render_prompt(tokenizer, messages[:index], template, where)
+        full = _render(tokenizer, messages[: index + 1], template, where, prompt=False)
+        kept = not content or full.count(content) > prompt.count(content)
+        if not kept or not full.startswith(prompt) or not prompt.startswith(done):
             raise UserError(
                 f"{where}: the chat template drops or rewrites part of the conversation, so it cannot be trained on; "
                 "set template: chatml or deepseek-r1, or a FILE.jinja that keeps every turn"
             )
         target = full[len(prompt) :]
-        if index == len(messages) - 1 and target.rstrip().endswith(tokenizer.eos_token or "\0"):
+        if target.rstrip().endswith(tokenizer.eos_token or "\0"):
             target = target.rstrip()  # generation stops at the end token; nothing after it is worth learning
-        pieces += [(prompt[len(done) :], False), (target, True)]
-        done = full
+        pieces += [(prompt[len(done) :], False), (target, bool(content))]
+        done = prompt + target
     return pieces
 
 

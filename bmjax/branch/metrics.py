@@ -1,6 +1,7 @@
 """What a run says while it trains: metrics.jsonl, one line a step, a bar on a terminal, tokens/s, MFU, ETA."""
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -24,7 +25,8 @@ PEAK_FLOPS = {
 
 def peak_flops(device_kind: str) -> float | None:
     """FLOP/s of one device, or None where it is not known (a CPU)."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if name.lower() in device_kind.lower()), None)
+    found = (peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\b{name}(?!\d)", device_kind, re.IGNORECASE))
+    return next(found, None)
 
 
 def flops_per_token(config: Qwen2Config, length: int) -> float:
@@ -46,7 +48,7 @@ class MetricsLog:
 
     def __init__(
         self, path: Path, name: str, config: Qwen2Config, length: int, start: int, steps: int, steps_per_epoch: int,
-        log: Log, log_every: int, wandb_project: str | None = None, settings: dict[str, Any] | None = None,
+        devices: int, log: Log, log_every: int, wandb_project: str | None = None, settings: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in _whole_lines(path) if line["step"] <= start]
@@ -56,9 +58,8 @@ class MetricsLog:
         self._log, self._log_every = log, log_every
         self._began = self._last = time.monotonic()
         self._flops = flops_per_token(config, length)
-        device = jax.devices()[0]
-        peak = peak_flops(device.device_kind)
-        self._peak = peak * jax.device_count() if peak else None
+        peak = peak_flops(jax.devices()[0].device_kind)
+        self._peak = peak * devices if peak else None
         self._bar: Any = None
         if log is write_line and sys.stderr.isatty():
             from tqdm import tqdm

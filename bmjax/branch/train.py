@@ -8,11 +8,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from bmjax.branch import examples, optimizer
 from bmjax.branch.loader import Loader
 from bmjax.branch.metrics import Log, MetricsLog, write_line
-from bmjax.branch.settings import TrainSettings
+from bmjax.branch.settings import Training, TrainSettings
 from bmjax.branch.step import StepPlan, all_params, init_state, make_step, place_batch
 from bmjax.config import UserError
 from bmjax.model import spec
@@ -29,6 +30,16 @@ def _unroll(config: Qwen2Config) -> int:
     return config.num_layers if jax.default_backend() == "cpu" and config.num_layers <= UNROLL_UP_TO else 1
 
 
+def step_plan(settings: Training, config: Qwen2Config, mesh: Mesh) -> StepPlan:
+    """What the compiled step depends on."""
+    return StepPlan(
+        config=config, freeze=tuple(settings.freeze), accumulate=settings.accumulate, beta1=settings.beta1,
+        beta2=settings.beta2, eps=settings.eps, weight_decay=settings.weight_decay, clip=settings.clip,
+        compute_dtype=settings.compute_dtype, remat=settings.remat, unroll=_unroll(config),
+        track_move=settings.track_move, mesh=mesh,
+    )  # fmt: skip
+
+
 def _total_steps(settings: TrainSettings, loader: Loader) -> int:
     if settings.steps is not None:
         return settings.steps
@@ -40,12 +51,22 @@ def _fingerprint(settings: TrainSettings, student: Path, digest: str) -> dict[st
     """What a checkpoint must share with the run that resumes from it, by the key to blame."""
     ignored = {"output", "student", "data", "save_every", "keep", "log_every", "wandb", "mesh", "export_dtype", "remat"}
     keys = {key: str(value) for key, value in settings.model_dump().items() if key not in ignored}
-    weights = hashlib.sha256()
-    for file in sorted(student.glob("*.safetensors")) + [student / "config.json"]:
-        weights.update(f"{file.name} {file.stat().st_size}".encode())
+    return {**keys, "data": digest, "student": _student_digest(student)}
+
+
+def _student_digest(student: Path) -> str:
+    """A hash of config.json and of the weights: sizes, and of each file 64 KiB at 256 places (all, up to 16 MiB)."""
+    digest = hashlib.sha256()
+    for file in [*sorted(student.glob("*.safetensors")), student / "config.json"]:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
         with file.open("rb") as stream:
-            weights.update(stream.read(2**20))
-    return {**keys, "data": digest, "student": weights.hexdigest()}
+            for place in range(256):
+                start = max(place * 2**16, place * (size - 2**16) // 255)
+                if start < size:
+                    stream.seek(start)
+                    digest.update(stream.read(2**16))
+    return digest.hexdigest()
 
 
 def _check_same(found: dict[str, str], expected: dict[str, str], directory: Path) -> None:
@@ -95,12 +116,7 @@ def train(settings: TrainSettings, log: Log = write_line) -> dict[str, Any]:
     )
     mesh = make_mesh(settings.mesh)
     _check_divides(settings, mesh)
-    plan = StepPlan(
-        config=config, freeze=tuple(settings.freeze), accumulate=settings.accumulate, beta1=settings.beta1,
-        beta2=settings.beta2, eps=settings.eps, weight_decay=settings.weight_decay, clip=settings.clip,
-        compute_dtype=settings.compute_dtype, remat=settings.remat, unroll=_unroll(config),
-        track_move=settings.track_move, mesh=mesh,
-    )  # fmt: skip
+    plan = step_plan(settings, config, mesh)
     optimizer.split_frozen(spec.table(config), settings.freeze)
     with jax.set_mesh(mesh):
         state = init_state(plan, hf.load_params(student, config, mesh, dtype=np.float32))
@@ -164,8 +180,8 @@ def _loop(
     output = Path(settings.output)
     step_function = make_step(plan)
     metrics_log = MetricsLog(
-        output / "metrics.jsonl", output.name, plan.config, loader.length, start, steps, loader.steps_per_epoch, log,
-        settings.log_every, settings.wandb, settings.model_dump(),
+        output / "metrics.jsonl", output.name, plan.config, loader.length, start, steps, loader.steps_per_epoch,
+        plan.mesh.size, log, settings.log_every, settings.wandb, settings.model_dump(),
     )  # fmt: skip
     values: dict[str, float] = {}
     pending: tuple[Any, ...] | None = None
@@ -175,9 +191,10 @@ def _loop(
         assert pending is not None
         number, rate, tokens, metrics = pending
         numbers = {key: float(value) for key, value in metrics.items()}
-        if not math.isfinite(numbers["loss"]):
+        bad = next((key for key in ("loss", "grad_norm") if not math.isfinite(numbers[key])), None)
+        if bad:
             raise UserError(
-                f"step {number}: the loss is {numbers['loss']}; stopped, the checkpoints before it are kept in "
+                f"step {number}: the {bad} is {numbers[bad]}; stopped, the checkpoints before it are kept in "
                 f"{output / 'checkpoints'}; lower learning_rate or look at the data"
             )
         metrics_log.step(number, rate, tokens, numbers)
@@ -200,8 +217,7 @@ def _loop(
     finally:
         metrics_log.close()
     if not values:  # resumed after the last step: nothing was left to do but the export
-        values = checkpoints.restore(None, jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), _saved(state)))[1]["values"]  # fmt: skip
+        values = checkpoints.meta(None)["values"]
     return state, {"tokens": seen, "loss": values["loss"], "move": values.get("move")}
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from bmjax.config import UserError, nearest
 from bmjax.merge.recipe import Recipe, read_recipe
-from bmjax.merge.steps import TensorStats, merge_leaf, plan, problem, report
+from bmjax.merge.steps import TensorStats, problem, report, rounded, run
 from bmjax.model.spec import read_hf_config
 from bmjax.weights.safetensors import Checkpoint, TensorInfo, Writer, open_checkpoint, replacing
 
@@ -71,7 +71,6 @@ def merge(
     types = {info.name: _result_type(info, recipe.dtype) for info in donor.tensors.values()}
     _check_space(target, donor, types)
 
-    program, numbers = plan(recipe)
     total, done = sum(t.nbytes for m in models.values() for t in m.tensors.values()), 0
     tensors: list[TensorStats] = []
     with replacing(target) as folder:
@@ -84,7 +83,8 @@ def merge(
                     writer.write(name, _shared(name, arrays, recipe))
                     continue
                 device = _device_type(dtype)
-                leaf, stats = merge_leaf(program, numbers, [_to_device(a) for a in arrays], dtype=device)
+                leaf, stats = run(recipe, dict(zip(models, map(_to_device, arrays), strict=True)))
+                leaf, stats["overflow"] = rounded(leaf, device)
                 tensor = TensorStats(name, int(np.prod(shape)), jax.device_get(stats))
                 if wrong := problem(recipe, tensor, device):
                     raise UserError(wrong)
@@ -112,7 +112,7 @@ def _directory(recipe: Recipe, name: str) -> Path:
         return path
     if path.exists():
         raise UserError(f"model '{name}': {text} is a file, expected a model directory")
-    if name not in recipe.sources and re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not path.parent.exists():
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not path.parent.exists():
         from bmjax.weights.hf import resolve_model  # loads the hub client, which local merges do not need
 
         return resolve_model(text)

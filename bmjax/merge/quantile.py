@@ -1,8 +1,8 @@
-"""Exact order statistics without sorting: bisection on the bit patterns of non-negative float32 numbers.
+"""Exact order statistics of non-negative float32 numbers without sorting: built bit by bit, from counts.
 
-The bits of non-negative floats, read as integers, have the order of the floats. At most 32 counting passes find the
-k-th smallest value exactly; the only communication between devices is one small sum a pass, so a sharded array needs
-no gather, and the result depends neither on the order of the elements nor on how they are laid out.
+The bits of non-negative floats, read as integers, have the order of the floats. 31 counting passes find the k-th
+smallest value exactly; devices exchange counts only, never elements, and the result depends neither on the order of
+the elements nor on how they are laid out.
 """
 
 import math
@@ -34,43 +34,36 @@ def order_statistics(x: jax.Array, ranks: Sequence[int]) -> jax.Array:
     bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
     wanted = jnp.asarray(ranks, jnp.int32)
 
-    def unfinished(state: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        i, low, high = state
-        return (i < 32) & jnp.any(low < high)
+    def next_bit(i: jax.Array, found: jax.Array) -> jax.Array:
+        # The answer is the largest pattern that at most `rank` elements lie below; its sign bit is 0.
+        candidate = found | (jnp.int32(1) << (30 - i))
+        return jnp.where(_counts(bits, candidate) <= wanted, candidate, found)
 
-    def halve(state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        i, low, high = state
-        middle = low + (high - low) // 2
-        at_most = _counts(bits, middle)
-        enough = at_most > wanted
-        return i + 1, jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
-
-    start = jnp.full(wanted.shape, jnp.min(bits)), jnp.full(wanted.shape, jnp.max(bits))
-    _, low, _ = lax.while_loop(unfinished, halve, (jnp.int32(0), *start))
-    return lax.bitcast_convert_type(low, jnp.float32)
+    found = lax.fori_loop(0, 31, next_bit, jnp.zeros(wanted.shape, jnp.int32))
+    return lax.bitcast_convert_type(found, jnp.float32)
 
 
 def count(mask: jax.Array) -> jax.Array:
     """The number of true elements, int32, exactly."""
-    return _counts(1 - mask.astype(jnp.int32), jnp.zeros(1, jnp.int32))[0]
+    return _counts(-mask.astype(jnp.int32), jnp.zeros(1, jnp.int32))[0]
 
 
 def _counts(bits: jax.Array, limits: jax.Array) -> jax.Array:
-    """How many elements are at most each of `limits` [R], int32 [R]."""
+    """How many elements are below each of `limits` [R], int32 [R]."""
     return lax.platform_dependent(jnp.atleast_1d(bits), limits, cpu=_counts_by_rows, default=_counts_at_once)
 
 
 def _counts_at_once(bits: jax.Array, limits: jax.Array) -> jax.Array:
     # Each sum is one scalar all-reduce however the array is sharded; GPU and TPU compilers fuse them into one pass.
-    return jnp.stack([jnp.sum(bits <= limits[k], dtype=jnp.int32) for k in range(limits.size)])
+    return jnp.stack([jnp.sum(bits < limits[k], dtype=jnp.int32) for k in range(limits.size)])
 
 
 def _counts_by_rows(bits: jax.Array, limits: jax.Array) -> jax.Array:
     # XLA's CPU compiler runs one reduction with several results in parallel and vectorized, which it does not do for
     # plain sums of comparisons: 30 times the speed. The barrier keeps it from joining the two sums into one.
-    masks = tuple((bits <= limits[k % limits.size]).astype(jnp.int32) for k in range(max(2, limits.size)))
+    masks = tuple((bits < limits[k % limits.size]).astype(jnp.int32) for k in range(max(2, limits.size)))
     rows = lax.reduce(masks, (np.int32(0),) * len(masks), add_each, (bits.ndim - 1,))
-    return jnp.stack([jnp.sum(count) for count in lax.optimization_barrier(rows)])[: limits.size]
+    return jnp.sum(jnp.stack(lax.optimization_barrier(rows)).reshape(len(masks), -1), axis=-1)[: limits.size]
 
 
 def add_each(x: Sequence[jax.Array], y: Sequence[jax.Array]) -> tuple[jax.Array, ...]:

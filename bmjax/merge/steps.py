@@ -1,4 +1,4 @@
-"""The steps of a recipe on one tensor: the program that both engines compile, so that they agree."""
+"""The steps of a recipe on one tensor, as both engines run them, and the report of what they did."""
 
 import functools
 import re
@@ -10,117 +10,74 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
 
-from bmjax.merge.methods import find
+from bmjax.merge.methods.method import float32
 from bmjax.merge.quantile import add_each
-from bmjax.merge.recipe import Recipe
+from bmjax.merge.recipe import Recipe, Step
 
 
-@dataclass(frozen=True)
-class PlannedStep:
-    """A step whose models are slots: 0.. are the recipe's inputs, then one slot for each step's result."""
+def run(recipe: Recipe, leaves: Mapping[str, jax.Array]) -> tuple[jax.Array, dict[str, Any]]:
+    """The recipe's result for one tensor, float32, and what happened.
 
-    method: str
-    base: int | None
-    branches: tuple[int, ...]
-    models: tuple[tuple[str, int], ...]
-    choices: tuple[tuple[str, Any], ...]
+    leaves: for every input of the recipe the tensor, all of one shape, Hugging Face layout. The second result holds
+    `finite` [inputs] bool and `steps`: for each `kept` [branches] (share of entries), `delta` [branches] (norm of each
+    model's change), `reference` and `moved` (norms of the base, and of the result's change from it).
 
-
-@dataclass(frozen=True)
-class Plan:
-    """What of a recipe decides the compiled program: all but its numbers. Hashable: the key of the jit cache."""
-
-    inputs: int
-    steps: tuple[PlannedStep, ...]
-
-
-Numbers = tuple[dict[str, np.ndarray], ...]
-
-
-def plan(recipe: Recipe) -> tuple[Plan, Numbers]:
-    """The program of a recipe, and its numbers (weights, lambda, ...) by step and argument, float32."""
-    slots = {name: i for i, name in enumerate((*recipe.inputs, *(step.name for step in recipe.steps)))}
-    steps, numbers = [], []
-    for step in recipe.steps:
-        parameters = step.method.parameters.values()
-        given = {p: step.arguments[p.name] for p in parameters}
-        models = tuple((p.argument, slots[v]) for p, v in given.items() if p.about.model and v is not None)
-        choices = tuple((p.argument, v) for p, v in given.items() if not p.traced and not p.about.model)
-        numbers.append({p.argument: np.asarray(v, np.float32) for p, v in given.items() if p.traced})
-        base = None if step.base is None else slots[step.base]
-        branches = tuple(slots[name] for name in step.branches)
-        steps.append(PlannedStep(step.method.name, base, branches, models, choices))
-    return Plan(len(recipe.inputs), tuple(steps)), tuple(numbers)
-
-
-def run(plan: Plan, numbers: Numbers, leaves: Sequence[jax.Array]) -> tuple[jax.Array, dict[str, Any]]:
-    """The recipe's result for one tensor of every input model, float32, and what happened.
-
-    leaves: [inputs] arrays of one shape, Hugging Face layout. The second result holds `finite` [inputs] bool and
-    `steps`: for each `kept` [branches] (share of entries), `delta` [branches] (norm of each model's change),
-    `reference` and `moved` (norms of the base, and of the result's change from it).
+    It can be traced. Called as it is, it runs programs compiled once a shape, which steps and recipes share: numbers
+    (weights, lambda) are run-time inputs.
     """
-    slots = [leaf.astype(jnp.float32) for leaf in leaves]
-    finite = jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in slots])
+    slots = {name: leaves[name] for name in recipe.inputs}
+    finite = [_all_finite(slots[name]) for name in recipe.inputs]
     stats = []
-    for step, values in zip(plan.steps, numbers, strict=True):
-        branches = [slots[i] for i in step.branches]
+    for step in recipe.steps:
+        branches = [slots[name] for name in step.branches]
         base = None if step.base is None else slots[step.base]
-        models = {name: slots[i] for name, i in step.models}
-        merged = find(step.method).leaf(base, branches, **values, **models, **dict(step.choices))
+        merged = step.method.leaf(base, branches, **_arguments(step, slots))
         reference = branches[0] if base is None else base
-        origin = models.get("rebase", reference)
-        norms = _norms([*(branch - origin for branch in branches), reference, merged.leaf - reference])
-        stats.append({"kept": merged.kept, "delta": norms[:-2], "reference": norms[-2], "moved": norms[-1]})
-        slots.append(merged.leaf)
-    return slots[-1], {"finite": finite, "steps": stats}
+        rebase = step.arguments.get("rebase")
+        norms = _norms(branches, reference if rebase is None else slots[rebase], reference, merged.leaf)
+        stats.append({"kept": merged.kept, **norms})
+        slots[step.name] = merged.leaf
+    return slots[recipe.steps[-1].name], {"finite": finite, "steps": stats}
 
 
-def _norms(arrays: Sequence[jax.Array]) -> jax.Array:
-    """The Euclidean norm of each array [len(arrays)]; all have one shape."""
+def _arguments(step: Step, slots: Mapping[str, jax.Array]) -> dict[str, Any]:
+    """The method's keyword arguments: models as their tensors, numbers as float32, the rest as it stands."""
+    arguments: dict[str, Any] = {}
+    for parameter in step.method.parameters.values():
+        value = step.arguments[parameter.name]
+        if parameter.about.model:
+            value = None if value is None else slots[value]
+        elif parameter.traced:
+            value = np.asarray(value, np.float32)
+        arguments[parameter.argument] = value
+    return arguments
+
+
+@jax.jit
+def _all_finite(x: jax.Array) -> jax.Array:
+    return jnp.all(jnp.isfinite(x))
+
+
+@jax.jit
+def _norms(
+    branches: Sequence[jax.Array], origin: jax.Array, reference: jax.Array, merged: jax.Array
+) -> dict[str, jax.Array]:
+    reference = float32(reference)
+    arrays = [*(float32(branch) - float32(origin) for branch in branches), reference, float32(merged) - reference]
     # One reduction for all reads each array once. In two sums, kept apart by the barrier, because in one long float32
     # sum small squares would be lost to rounding.
-    squares = [jnp.square(jnp.atleast_1d(x)) for x in arrays]
+    squares = [jnp.square(x) for x in arrays]
     rows = lax.reduce(squares, [np.float32(0)] * len(squares), add_each, (squares[0].ndim - 1,))
-    return jnp.sqrt(jnp.stack([jnp.sum(row) for row in lax.optimization_barrier(rows)]))
+    norms = jnp.sqrt(jnp.stack([jnp.sum(row) for row in lax.optimization_barrier(rows)]))
+    return {"delta": norms[:-2], "reference": norms[-2], "moved": norms[-1]}
 
 
-def merge_leaf(
-    plan: Plan,
-    numbers: Numbers,
-    leaves: Sequence[jax.Array],
-    *,
-    dtype: Any,
-    stacked: bool = False,
-    transposed: bool = False,
-    sharding: NamedSharding | None = None,
-) -> tuple[jax.Array, dict[str, Any]]:
-    """`run`, compiled once a shape, on leaves as a model holds them; rounded once, to `dtype`.
-
-    stacked: the first axis counts layers, each a tensor of its own (statistics then have a leading layer axis).
-    transposed: the last two axes are swapped against the Hugging Face layout. sharding: of the result.
-    """
-    return _compiled(plan, np.dtype(dtype), stacked, transposed, sharding)(numbers, tuple(leaves))
-
-
-@functools.lru_cache(maxsize=256)
-def _compiled(plan: Plan, dtype: Any, stacked: bool, transposed: bool, sharding: NamedSharding | None) -> Any:
-    def one(numbers: Numbers, leaves: Sequence[jax.Array]) -> tuple[jax.Array, dict[str, Any]]:
-        if transposed:
-            leaves = [jnp.swapaxes(leaf, -1, -2) for leaf in leaves]
-        leaf, stats = run(plan, numbers, leaves)
-        stats["overflow"] = ~jnp.all(jnp.isfinite(leaf.astype(dtype)))
-        return (jnp.swapaxes(leaf, -1, -2) if transposed else leaf).astype(dtype), stats
-
-    def program(numbers: Numbers, leaves: Sequence[jax.Array]) -> tuple[jax.Array, dict[str, Any]]:
-        # One layer at a time: temporaries (importance, float32 copies) then take one layer's memory, not the stack's.
-        return lax.map(functools.partial(one, numbers), leaves) if stacked else one(numbers, leaves)
-
-    if sharding is None:
-        return jax.jit(program)
-    return jax.jit(program, out_shardings=(sharding, NamedSharding(sharding.mesh, PartitionSpec())))
+@functools.partial(jax.jit, static_argnames="dtype")
+def rounded(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """`x` in `dtype`, and whether a value overflowed it."""
+    x = x.astype(dtype)
+    return x, ~jnp.all(jnp.isfinite(x))
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,19 @@ Every Hugging Face tensor is merged by itself, as in a file: a parameter stacked
 the parameter table.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import NamedSharding
 
 from bmjax.config import UserError, nearest
 from bmjax.merge.recipe import Recipe, read_recipe
-from bmjax.merge.steps import TensorStats, merge_leaf, plan, problem, report
+from bmjax.merge.steps import TensorStats, problem, report, rounded, run
 from bmjax.model.spec import Param, get, unflatten
 
 Tree = Mapping[str, Any]
@@ -67,40 +70,51 @@ def run_steps(
     for name in recipe.inputs:
         if name not in models:
             raise UserError(f"recipe: no model is named '{name}'{nearest(name, list(models))}")
-    program, numbers = plan(recipe)
     merged, pending = [], []
     for row in table:
-        leaves = [_leaf(models[name], row, name) for name in recipe.inputs]
-        donor = leaves[recipe.inputs.index(recipe.donor)]
-        placed = getattr(donor, "sharding", None)
-        leaf, stats = merge_leaf(
-            program,
-            numbers,
-            leaves,
-            dtype=dtype or recipe.dtype or donor.dtype,
-            stacked=row.stacked,
-            transposed=row.transposed,
-            sharding=placed if isinstance(placed, NamedSharding) else None,
-        )
-        merged.append((row.path, leaf))
-        pending.append((row, leaf.dtype, stats))
+        leaves = {name: _leaf(models[name], row, name) for name in recipe.inputs}
+        kind = np.dtype(dtype or recipe.dtype or leaves[recipe.donor].dtype)
+        sharding = leaves[recipe.donor].sharding
+        placed = sharding if isinstance(sharding, NamedSharding) else None
+        layout = {"stacked": row.stacked, "transposed": row.transposed}
+        whole = jnp.zeros(row.shape, kind, device=placed)
+        for layer, key in enumerate(row.hf_keys()):
+            tensor, stats = run(recipe, {name: _take(leaf, layer, **layout) for name, leaf in leaves.items()})
+            tensor, stats["overflow"] = rounded(tensor, kind)
+            whole = _put(whole, tensor, layer, **layout, placed=placed)
+            pending.append((key, int(np.prod(row.hf_shape)), kind, stats))
+        merged.append((row.path, whole))
     tensors = []
-    for row, kind, stats in pending:
-        host = jax.device_get(stats)
-        for i, key in enumerate(row.hf_keys()):
-            own = jax.tree.map(lambda x, i=i: np.asarray(x)[i], host) if row.stacked else host
-            tensor = TensorStats(key, int(np.prod(row.hf_shape)), own)
-            if line := problem(recipe, tensor, kind):
-                raise UserError(line)
-            tensors.append(tensor)
+    for key, size, kind, stats in pending:
+        tensor_stats = TensorStats(key, size, jax.device_get(stats))
+        if wrong := problem(recipe, tensor_stats, kind):
+            raise UserError(wrong)
+        tensors.append(tensor_stats)
     return unflatten(merged), report(recipe, tensors)
 
 
-def _leaf(tree: Tree, row: Param, name: str) -> Any:
+def _leaf(tree: Tree, row: Param, name: str) -> jax.Array:
     try:
         leaf = get(tree, row.path)
     except (KeyError, TypeError):
         raise UserError(f"model '{name}': parameter {row.name} is missing") from None
     if tuple(leaf.shape) != row.shape:
         raise UserError(f"model '{name}': parameter {row.name} has shape {tuple(leaf.shape)}, expected {row.shape}")
-    return leaf
+    return jnp.asarray(leaf)
+
+
+@functools.partial(jax.jit, static_argnames=("stacked", "transposed"))
+def _take(leaf: jax.Array, layer: int, *, stacked: bool, transposed: bool) -> jax.Array:
+    """The Hugging Face tensor of one layer."""
+    one = lax.dynamic_index_in_dim(leaf, layer, keepdims=False) if stacked else leaf
+    return jnp.swapaxes(one, -1, -2) if transposed else one
+
+
+@functools.partial(jax.jit, static_argnames=("stacked", "transposed", "placed"), donate_argnums=0)
+def _put(
+    whole: jax.Array, tensor: jax.Array, layer: int, *, stacked: bool, transposed: bool, placed: NamedSharding | None
+) -> jax.Array:
+    """`whole` with the Hugging Face tensor of one layer in its place."""
+    one = jnp.swapaxes(tensor, -1, -2) if transposed else tensor
+    filled = lax.dynamic_update_index_in_dim(whole, one, layer, 0) if stacked else one
+    return filled if placed is None else lax.with_sharding_constraint(filled, placed)

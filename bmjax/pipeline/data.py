@@ -48,37 +48,39 @@ def _solved(problem: Problem) -> dict[str, Any]:
 
 
 def write_sources(settings: DomainSettings, name: str, directory: Path) -> None:
-    """Rows that exist: split into training, validation and test by their own files or by hash of the prompt."""
+    """Rows that exist: split into training, validation and test by their own files or by hash of what identifies them."""
     assert settings.train is not None  # the settings hold train where they hold no builtin
     rows = _rows(settings.train, f"domains.{name}.train")
     if settings.test is not None:
         test = _rows(settings.test, f"domains.{name}.test")
     else:
-        test = [row for row in rows if _place(row["prompt"], "test") < settings.test_share]
-    held_out = {" ".join(row["prompt"].split()) for row in test}
-    rest = [row for row in rows if " ".join(row["prompt"].split()) not in held_out]
-    validation = [row for row in rest if _place(row["prompt"], "validation") < settings.validation_share]
-    chosen = {row["prompt"] for row in validation}
-    train = [row for row in rest if row["prompt"] not in chosen]
+        test = [row for row in rows if _place(row[0], "test") < settings.test_share]
+    held_out = {identity for identity, _ in test}
+    rest = [row for row in rows if row[0] not in held_out]
+    validation = [row for row in rest if _place(row[0], "validation") < settings.validation_share]
+    train = [row for row in rest if _place(row[0], "validation") >= settings.validation_share]
     for split, part in (("train", train), ("validation", validation), ("test", test)):
         if not part:
             raise UserError(f"domains.{name}: no {split} rows are left; check files, between and the shares")
-        write_rows(directory / f"{split}.jsonl", part)
-    write_rows(directory / "backbone.jsonl", train)
+        write_rows(directory / f"{split}.jsonl", (row for _, row in part))
+    write_rows(directory / "backbone.jsonl", (row for _, row in train))
 
 
-def _place(prompt: str, purpose: str) -> float:
-    """Where in [0, 1) a prompt falls: always the same, whatever the order or number of rows."""
-    return int.from_bytes(hashlib.sha256(f"{purpose}\0{prompt}".encode()).digest()[:8], "big") / 2**64
+def _place(identity: str, purpose: str) -> float:
+    """Where in [0, 1) a row falls: always the same, whatever the order or number of rows."""
+    return int.from_bytes(hashlib.sha256(f"{purpose}\0{identity}".encode()).digest()[:8], "big") / 2**64
 
 
-def _rows(source: SourceSettings, key: str) -> list[dict[str, Any]]:
+def _rows(source: SourceSettings, key: str) -> list[tuple[str, dict[str, Any]]]:
+    """(identity, row) of a source's rows: equal identities never fall into different splits."""
     rows = []
     for where, row in read_rows(source.files):
         if all(low <= _number(row, name, where) <= high for name, (low, high) in source.between.items()):
             flat = {name: "\n".join(map(str, v)) if isinstance(v, list) else v for name, v in row.items()}
-            prompt, response = (fill(getattr(source, part), flat, where, f"{key}.{part}") for part in ("prompt", "response"))
-            rows.append({"prompt": str(prompt), "response": str(response)})
+            prompt = str(fill(source.prompt, flat, where, f"{key}.prompt"))
+            response = str(fill(source.response, flat, where, f"{key}.response"))
+            identity = prompt if source.identity is None else str(fill(source.identity, flat, where, f"{key}.identity"))
+            rows.append((" ".join(identity.split()), {"prompt": prompt, "response": response}))
     if not rows:
         raise UserError(f"{key}: no row of {source.files} passes 'between' {source.between}")
     return rows

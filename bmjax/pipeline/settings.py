@@ -15,6 +15,7 @@ class SourceSettings(Settings):
     files: str | list[str] = Field(description="JSONL or Parquet file(s), or a hub dataset id")
     prompt: str = Field("{prompt}", description="the prompt; {name} stands for a field of the row, lists line by line")
     response: str = Field("{response}", description="what the student is to write")
+    identity: str | None = Field(None, description="what tells rows apart when they are split; default: the prompt")
     between: dict[str, tuple[int, int]] = Field({}, description="keep rows whose field lies in [from, to], e.g. {task_id: [11, 510]}")
 
 
@@ -22,10 +23,10 @@ class BuiltinDomain(Settings):
     """Procedural problems of a built-in domain, answered by the teacher."""
 
     domain: Literal["math", "code", "science"] = Field(description="which")
-    count: int = Field(4000, ge=1, description="problems the teacher answers for the branch")
+    count: int = Field(3600, ge=1, description="problems the teacher answers for the branch")
     levels: list[int] = Field([1, 2, 3], description="difficulties of those and of the held-out problems")
-    backbone_count: int = Field(600, ge=1, description="solved problems of the backbone's training")
-    backbone_levels: list[int] = Field([1], description="difficulties of those")
+    backbone_count: int = Field(1200, ge=1, description="solved problems of the backbone's training")
+    backbone_levels: list[int] = Field([1, 2, 3], description="difficulties of those")
     validation: int = Field(300, ge=1, description="held-out problems that choose the merge")
     test: int = Field(600, ge=1, description="held-out problems of the report")
 
@@ -60,6 +61,7 @@ class ModelSettings(Settings):
     max_length: int = Field(512, ge=16, description="context, tokens")
     tied: bool = Field(True, description="the head is the embedding's transpose")
     rope_theta: float = Field(10_000.0, gt=0, description="base of the rotary frequencies")
+    initializer_range: float = Field(0.02, gt=0, description="standard deviation of the initial matrices; about 1/sqrt(D) suits a small D")
     tokenizer: str | None = Field(None, description="directory or hub id; null: a byte-level BPE is trained on the backbone's rows")
     vocab_size: int = Field(512, ge=270, description="of a tokenizer trained here")
 

@@ -86,10 +86,7 @@ class Checkpoints:
         Raises UserError when there is no such checkpoint, when it is another model's (naming the first leaf that
         differs) or when it is damaged.
         """
-        latest = self.latest()
-        step = latest if step is None else operator.index(step)
-        if step is None or step not in [found.step for found in self._checkpointer.checkpoints]:
-            raise UserError(f"{self.directory}: no checkpoint" + ("" if step is None else f" of step {step}"))
+        step = self._known(step)
         where = self.directory / str(step)
         try:
             saved = self._checkpointer.metadata(step).custom_metadata
@@ -101,6 +98,16 @@ class Checkpoints:
             raise UserError(
                 f"{where}: the checkpoint is damaged: {_one_line(error)}; delete this directory to use an earlier one"
             ) from None
+
+    def meta(self, step: int | None) -> dict[str, Any]:
+        """The `meta` saved with `step`, or with the newest for None; UserError when there is none."""
+        return self._checkpointer.metadata(self._known(step)).custom_metadata["meta"]
+
+    def _known(self, step: int | None) -> int:
+        step = self.latest() if step is None else operator.index(step)
+        if step is None or step not in [found.step for found in self._checkpointer.checkpoints]:
+            raise UserError(f"{self.directory}: no checkpoint" + ("" if step is None else f" of step {step}"))
+        return step
 
     def close(self) -> None:
         """Wait for the save under way. No other call may follow."""

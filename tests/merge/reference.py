@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 from bmjax.model.spec import Qwen2Config, table
 
 EPSILON = 1e-8
+BF16 = ml_dtypes.bfloat16
 
 
 def softmax(x):
@@ -54,8 +55,9 @@ def heavy_tailed(shape, seed, branches=1):
     return base, [(base + 0.01 * rng.standard_t(3, shape)).astype(np.float32) for _ in range(branches)]
 
 
+# Few different shapes, because each is a compilation.
 SMALL = Qwen2Config(
-    vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8,
+    vocab_size=48, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4, num_kv_heads=4, head_dim=8,
     max_length=64,
 )  # fmt: skip
 
@@ -107,6 +109,3 @@ def tensors_of(config, tree):
             one = leaf[i] if row.stacked else leaf
             tensors[key] = one.T if row.transposed else one
     return tensors
-
-
-BF16 = ml_dtypes.bfloat16

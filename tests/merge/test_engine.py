@@ -17,6 +17,7 @@ from tests.merge.reference import BF16, SMALL, fuse, hf_dir, hf_tensors
 BACKBONE = hf_tensors(SMALL, 0)
 NAMES = ("math", "code", "science")
 MODELS = {"backbone": BACKBONE, **{name: hf_tensors(SMALL, i + 1, BACKBONE) for i, name in enumerate(NAMES)}}
+UP = "model.layers.1.mlp.up_proj.weight"
 ARCEE = {"merge_method": "arcee_fusion", "base_model": "science", "models": ["math"]}
 
 
@@ -60,9 +61,9 @@ def test_the_papers_two_steps_take_the_last_base(models):
 @pytest.mark.parametrize("asked, stored", [({}, "bfloat16"), ({"dtype": "float32"}, "float32"),
                                            ({"dtype": "float32", "out_dtype": "float16"}, "float16")])  # fmt: skip
 def test_result_type(models, asked, stored):
-    half = {k: v.astype(BF16) for k, v in BACKBONE.items()}
-    hf_dir(models / "half", half)
-    merge({"merge_method": "task_arithmetic", "base_model": "half", "models": ["math"], **asked}, "out")
+    hf_dir(models / "full", {UP: MODELS["math"][UP]})
+    hf_dir(models / "half", {UP: BACKBONE[UP].astype(BF16)})
+    merge({"merge_method": "task_arithmetic", "base_model": "half", "models": ["full"], **asked}, "out")
     with safe_open("out/model.safetensors", "np") as file:
         kinds = {str(file.get_slice(key).get_dtype()) for key in file.keys()}  # noqa: SIM118
     assert kinds == {{"bfloat16": "BF16", "float32": "F32", "float16": "F16"}[stored]}
@@ -70,14 +71,13 @@ def test_result_type(models, asked, stored):
 
 
 def test_arithmetic_is_float32_with_one_rounding(models):
-    half = {name: {k: v.astype(BF16) for k, v in t.items()} for name, t in MODELS.items()}
-    for name, tensors in half.items():
-        hf_dir(models / "bf16" / name, tensors)
+    half = [MODELS[name][UP].astype(BF16) for name in NAMES]
+    for name, tensor in zip(NAMES, half, strict=True):
+        hf_dir(models / "bf16" / name, {UP: tensor})
     merge({"merge_method": "linear", "models": [f"bf16/{name}" for name in NAMES]}, "out")
-    key = "model.layers.0.mlp.up_proj.weight"
     with safe_open("out/model.safetensors", "flax") as file:
-        found = np.asarray(file.get_tensor(key))
-    exact = sum(half[name][key].astype(np.float64) for name in NAMES) / 3
+        found = np.asarray(file.get_tensor(UP))
+    exact = sum(tensor.astype(np.float64) for tensor in half) / 3
     assert np.mean(found == exact.astype(BF16)) >= 0.999
 
 
@@ -85,12 +85,12 @@ def test_any_architecture_and_shapes(models):
     rng = np.random.default_rng(1)
     first = {
         "conv.weight": rng.standard_normal((4, 3, 5)).astype(np.float32),
-        "scale": np.float32(0.5).reshape(()),
+        "scale": np.array(0.5, np.float32),
         "empty": np.zeros((0, 4), np.float32),
         "positions": np.arange(6),
         "wide": rng.standard_normal((3, 4)),
     }
-    second = {k: v if k == "positions" else (v + 0.25).astype(v.dtype) for k, v in first.items()}
+    second = {k: v if k == "positions" else np.array(v + 0.25, v.dtype) for k, v in first.items()}
     hf_dir(models / "a", first, model_type="other")
     hf_dir(models / "b", second, model_type="other")
     report = merge({"merge_method": "linear", "models": ["a", "b"]}, "out")
@@ -150,9 +150,6 @@ def occupy(root):
 def cut(root):
     path = root / "math/model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-
-
-UP = "model.layers.1.mlp.up_proj.weight"
 
 
 def spoil(value):

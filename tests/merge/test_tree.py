@@ -1,3 +1,6 @@
+import importlib
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -61,7 +64,7 @@ def test_equals_the_file_engine(name, directories, tmp_path):
     on_disk = merge(recipe, tmp_path / "out")
     files = open_checkpoint(tmp_path / "out")
     for key, tensor in tensors_of(SMALL, params).items():
-        np.testing.assert_array_max_ulp(tensor, files.read(key), maxulp=1)
+        np.testing.assert_array_equal(tensor, files.read(key), err_msg=key)
     assert report["tensors"].keys() == on_disk["tensors"].keys()
     step = recipe.steps[-1].name
     for key in report["tensors"]:
@@ -76,21 +79,22 @@ def test_every_layer_has_its_own_quantiles():
         np.testing.assert_array_equal(tensor, expected.astype(np.float32), err_msg=key)
 
 
-@pytest.mark.parametrize("sizes", [{"fsdp": 4, "tensor": 2}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
-@pytest.mark.parametrize("name", ["symmetric", "rebased", "linear"])
-def test_a_mesh_of_eight_equals_one_device(sizes, name):
-    recipe = read_recipe(RECIPES[name])
-    one, one_report = run_steps(recipe, TREES, TABLE)
-    mesh = make_mesh(sizes)
+def test_a_mesh_of_eight_equals_one_device():
+    # One row of each kind of layout, because every one is a compilation for eight devices.
+    rows = [row for row in TABLE if re.search("embedding|/q/", row.name)]
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     placed = {model: place(tree, mesh) for model, tree in TREES.items()}
-    many, many_report = run_steps(recipe, placed, TABLE)
-    for row in TABLE:
-        leaf = get(many, row.path)
-        assert leaf.sharding.is_equivalent_to(sharding(mesh, row.axes, row.shape), leaf.ndim)
-        np.testing.assert_array_max_ulp(np.asarray(leaf), np.asarray(get(one, row.path)), maxulp=1)
-    step = recipe.steps[-1].name
-    for model, values in one_report["total"][step]["models"].items():
-        assert values["kept"] == pytest.approx(many_report["total"][step]["models"][model]["kept"], abs=1e-6)
+    for name in ("symmetric", "rebased"):
+        recipe = read_recipe(RECIPES[name])
+        one, one_report = run_steps(recipe, TREES, rows)
+        many, many_report = run_steps(recipe, placed, rows)
+        for row in rows:
+            leaf = get(many, row.path)
+            assert leaf.sharding.is_equivalent_to(sharding(mesh, row.axes, row.shape), leaf.ndim)
+            np.testing.assert_array_max_ulp(np.asarray(leaf), np.asarray(get(one, row.path)), maxulp=1)
+        step = recipe.steps[-1].name
+        for model, values in one_report["total"][step]["models"].items():
+            assert values["kept"] == pytest.approx(many_report["total"][step]["models"][model]["kept"], abs=1e-6)
 
 
 def test_the_papers_order():
@@ -141,10 +145,11 @@ def test_rebase_takes_a_tree():
 
 
 def test_result_type_is_the_bases_or_the_one_asked_for():
+    rows = [row for row in TABLE if "norm" in row.name]
     half = jax.tree.map(lambda x: x.astype("bfloat16"), TREES["backbone"])
-    params, _ = merge_trees("task_arithmetic", half, {"math": TREES["math"]}, TABLE)
+    params, _ = merge_trees("task_arithmetic", half, {"math": TREES["math"]}, rows)
     assert {str(x.dtype) for x in jax.tree.leaves(params)} == {"bfloat16"}
-    params, _ = merge_trees("task_arithmetic", half, {"math": TREES["math"]}, TABLE, dtype="float32")
+    params, _ = merge_trees("task_arithmetic", half, {"math": TREES["math"]}, rows, dtype="float32")
     assert {str(x.dtype) for x in jax.tree.leaves(params)} == {"float32"}
 
 
@@ -160,14 +165,14 @@ def test_report_by_layer():
     assert report["total"]["merged"]["models"]["math"]["delta_norm"] == pytest.approx(norm, rel=1e-5)
 
 
-def test_lambda_is_not_compiled_in():
-    from bmjax.merge.steps import _compiled
-
-    for scale in (0.1, 0.2, 0.3):
-        merge_trees("task_arithmetic", TREES["backbone"], {"math": TREES["math"]}, TABLE, lambda_=scale)
-        misses = _compiled.cache_info().misses
-    merge_trees("task_arithmetic", TREES["backbone"], {"math": TREES["math"]}, TABLE, lambda_=0.4)
-    assert _compiled.cache_info().misses == misses
+def test_recipes_and_lambdas_share_compiled_programs():
+    """A merge costs compilation once a shape, however many recipes a run compares."""
+    scoring = importlib.import_module("bmjax.merge.methods.arcee_fusion")._score
+    run_steps(read_recipe(RECIPES["paper"]), TREES, TABLE)
+    compiled = scoring._cache_size()
+    for scale in (0.1, 0.2):
+        merge_trees("arcee_fusion", TREES["backbone"], {n: TREES[n] for n in BRANCHES}, TABLE, lambda_=scale)
+    assert scoring._cache_size() == compiled
 
 
 def broken(change):

@@ -1,5 +1,6 @@
 """Arcee fusion: keep the changes that matter, entry by entry. The merge of TinyR1 (arXiv 2503.04872)."""
 
+import functools
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
@@ -7,14 +8,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bmjax.merge.methods.method import About, Merged, changes, method
+from bmjax.merge.methods.method import About, Merged, changes, float32, method
 from bmjax.merge.quantile import count, order_statistics, rank
 
 EPSILON = 1e-8
 SMALL = 0.02
 
 
-@method("arcee_fusion", base="required", branches=(1, None))
+@method("arcee_fusion", base="required", branches=(1, None), jit=False)
 def arcee_fusion(
     base: jax.Array,
     branches: Sequence[jax.Array],
@@ -36,22 +37,40 @@ def arcee_fusion(
     base + (model - rebase), so that a step of a sequence does not revert what earlier steps brought into the base.
     `combine: mean` (the default) at lambda 1 never moves an entry further than one of its models did.
     """
-    copies = jnp.zeros(base.shape, jnp.int32)
-    total, chosen = jnp.zeros_like(base), jnp.zeros_like(base)
-    shares = []
-    for delta, branch in zip(changes(base, branches, rebase), branches, strict=True):
-        kept = importance_mask(base, delta)
-        shares.append(count(kept) / kept.size)
-        copies += kept
-        total += jnp.where(kept, delta, 0.0)
-        value = branch if rebase is None else base + delta
-        chosen += jnp.where(kept, value, 0.0)
+    origin = base if rebase is None else rebase
+    masks, shares = zip(*(_score(base, branch, origin) for branch in branches), strict=True)
+    return Merged(_combine(base, branches, masks, rebase, lambda_, combine=combine), jnp.stack(shares))
+
+
+@jax.jit
+def _score(base: jax.Array, branch: jax.Array, origin: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Where a branch's change from `origin` is kept, bool, and the share of such entries."""
+    (delta,) = changes(base, [branch], origin)
+    kept = importance_mask(float32(base), delta)
+    return kept, count(kept) / kept.size
+
+
+@functools.partial(jax.jit, static_argnames="combine")
+def _combine(
+    base: jax.Array,
+    branches: Sequence[jax.Array],
+    masks: Sequence[jax.Array],
+    rebase: jax.Array | None,
+    lambda_: float,
+    *,
+    combine: str,
+) -> jax.Array:
+    """The base with the kept changes, scaled by `lambda_`."""
+    deltas, base = changes(base, branches, rebase), float32(base)
+    values = [float32(b) for b in branches] if rebase is None else [base + delta for delta in deltas]
+    copies = functools.reduce(jnp.add, [kept.astype(jnp.int32) for kept in masks])
+    total = functools.reduce(jnp.add, [jnp.where(k, d, 0.0) for k, d in zip(masks, deltas, strict=True)])
     if combine == "mean":
         total = total / jnp.maximum(copies, 1)
     # An entry kept from one model takes its value itself: base + (model - base) can be a rounding away from it.
+    chosen = functools.reduce(jnp.add, [jnp.where(k, v, 0.0) for k, v in zip(masks, values, strict=True)])
     one = chosen + (lambda_ - 1.0) * total
-    leaf = jnp.where(copies == 0, base, jnp.where(copies == 1, one, base + lambda_ * total))
-    return Merged(leaf, jnp.stack(shares))
+    return jnp.where(copies == 0, base, jnp.where(copies == 1, one, base + lambda_ * total))
 
 
 def importance_mask(base: jax.Array, delta: jax.Array) -> jax.Array:
@@ -73,34 +92,41 @@ def row_kl(base: jax.Array, delta: jax.Array) -> jax.Array:
     because P - Q sums to zero, and every term is >= 0. P - Q = q * expm1(t) with q = softmax(base) and
     t = delta - log1p(sum(q * expm1(delta))).
     """
-    q = jax.nn.softmax(base, axis=-1)
-    kl = lax.cond(jnp.max(jnp.abs(delta)) <= SMALL, _kl_small, _kl_any, q, base, delta)
+    kl = lax.cond(jnp.max(jnp.abs(delta)) <= SMALL, _kl_small, _kl_any, base, delta)
     # The softmax does not see a shift of the whole row; without this its KL would be rounding noise instead of 0.
     shifted = jnp.max(delta, axis=-1, keepdims=True) == jnp.min(delta, axis=-1, keepdims=True)
     return jnp.where(shifted, 0.0, kl)
 
 
-def _kl_small(q: jax.Array, base: jax.Array, delta: jax.Array) -> jax.Array:
+def _kl_small(base: jax.Array, delta: jax.Array) -> jax.Array:
     """For |delta| <= SMALL everywhere: polynomials, exact to float32, in place of transcendental functions."""
+    q, _ = _softmax(base)
     t = delta - jnp.log1p(jnp.sum(q * _expm1_series(delta), axis=-1, keepdims=True))
     x = q * _expm1_series(t) / (q + EPSILON)
     return jnp.sum((q + EPSILON) * _g_series(x), axis=-1, keepdims=True)
 
 
-def _kl_any(q: jax.Array, base: jax.Array, delta: jax.Array) -> jax.Array:
+def _kl_any(base: jax.Array, delta: jax.Array) -> jax.Array:
     """For any delta. A change that is not small does not cancel, and is computed without overflow."""
-    log_q = jax.nn.log_softmax(base, axis=-1)
+    q, log_sum = _softmax(base)
+    p, log_sum_new = _softmax(base + delta)
     growth = jnp.sum(q * jnp.expm1(jnp.minimum(delta, 1.0)), axis=-1, keepdims=True)
     near = (jnp.max(delta, axis=-1, keepdims=True) <= 1.0) & (jnp.abs(growth) <= 0.5)
-    far_shift = jax.nn.logsumexp(log_q + delta, axis=-1, keepdims=True)
-    t = delta - jnp.where(near, jnp.log1p(jnp.where(near, growth, 0.0)), far_shift)
-    p = jnp.exp(jnp.minimum(log_q + t, 0.0))
+    t = delta - jnp.where(near, jnp.log1p(jnp.where(near, growth, 0.0)), log_sum_new - log_sum)
     x = jnp.where(jnp.abs(t) <= 1.0, q * jnp.expm1(jnp.clip(t, -1.0, 1.0)), p - q) / (q + EPSILON)
     middle = jnp.clip(x, -0.5, 0.5)
     ratio = (p + EPSILON) / (q + EPSILON)
     g = jnp.where(jnp.abs(x) <= 0.5, (1.0 + middle) * jnp.log1p(middle) - middle, ratio * jnp.log(ratio) - x)
     g = jnp.where(jnp.abs(x) < 0.05, _g_series(x), g)
     return jnp.sum((q + EPSILON) * g, axis=-1, keepdims=True)
+
+
+def _softmax(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The softmax of every row, and the logarithm of its denominator [..., 1]."""
+    largest = jnp.max(x, axis=-1, keepdims=True)
+    e = jnp.exp(x - largest)
+    total = jnp.sum(e, axis=-1, keepdims=True)
+    return e / total, jnp.log(total) + largest
 
 
 def _expm1_series(t: jax.Array) -> jax.Array:

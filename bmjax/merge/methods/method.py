@@ -4,8 +4,9 @@
     def scaled(base, branches, *, lambda_: Annotated[float, About("factor of the change")] = 1.0) -> Merged: ...
 
 `base` and every branch arrive as float32 arrays of one shape, at least one dimension, in the Hugging Face layout: the
-last axis is the row (in_features of a matrix). A trailing underscore of a parameter is not part of its recipe name
-(`lambda_` is `lambda`).
+last axis is the row (in_features of a matrix). With `jit=False` they come as they are stored: for a method of several
+jitted parts, one compiled part serving all its forms, which casts them there and saves copies. A trailing underscore
+of a parameter is not part of its recipe name (`lambda_` is `lambda`).
 """
 
 import functools
@@ -112,6 +113,7 @@ def method(
     base: Literal["required", "unused"],
     branches: tuple[int, int | None],
     check: Callable[[Mapping[str, Any]], None] | None = None,
+    jit: bool = True,
 ) -> Callable[[Callable[..., Merged]], Callable[..., Merged]]:
     """Registers a leaf function and returns it jitted, with its array arguments cast to float32.
 
@@ -120,9 +122,9 @@ def method(
 
     def register(function: Callable[..., Merged]) -> Callable[..., Merged]:
         table = _table(function)
+        cast = float32 if jit else jnp.atleast_1d
         static = [p.argument for p in table.values() if not p.traced and not p.about.model]
 
-        @functools.partial(jax.jit, static_argnames=static)
         @functools.wraps(function)
         def leaf(base: jax.Array | None, branches: Sequence[jax.Array], **arguments: Any) -> Merged:
             shape = jnp.shape(branches[0])
@@ -131,18 +133,20 @@ def method(
                     value = arguments.get(p.argument, p.default)
                     arguments[p.argument] = jnp.broadcast_to(jnp.asarray(value, jnp.float32), (len(branches),))
                 elif p.about.model and arguments.get(p.argument) is not None:
-                    arguments[p.argument] = _float32(arguments[p.argument])
-            merged = function(None if base is None else _float32(base), [_float32(b) for b in branches], **arguments)
+                    arguments[p.argument] = cast(arguments[p.argument])
+            merged = function(None if base is None else cast(base), [cast(b) for b in branches], **arguments)
             return Merged(merged.leaf.reshape(shape), merged.kept)
 
+        compiled = jax.jit(leaf, static_argnames=static) if jit else leaf
         summary = inspect.cleandoc(function.__doc__ or "")
-        METHODS[name] = Method(name, leaf, base, branches, table, summary, check)
-        return leaf
+        METHODS[name] = Method(name, compiled, base, branches, table, summary, check)
+        return compiled
 
     return register
 
 
-def _float32(x: jax.Array) -> jax.Array:
+def float32(x: jax.Array) -> jax.Array:
+    """`x` as a method computes with it."""
     return jnp.atleast_1d(jnp.asarray(x).astype(jnp.float32))
 
 
@@ -164,7 +168,8 @@ def _table(function: Callable[..., Merged]) -> dict[str, Parameter]:
 
 def changes(base: jax.Array, branches: Sequence[jax.Array], rebase: jax.Array | None) -> list[jax.Array]:
     """The task vector of each branch: its difference from the base, or from `rebase` where that is given."""
-    return [branch - (base if rebase is None else rebase) for branch in branches]
+    origin = float32(base if rebase is None else rebase)
+    return [float32(branch) - origin for branch in branches]
 
 
 def dense(leaf: jax.Array, branches: Sequence[jax.Array]) -> Merged:

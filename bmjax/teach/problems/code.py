@@ -6,7 +6,7 @@ import random
 from bmjax.teach.problems.common import Calculator, Problem, Solution
 
 QUESTION = "What does this print?\n"
-LARGEST_RESULT = {1: 60, 2: 100, 3: 120}
+LARGEST_RESULT = {1: 20, 2: 30, 3: 50}
 MAX_LOOPS = 20
 
 _VARIABLES = "abcnxyz"
@@ -36,17 +36,17 @@ class _Draw:
     def names(self, count: int) -> list[str]:
         return self.rng.sample(_VARIABLES, count)
 
-    def number(self, low: int = 1, high: int = 12) -> int:
+    def number(self, low: int = 1, high: int = 9) -> int:
         return self.rng.randint(low, high)
 
     def step(self, value: int, operators: str = "++-*") -> tuple[str, int, int]:
-        """(operator, number, value after it); a factor is 2..9 and multiplies at most 12."""
+        """(operator, number, value after it); both factors of a product are at most 9."""
         operator = self.rng.choice(operators)
         number = self.number(2, 9) if operator == "*" else self.number()
         return operator, number, self.result(value, operator, number)
 
     def result(self, value: int, operator: str, number: int) -> int:
-        if operator == "*" and (max(value, number) > 12 or min(value, number) > 9):
+        if operator == "*" and (max(value, number) > 9):
             self.left_range = True
         result = value + number if operator == "+" else value - number if operator == "-" else value * number
         if not 0 <= result <= self.largest:
@@ -80,7 +80,7 @@ def _two_variables(draw: _Draw) -> tuple[str, int]:
 
 def _branch(draw: _Draw) -> tuple[str, int]:
     (name,) = draw.names(1)
-    start, limit = draw.number(), draw.number(2, 11)
+    start, limit = draw.number(), draw.number(2, 9)
     op, n, value = draw.step(start, "+-*")
     comparison = draw.rng.choice("><")
     yes_op, yes_n, yes_value = draw.step(value, "+-")
@@ -117,7 +117,7 @@ def _length(draw: _Draw) -> tuple[str, int]:
 
 def _count_loop(draw: _Draw) -> tuple[str, int]:
     (name,) = draw.names(1)
-    start, rounds, op = draw.number(1, 20), draw.number(2, 4), draw.rng.choice("+++-*")
+    start, rounds, op = draw.number(), draw.number(2, 4), draw.rng.choice("+++-*")
     n = 2 if op == "*" else draw.number(1, 9)
     value = start
     for _ in range(rounds):
@@ -127,7 +127,7 @@ def _count_loop(draw: _Draw) -> tuple[str, int]:
 
 def _index_loop(draw: _Draw) -> tuple[str, int]:
     (name,) = draw.names(1)
-    start, rounds, op = draw.number(1, 20), draw.number(2, 3), draw.rng.choice("+-")
+    start, rounds, op = draw.number(), draw.number(2, 3), draw.rng.choice("+-")
     last_op, last_n = draw.rng.choice("+-"), draw.number()
     value = start
     for i in range(rounds):
@@ -138,7 +138,7 @@ def _index_loop(draw: _Draw) -> tuple[str, int]:
 
 def _list_loop(draw: _Draw) -> tuple[str, int]:
     (name,) = draw.names(1)
-    start, items, op = draw.number(1, 20), [draw.number(1, 9) for _ in range(draw.number(2, 3))], draw.rng.choice("++-")
+    start, items, op = draw.number(), [draw.number(1, 9) for _ in range(draw.number(2, 3))], draw.rng.choice("++-")
     value = start
     for item in items:
         value = draw.result(value, op, item)
@@ -204,7 +204,7 @@ class _Tracer:
                 for item in self._items(source):
                     self.values[name] = item
                     if used:
-                        self.lines.append(f"{name} = {item}")
+                        self.lines.append(f"{name}={item}")
                     self._block(body)
             case ast.If(test=ast.Compare(left=left, ops=[op], comparators=[right]), body=body, orelse=orelse):
                 self._block(body if self._compare(left, op, right) else orelse)
@@ -220,7 +220,7 @@ class _Tracer:
 
     def _assign(self, name: str, value: int, line: str) -> None:
         self.values[name] = value
-        self.lines.append(f"{name} = {line}")
+        self.lines.append(f"{name}={line}")
 
     def _items(self, node: ast.expr) -> list[int]:
         match node:
@@ -239,11 +239,11 @@ class _Tracer:
             raise ValueError("unknown comparison")
         a, b, sign = self._expression(left)[0], self._expression(right)[0], _COMPARISONS[type(op)]
         holds = a > b if sign == ">" else a < b if sign == "<" else a == b
-        self.lines.append(f"{a} {sign} {b} {holds}")
+        self.lines.append(f"{a}{sign}{b} {holds}")
         return holds
 
     def _expression(self, node: ast.expr) -> tuple[int, str]:
-        """(value, how it is written): `7` for a plain value, `3 + 4 = 7` for an operation; inner steps get lines."""
+        """(value, how it is written): `7` for a plain value, `3+4=7` for an operation; inner steps get lines."""
         match node:
             case ast.Constant():
                 value = self._constant(node)
@@ -254,13 +254,13 @@ class _Tracer:
                 if not isinstance(sequence, list) or not -len(sequence) <= index < len(sequence):
                     raise ValueError(f"{name}[{index}] is not an item of a list of numbers")
                 value = sequence[index]
-                self.lines.append(f"{name}[{index}] = {value}")
+                self.lines.append(f"{name}[{index}]={value}")
             case ast.Call(func=ast.Name(id="len"), args=[ast.Name(id=name)], keywords=[]):
                 sequence = self.values.get(name)
                 if not isinstance(sequence, (list, str)):
                     raise ValueError(f"{name} has no length")
                 value = len(sequence)
-                self.lines.append(f"len({name}) = {value}")
+                self.lines.append(f"len({name})={value}")
             case ast.BinOp(left=left, op=op, right=right):
                 first, first_line = self._expression(left)
                 if "=" in first_line:

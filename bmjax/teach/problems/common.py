@@ -1,6 +1,6 @@
 """What the three domains share: the problem, its solution, and the arithmetic every reasoning line is written in.
 
-A step is always written `7 + 5 = 12`: decimal whole numbers, spaces around the operator, exact division. A domain
+A step is always written `7+5=12`: decimal whole numbers, no spaces, exact division. A domain
 with another convention would pull the branches apart where the merge needs them to agree.
 """
 
@@ -41,7 +41,7 @@ class Calculator:
     steps: int = 0
 
     def apply(self, left: int, operator: str, right: int) -> tuple[int, str]:
-        """The result and the line `left operator right = result`. ValueError if it is not a whole number in range."""
+        """The result and the line `left operator right=result`. ValueError if it is not a whole number in range."""
         if operator == "+":
             result = left + right
         elif operator == "-":
@@ -59,7 +59,7 @@ class Calculator:
         self.steps += 1
         if abs(result) > MAX_VALUE:
             raise ValueError(f"{left} {operator} {right} is out of range")
-        return result, f"{left} {operator} {right} = {result}"
+        return result, f"{left}{operator}{right}={result}"
 
 
 def split_of(prompt: str) -> str:

@@ -19,9 +19,9 @@ class _Level:
 
 
 LEVELS = {
-    1: _Level((2,), (2,), "++--*", largest_number=12, largest_result=60, largest_factor=9),
-    2: _Level((2, 3), (3,), "++--**", largest_number=20, largest_result=100, largest_factor=12),
-    3: _Level((3, 4), (4,), "++--**/", largest_number=30, largest_result=200, largest_factor=20),
+    1: _Level((2,), (2,), "++--*", largest_number=9, largest_result=20, largest_factor=5),
+    2: _Level((2, 3), (3,), "++--**", largest_number=9, largest_result=30, largest_factor=9),
+    3: _Level((3, 4), (4,), "++--**/", largest_number=9, largest_result=50, largest_factor=9),
 }
 
 NAMES = ("Tom", "Ann", "Sam", "Eva", "Max", "Lea")
@@ -86,7 +86,7 @@ def _grow(steps: int, rules: _Level, rng: random.Random) -> tuple[str, int, int]
     rank = _PRECEDENCE[operator]
     left_text = f"({left[0]})" if left[2] < rank else left[0]
     right_text = f"({right[0]})" if right[2] <= rank else right[0]
-    return f"{left_text} {operator} {right_text}", value, rank
+    return f"{left_text}{operator}{right_text}", value, rank
 
 
 def _leaf(number: int) -> tuple[str, int, int]:

@@ -9,19 +9,21 @@ from tests.merge.reference import BF16, EPSILON, fuse, fusion_mask, heavy_tailed
 
 module = importlib.import_module("bmjax.merge.methods.arcee_fusion")
 
+SHAPE = (64, 96)  # of most tests, because each shape is a compilation
 REAL = {
-    "896, 8e-4": ((300, 896), 0.02, 8e-4),
-    "896, 1e-4": ((300, 896), 0.02, 1e-4),
-    "4864, 2e-4": ((150, 4864), 0.02, 2e-4),
-    "4864, 5e-4": ((150, 4864), 0.03, 5e-4),
-    "vector": ((4864,), 0.02, 2e-4),
+    "896, 8e-4": ((300, 896), 0.02, 8e-4, np.float32),
+    "896, 1e-4": ((300, 896), 0.02, 1e-4, np.float32),
+    "4864, 2e-4": ((150, 4864), 0.02, 2e-4, np.float32),
+    "4864, 1e-4": ((150, 4864), 0.03, 1e-4, np.float32),
+    "4864, 5e-4, bfloat16": ((150, 4864), 0.02, 5e-4, BF16),
+    "4864, 2e-4, bfloat16": ((150, 4864), 0.02, 2e-4, BF16),
+    "vector": ((4864,), 0.02, 2e-4, np.float32),
 }
 
 
 @pytest.mark.parametrize("name", REAL)
-@pytest.mark.parametrize("stored", [np.float32, BF16])
-def test_mask_at_the_changes_of_fine_tuning(name, stored):
-    shape, weight_rms, delta_rms = REAL[name]
+def test_mask_at_the_changes_of_fine_tuning(name):
+    shape, weight_rms, delta_rms, stored = REAL[name]
     base, (branch,) = real_sized(shape, 1, weight_rms, delta_rms)
     base, branch = base.astype(stored), branch.astype(stored)
     merged, kept = arcee_fusion(base, [branch])
@@ -33,7 +35,7 @@ def test_mask_at_the_changes_of_fine_tuning(name, stored):
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("shape", [(64, 96), (7, 300), (96,), (3, 8, 50)])
+@pytest.mark.parametrize("shape", [SHAPE, (96,), (3, 8, 50)])
 def test_mask_on_heavy_tails(seed, shape):
     base, (branch,) = heavy_tailed(shape, seed)
     np.testing.assert_array_equal(arcee_fusion(base, [branch]).leaf, fuse(base, branch).astype(np.float32))
@@ -51,29 +53,29 @@ def test_row_divergences(delta_rms):
 
 
 def test_both_paths_agree_where_they_meet():
-    base, (branch,) = real_sized((50, 896), 3, 0.3, 4e-3)
-    q, delta = jax.nn.softmax(base), branch - base
-    np.testing.assert_allclose(module._kl_small(q, base, delta), module._kl_any(q, base, delta), rtol=1e-5)
+    base, (branch,) = real_sized(SHAPE, 3, 0.3, 4e-3)
+    delta = branch - base
+    np.testing.assert_allclose(module._kl_small(base, delta), module._kl_any(base, delta), rtol=1e-5)
 
 
 def test_extreme_values_stay_finite():
     rng = np.random.default_rng(4)
-    base = (100 * rng.standard_t(1, (40, 200))).astype(np.float32)
-    branch = (base + 100 * rng.standard_t(1, (40, 200))).astype(np.float32)
+    base = (100 * rng.standard_t(1, SHAPE)).astype(np.float32)
+    branch = (base + 100 * rng.standard_t(1, SHAPE)).astype(np.float32)
     found = module.row_kl(base, branch - base)
     assert np.all(np.isfinite(found)) and np.all(found >= 0)
     assert np.all(np.isfinite(arcee_fusion(base, [branch]).leaf))
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (5,), (64, 96)])
+@pytest.mark.parametrize("shape", [(), (5,), SHAPE])
 def test_nothing_changed(shape):
-    base = np.asarray(heavy_tailed((64, 96), 5)[0].ravel()[: int(np.prod(shape))]).reshape(shape)
+    base = np.asarray(heavy_tailed(SHAPE, 5)[0].ravel()[: int(np.prod(shape))]).reshape(shape)
     merged, kept = arcee_fusion(base, [base, base])
     np.testing.assert_array_equal(merged, base)
     np.testing.assert_array_equal(kept, [0, 0])
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (6, 1)])
+@pytest.mark.parametrize("shape", [(), (6, 1)])
 def test_rows_of_one_element_take_the_new_value(shape):
     """Their softmax is 1 whatever the value: every importance is 0 and reaches the threshold 0."""
     base, branch = np.full(shape, 0.5, np.float32), np.full(shape, 0.7, np.float32)
@@ -83,7 +85,7 @@ def test_rows_of_one_element_take_the_new_value(shape):
 
 
 def test_constant_and_shifted_rows():
-    base, (branch,) = real_sized((40, 128), 6)
+    base, (branch,) = real_sized(SHAPE, 6)
     base[:5] = 0.25
     branch[:5] = 0.375  # constant rows, shifted: softmax and so importance do not change
     merged = np.asarray(arcee_fusion(base, [branch]).leaf)
@@ -92,7 +94,7 @@ def test_constant_and_shifted_rows():
 
 
 def test_kept_entries_are_the_branch_bit_for_bit():
-    base, (branch,) = real_sized((60, 500), 7, weight_rms=1.0, delta_rms=0.3)
+    base, (branch,) = real_sized(SHAPE, 7, weight_rms=1.0, delta_rms=0.3)
     merged = np.asarray(arcee_fusion(base, [branch]).leaf)
     assert np.all((merged == base) | (merged == branch))
 
@@ -100,7 +102,7 @@ def test_kept_entries_are_the_branch_bit_for_bit():
 @pytest.mark.parametrize("combine", ["mean", "sum"])
 @pytest.mark.parametrize("scale", [1.0, 0.6])
 def test_symmetric_form(combine, scale):
-    base, branches = heavy_tailed((80, 120), 8, branches=3)
+    base, branches = heavy_tailed(SHAPE, 8, branches=3)
     branches[1] = (base + 1.3 * (branches[0] - base)).astype(np.float32)  # so that masks overlap
     merged, kept = arcee_fusion(base, branches, combine=combine, lambda_=scale)
     masks = np.stack([fusion_mask(base, b) for b in branches])
@@ -114,7 +116,7 @@ def test_symmetric_form(combine, scale):
 
 
 def test_unchanged_branch_does_not_dilute_the_mean():
-    base, (branch,) = heavy_tailed((40, 60), 9)
+    base, (branch,) = heavy_tailed(SHAPE, 9)
     sparse = base.copy()
     sparse[0, :3] += 0.5  # most importances are 0, and so is the threshold
     merged = np.asarray(arcee_fusion(base, [branch, sparse]).leaf)[1:]
@@ -122,7 +124,7 @@ def test_unchanged_branch_does_not_dilute_the_mean():
 
 
 def test_rebase():
-    backbone, (math, code) = heavy_tailed((64, 96), 10, branches=2)
+    backbone, (math, code) = heavy_tailed(SHAPE, 10, branches=2)
     merged = np.asarray(arcee_fusion(math, [code], rebase=backbone).leaf)
     np.testing.assert_allclose(merged, fuse(math, code, origin=backbone), atol=3e-7)
     mask = fusion_mask(math, code, origin=backbone)
@@ -130,6 +132,6 @@ def test_rebase():
 
 
 def test_deterministic():
-    base, (branch,) = real_sized((200, 896), 11)
+    base, (branch,) = real_sized(SHAPE, 11)
     one, two = (np.asarray(arcee_fusion(base, [branch]).leaf) for _ in range(2))
     assert one.tobytes() == two.tobytes()

@@ -1,0 +1,64 @@
+"""Hugging Face directory <-> Orbax checkpoint of the parameters, with config and tokenizer beside it."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from bmjax.config import UserError
+from bmjax.model import spec
+from bmjax.model.spec import Qwen2Config, read_hf_config
+from bmjax.parallel.mesh import make_mesh, sharding
+from bmjax.weights import hf
+from bmjax.weights.checkpoint import Checkpoints
+from bmjax.weights.safetensors import replacing
+
+PARAMS = "params"  # DST/params/0: an Orbax checkpoint whose only step is 0
+
+
+def _new(destination: str) -> Path:
+    path = Path(destination)
+    if path.exists():
+        raise UserError(f"{path}: exists already; choose a new directory")
+    return path
+
+
+def to_orbax(source: str, destination: str) -> None:
+    """Parameters of a Hugging Face directory or hub id, in their stored dtype, to DST/params."""
+    target, directory = _new(destination), hf.resolve_model(source)
+    config = Qwen2Config.from_dir(directory)
+    params = hf.load_params(directory, config, make_mesh())
+    with replacing(target) as temporary:
+        for file in directory.iterdir():
+            if file.name in (*hf.TOKENIZER_FILES, "config.json", "generation_config.json"):
+                shutil.copyfile(file, temporary / file.name)
+        checkpoints = Checkpoints(temporary / PARAMS, keep=1, every=1)
+        checkpoints.save(0, params, {"dtypes": _dtypes(config, params)})
+        checkpoints.close()
+
+
+def _dtypes(config: Qwen2Config, params: Any) -> dict[str, str]:
+    return {row.name: str(spec.get(params, row.path).dtype) for row in spec.table(config)}
+
+
+def to_hf(source: str, destination: str) -> None:
+    """The reverse: DST gets safetensors, config and tokenizer from what `to_orbax` wrote."""
+    target, directory = _new(destination), Path(source)
+    if not (directory / PARAMS).is_dir():
+        ready = directory / "hf"
+        hint = f"; {ready} is a Hugging Face directory already" if (ready / "config.json").is_file() else ""
+        raise UserError(f"{directory}: not what `bmjax convert --to orbax` writes (no {PARAMS}/ in it){hint}")
+    config, mesh = Qwen2Config.from_dir(directory), make_mesh()
+    checkpoints = Checkpoints(directory / PARAMS, keep=1, every=1)
+    try:
+        dtypes = checkpoints.meta(None)["dtypes"]
+        abstract = spec.unflatten([(row.path, _shape(mesh, row, dtypes[row.name])) for row in spec.table(config)])
+        params = checkpoints.restore(None, abstract)[0]
+    finally:
+        checkpoints.close()
+    hf.save_hf(target, params, read_hf_config(directory), side_files=directory)
+
+
+def _shape(mesh: Any, row: spec.Param, dtype: str) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(row.shape, jax.numpy.dtype(dtype), sharding=sharding(mesh, row.axes, row.shape))

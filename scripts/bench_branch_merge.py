@@ -1,0 +1,85 @@
+#!/usr/bin/env python
+"""Branches, merges and the mixture side by side over several seeds: the table of the README.
+
+    .venv/bin/python scripts/bench_branch_merge.py --seeds 5 [--config configs/demo.yaml] [--output runs/bench]
+
+Every seed is a whole `bmjax run` (other problems, other initial weights, other order); a killed bench continues.
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from bmjax.config import UserError
+from bmjax.pipeline import RunSettings, run
+
+# Student's t, 97.5% quantile, by degrees of freedom.
+T975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+
+def interval(values: list[float], digits: int) -> str:
+    """Mean and half width of the 95% interval of the mean over seeds."""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    half = T975.get(len(values) - 1, 1.96) * stdev(values) / math.sqrt(len(values))
+    return f"{mean(values):.{digits}f} ± {half:.{digits}f}"
+
+
+def better_everywhere(report: dict[str, Any], model: str, key: str) -> bool:
+    """Whether `model` beats the backbone in every domain by accuracy (higher) or loss (lower)."""
+    sign = 1 if key == "accuracy" else -1
+    scores, backbone = report["models"][model]["scores"], report["models"]["backbone"]["scores"]
+    return all(sign * (scores[d][key] - backbone[d][key]) > 0 for d in backbone)
+
+
+def table(reports: list[dict[str, Any]]) -> str:
+    """The Markdown table over all seeds."""
+    domains = list(reports[0]["models"]["backbone"]["scores"])
+    head = ["model", *(f"{d} accuracy" for d in domains), "mean accuracy", *(f"{d} loss" for d in domains), "mean loss",
+            "training tokens", "seeds better everywhere (accuracy, loss)"]  # fmt: skip
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for model in reports[0]["models"]:
+        cells = [model]
+        for key, digits in (("accuracy", 3), ("loss", 4)):
+            by_domain = [[r["models"][model]["scores"][d][key] for r in reports] for d in domains]
+            cells += [f"{mean(values):.{digits}f}" for values in by_domain]
+            cells.append(interval([mean(column) for column in zip(*by_domain, strict=True)], digits))
+        cells.append(f"{mean(r['models'][model]['tokens'] for r in reports):,.0f}")
+        wins = [sum(better_everywhere(r, model, key) for r in reports) for key in ("accuracy", "loss")]
+        cells.append("-" if model == "backbone" else f"{wins[0]}, {wins[1]} of {len(reports)}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5, help="how many seeds (0, 1, ...)")
+    parser.add_argument("--config", default="configs/demo.yaml")
+    parser.add_argument("--output", default="runs/bench", help="one run directory per seed lies in it")
+    parser.add_argument("overrides", nargs="*", help="key=value, as for bmjax run")
+    arguments = parser.parse_args()
+    reports = []
+    try:
+        for seed in range(arguments.seeds):
+            settings = RunSettings.read(arguments.config, [*arguments.overrides, f"seed={seed}"])
+            reports.append(run(settings, Path(arguments.output) / f"seed{seed}"))
+    except UserError as error:
+        print(f"bench_branch_merge: error: {error}", file=sys.stderr)
+        return 2
+    n = min(s["n"] for r in reports for s in r["models"]["merged"]["scores"].values())
+    print(f"{len(reports)} seeds, {n} test rows a domain; mean over seeds, ± half a 95% interval of that mean\n")
+    print(table(reports))
+    chosen = [r["chosen"]["merge"] for r in reports]
+    print(f"\nmerged (chosen on validation): {', '.join(chosen)}")
+    wins = sum(better_everywhere(r, "merged", "accuracy") for r in reports)
+    print(f"merged beats the backbone in every domain by accuracy in {wins} of {len(reports)} seeds")
+    (Path(arguments.output) / "bench.json").write_text(json.dumps(reports))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
