@@ -1,6 +1,6 @@
 """The Python interface: load, logits, loss, save, generate, merge, train, run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -11,11 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from bmjax.config import UserError
+from bmjax.config import UserError, nearest
+from bmjax.generate.text import generate
 from bmjax.model import qwen2
 from bmjax.model.spec import Qwen2Config, read_hf_config
 from bmjax.parallel.mesh import make_mesh, sharding
 from bmjax.weights import hf
+
+__all__ = ["Model", "generate", "load", "merge", "run", "save", "train"]
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -51,9 +55,7 @@ class Model:
         token has no prediction and is never counted.
         """
         tokens, segments, places = self._arrays(tokens_BT, segment_ids, positions)
-        mask = self._place(loss_mask_BT, "loss_mask")
-        if mask.shape != tokens.shape:
-            raise UserError(f"loss_mask: shape {mask.shape}, expected that of the tokens, {tokens.shape}")
+        mask = self._place(loss_mask_BT, "loss_mask", tokens.shape)
         with jax.set_mesh(self.mesh):
             nats, count = _loss(self.config, self.dtype)(self.params, tokens, mask, segments, places)
         return float(nats), int(count)
@@ -61,19 +63,26 @@ class Model:
     def _arrays(self, tokens: Any, segments: Any, positions: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         tokens = self._place(tokens, "tokens")
         qwen2.check_length(self.config, tokens.shape[1], "tokens")
-        top = int(jnp.max(tokens)) if tokens.size else 0
-        if top >= self.config.vocab_size or (tokens.size and int(jnp.min(tokens)) < 0):
-            raise UserError(f"tokens: ids must lie in 0..{self.config.vocab_size - 1}, found {top}")
-        segments = jnp.ones_like(tokens) if segments is None else self._place(segments, "segment_ids")
+        low, high = (int(jnp.min(tokens)), int(jnp.max(tokens))) if tokens.size else (0, 0)
+        if low < 0 or high >= self.config.vocab_size:
+            found = low if low < 0 else high
+            raise UserError(f"tokens: ids must lie in 0..{self.config.vocab_size - 1}, found {found}")
+        segments = jnp.ones_like(tokens) if segments is None else self._place(segments, "segment_ids", tokens.shape)
         if positions is None:
-            positions = qwen2.default_positions(segments)
-        positions = jnp.broadcast_to(self._place(positions, "positions"), tokens.shape)
-        return tokens, segments, positions
+            return tokens, segments, qwen2.default_positions(segments)
+        return tokens, segments, self._place(positions, "positions", tokens.shape)
 
-    def _place(self, array: Any, name: str) -> jax.Array:
-        array = np.asarray(array, np.int32)
+    def _place(self, array: Any, name: str, shape: tuple[int, ...] | None = None) -> jax.Array:
+        array = np.asarray(array)
         if array.ndim != 2:
             raise UserError(f"{name}: {array.ndim} dimensions, expected 2: [rows, tokens]")
+        if array.dtype.kind not in "iub":
+            raise UserError(f"{name}: expected whole numbers, found {array.dtype}")
+        if name == "positions" and array.shape[0] == 1 and shape is not None:
+            array = np.broadcast_to(array, (shape[0], array.shape[1]))
+        if shape is not None and array.shape != shape:
+            raise UserError(f"{name}: shape {array.shape}, expected that of the tokens, {shape}")
+        array = array.astype(np.int32)
         return jax.device_put(array, sharding(self.mesh, ("batch", "length"), array.shape))
 
 
@@ -93,15 +102,15 @@ def _cast(params: Any, dtype: str) -> Any:
     return jax.tree.map(lambda a: a.astype(dtype), params)
 
 
-def load(
-    source: str | Path, dtype: str | None = "float32", mesh: Mapping[str, int] | Mesh | None = None
-) -> Model:
+def load(source: str | Path, dtype: str | None = "float32", mesh: Mapping[str, int] | Mesh | None = None) -> Model:
     """A Hugging Face Qwen2 model from a directory or a hub id.
 
     dtype: of the parameters and of computation ('float32', 'bfloat16', 'float16'); None keeps what is stored.
     mesh: axis sizes such as {"fsdp": 4, "tensor": 2}; None is one device.
     Raises UserError, one line, for anything wrong with the directory.
     """
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype: '{dtype}' is not one of {', '.join(DTYPES)}{nearest(str(dtype), DTYPES)}")
     directory = hf.resolve_model(str(source))
     config = Qwen2Config.from_dir(directory)
     devices = mesh if isinstance(mesh, Mesh) else make_mesh(mesh)
@@ -114,41 +123,6 @@ def save(model: Model, output: str | Path) -> Path:
     """Write `model` as a Hugging Face directory, replacing `output` only once everything is written."""
     hf.save_hf(Path(output), model.params, read_hf_config(model.directory), side_files=model.directory)
     return Path(output)
-
-
-def generate(
-    model: Model, prompts: Sequence[str] | Sequence[Sequence[int]], max_new_tokens: int = 64, temperature: float = 0.0,
-    seed: int = 0, top_p: float = 1.0, batch: int = 64,
-) -> list[str] | list[list[int]]:  # fmt: skip
-    """The continuation of every prompt, without the prompt and without the end token.
-
-    Prompts are text (tokenized as they stand, no chat template) or lists of token ids. Returns text where the
-    model has a tokenizer, else token ids.
-    """
-    from bmjax.generate import sampler
-
-    if isinstance(prompts, str):
-        raise UserError("prompts: expected a list of texts or of token lists, found one text")
-    encoded: list[Sequence[int]] = []
-    for prompt in prompts:
-        if isinstance(prompt, str):
-            if model.tokenizer is None:
-                raise UserError(f"{model.directory}: no tokenizer, so prompts must be lists of token ids")
-            prompt = model.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        encoded.append(prompt)
-    sampling = sampler.Sampling(max_new_tokens, temperature, top_p, seed)
-    with jax.set_mesh(model.mesh):
-        outs = sampler.generate(
-            model.config, model.params, encoded, sampling, eos_ids(model), batch, jnp.dtype(model.dtype)
-        )
-    if model.tokenizer is None:
-        return [list(out.tokens) for out in outs]
-    return [model.tokenizer.decode(out.tokens, skip_special_tokens=True) for out in outs]
-
-
-def eos_ids(model: Model) -> tuple[int, ...]:
-    """The token ids that end a generation: those of generation_config.json, the config, the tokenizer."""
-    return hf.end_tokens(model.directory, model.config, model.tokenizer)
 
 
 def merge(recipe: str | Path | Mapping[str, Any], output: str | Path, overwrite: bool = False) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The commands: parse and call, no logic."""
 
+import errno
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,14 +23,16 @@ usage: bmjax COMMAND CONFIG [key=value ...]      e.g. bmjax run configs/demo.yam
   convert SRC DST --to hf|orbax   Hugging Face directory to Orbax checkpoint of parameters, and back
   eval CONFIG                 accuracy with 95% intervals and held-out loss of a model
 
-Every key of a CONFIG can be overridden: training.steps=10. `bmjax COMMAND --help` lists all keys with defaults.
+Every key of a CONFIG can be overridden: branch.steps=10. `bmjax COMMAND --help` lists all keys with defaults.
 A mistake in a config or an input is one line that names it, and exit code 2; nothing half-written stays behind.
 """
 
 
 def _run(settings: Any, output: str | None) -> None:
+    from bmjax.parallel.start import use_cpu_cores
     from bmjax.pipeline.run import run
 
+    use_cpu_cores()
     run(settings, output)
 
 
@@ -49,13 +52,17 @@ def _select(settings: Any, output: str | None) -> None:
 
 def _train(settings: Any, output: str | None) -> None:
     from bmjax.branch.train import train
+    from bmjax.parallel.start import use_cpu_cores
 
+    use_cpu_cores()
     train(settings)
 
 
 def _eval(settings: Any, output: str | None) -> None:
     from bmjax.evaluate.run import evaluate, summary
+    from bmjax.parallel.start import use_cpu_cores
 
+    use_cpu_cores()
     for task, score in evaluate(settings).items():
         print(f"{task}: {summary(score)}")
 
@@ -82,12 +89,18 @@ CALLS: dict[str, Callable[[Any, str | None], None]] = {
     "run": _run, "collect": _collect, "select": _select, "train": _train, "eval": _eval,
 }  # fmt: skip
 EXAMPLES = {
-    "run": ("bmjax run configs/demo.yaml --output runs/demo", "bmjax run configs/demo.yaml --output runs/long branch.steps=300"),
+    "run": ("bmjax run configs/demo.yaml --output runs/demo", "bmjax run configs/demo.yaml seed=1 branch.steps=300"),
     "collect": ("bmjax collect collect.yaml teacher.concurrency=64",),
     "select": ("bmjax select select.yaml max_characters=20000",),
-    "train": ("bmjax train branch.yaml learning_rate=2e-5 output=runs/math", "bmjax train branch.yaml freeze=[embed/*]"),
+    "train": (
+        "bmjax train branch.yaml learning_rate=2e-5 output=runs/math",
+        "bmjax train branch.yaml freeze=[embed/*]",
+    ),
     "eval": ("bmjax eval eval.yaml temperature=0.6 top_p=0.95 samples=16",),
 }
+
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,6 +110,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _dispatch(arguments)
     except UserError as error:
         print(f"bmjax: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        print(f"bmjax: error: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("bmjax: stopped; the same command continues where it was", file=sys.stderr)
@@ -124,12 +142,8 @@ def _dispatch(arguments: list[str]) -> int:
         print(_help(command, kind), end="")
         return 0
     output = None
-    if "--output" in rest and command == "run":
-        at = rest.index("--output")
-        if at + 1 == len(rest):
-            raise UserError("--output: a directory must follow")
-        output = rest[at + 1]
-        del rest[at : at + 2]
+    if command == "run":
+        output, rest = _option(rest, "--output")
     unknown = [argument for argument in rest if argument.startswith("-")]
     if unknown:
         raise UserError(f"unknown option '{unknown[0]}'; settings are given as key=value, see bmjax {command} --help")
@@ -140,12 +154,25 @@ def _dispatch(arguments: list[str]) -> int:
     return 0
 
 
+def _option(arguments: list[str], name: str) -> tuple[str | None, list[str]]:
+    """(value, the other arguments) of `NAME VALUE` or `NAME=VALUE`; None where the option is absent."""
+    for at, argument in enumerate(arguments):
+        if argument == name:
+            if at + 1 == len(arguments):
+                raise UserError(f"{name}: a value must follow")
+            return arguments[at + 1], arguments[:at] + arguments[at + 2 :]
+        if argument.startswith(f"{name}="):
+            return argument.removeprefix(f"{name}="), arguments[:at] + arguments[at + 1 :]
+    return None, arguments
+
+
 def _help(command: str, kind: type[Settings]) -> str:
     option = " [--output DIR]" if command == "run" else ""
     examples = "".join(f"  {line}\n" for line in EXAMPLES[command])
     keys = "\n".join(describe(kind))
     return (
-        f"usage: bmjax {command} CONFIG{option} [key=value ...]\n\n{(kind.__doc__ or '').strip()}\n\nexamples:\n{examples}\n"
+        f"usage: bmjax {command} CONFIG{option} [key=value ...]\n\n{(kind.__doc__ or '').strip()}\n\n"
+        f"examples:\n{examples}\n"
         f"keys of CONFIG (YAML), with defaults; nested keys are overridden as a.b=value:\n{keys}\n"
     )
 
@@ -164,11 +191,12 @@ def _convert(rest: list[str]) -> int:
     if "-h" in rest or "--help" in rest:
         print(CONVERT_HELP, end="")
         return 0
-    if "--to" not in rest or rest.index("--to") + 1 == len(rest):
+    kind, paths = _option(rest, "--to")
+    if kind is None:
         raise UserError("bmjax convert: --to hf or --to orbax is missing")
-    at = rest.index("--to")
-    kind = rest[at + 1]
-    paths = rest[:at] + rest[at + 2 :]
+    unknown = [path for path in paths if path.startswith("-")]
+    if unknown:
+        raise UserError(f"unknown option '{unknown[0]}'; see bmjax convert --help")
     if kind not in ("hf", "orbax"):
         raise UserError(f"--to: expected hf or orbax, found '{kind}'")
     if len(paths) != 2:

@@ -9,6 +9,7 @@ import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,7 +27,9 @@ class UserError(Exception):
 class Settings(BaseModel):
     """Frozen settings: unknown keys are refused with the nearest known one, wrong types by name of the key."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), validate_default=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), validate_default=False, allow_inf_nan=False
+    )
 
     @classmethod
     def read(cls, source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Self:
@@ -45,7 +48,7 @@ class Settings(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise UserError(f"{where}: {_first_problem(cls, error)}") from None
+            raise UserError(f"{where}: {first_problem(cls, error)}") from None
 
 
 class _Loader(yaml.SafeLoader):
@@ -60,11 +63,12 @@ _Loader.add_implicit_resolver(
 def _no_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[str] = set()
     for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+            continue
         if key.value in seen:
             line = key.start_mark.line + 1
             raise UserError(f"line {line}: key '{key.value}' stands twice in the same block; remove one")
-        if isinstance(key.value, str) and key.tag != "tag:yaml.org,2002:merge":
-            seen.add(key.value)
+        seen.add(key.value)
     loader.flatten_mapping(node)
     return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
 
@@ -91,8 +95,9 @@ def _expanded_size(node: yaml.Node, sizes: dict[int, int]) -> int:
 def parse_yaml_documents(text: str, where: str) -> list[Any]:
     """All YAML documents of `text` as plain Python values; `where` names the source in errors."""
     documents: list[Any] = []
-    loader = _Loader(text)
+    loader: _Loader | None = None
     try:
+        loader = _Loader(text)
         while loader.check_node():
             node = loader.get_node()
             if node is None:
@@ -103,28 +108,34 @@ def parse_yaml_documents(text: str, where: str) -> list[Any]:
             documents.append(loader.construct_document(node))
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    except (yaml.YAMLError, RecursionError) as error:
+    except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark else ""
-        problem = getattr(error, "problem", None) or type(error).__name__
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise UserError(f"{where}: {line}not valid YAML: {problem}") from None
+    except RecursionError:
+        raise UserError(f"{where}: not valid YAML: nested too deeply") from None
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        # PyYAML's constructors raise whatever int(), date() and their like do.
+        raise UserError(f"{where}: not valid YAML: a value is not what its tag or form says: {error}") from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
     return documents
 
 
 def read_text(path: str | Path) -> str:
     """The text of a file, or a UserError that says what is wrong with it."""
     path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{path}: is a directory, expected a file")
-    if not path.exists():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")], n=1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise UserError(f"{path}: no such file{hint}")
-    if not path.is_file():
-        raise UserError(f"{path}: not a regular file")
     try:
+        if path.is_dir():
+            raise UserError(f"{path}: is a directory, expected a file")
+        if not path.exists():
+            near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")], n=1)
+            hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+            raise UserError(f"{path}: no such file{hint}")
+        if not path.is_file():
+            raise UserError(f"{path}: not a regular file")
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text") from None
@@ -137,7 +148,7 @@ def read_yaml(path: str | Path) -> Any:
     documents = parse_yaml_documents(read_text(path), str(path))
     if len(documents) > 1:
         raise UserError(f"{path}: {len(documents)} YAML documents, expected one")
-    return (documents[0] if documents else None) or {}
+    return documents[0] if documents and documents[0] is not None else {}
 
 
 def _plain_copy(value: Any) -> Any:
@@ -163,10 +174,12 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 def _kind(value: Any) -> str:
     if value is None:
         return "nothing"
-    names = {dict: "a block of keys", list: "a list", str: "text", bool: "true/false", int: "a whole number"}
-    return f"{names.get(type(value), type(value).__name__)} {str(value)[:60]!r}"
+    return f"{_KINDS.get(type(value), type(value).__name__)} {str(value)[:60]!r}"
 
 
+_KINDS = {
+    dict: "a block of keys", list: "a list", str: "text", bool: "true/false", int: "a whole number", float: "a number",
+}  # fmt: skip
 _EXPECTED = {
     "int_parsing": "a whole number", "int_type": "a whole number", "int_from_float": "a whole number",
     "float_parsing": "a number", "float_type": "a number", "bool_parsing": "true or false",
@@ -183,31 +196,89 @@ def nearest(word: str, known: Sequence[str]) -> str:
     return f"; known here: {', '.join(sorted(known))}" if known else ""
 
 
-def _first_problem(cls: type[BaseModel], error: ValidationError) -> str:
-    """The most telling of pydantic's problems as one line. In a union, the branch that fits best speaks."""
+@dataclass(frozen=True)
+class _Place:
+    """Where a problem lies: the keys as the user wrote them, and the Settings that should know the last one."""
+
+    keys: tuple[str, ...]
+    owner: type[BaseModel] | None
+    in_key: bool
+
+    @property
+    def dotted(self) -> str:
+        return ".".join(self.keys)
+
+
+def first_problem(cls: type[BaseModel], error: ValidationError) -> str:
+    """The most telling of pydantic's problems as one line.
+
+    An unknown key goes first: what is missing is often that key, misspelt. In a union, the branch that went deepest
+    speaks; where all fail at the same place, the line says all that is allowed there.
+    """
     problems = error.errors(include_url=False)
-    problem = max(problems, key=lambda p: len(p["loc"])) if len(problems) > 1 and _same_root(problems) else problems[0]
-    keys = [str(part) for part in problem["loc"] if not _is_union_tag(part)]
-    dotted, kind, found = ".".join(keys), problem["type"], problem.get("input")
+    unknown = [p for p in problems if p["type"] == "extra_forbidden"]
+    same_root = [p for p in problems if p["loc"][:1] == problems[0]["loc"][:1]]
+    problem = max(unknown or same_root, key=lambda p: len(p["loc"]))
+    place = _place(cls, problem["loc"])
+    dotted, kind, found = place.dotted, problem["type"], problem.get("input")
     if kind == "extra_forbidden":
-        owner = _settings_at(cls, keys[:-1])
-        known = [name for name in owner.model_fields] if owner else []
-        return f"unknown key '{dotted}'{nearest(keys[-1], known)}"
-    if kind == "missing":
+        known = list(place.owner.model_fields) if place.owner else []
+        return f"unknown key '{dotted}'{nearest(place.keys[-1], known)}"
+    if kind == "missing" and place.owner is not None:
         return f"key '{dotted}' is missing; it has no default"
+    if kind == "missing":
+        return f"{'.'.join(place.keys[:-1])}: too few values: the one with index {place.keys[-1]} is missing"
+    if kind == "invalid_key" or place.in_key:
+        return f"{dotted}: expected a name as key, found {_kind(found)}"
     if kind == "value_error":
         message = str(problem["ctx"]["error"]) if "ctx" in problem else problem["msg"]
         return f"{dotted}: {message}" if dotted else message
-    expected = _EXPECTED.get(kind) or problem["msg"][0].lower() + problem["msg"][1:]
-    return f"{dotted}: expected {expected.removeprefix('input should be ')}, found {_kind(found)}"
+    *most, last = dict.fromkeys(_expected(p) for p in same_root if _place(cls, p["loc"]).keys == place.keys)
+    allowed = f"{', '.join(most)} or {last}" if most else last
+    return f"{dotted}: expected {allowed}, found {_kind(found)}"
 
 
-def _same_root(problems: Sequence[Any]) -> bool:
-    return len({p["loc"][:1] for p in problems}) == 1
+def _expected(problem: Any) -> str:
+    if problem["type"] in _EXPECTED:
+        return _EXPECTED[problem["type"]]
+    text = (problem["msg"][0].lower() + problem["msg"][1:]).removeprefix("input should be ")
+    return f"a number {text}" if text.startswith(("greater", "less")) else text
 
 
-def _is_union_tag(part: Any) -> bool:
-    return isinstance(part, str) and (part[:1].isupper() or "[" in part or part in ("str", "int", "float", "bool"))
+def _place(cls: type[BaseModel], location: Sequence[Any]) -> _Place:
+    """Follow pydantic's location through the annotations, leaving out its names of union branches."""
+    annotation: Any = cls
+    keys: list[str] = []
+    owner: type[BaseModel] | None = None
+    parts = list(location)
+    in_key = bool(parts) and parts[-1] == "[key]"
+    for part in parts[:-1] if in_key else parts:
+        branches = _branches(annotation)
+        tags = {_tag(branch): branch for branch in branches}
+        if len(branches) > 1 and part in tags:
+            annotation = tags[part]
+            continue
+        annotation = branches[0]
+        keys.append(str(part))
+        owner = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+        if owner is not None:
+            annotation = owner.model_fields[part].annotation if part in owner.model_fields else Any
+        else:
+            annotation = next(iter(typing.get_args(annotation)[-1:]), Any)
+    return _Place(tuple(keys), owner, in_key)
+
+
+def _branches(annotation: Any) -> list[Any]:
+    """The alternatives of a union besides None; of anything else, itself."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _branches(typing.get_args(annotation)[0])
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return [b for a in typing.get_args(annotation) if a is not type(None) for b in _branches(a)]
+    return [annotation]
+
+
+def _tag(branch: Any) -> str:
+    return branch.__name__ if isinstance(branch, type) and not typing.get_args(branch) else str(branch)
 
 
 def settings_types(annotation: Any) -> Iterator[type[Settings]]:
@@ -217,16 +288,6 @@ def settings_types(annotation: Any) -> Iterator[type[Settings]]:
         return
     for argument in typing.get_args(annotation):
         yield from settings_types(argument)
-
-
-def _settings_at(cls: type[BaseModel], keys: Sequence[str]) -> type[BaseModel] | None:
-    owner: type[BaseModel] | None = cls
-    for key in keys:
-        if owner is None:
-            return None
-        if key in owner.model_fields:
-            owner = next(settings_types(owner.model_fields[key].annotation), None)
-    return owner
 
 
 def _type_name(annotation: Any) -> str:
@@ -246,21 +307,21 @@ def _type_name(annotation: Any) -> str:
     return "block" if origin is dict else str(annotation).replace("typing.", "")
 
 
+def _default_text(default: Any) -> str:
+    if default is PydanticUndefined:
+        return "(required)"
+    if isinstance(default, Settings):
+        return ""
+    return "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
+
+
 def describe(cls: type[Settings], prefix: str = "") -> list[str]:
     """One line a key for `--help`: the key, its default, its type and what it is for."""
     lines = []
     for name, field in cls.model_fields.items():
         nested = next(settings_types(field.annotation), None)
-        if field.default is not PydanticUndefined:
-            default = "null" if field.default is None else str(field.default).lower() if field.default in (True, False) and isinstance(field.default, bool) else str(field.default)
-        elif field.default_factory is not None:
-            default = ""
-        else:
-            default = "(required)"
-        if nested and isinstance(field.default, Settings):
-            default = ""
-        about = field.description or ""
-        lines.append(f"  {prefix + name + (': ' + default if default else ':'):<44} {_type_name(field.annotation)}. {about}")
+        key = f"{prefix}{name}: {_default_text(field.default)}".rstrip()
+        lines.append(f"  {key:<44} {_type_name(field.annotation)}. {field.description or ''}")
         if nested is not None:
             infix = f"{name}.NAME." if typing.get_origin(field.annotation) is dict else f"{name}."
             lines += describe(nested, prefix + infix)

@@ -15,6 +15,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from bmjax.config import UserError
+from bmjax.parallel.start import use_cpu_cores
 from bmjax.pipeline import RunSettings, run
 
 # Student's t, 97.5% quantile, by degrees of freedom.
@@ -62,6 +63,7 @@ def main() -> int:
     parser.add_argument("--output", default="runs/bench", help="one run directory per seed lies in it")
     parser.add_argument("overrides", nargs="*", help="key=value, as for bmjax run")
     arguments = parser.parse_args()
+    use_cpu_cores()
     reports = []
     try:
         for seed in range(arguments.seeds):

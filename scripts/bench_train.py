@@ -58,12 +58,14 @@ def run_bmjax(model: Path, seq_len: int, batch: int, steps: int) -> list[float]:
     from bmjax.branch.step import init_state, make_step, place_batch
     from bmjax.model.spec import Qwen2Config
     from bmjax.parallel.mesh import make_mesh
+    from bmjax.parallel.start import use_cpu_cores
     from bmjax.weights import hf
 
+    use_cpu_cores()
     config = Qwen2Config.from_dir(model)
     settings = TrainSettings(
         student=str(model), data="-", output="-", seq_len=seq_len, batch=batch, steps=steps, learning_rate=1e-4,
-        compute_dtype="float32", remat="none", shuffle=False, track_move=False,
+        compute_dtype="float32", remat="none", shuffle=False, track_move=False, mesh={"data": -1},
     )  # fmt: skip
     mesh = make_mesh(settings.mesh)
     plan = training.step_plan(settings, config, mesh)
@@ -117,7 +119,9 @@ def main() -> int:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--rounds", type=int, default=2, help="how often each side runs, in turn; the best median counts")
+    parser.add_argument(
+        "--rounds", type=int, default=2, help="how often each side runs, in turn; the best median counts"
+    )
     parser.add_argument("--side", choices=("bmjax", "trainer"), help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -135,15 +139,19 @@ def main() -> int:
         make_model(model, arguments.seq_len)
         for _ in range(arguments.rounds):
             for side in results:
-                command = [sys.executable, __file__, "--side", side, "--model", str(model), "--seq-len",
-                           str(arguments.seq_len), "--batch", str(arguments.batch), "--steps", str(arguments.steps)]  # fmt: skip
+                sizes = {"--seq-len": arguments.seq_len, "--batch": arguments.batch, "--steps": arguments.steps}
+                command = [sys.executable, __file__, "--side", side, "--model", str(model)]
+                command += [word for key, value in sizes.items() for word in (key, str(value))]
                 out = subprocess.run(command, check=True, capture_output=True, text=True, env=dict(os.environ))
                 results[side].append(json.loads(out.stdout.strip().splitlines()[-1]))
                 print(f"{side}: {tokens / results[side][-1]['seconds']:,.0f} tokens/s", file=sys.stderr)
     best = {side: min(runs, key=lambda r: r["seconds"]) for side, runs in results.items()}
     print(f"batch {arguments.batch} x {arguments.seq_len} tokens, float32, {os.cpu_count()} cores")
     for side, name in (("trainer", "HF Trainer"), ("bmjax", "bmjax")):
-        print(f"  {name:<11} {tokens / best[side]['seconds']:8,.0f} tokens/s   peak RSS {best[side]['peak_rss_mib']:6,.0f} MiB")
+        print(
+            f"  {name:<11} {tokens / best[side]['seconds']:8,.0f} tokens/s   "
+            f"peak RSS {best[side]['peak_rss_mib']:6,.0f} MiB"
+        )
     print(f"  ratio       {best['trainer']['seconds'] / best['bmjax']['seconds']:8.2f}x")
     return 0
 

@@ -18,6 +18,7 @@ os.environ["XLA_FLAGS"] = " ".join([
 ])  # fmt: skip
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads spin for each other: 50 times the time on busy cores
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 
@@ -37,7 +38,9 @@ def sums(count: int, seed: int = 0):
         text = " + ".join(map(str, terms))
         row = {"prompt": f"What is {text}?", "response": f"{text} = {sum(terms)}", "reference": str(sum(terms))}
         if number % 2:
-            row["reasoning"] = "Add them one by one. " + " then ".join(str(sum(terms[: i + 1])) for i in range(len(terms)))
+            row["reasoning"] = "Add them one by one. " + " then ".join(
+                str(sum(terms[: i + 1])) for i in range(len(terms))
+            )
         rows.append(row)
     return rows
 
@@ -62,7 +65,9 @@ def byte_tokenizer():
         vocab_size=300, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"],
         show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
-    backend.train_from_iterator((row["prompt"] + row["response"] + row.get("reasoning", "") for row in sums(20)), trainer)
+    backend.train_from_iterator(
+        (row["prompt"] + row["response"] + row.get("reasoning", "") for row in sums(20)), trainer
+    )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>",
         additional_special_tokens=["<|im_start|>"],

@@ -46,7 +46,7 @@ def read_rows(data: str | Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
     files = [data] if isinstance(data, str) else list(data)
     rows = [row for name in files for row in _read_file(name)]
     if not rows:
-        raise UserError(f"{', '.join(files)}: no rows; expected at least one with a prompt and a response")
+        raise UserError(f"{', '.join(files) or 'data'}: no rows; expected at least one with a prompt and a response")
     return rows
 
 
@@ -120,7 +120,10 @@ def messages_of(row: Mapping[str, Any], where: str) -> list[dict[str, str]]:
     messages = []
     for role, content in turns:
         if not isinstance(role, str) or role not in ROLES or not isinstance(content, str):
-            raise UserError(f"{where}: a turn has role {role!r} and {type(content).__name__} content; expected text by one of {', '.join(ROLES)}")
+            raise UserError(
+                f"{where}: a turn has role {role!r} and {type(content).__name__} content; "
+                f"expected text by one of {', '.join(ROLES)}"
+            )
         messages.append({"role": ROLES[role], "content": content})
     return messages
 
@@ -137,7 +140,10 @@ def chat_template(tokenizer: Any, template: str | None) -> str:
     if template is None:
         own = getattr(tokenizer, "chat_template", None)
         if not own:
-            raise UserError("template: the student's tokenizer has no chat template; set template: chatml, deepseek-r1 or FILE.jinja")
+            raise UserError(
+                "template: the student's tokenizer has no chat template; "
+                "set template: chatml, deepseek-r1 or FILE.jinja"
+            )
         return own if isinstance(own, str) else own.get("default") or next(iter(own.values()))
     named = TEMPLATES / f"{template}.jinja"
     if named.is_file():
@@ -187,6 +193,16 @@ def _pieces(tokenizer: Any, messages: list[dict[str, str]], template: str, where
     return pieces
 
 
+def check_vocabulary(dataset: Dataset, vocab_size: int, model: Path) -> None:
+    """UserError when a document holds a token that the model has no embedding of (it would compute NaN)."""
+    top = max(int(example.tokens.max()) for example in dataset.examples)
+    if top >= vocab_size:
+        raise UserError(
+            f"{model}: the tokenizer gives token id {top}, the model's vocabulary has {vocab_size}; "
+            "tokenizer and model do not belong together"
+        )
+
+
 def build_dataset(
     rows: Sequence[tuple[str, dict[str, Any]]], tokenizer: Any, template: str, seq_len: int, overlong: str
 ) -> Dataset:
@@ -210,14 +226,20 @@ def build_dataset(
     for (where, _), ids, mask in zip(rows, tokens, masks, strict=True):
         if len(ids) > seq_len:
             if overlong == "error":
-                raise UserError(f"{where}: {len(ids)} tokens, seq_len is {seq_len}; shorten the row, or set overlong: truncate or drop")
+                raise UserError(
+                    f"{where}: {len(ids)} tokens, seq_len is {seq_len}; "
+                    "shorten the row, or set overlong: truncate or drop"
+                )
             if overlong == "drop":
                 dropped += 1
                 continue
             truncated += 1
         if not any(mask[1:seq_len]):
             if 1 in mask[1:]:
-                raise UserError(f"{where}: the prompt alone has {mask.index(1)} tokens, seq_len is {seq_len}: no target token is left; raise seq_len or set overlong: drop")
+                raise UserError(
+                    f"{where}: the prompt alone has {mask.index(1)} tokens, seq_len is {seq_len}: "
+                    "no target token is left; raise seq_len or set overlong: drop"
+                )
             raise UserError(f"{where}: no target token: the assistant's turn is missing or empty")
         example = Example(np.array(ids[:seq_len], np.int32), np.array(mask[:seq_len], np.uint8))
         digest.update(example.tokens.tobytes() + example.loss_mask.tobytes())

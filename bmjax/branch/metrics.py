@@ -48,7 +48,8 @@ class MetricsLog:
 
     def __init__(
         self, path: Path, name: str, config: Qwen2Config, length: int, start: int, steps: int, steps_per_epoch: int,
-        devices: int, log: Log, log_every: int, wandb_project: str | None = None, settings: dict[str, Any] | None = None,
+        devices: int, log: Log, log_every: int, wandb_project: str | None = None,
+        settings: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in _whole_lines(path) if line["step"] <= start]

@@ -32,7 +32,9 @@ def split_frozen(rows: tuple[Param, ...], freeze: list[str]) -> tuple[tuple[Para
     """(trained, frozen) rows of the table. A pattern that matches nothing is an error."""
     for pattern in freeze:
         if not any(fnmatch.fnmatchcase(row.name, pattern) for row in rows):
-            raise UserError(f"freeze: '{pattern}' matches no parameter; names are like {', '.join(r.name for r in rows[:4])}")
+            raise UserError(
+                f"freeze: '{pattern}' matches no parameter; names are like {', '.join(r.name for r in rows[:4])}"
+            )
     frozen = tuple(row for row in rows if any(fnmatch.fnmatchcase(row.name, p) for p in freeze))
     trained = tuple(row for row in rows if row not in frozen)
     if not trained:

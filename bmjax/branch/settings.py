@@ -19,7 +19,9 @@ class Training(Settings):
     steps: int | None = Field(None, ge=1, description="optimizer steps; or give epochs")
     epochs: float | None = Field(None, gt=0, description="passes over the data; or give steps")
     learning_rate: float = Field(1e-5, ge=0, description="peak")
-    schedule: Literal["constant", "cosine", "linear"] = Field("cosine", description="after the warm-up; cosine and linear end at 0")
+    schedule: Literal["constant", "cosine", "linear"] = Field(
+        "cosine", description="after the warm-up; cosine and linear end at 0"
+    )
     warmup: float = Field(0.1, ge=0, description="below 1: share of the steps; from 1 on: steps")
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW")
     beta2: float = Field(0.95, ge=0, lt=1, description="AdamW")
@@ -28,16 +30,28 @@ class Training(Settings):
     clip: float = Field(1.0, ge=0, description="largest global gradient norm; 0: no clipping")
     packing: bool = Field(True, description="several documents a row, none sees another; false: one a row, padded")
     shuffle: bool = Field(True, description="new order of rows every epoch; false: the file's order")
-    overlong: Literal["truncate", "drop", "error"] = Field("truncate", description="rows over seq_len tokens; counted in the log")
-    template: str | None = Field(None, description="chat template: null for the student's own, chatml, deepseek-r1, or FILE.jinja")
-    compute_dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="of activations and products; master weights are float32")
-    remat: Literal["full", "none"] = Field("full", description="full: recompute each layer in the backward pass; none: keep activations")
-    freeze: list[str] = Field([], description="parameters that stay as they are, e.g. [embed/*]; shell patterns on names like layers/mlp/up/kernel")
+    overlong: Literal["truncate", "drop", "error"] = Field(
+        "truncate", description="rows over seq_len tokens; counted in the log"
+    )
+    template: str | None = Field(
+        None, description="chat template: null for the student's own, chatml, deepseek-r1, or FILE.jinja"
+    )
+    compute_dtype: Literal["bfloat16", "float32"] = Field(
+        "bfloat16", description="of activations and products; master weights are float32"
+    )
+    remat: Literal["full", "none"] = Field(
+        "full", description="full: recompute each layer in the backward pass; none: keep activations"
+    )
+    freeze: list[str] = Field(
+        [], description="parameters that stay as they are, e.g. [embed/*]; shell patterns on names like layers/mlp/*"
+    )
     track_move: bool = Field(True, description="log |delta|/|backbone|; costs one more sharded copy of the weights")
     mesh: MeshSizes = Field({"fsdp": -1}, description="devices along data, fsdp, context, tensor; -1: the rest")
     save_every: int = Field(200, ge=1, description="steps between checkpoints")
     keep: int = Field(3, ge=1, description="checkpoints kept")
-    export_dtype: Literal["bfloat16", "float16", "float32"] | None = Field(None, description="of hf/; null: as the student was stored")
+    export_dtype: Literal["bfloat16", "float16", "float32"] | None = Field(
+        None, description="of hf/; null: as the student was stored"
+    )
     log_every: int = Field(1, ge=1, description="steps between lines in the log; metrics.jsonl has every step")
     wandb: str | None = Field(None, description="project name: also log to Weights & Biases (needs the wandb extra)")
 
@@ -46,7 +60,9 @@ class Training(Settings):
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of 'steps' and 'epochs'")
         if self.batch % self.accumulate:
-            raise ValueError(f"batch {self.batch} is not a multiple of accumulate {self.accumulate}; change one of them")
+            raise ValueError(
+                f"batch {self.batch} is not a multiple of accumulate {self.accumulate}; change one of them"
+            )
         return self
 
 
@@ -55,6 +71,7 @@ class TrainSettings(Training):
 
     student: str = Field(description="Hugging Face directory or hub id of the model to start from")
     data: str | list[str] = Field(
-        description="JSON Lines or Parquet file(s), or a hub dataset id; rows with prompt and response (or messages, conversations)"
+        description="JSON Lines or Parquet file(s), or a hub dataset id; "
+        "rows with prompt and response (or messages, conversations)"
     )
     output: str = Field(description="directory for checkpoints/, hf/ and metrics.jsonl")

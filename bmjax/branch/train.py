@@ -99,9 +99,8 @@ def train(settings: TrainSettings, log: Log = write_line) -> dict[str, Any]:
     dataset = examples.build_dataset(
         examples.read_rows(settings.data), tokenizer, template, settings.seq_len, settings.overlong
     )
-    loader = Loader(
-        dataset, settings.seq_len, settings.batch, settings.packing, settings.shuffle, settings.seed
-    )
+    examples.check_vocabulary(dataset, config.vocab_size, student)
+    loader = Loader(dataset, settings.seq_len, settings.batch, settings.packing, settings.shuffle, settings.seed)
     steps = _total_steps(settings, loader)
     expected = _fingerprint(settings, student, dataset.digest) | {"steps": str(steps)}
     finished = _finished(output, expected)
@@ -109,7 +108,9 @@ def train(settings: TrainSettings, log: Log = write_line) -> dict[str, Any]:
         log(f"{output}: already trained, {finished['steps']} steps")
         return finished
 
-    overlong = f", {dataset.truncated} truncated, {dataset.dropped} dropped" if dataset.truncated + dataset.dropped else ""
+    overlong = (
+        f", {dataset.truncated} truncated, {dataset.dropped} dropped" if dataset.truncated + dataset.dropped else ""
+    )
     log(
         f"{output.name}: {len(dataset.examples)} documents, {dataset.tokens:,} tokens in {len(loader.rows)} rows of "
         f"{loader.length} ({loader.fill:.1%} filled){overlong}; {spec.count(config):,} parameters, {steps} steps"
@@ -213,7 +214,9 @@ def _loop(
             if (step + 1) % settings.save_every == 0 or step + 1 == steps:
                 values = settle()
                 pending = None
-                checkpoints.save(step + 1, _saved(state), {"fingerprint": fingerprint, "tokens": seen, "values": values})
+                checkpoints.save(
+                    step + 1, _saved(state), {"fingerprint": fingerprint, "tokens": seen, "values": values}
+                )
     finally:
         metrics_log.close()
     if not values:  # resumed after the last step: nothing was left to do but the export
@@ -230,7 +233,4 @@ def _export(output: Path, student: Path, state: dict[str, Any], dtype: Any, temp
     if template is not None:
         tokenizer = hf.load_tokenizer(student)
         tokenizer.chat_template = template  # the template is part of the branch: serve with what it was trained on
-    hf.save_hf(
-        output / "hf", all_params(state), hf_config, side_files=student, tokenizer=tokenizer, dtype=dtype
-    )
-
+    hf.save_hf(output / "hf", all_params(state), hf_config, side_files=student, tokenizer=tokenizer, dtype=dtype)

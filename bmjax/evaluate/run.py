@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bmjax.branch.examples import Dataset, build_dataset, chat_template, read_rows, render_prompt
+from bmjax.branch.examples import Dataset, build_dataset, chat_template, check_vocabulary, read_rows, render_prompt
 from bmjax.branch.loader import Loader
 from bmjax.branch.step import place_batch
 from bmjax.config import UserError
@@ -40,14 +40,13 @@ def evaluate(settings: EvalSettings, log: Callable[[str], None] = lambda line: N
     if tokenizer is None:
         raise UserError(f"{directory}: no tokenizer files (tokenizer.json or vocab.json); evaluation needs a tokenizer")
     template = chat_template(tokenizer, settings.template)
+    _check_tasks(settings)
     mesh = make_mesh(settings.mesh)
     dtype = jnp.dtype(settings.compute_dtype)
     scores: dict[str, dict[str, Any]] = {}
     with jax.set_mesh(mesh):
         params = hf.load_params(directory, config, mesh, dtype=np.dtype(dtype))
         for name, task in settings.tasks.items():
-            if task.questions is None and task.traces is None:
-                raise UserError(f"tasks.{name}: give questions (for accuracy), traces (for the held-out loss) or both")
             scores[name] = {}
             if task.questions is not None:
                 eos = hf.end_tokens(directory, config, tokenizer)
@@ -63,12 +62,23 @@ def evaluate(settings: EvalSettings, log: Callable[[str], None] = lambda line: N
     return scores
 
 
+def _check_tasks(settings: EvalSettings) -> None:
+    if not settings.tasks:
+        raise UserError("tasks: empty; expected at least one, name: {questions, traces}")
+    for name, task in settings.tasks.items():
+        if name != Path(name).name:
+            raise UserError(f"tasks: '{name}' is used as a file name; it must not hold '/' or be empty")
+        if task.questions is None and task.traces is None:
+            raise UserError(f"tasks.{name}: give questions (for accuracy), traces (for the held-out loss) or both")
+
+
 def summary(score: dict[str, Any]) -> str:
     """One task's score in words."""
     parts = []
     if "accuracy" in score:
         low, high = score["ci95"]
-        parts.append(f"accuracy {score['accuracy']:.3f} [{low:.3f}, {high:.3f}] of {score['n']}, {score['truncated']:.1%} truncated")
+        share = f"accuracy {score['accuracy']:.3f} [{low:.3f}, {high:.3f}] of {score['n']}"
+        parts.append(f"{share}, {score['truncated']:.1%} truncated")
     if "loss" in score:
         parts.append(f"loss {score['loss']:.4f} nats/token, {score['bits_per_byte']:.4f} bits/byte")
     return ", ".join(parts)
@@ -89,8 +99,10 @@ def _accuracy(
         if not isinstance(row.get("prompt"), str) or row.get("reference") is None:
             raise UserError(f"{where}: expected 'prompt' and 'reference'; found {', '.join(sorted(row)[:8])}")
         turns = [{"role": "system", "content": settings.system}] if settings.system else []
-        texts.append(render_prompt(tokenizer, [*turns, {"role": "user", "content": row["prompt"]}], template))
+        texts.append(render_prompt(tokenizer, [*turns, {"role": "user", "content": row["prompt"]}], template, where))
     prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    for (where, _), ids in zip(rows, prompts, strict=True):
+        sampler.check_prompt(config, ids, where)
     repeated = [ids for ids in prompts for _ in range(settings.samples)]
     sampling = sampler.Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, settings.seed)
     outs = sampler.generate(config, params, repeated, sampling, eos, settings.batch, jnp.dtype(settings.compute_dtype))
@@ -98,9 +110,12 @@ def _accuracy(
 
     right: list[list[bool]] = []
     samples = []
-    for number, (_, row) in enumerate(rows):
+    for number, (where, row) in enumerate(rows):
         mine = range(number * settings.samples, (number + 1) * settings.samples)
-        verdicts = [verify(task.kind or name, row["reference"], answers[i]) for i in mine]
+        try:
+            verdicts = [verify(task.kind or name, row["reference"], answers[i]) for i in mine]
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
         right.append([verdict.verdict == "right" for verdict in verdicts])
         for i, verdict in zip(mine, verdicts, strict=True):
             samples.append(
@@ -109,8 +124,8 @@ def _accuracy(
             )  # fmt: skip
     result = accuracy(right)
     truncated = sum(out.finish_reason == "length" for out in outs) / len(outs)
-    score = {"accuracy": result.accuracy, "ci95": list(result.ci95), "n": result.n, "k": result.k, "truncated": truncated}
-    return score, samples
+    score = {"accuracy": result.accuracy, "ci95": list(result.ci95), "n": result.n, "k": result.k}
+    return score | {"truncated": truncated}, samples
 
 
 @lru_cache(maxsize=16)
@@ -127,7 +142,8 @@ def held_out_loss(
     """loss (nats a target token), bits_per_byte (nats / ln 2 over the bytes of the target text), loss_tokens."""
     seq_len = min(settings.seq_len, config.max_length)
     dataset = build_dataset(rows, tokenizer, template, seq_len, "truncate")
-    loader = Loader(dataset, seq_len, settings.batch, packing=True, shuffle=False, seed=0)
+    check_vocabulary(dataset, config.vocab_size, Path(settings.model))
+    loader = Loader(dataset, seq_len, _batch(dataset, seq_len, settings.batch), packing=True, shuffle=False, seed=0)
     function = _loss_function(config, jnp.dtype(settings.compute_dtype))
     nats, tokens = 0.0, 0.0
     for step in range(loader.steps_per_epoch):
@@ -139,6 +155,12 @@ def held_out_loss(
         "bits_per_byte": nats / math.log(2) / _target_bytes(dataset, tokenizer),
         "loss_tokens": int(tokens),
     }
+
+
+def _batch(dataset: Dataset, seq_len: int, most: int) -> int:
+    """Rows a step: a power of two that holds all of a small dataset, so that few empty rows are computed."""
+    rows = len(Loader(dataset, seq_len, 1, packing=True, shuffle=False, seed=0).rows)
+    return min(most, 1 << (rows - 1).bit_length())
 
 
 def _target_bytes(dataset: Dataset, tokenizer: Any) -> int:

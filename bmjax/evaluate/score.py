@@ -22,11 +22,11 @@ def wilson(right: int, n: int) -> tuple[float, float]:
     share, z2 = right / n, Z95**2
     middle = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))  # rounding may cross the share
 
 
 def accuracy(right: Sequence[Sequence[bool]]) -> Accuracy:
-    """From right[question][sample]. With several samples the interval is over questions, whose samples hang together."""
+    """From right[question][sample]. The interval is over questions: samples of one hang together."""
     n, k = len(right), len(right[0])
     if any(len(samples) != k for samples in right):
         raise ValueError("every question needs the same number of samples")

@@ -10,9 +10,15 @@ from bmjax.config import Settings
 class TaskSettings(Settings):
     """One task: questions with references, and, for the held-out loss, whole traces of the same kind."""
 
-    questions: str | list[str] | None = Field(None, description="JSONL file(s), rows with prompt and reference: accuracy")
-    traces: str | list[str] | None = Field(None, description="JSONL file(s), rows with prompt and response: held-out loss")
-    kind: str | None = Field(None, description="judge: a domain (math, code, science) or math, choice, exact, tests; default: the task's name")
+    questions: str | list[str] | None = Field(
+        None, description="JSONL file(s), rows with prompt and reference: accuracy"
+    )
+    traces: str | list[str] | None = Field(
+        None, description="JSONL file(s), rows with prompt and response: held-out loss"
+    )
+    kind: str | None = Field(
+        None, description="judge: a domain or math, choice, exact, tests; default: the task's name"
+    )
     limit: int | None = Field(None, ge=1, description="take the first so many rows only")
 
 
@@ -22,7 +28,9 @@ class EvalSettings(Settings):
     model: str = Field(description="Hugging Face directory or hub id")
     tasks: dict[str, TaskSettings] = Field(description="name: {questions, traces, kind}")
     output: str = Field(description="directory for scores.json and samples/TASK.jsonl")
-    template: str | None = Field(None, description="chat template: null for the model's own, chatml, deepseek-r1, or FILE.jinja")
+    template: str | None = Field(
+        None, description="chat template: null for the model's own, chatml, deepseek-r1, or FILE.jinja"
+    )
     system: str | None = Field(None, description="a system turn before every question")
     seq_len: int = Field(4096, ge=2, description="tokens a row when measuring the loss")
     max_new_tokens: int = Field(2048, ge=1, description="longest answer, reasoning included")
@@ -32,4 +40,4 @@ class EvalSettings(Settings):
     seed: int = Field(0, description="of the sampling")
     batch: int = Field(64, ge=1, description="rows generated or scored at once")
     compute_dtype: Literal["bfloat16", "float32"] = Field("float32", description="of weights and activations")
-    mesh: dict[str, int] = Field({}, description="devices along data, fsdp, context, tensor; default: one device")
+    mesh: dict[str, int] = Field({"data": -1}, description="devices along data, fsdp, context, tensor; -1: the rest")

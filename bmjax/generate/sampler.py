@@ -16,9 +16,10 @@ import numpy as np
 from bmjax.config import UserError
 from bmjax.model import qwen2
 from bmjax.model.spec import Qwen2Config
+from bmjax.parallel.mesh import sharding
 
 PREFILL = 512  # prompt tokens per pass, which bounds the scores held at once
-BUCKET = 16  # prompt lengths are padded up to a multiple, so that few programs are compiled
+BUCKET = 32  # prompt lengths are padded up to a multiple, so that few programs are compiled
 
 
 @dataclass(frozen=True)
@@ -45,64 +46,87 @@ def generate(
 ) -> list[Generation]:  # fmt: skip
     """A continuation of every prompt (token ids), in order.
 
-    Raises UserError for an empty prompt or one that fills the model's context. Where prompt and new tokens
-    together pass the context, the row stops there with 'length'.
+    Raises UserError for an empty prompt, one that fills the model's context, or a token id that the model lacks.
+    Where prompt and new tokens together pass the context, the row stops there with 'length'.
     """
     for number, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise UserError(f"prompt {number}: empty; expected at least one token")
-        if len(prompt) >= config.max_length:
-            raise UserError(
-                f"prompt {number}: {len(prompt)} tokens, the model's context holds {config.max_length} with the answer; shorten it"
-            )
+        check_prompt(config, prompt, f"prompt {number}")
     if sampling.max_new_tokens < 1 or sampling.temperature < 0 or not 0 < sampling.top_p <= 1:
         raise UserError("generation: max_new_tokens must be at least 1, temperature at least 0, top_p in (0, 1]")
     results: list[Generation | None] = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    mesh = jax.sharding.get_mesh()
+    ways = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def place(array: np.ndarray) -> Any:
+        axes = ("batch", *(None for _ in array.shape[1:]))
+        return array if mesh.empty else jax.device_put(array, sharding(mesh, axes, array.shape))
+
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
-        rows = _rows(len(chosen), batch)
-        length = _bucket(max(len(prompts[i]) for i in chosen), config.max_length)
-        new = min(sampling.max_new_tokens, config.max_length - length)
+        rows = _rows(len(chosen), batch, ways)
+        length = _bucket(max(len(prompts[i]) for i in chosen))
+        room = [min(sampling.max_new_tokens, config.max_length - len(prompts[i])) for i in chosen]
+        new = min(sampling.max_new_tokens, _bucket(max(room)))
         tokens, pad = np.zeros((rows, length), np.int32), np.full(rows, length - 1, np.int32)
-        numbers = np.zeros(rows, np.int32)
+        numbers, limit = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
         for b, i in enumerate(chosen):
             pad[b], numbers[b] = length - len(prompts[i]), i
-            tokens[b, pad[b] :] = prompts[i]
-        run = _compiled(config, max(new, 1), sampling.temperature == 0, sampling.top_p < 1, tuple(eos_ids), str(jnp.dtype(dtype)))
+            tokens[b, pad[b] :], limit[b] = prompts[i], room[b]
+        run = _compiled(
+            config, new, sampling.temperature == 0, sampling.top_p < 1, tuple(eos_ids), str(jnp.dtype(dtype))
+        )
         out = np.asarray(
-            run(params, tokens, pad, numbers, np.arange(rows) >= len(chosen), np.int32(sampling.seed),
+            run(params, *map(place, (tokens, pad, numbers, limit)), np.uint32(sampling.seed & 0xFFFFFFFF),
                 np.float32(sampling.temperature), np.float32(sampling.top_p))
         )  # fmt: skip
         for b, i in enumerate(chosen):
-            ends = np.flatnonzero(np.isin(out[b], list(eos_ids)))
-            cut, reason = (ends[0], "stop") if len(ends) else (min(new, config.max_length - len(prompts[i])), "length")
+            ends = np.flatnonzero(np.isin(out[b, : room[b]], list(eos_ids)))
+            cut, reason = (ends[0], "stop") if len(ends) else (room[b], "length")
             results[i] = Generation(tuple(int(t) for t in out[b, :cut]), reason)
     return [result for result in results if result is not None]
 
 
-def _rows(count: int, batch: int) -> int:
-    """A batch's rows: the next power of two, so that the last, smaller batch compiles few shapes."""
+def check_prompt(config: Qwen2Config, prompt: Sequence[int], name: str) -> None:
+    """UserError, naming the prompt, unless the model can read it and has room for an answer."""
+    if not len(prompt):
+        raise UserError(f"{name}: empty; expected at least one token")
+    if len(prompt) >= config.max_length:
+        raise UserError(
+            f"{name}: {len(prompt)} tokens, the model's context holds {config.max_length} with the answer; shorten it"
+        )
+    low, high = min(prompt), max(prompt)
+    if low < 0 or high >= config.vocab_size:
+        raise UserError(
+            f"{name}: token id {low if low < 0 else high}, the model's vocabulary has 0..{config.vocab_size - 1}; "
+            "tokenizer and model do not belong together"
+        )
+
+
+def _rows(count: int, batch: int, ways: int) -> int:
+    """A batch's rows: the next power of two, so that few shapes are compiled, rounded up to what the mesh divides."""
     rows = 1
     while rows < count:
         rows *= 2
-    return min(rows, max(batch, count))
+    return -(-min(rows, max(batch, count)) // ways) * ways
 
 
-def _bucket(length: int, limit: int) -> int:
+def _bucket(length: int) -> int:
     step = BUCKET if length <= PREFILL else PREFILL
-    return max(length, min(-(-length // step) * step, limit - 1))
+    return -(-length // step) * step
 
 
 @lru_cache(maxsize=64)
-def _compiled(config: Qwen2Config, new: int, greedy: bool, nucleus: bool, eos_ids: tuple[int, ...], dtype_name: str) -> Any:
+def _compiled(
+    config: Qwen2Config, new: int, greedy: bool, nucleus: bool, eos_ids: tuple[int, ...], dtype_name: str
+) -> Any:
     dtype = jnp.dtype(dtype_name)
     unroll = config.num_layers if config.num_layers <= 8 else 1
     model = qwen2.Qwen2(config, dtype, unroll=unroll)
     eos = jnp.array(eos_ids or (-1,), jnp.int32)
 
     def run(
-        params: Any, prompts_BP: jax.Array, pad_B: jax.Array, numbers_B: jax.Array, done_B: jax.Array,
+        params: Any, prompts_BP: jax.Array, pad_B: jax.Array, numbers_B: jax.Array, limit_B: jax.Array,
         seed: jax.Array, temperature: jax.Array, top_p: jax.Array,
     ) -> jax.Array:  # fmt: skip
         B, P = prompts_BP.shape
@@ -116,7 +140,8 @@ def _compiled(config: Qwen2Config, new: int, greedy: bool, nucleus: bool, eos_id
             slots = cache.next_slot + jnp.arange(tokens_BT.shape[1])
             positions = jnp.maximum(slots[None, :] - pad_B[:, None], 0)
             variables = {"params": qwen2.trunk(params)}
-            h_BTD, cache = model.apply(variables, tokens_BT, jnp.ones_like(tokens_BT), positions, cache)
+            out: Any = model.apply(variables, tokens_BT, jnp.ones_like(tokens_BT), positions, cache)
+            h_BTD, cache = out
             z_BV = jnp.einsum("bd,dv->bv", h_BTD[:, -1], w_DV, preferred_element_type=jnp.float32)
             return z_BV, cache
 
@@ -141,12 +166,12 @@ def _compiled(config: Qwen2Config, new: int, greedy: bool, nucleus: bool, eos_id
             step, z_BV, out_BN, done_B, cache = carry
             token_B = jnp.where(done_B, eos[0], choose(z_BV, step))
             out_BN = jax.lax.dynamic_update_slice(out_BN, token_B[:, None], (0, step))
-            done_B = done_B | jnp.isin(token_B, eos)
+            done_B = done_B | jnp.isin(token_B, eos) | (step + 1 >= limit_B)
             z_BV, cache = forward(jnp.maximum(token_B, 0)[:, None], cache)
             return step + 1, z_BV, out_BN, done_B, cache
 
         out_BN = jnp.full((B, new), eos[0], jnp.int32)
-        return jax.lax.while_loop(more, advance, (jnp.int32(0), z_BV, out_BN, done_B, cache))[2]
+        return jax.lax.while_loop(more, advance, (jnp.int32(0), z_BV, out_BN, limit_B == 0, cache))[2]
 
     return jax.jit(run)
 

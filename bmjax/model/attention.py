@@ -26,17 +26,6 @@ def block_length(length: int) -> int:
     return min(block, length)
 
 
-def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, allowed_BTS: jax.Array) -> jax.Array:
-    """Plain softmax attention [B, T, N, H] with grouped heads (N a multiple of K); scores in float32."""
-    B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * H**-0.5
-    scores = jnp.where(allowed_BTS[:, None, None], scores, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKH.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", weights, v_BSKH).reshape(B, T, N, H)
-
-
 def _allowed(segments_BT: jax.Array, window: jax.Array | None, start: int, stop: int) -> jax.Array:
     """Which of the row's first `stop` tokens each token of start..stop sees: bool [B, T, S]."""
     q_index, k_index = jnp.arange(start, stop)[:, None], jnp.arange(stop)[None, :]
@@ -143,16 +132,20 @@ def causal_attention(
 
 def cached_attention(
     q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
     valid_BS: jax.Array,
     start: jax.Array | int,
     window: jax.Array | None = None,
 ) -> jax.Array:
-    """Attention of T new tokens, written at slots start..start+T-1 of a cache with S slots, to its valid slots."""
-    q_slot = start + jnp.arange(q_BTNH.shape[1])[:, None]
-    k_slot = jnp.arange(k_BSKH.shape[1])[None, :]
+    """Attention [B, T, N, H] of T new tokens, written at slots start..start+T-1 of a cache, to its valid slots."""
+    B, T, N, H = q_BTNH.shape
+    K, S = k_BKSH.shape[1:3]
+    q_slot, k_slot = start + jnp.arange(T)[:, None], jnp.arange(S)[None, :]
     causal_TS = k_slot <= q_slot
     if window is not None:
         causal_TS &= q_slot - k_slot < window
-    return attend(q_BTNH, k_BSKH, v_BSKH, causal_TS & valid_BS[:, None, :])
+    q_BKRH = (q_BTNH * H**-0.5).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, N // K * T, H)
+    weights = jax.nn.softmax(_scores(q_BKRH, k_BKSH, causal_TS & valid_BS[:, None, :]), axis=-1)
+    out_BKRH = jnp.einsum("bkrs,bksh->bkrh", weights.astype(v_BKSH.dtype), v_BKSH)
+    return out_BKRH.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)

@@ -74,9 +74,7 @@ def _split(pieces: int, x: jax.Array) -> jax.Array:
     return x.reshape(pieces, x.shape[0] // pieces, *x.shape[1:])
 
 
-def _with_gradients(
-    h: jax.Array, w: jax.Array, y: jax.Array, m: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _with_gradients(h: jax.Array, w: jax.Array, y: jax.Array, m: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     loss, e_NV, scale = _piece(h, w, y, m)
     hot = jnp.arange(w.shape[1])[None, :] == y[:, None]
     dz = (e_NV * scale - jnp.where(hot, m[:, None], 0.0)).astype(h.dtype)

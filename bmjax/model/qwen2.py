@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from bmjax.config import UserError
-from bmjax.model import attention, loss, rope, spec
+from bmjax.model import attention, loss, ops, rope, spec
 from bmjax.model.spec import Param, Qwen2Config
 from bmjax.parallel.mesh import constrain, sharding
 
@@ -23,7 +23,7 @@ REMAT = ("none", "full")
 
 
 class Cache(NamedTuple):
-    """Keys and values [L, B, S, K, H], which slots hold a real token [B, S], and the next free slot (scalar)."""
+    """Keys and values [L, B, K, S, H], which slots hold a real token [B, S], and the next free slot (scalar)."""
 
     k: jax.Array
     v: jax.Array
@@ -77,7 +77,7 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x @ _leaf(self, "kernel", f"{self.row}/kernel", self.config).astype(x.dtype)
+        y = ops.matmul(x, _leaf(self, "kernel", f"{self.row}/kernel", self.config).astype(x.dtype))
         if self.bias:
             y = y + _leaf(self, "bias", f"{self.row}/bias", self.config).astype(x.dtype)
         return y
@@ -87,7 +87,9 @@ class Attention(nn.Module):
     config: Qwen2Config
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, ctx: Context, window: jax.Array | None, kv: Any) -> tuple[jax.Array, Any]:
+    def __call__(
+        self, x_BTD: jax.Array, ctx: Context, window: jax.Array | None, layer: jax.Array, kv: Any
+    ) -> tuple[jax.Array, Any]:
         c = self.config
         B, T, _ = x_BTD.shape
 
@@ -103,11 +105,13 @@ class Attention(nn.Module):
             k, v = (constrain(a, "batch", None, "kv_heads", None) for a in (k, v))
             out = attention.causal_attention(q, k, v, ctx.segment_ids_BT, window)
         else:
-            k, v = (
-                jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, ctx.start, 0, 0))
+            assert ctx.start is not None and ctx.valid_BS is not None  # they come with the cache
+            place = (layer, jnp.int32(0), jnp.int32(0), ctx.start, jnp.int32(0))
+            kv = tuple(
+                jax.lax.dynamic_update_slice(old, new.astype(old.dtype).swapaxes(1, 2)[None], place)
                 for old, new in zip(kv, (k, v), strict=True)
             )
-            kv = (k, v)
+            k, v = (jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False) for cache in kv)
             out = attention.cached_attention(q, k, v, ctx.valid_BS, ctx.start, window)
         out = out.reshape(B, T, c.num_heads * c.head_dim)
         return Linear(c, "layers/attention/o", name="o")(out), kv
@@ -122,7 +126,7 @@ class MLP(nn.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         gate = Linear(self.config, "layers/mlp/gate", name="gate")(x_BTD)
         up = Linear(self.config, "layers/mlp/up", name="up")(x_BTD)
-        h_BTF = constrain(nn.silu(gate) * up, "batch", "length", "mlp")
+        h_BTF = constrain(ops.swiglu(gate, up), "batch", "length", "mlp")
         return Linear(self.config, "layers/mlp/down", name="down")(h_BTF)
 
 
@@ -130,13 +134,16 @@ class Layer(nn.Module):
     config: Qwen2Config
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, ctx: Context, window: jax.Array | None, kv: Any) -> tuple[jax.Array, Any]:
+    def __call__(
+        self, carry: tuple[jax.Array, Any], ctx: Context, window: jax.Array | None, layer: jax.Array
+    ) -> tuple[tuple[jax.Array, Any], None]:
+        x_BTD, kv = carry  # the whole cache is carried, so that a step writes its slots in place
         normed = RMSNorm(self.config, "layers/attention_norm", name="attention_norm")(x_BTD)
-        out, kv = Attention(self.config, name="attention")(normed, ctx, window, kv)
+        out, kv = Attention(self.config, name="attention")(normed, ctx, window, layer, kv)
         x_BTD = constrain(x_BTD + out, "batch", "length", None)
         normed = RMSNorm(self.config, "layers/mlp_norm", name="mlp_norm")(x_BTD)
         x_BTD = constrain(x_BTD + MLP(self.config, name="mlp")(normed), "batch", "length", None)
-        return x_BTD, kv
+        return (x_BTD, kv), None
 
 
 class Qwen2(nn.Module):
@@ -170,10 +177,10 @@ class Qwen2(nn.Module):
         layer = nn.remat(Layer, prevent_cse=False) if self.remat == "full" else Layer
         stack = nn.scan(
             layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.num_layers,
-            in_axes=(nn.broadcast, 0 if windows is not None else nn.broadcast, 0 if kv is not None else nn.broadcast),
-            out_axes=0 if kv is not None else nn.broadcast, unroll=min(self.unroll, c.num_layers),
+            in_axes=(nn.broadcast, 0 if windows is not None else nn.broadcast, 0),
+            unroll=min(self.unroll, c.num_layers),
         )  # fmt: skip
-        x_BTD, kv = stack(c, name="layers")(x_BTD, ctx, windows, kv)
+        (x_BTD, kv), _ = stack(c, name="layers")((x_BTD, kv), ctx, windows, jnp.arange(c.num_layers))
         if cache is not None:
             cache = cache._replace(k=kv[0], v=kv[1], next_slot=cache.next_slot + tokens_BT.shape[1])
         return RMSNorm(c, "final_norm", name="final_norm")(x_BTD), cache
@@ -246,9 +253,7 @@ def loss_sum(
     dtype: Any = jnp.float32, remat: str = "none", unroll: int = 1,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Summed next-token loss in nats over targets with mask 1, and their number; both float32 scalars."""
-    h_BTD = hidden(
-        config, params, tokens_BT, segment_ids_BT, positions_BT, dtype=dtype, remat=remat, unroll=unroll
-    )
+    h_BTD = hidden(config, params, tokens_BT, segment_ids_BT, positions_BT, dtype=dtype, remat=remat, unroll=unroll)
     labels, mask = loss.next_token_targets(tokens_BT, loss_mask_BT, segment_ids_BT)
     nats = loss.cross_entropy_sum(h_BTD, head_weight(config, params).astype(dtype), labels, mask)
     return nats, jnp.sum(mask)
@@ -256,7 +261,7 @@ def loss_sum(
 
 def empty_cache(config: Qwen2Config, batch: int, slots: int, dtype: Any) -> Cache:
     """A cache of `slots` tokens for `batch` rows, nothing valid yet."""
-    shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
+    shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch, slots), bool), jnp.int32(0))
 
 

@@ -209,10 +209,14 @@ def table(c: Qwen2Config) -> tuple[Param, ...]:
     L, D, F, V = c.num_layers, c.hidden_size, c.intermediate_size, c.vocab_size
     NH, KH = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     layer = "model.layers.{layer}."
-    rows: list[Param] = [_param("embed/embedding", (V, D), ("vocab", "embed"), "model.embed_tokens.weight", "normal", False)]
+    rows: list[Param] = [
+        _param("embed/embedding", (V, D), ("vocab", "embed"), "model.embed_tokens.weight", "normal", False)
+    ]
 
     def kernel(path: str, shape: tuple[int, int], axes: tuple[str, str], hf: str) -> None:
-        rows.append(_param(f"layers/{path}/kernel", (L, *shape), ("layers", *axes), f"{layer}{hf}.weight", "normal", True))
+        rows.append(
+            _param(f"layers/{path}/kernel", (L, *shape), ("layers", *axes), f"{layer}{hf}.weight", "normal", True)
+        )
 
     def vector(path: str, size: int, axis: str, hf: str, init: str) -> None:
         rows.append(_param(f"layers/{path}", (L, size), ("layers", axis), layer + hf, init, False))

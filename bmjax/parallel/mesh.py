@@ -1,9 +1,10 @@
 """The one mesh and the one place where logical axis names become mesh axes."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from bmjax.config import UserError
 
@@ -35,7 +36,10 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     for axis in sizes:
         if axis not in AXES:
             raise UserError(f"mesh: unknown axis '{axis}'; the axes are {', '.join(AXES)}")
-    shape = [int(sizes.get(axis, 1)) for axis in AXES]
+    for axis, size in sizes.items():
+        if not isinstance(size, int):
+            raise UserError(f"mesh: {axis} is {size!r}, expected a whole number")
+    shape = [sizes.get(axis, 1) for axis in AXES]
     if any(size < 1 and size != -1 for size in shape) or shape.count(-1) > 1:
         raise UserError(f"mesh: sizes {sizes}: each must be at least 1, and at most one may be -1 (the rest)")
     fixed = 1
@@ -59,22 +63,21 @@ def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
     return PartitionSpec(*(None if axis is None else RULES[axis] for axis in axes))
 
 
+def fitting_spec(mesh: Mesh | AbstractMesh, axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
+    """As `partition_spec`, but a dimension that its mesh axes do not divide stays whole."""
+    parts = []
+    for size, part in zip(shape, partition_spec(axes), strict=True):
+        names = (part,) if isinstance(part, str) else tuple(part or ())
+        parts.append(part if size % math.prod(mesh.shape[name] for name in names) == 0 else None)
+    return PartitionSpec(*parts)
+
+
 def sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int] | None = None) -> NamedSharding:
     """Where an array with these logical axes lives on `mesh`.
 
     With `shape`, a dimension that its mesh axes do not divide stays whole (small models on large meshes).
     """
-    spec = partition_spec(axes)
-    if shape is not None:
-        parts = []
-        for size, part in zip(shape, spec, strict=True):
-            names = (part,) if isinstance(part, str) else tuple(part or ())
-            ways = 1
-            for name in names:
-                ways *= mesh.shape[name]
-            parts.append(part if size % ways == 0 else None)
-        spec = PartitionSpec(*parts)
-    return NamedSharding(mesh, spec)
+    return NamedSharding(mesh, partition_spec(axes) if shape is None else fitting_spec(mesh, axes, shape))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -82,4 +85,4 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, partition_spec(axes))
+    return jax.lax.with_sharding_constraint(x, fitting_spec(mesh, axes, x.shape))

@@ -1,9 +1,9 @@
 """A domain's rows as files: what the backbone reads, what the branch reads, validation and test.
 
-    DIR/data/DOMAIN/backbone.jsonl   prompt, reasoning, response      the backbone's rows
-    DIR/data/DOMAIN/problems.jsonl   prompt, reference                what the teacher is asked (built-in domains)
-    DIR/data/DOMAIN/train.jsonl      prompt, reasoning, response      the branch's rows
-    DIR/data/DOMAIN/{validation,test}.jsonl  prompt, reference, reasoning, response
+DIR/data/DOMAIN/backbone.jsonl   prompt, reasoning, response      the backbone's rows
+DIR/data/DOMAIN/problems.jsonl   prompt, reference                what the teacher is asked (built-in domains)
+DIR/data/DOMAIN/train.jsonl      prompt, reasoning, response      the branch's rows
+DIR/data/DOMAIN/{validation,test}.jsonl  prompt, reference, reasoning, response
 """
 
 import hashlib
@@ -48,7 +48,7 @@ def _solved(problem: Problem) -> dict[str, Any]:
 
 
 def write_sources(settings: DomainSettings, name: str, directory: Path) -> None:
-    """Rows that exist: split into training, validation and test by their own files or by hash of what identifies them."""
+    """Rows that exist: split by their own files, or by hash of what tells them apart."""
     assert settings.train is not None  # the settings hold train where they hold no builtin
     rows = _rows(settings.train, f"domains.{name}.train")
     if settings.test is not None:

@@ -1,9 +1,9 @@
 """The branch-merge run: backbone, teacher, selection, branches, merges, mixture, scores, report.
 
-    DIR/data/DOMAIN/      rows (data.py)              DIR/branch/DOMAIN/  checkpoints, hf, metrics.jsonl
-    DIR/teach/DOMAIN/     the teacher's traces        DIR/mixture/        the same for the data mixture
-    DIR/backbone/         the common start            DIR/merges/NAME/hf  every merge
-    DIR/scores/SPLIT/...  every sample                DIR/merged/hf       the chosen one
+DIR/data/DOMAIN/      rows (data.py)              DIR/branch/DOMAIN/  checkpoints, hf, metrics.jsonl
+DIR/teach/DOMAIN/     the teacher's traces        DIR/mixture/        the same for the data mixture
+DIR/backbone/         the common start            DIR/merges/NAME/hf  every merge
+DIR/scores/SPLIT/...  every sample                DIR/merged/hf       the chosen one
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from bmjax.pipeline.stages import Stages
 from bmjax.report import summary_table, write_report
 from bmjax.teach.collect import collect
 from bmjax.teach.select import select
-from bmjax.teach.settings import BuiltinProblems, CollectSettings, SelectSettings
+from bmjax.teach.settings import CollectSettings, SelectSettings
 from bmjax.version import __version__
 from bmjax.weights import hf
 from bmjax.weights.safetensors import replacing, write_atomic
@@ -155,10 +155,15 @@ class _Run:
         self.stages.run("backbone", inputs, after, ["init", "backbone"], work)
 
     def _training(self, training: Training, start: str, files: list[Path], output: str) -> TrainSettings:
-        base = self.settings.student if start == "backbone/hf" and self.settings.student else str(self.directory / start)
+        base = (
+            self.settings.student if start == "backbone/hf" and self.settings.student else str(self.directory / start)
+        )
         own = {"student": base, "data": [str(file) for file in files], "output": str(self.directory / output)}
         values = training.model_dump() | own
-        return TrainSettings.model_validate(values | {"seed": training.seed + self.settings.seed, "template": training.template or self.settings.template})
+        return TrainSettings.model_validate(
+            values
+            | {"seed": training.seed + self.settings.seed, "template": training.template or self.settings.template}
+        )
 
     def _teach(self, domain: str) -> None:
         own = self.settings.domains[domain].builtin
@@ -222,7 +227,9 @@ class _Run:
         def work() -> None:
             engine.merge(recipe, self.directory / "merges" / name / "hf", overwrite=True)
 
-        self.stages.run(f"merge/{name}", [self.settings.merges[name], self.settings.student], after, [f"merges/{name}"], work)
+        self.stages.run(
+            f"merge/{name}", [self.settings.merges[name], self.settings.student], after, [f"merges/{name}"], work
+        )
 
     def _stage_of(self, model: str) -> list[str]:
         return [] if model == "backbone" and self.settings.student is not None else [model]
@@ -262,9 +269,7 @@ class _Run:
     def _summary(self, model: str) -> dict[str, Any]:
         return json.loads((self.directory / model / "result.json").read_text())
 
-    def _report(
-        self, scores: dict[str, Any], winner: str, validation: dict[str, Any]
-    ) -> dict[str, Any]:
+    def _report(self, scores: dict[str, Any], winner: str, validation: dict[str, Any]) -> dict[str, Any]:
         trained = [*(f"branch/{d}" for d in self.domains), "mixture"]
         tokens = {model: self._summary(model)["tokens"] for model in trained}
         together = sum(tokens[f"branch/{d}"] for d in self.domains)

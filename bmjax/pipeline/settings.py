@@ -16,7 +16,9 @@ class SourceSettings(Settings):
     prompt: str = Field("{prompt}", description="the prompt; {name} stands for a field of the row, lists line by line")
     response: str = Field("{response}", description="what the student is to write")
     identity: str | None = Field(None, description="what tells rows apart when they are split; default: the prompt")
-    between: dict[str, tuple[int, int]] = Field({}, description="keep rows whose field lies in [from, to], e.g. {task_id: [11, 510]}")
+    between: dict[str, tuple[int, int]] = Field(
+        {}, description="keep rows whose field lies in [from, to], e.g. {task_id: [11, 510]}"
+    )
 
 
 class BuiltinDomain(Settings):
@@ -37,8 +39,12 @@ class DomainSettings(Settings):
     builtin: BuiltinDomain | None = Field(None, description="procedural problems; or give train")
     train: SourceSettings | None = Field(None, description="training rows; or give builtin")
     test: SourceSettings | None = Field(None, description="test rows; never trained on")
-    test_share: float = Field(0.0, ge=0, lt=1, description="without test: share of the training rows held out for it, by hash of the prompt")
-    validation_share: float = Field(0.1, gt=0, lt=1, description="share of the training rows that choose the merge, by hash of the prompt")
+    test_share: float = Field(
+        0.0, ge=0, lt=1, description="without test: share of the training rows held out for it, by hash of the prompt"
+    )
+    validation_share: float = Field(
+        0.1, gt=0, lt=1, description="share of the training rows that choose the merge, by hash of the prompt"
+    )
     branch: dict[str, Any] = Field({}, description="training keys that differ from the top's `branch`")
 
     @model_validator(mode="after")
@@ -61,15 +67,21 @@ class ModelSettings(Settings):
     max_length: int = Field(512, ge=16, description="context, tokens")
     tied: bool = Field(True, description="the head is the embedding's transpose")
     rope_theta: float = Field(10_000.0, gt=0, description="base of the rotary frequencies")
-    initializer_range: float = Field(0.02, gt=0, description="standard deviation of the initial matrices; about 1/sqrt(D) suits a small D")
-    tokenizer: str | None = Field(None, description="directory or hub id; null: a byte-level BPE is trained on the backbone's rows")
+    initializer_range: float = Field(
+        0.02, gt=0, description="standard deviation of the initial matrices; about 1/sqrt(D) suits a small D"
+    )
+    tokenizer: str | None = Field(
+        None, description="directory or hub id; null: a byte-level BPE is trained on the backbone's rows"
+    )
     vocab_size: int = Field(512, ge=270, description="of a tokenizer trained here")
 
 
 class ChooseSettings(Settings):
     """Which merge becomes `merged`; decided on the validation rows alone."""
 
-    by: Literal["accuracy", "loss"] = Field("accuracy", description="what is compared; loss where there are no questions")
+    by: Literal["accuracy", "loss"] = Field(
+        "accuracy", description="what is compared; loss where there are no questions"
+    )
 
 
 class ScoreSettings(Settings):
@@ -89,13 +101,22 @@ class RunSettings(Settings):
     output: str | None = Field(None, description="directory of the run; --output wins over it")
     seed: int = Field(0, description="of problems, initialization, order of rows and sampling")
     domains: dict[str, DomainSettings] = Field(description="NAME: a domain; one branch each")
-    student: str | None = Field(None, description="backbone that exists: directory or hub id; null: `model` is trained by `backbone`")
+    student: str | None = Field(
+        None, description="backbone that exists: directory or hub id; null: `model` is trained by `backbone`"
+    )
     model: ModelSettings = Field(ModelSettings(), description="the new backbone's shape")
-    template: str | None = Field(None, description="chat template: null for the student's own, chatml, deepseek-r1, or FILE.jinja")
-    backbone: Training | None = Field(None, description="how a new backbone is trained; on every domain's backbone rows")
+    template: str | None = Field(
+        None, description="chat template: null for the student's own, chatml, deepseek-r1, or FILE.jinja"
+    )
+    backbone: Training | None = Field(
+        None, description="how a new backbone is trained; on every domain's backbone rows"
+    )
     teacher: TeacherSettings = Field(TeacherSettings(), description="who answers the built-in problems")
     branch: Training = Field(description="how every branch is trained")
-    mixture: dict[str, Any] = Field({}, description="training keys of the mixture baseline that differ from `branch`; steps: by default the branches' sum")
+    mixture: dict[str, Any] = Field(
+        {},
+        description="training keys of the mixture that differ from `branch`; steps: by default the branches' sum",
+    )
     merges: dict[str, dict[str, Any]] = Field(description="NAME: a merge recipe over `backbone` and the domains' names")
     choose: ChooseSettings = Field(ChooseSettings(), description="which merge becomes `merged`")
     evaluate: ScoreSettings = Field(ScoreSettings(), description="generation and loss")

@@ -61,7 +61,7 @@ def create(settings: ModelSettings, files: Sequence[Path], directory: Path, seed
     if template is not None:
         tokenizer.chat_template = chat_template(tokenizer, template)
     hf_config = {
-        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": max(len(tokenizer), tokenizer.vocab_size),
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": len(tokenizer),
         "hidden_size": settings.hidden_size, "intermediate_size": settings.intermediate_size,
         "num_hidden_layers": settings.num_layers, "num_attention_heads": settings.num_heads,
         "num_key_value_heads": settings.num_kv_heads, "max_position_embeddings": settings.max_length,

@@ -30,7 +30,9 @@ def deepseek_tokenizer(tokenizer):
     from transformers import PreTrainedTokenizerFast
 
     other = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer.backend_tokenizer, eos_token="<｜end▁of▁sentence｜>", bos_token="<｜begin▁of▁sentence｜>"
+        tokenizer_object=tokenizer.backend_tokenizer,
+        eos_token="<｜end▁of▁sentence｜>",
+        bos_token="<｜begin▁of▁sentence｜>",
     )
     other.add_special_tokens({"additional_special_tokens": ["<｜User｜>", "<｜Assistant｜>"]})
     return other
@@ -114,7 +116,10 @@ def test_a_record_and_sharegpt_and_messages_say_the_same(tokenizer):
     {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": ""}], "note": "no answer text"},
 ])  # fmt: skip
 def test_a_row_without_a_target_is_an_error_that_names_it(tokenizer, row):
-    keeps_no_end = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    keeps_no_end = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
     with pytest.raises(UserError, match=r"^rows, row 2: no target token"):
         build(tokenizer, {"prompt": "Q", "response": "A"}, row, template=keeps_no_end)
 

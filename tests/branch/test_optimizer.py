@@ -59,8 +59,14 @@ def test_adamw_equals_torchs(clip, decay):
     theirs = torch.optim.AdamW(groups, lr=1e-2, betas=(0.8, 0.93), eps=1e-6)
     tx = optimizer.adamw(spec.table(config), 0.8, 0.93, 1e-6, decay, clip)
     moments = tx.init(params)
+
+    @jax.jit
+    def apply(grads, moments, params):
+        updates, moments = tx.update(grads, moments, params)
+        return jax.tree.map(lambda p, u: p - 1e-2 * u, params, updates), moments
+
     rng = np.random.default_rng(0)
-    for step in range(3):
+    for _ in range(3):
         grads = {key: rng.normal(size=p.shape).astype(np.float32) for key, p in named.items()}
         for key, p in named.items():
             p.grad = torch.tensor(grads[key])
@@ -68,8 +74,7 @@ def test_adamw_equals_torchs(clip, decay):
         theirs.step()
         ours = from_state(config, grads)
         assert float(optimizer.global_norm(ours)) == pytest.approx(float(norm), rel=1e-5)
-        updates, moments = tx.update(ours, moments, params)
-        params = jax.tree.map(lambda p, u: p - 1e-2 * u, params, updates)
+        params, moments = apply(ours, moments, params)
     wanted = from_state(config, {key: p.detach().numpy() for key, p in named.items()})
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), params, wanted)
 

@@ -39,7 +39,9 @@ def run(plan: StepPlan, params, batch, steps: int = 2):
     """(metrics of every step, parameters after them)."""
     with jax.set_mesh(plan.mesh):
         places = {row.path: sharding(plan.mesh, row.axes, row.shape) for row in spec.table(plan.config)}
-        placed = spec.unflatten([(path, jax.device_put(np.asarray(spec.get(params, path)), at)) for path, at in places.items()])
+        placed = spec.unflatten(
+            [(path, jax.device_put(np.asarray(spec.get(params, path)), at)) for path, at in places.items()]
+        )
         state = init_state(plan, placed)
         history = []
         for _ in range(steps):
@@ -71,7 +73,10 @@ def test_the_first_loss_and_gradient_norm_are_torchs(once, batch):
             if targets[1:].any():
                 labels = torch.tensor(np.where(targets, document, -100), dtype=torch.long)[None]
                 n = int(targets[1:].sum())
-                total, count = total + hf(torch.tensor(document, dtype=torch.long)[None], labels=labels).loss * n, count + n
+                total, count = (
+                    total + hf(torch.tensor(document, dtype=torch.long)[None], labels=labels).loss * n,
+                    count + n,
+                )
     (total / count).backward()
     norm = torch.nn.utils.clip_grad_norm_(hf.parameters(), 1e30)
     first = once[0][0]
@@ -85,7 +90,9 @@ def test_accumulation_changes_nothing(once, batch):
     near(once, run(plan(config, accumulate=4), params, batch), atol=1e-5)
 
 
-@pytest.mark.parametrize("sizes, accumulate", [(dict(data=2, fsdp=2, tensor=2), 2), (dict(fsdp=4, context=2), 1)])
+@pytest.mark.parametrize(
+    "sizes, accumulate", [({"data": 2, "fsdp": 2, "tensor": 2}, 2), ({"fsdp": 4, "context": 2}, 1)]
+)
 def test_a_mesh_of_eight_changes_nothing_nor_does_accumulation_on_it(once, batch, sizes, accumulate):
     _, config, params = build("gqa_untied")
     near(once, run(plan(config, mesh=make_mesh(sizes), accumulate=accumulate, remat="full"), params, batch), atol=1e-5)

@@ -19,11 +19,12 @@ from tests.conftest import sums, write_rows, write_student
 
 
 def settings(student: Path, data: Path, output: Path, **changes) -> TrainSettings:
-    values = dict(
-        student=str(student), data=str(data), output=str(output), seq_len=128, batch=4, accumulate=2, steps=6,
-        learning_rate=3e-3, schedule="cosine", warmup=0.1, beta2=0.95, weight_decay=0.1, clip=1.0, packing=False,
-        shuffle=False, compute_dtype="float32", remat="none", mesh={}, save_every=2, keep=5,
-    )  # fmt: skip
+    values = {
+        "student": str(student), "data": str(data), "output": str(output), "steps": 6, "seq_len": 128, "batch": 4,
+        "accumulate": 2, "packing": False,
+        "learning_rate": 3e-3, "schedule": "cosine", "warmup": 0.1, "beta2": 0.95, "weight_decay": 0.1, "clip": 1.0,
+        "shuffle": False, "compute_dtype": "float32", "remat": "none", "mesh": {}, "save_every": 2, "keep": 5,
+    }  # fmt: skip
     return TrainSettings.read(values | changes)
 
 
@@ -253,8 +254,8 @@ def test_the_checkpoint_of_another_run_is_refused_by_the_key_that_differs(studen
     other_data = write_rows(tmp_path / "other.jsonl", sums(20, seed=1))
     other_student = write_student(tmp_path / "other", seed=1)
     for key, arguments, changes in [
-        ("learning_rate: it had 0.003, now 0.001", (student, train_file), dict(learning_rate=1e-3)),
-        ("steps: it had 6, now 7", (student, train_file), dict(steps=7)),
+        ("learning_rate: it had 0.003, now 0.001", (student, train_file), {"learning_rate": 1e-3}),
+        ("steps: it had 6, now 7", (student, train_file), {"steps": 7}),
         ("data: its contents differ", (student, other_data), {}),
         ("student: its contents differ", (other_student, train_file), {}),
     ]:
@@ -278,8 +279,10 @@ def test_students_that_differ_in_their_last_tensor_are_told_apart(tmp_path):
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was(student, train_file, tmp_path, capsys):
     output = tmp_path / "run"
-    blown = dict(learning_rate=1e38, schedule="constant", warmup=0, clip=0.0, save_every=1)
-    with pytest.raises(UserError, match=r"^step 2: the (loss|grad_norm) is (nan|inf); stopped, the checkpoints before") as error:
+    blown = {"learning_rate": 1e38, "schedule": "constant", "warmup": 0, "clip": 0.0, "save_every": 1}
+    with pytest.raises(
+        UserError, match=r"^step 2: the (loss|grad_norm) is (nan|inf); stopped, the checkpoints before"
+    ) as error:
         run(student, train_file, output, **blown)
     assert "\n" not in str(error.value)
     assert (output / "checkpoints" / "1").is_dir() and not (output / "checkpoints" / "2").exists()
@@ -287,20 +290,26 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was(student, trai
 
 
 @pytest.mark.parametrize("changes, problem", [
-    (dict(seq_len=512), "seq_len: 512 is more than the student's context of 256"),
-    (dict(mesh={"fsdp": 8}), "batch: 4 rows / accumulate 2 = 2 a microbatch, not a multiple of mesh data x fsdp = 8"),
-    (dict(mesh={"fsdp": 16}), "mesh: sizes .* need 16 devices, there are 8"),
-    (dict(packing=True, seq_len=127, mesh={"context": 2}), "seq_len: 127 is not a multiple of mesh context = 2"),
-    (dict(freeze=["embedding"]), "freeze: 'embedding' matches no parameter"),
-    (dict(template="alpaca"), "template: 'alpaca' is not one of chatml, deepseek-r1"),
-    (dict(data="nowhere.jsonl"), "nowhere.jsonl: no such file"),
-    (dict(student="./nowhere"), "nowhere'?: no such directory"),
+    ({"seq_len": 512}, "seq_len: 512 is more than the student's context of 256"),
+    ({"mesh": {"fsdp": 8}}, "batch: 4 rows / accumulate 2 = 2 a microbatch, not a multiple of mesh data x fsdp = 8"),
+    ({"mesh": {"fsdp": 16}}, "mesh: sizes .* need 16 devices, there are 8"),
+    ({"packing": True, "seq_len": 127, "mesh": {"context": 2}}, "seq_len: 127 is not a multiple of mesh context = 2"),
+    ({"freeze": ["embedding"]}, "freeze: 'embedding' matches no parameter"),
+    ({"template": "alpaca"}, "template: 'alpaca' is not one of chatml, deepseek-r1"),
+    ({"overlong": "error", "seq_len": 32}, "row 1: \\d+ tokens, seq_len is 32"),
 ])  # fmt: skip
 def test_mistakes_are_one_line_and_leave_no_model(student, train_file, tmp_path, changes, problem):
     with pytest.raises(UserError, match=problem) as error:
         run(student, train_file, tmp_path / "run", **changes)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run" / "hf").exists()
+
+
+def test_missing_inputs_are_named(student, train_file, tmp_path):
+    with pytest.raises(UserError, match=r"trian.jsonl: no such file; did you mean .*train.jsonl\?"):
+        run(student, train_file.with_name("trian.jsonl"), tmp_path / "run")
+    with pytest.raises(UserError, match=r"studnet'?: no such directory; did you mean .*student\?"):
+        run(student.with_name("studnet"), train_file, tmp_path / "run")
 
 
 def test_a_student_without_a_tokenizer_is_named(student, train_file, tmp_path):

@@ -9,27 +9,34 @@ import transformers
 
 from bmjax.model import spec
 
-BASE = dict(
-    vocab_size=97, hidden_size=32, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=128, rope_theta=10_000.0, tie_word_embeddings=False,
-    initializer_range=0.15, use_sliding_window=False, eos_token_id=1, pad_token_id=0, bos_token_id=None,
-)  # fmt: skip
-YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32, rope_theta=10_000.0)
+BASE = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "rope_theta": 10_000.0, "tie_word_embeddings": False,
+    "initializer_range": 0.15, "use_sliding_window": False, "eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 10_000.0}
 
 # Together they cover GQA and MHA and MQA, tied and untied, theta, YaRN in three forms, windows, head sizes.
 CONFIGS: dict[str, dict[str, Any]] = {
     "gqa_untied": {},
-    "mha_tied": dict(num_key_value_heads=4, tie_word_embeddings=True),
-    "mqa": dict(num_key_value_heads=1, hidden_size=48, num_attention_heads=6),
-    "theta_1e6_tied": dict(rope_parameters=dict(rope_type="default", rope_theta=1e6), tie_word_embeddings=True),
-    "yarn": dict(rope_parameters=YARN),
-    "yarn_factors": dict(rope_parameters=YARN | dict(attention_factor=1.3, beta_fast=16.0, beta_slow=2.0, rope_theta=1e6)),
-    "yarn_mscale": dict(rope_parameters=YARN | dict(mscale=0.7, mscale_all_dim=0.4), tie_word_embeddings=True),
-    "linear_rope": dict(rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=10_000.0)),
-    "window_some": dict(use_sliding_window=True, sliding_window=7, max_window_layers=1),
-    "window_all_tied": dict(use_sliding_window=True, sliding_window=5, max_window_layers=0, tie_word_embeddings=True),
-    "head_dim": dict(head_dim=12, num_hidden_layers=2),
-    "yarn_window": dict(rope_parameters=YARN, use_sliding_window=True, sliding_window=9, max_window_layers=2),
+    "mha_tied": {"num_key_value_heads": 4, "tie_word_embeddings": True},
+    "mqa": {"num_key_value_heads": 1, "hidden_size": 48, "num_attention_heads": 6},
+    "theta_1e6_tied": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "tie_word_embeddings": True},
+    "yarn": {"rope_parameters": YARN},
+    "yarn_factors": {
+        "rope_parameters": YARN | {"attention_factor": 1.3, "beta_fast": 16.0, "beta_slow": 2.0, "rope_theta": 1e6}
+    },
+    "yarn_mscale": {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.4}, "tie_word_embeddings": True},
+    "linear_rope": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0}},
+    "window_some": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+    "window_all_tied": {
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "max_window_layers": 0,
+        "tie_word_embeddings": True,
+    },
+    "head_dim": {"head_dim": 12, "num_hidden_layers": 2},
+    "yarn_window": {"rope_parameters": YARN, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2},
 }
 
 

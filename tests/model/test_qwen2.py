@@ -94,7 +94,16 @@ def test_loss_and_gradients(name, form):
         assert np.linalg.norm(got - want) <= 1e-4 * np.linalg.norm(want) + 1e-7, row.name
 
 
-@pytest.mark.parametrize("sizes", [dict(data=8), dict(fsdp=8), dict(data=2, fsdp=2, tensor=2), dict(fsdp=2, context=2, tensor=2), dict(context=8)])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"data": 8},
+        {"fsdp": 8},
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        {"fsdp": 2, "context": 2, "tensor": 2},
+        {"context": 8},
+    ],
+)
 @pytest.mark.parametrize("name", ["gqa_untied", "window_all_tied"])
 def test_a_mesh_of_eight_gives_the_numbers_of_one_device(name, sizes):
     _, config, params = build(name)
@@ -111,7 +120,10 @@ def test_a_mesh_of_eight_gives_the_numbers_of_one_device(name, sizes):
     loss, grads = step(params, tokens, segments, mask)
     mesh = make_mesh(sizes)
     placed = spec.unflatten(
-        [(r.path, jax.device_put(spec.get(params, r.path), sharding(mesh, r.axes, r.shape))) for r in spec.table(config)]
+        [
+            (r.path, jax.device_put(spec.get(params, r.path), sharding(mesh, r.axes, r.shape)))
+            for r in spec.table(config)
+        ]
     )
     batch = [jax.device_put(a, sharding(mesh, ("batch", "length"))) for a in (tokens, segments, mask)]
     with jax.set_mesh(mesh):
@@ -122,12 +134,15 @@ def test_a_mesh_of_eight_gives_the_numbers_of_one_device(name, sizes):
         np.testing.assert_allclose(a, b, atol=1e-5, err_msg=row.name)
 
 
-@pytest.mark.parametrize("options", [dict(remat="full"), dict(unroll=3), dict(remat="full", unroll=2)])
+@pytest.mark.parametrize("options", [{"remat": "full"}, {"unroll": 3}, {"remat": "full", "unroll": 2}])
 def test_remat_and_unrolling_change_nothing(options):
     _, config, params = build("yarn_window")
     tokens, segments = packed(documents(config), 80)
-    value = jax.jit(jax.value_and_grad(lambda p, **o: qwen2.loss_sum(config, p, tokens, segments > 0, segments, **o)[0]),
-                    static_argnames=("remat", "unroll"))  # fmt: skip
+
+    def loss(params, **options):
+        return qwen2.loss_sum(config, params, tokens, segments > 0, segments, **options)[0]
+
+    value = jax.jit(jax.value_and_grad(loss), static_argnames=("remat", "unroll"))
     plain, grads = value(params)
     other, others = value(params, **options)
     np.testing.assert_allclose(plain, other, rtol=1e-6)

@@ -181,7 +181,7 @@ def test_a_slip_always_reaches_the_answer(problems: list[Problem]) -> None:
         "What does this print?\nx = [1]\nprint(x[4])",
         "What does this print?\nx = 'a'\nprint(x + 1)",
         "What does this print?\n)(",
-        "A car goes 60 m in 5 s. Speed in m/s?\nA) 1 B) 2 C) 3 D) 4",
+        "A car goes 60 m in 5 s. Speed in m/s?\n1 A, 2 B, 3 C, 4 D",
         "A car goes 60 m in 5 s. Speed in m/s?",
         "x" * 100_000,
     ],

@@ -5,6 +5,7 @@ same way, so that a student of a few hundred thousand parameters can learn them 
 """
 
 import random
+import re
 from collections.abc import Callable, Container, Sequence
 from typing import Literal
 
@@ -96,6 +97,6 @@ def _solve(prompt: str, calculator: Calculator) -> Solution:
         raise ValueError("the prompt is too long for a built-in problem")
     if prompt.startswith(code.QUESTION):
         return code.solve(prompt, calculator)
-    if "\nA) " in prompt:
+    if re.search(r"\n\d+ A, ", prompt):
         return science.solve(prompt, calculator)
     return math.solve(prompt, calculator)

@@ -13,10 +13,70 @@ from bmjax.teach.problems.common import Calculator, Problem, Solution
 
 LETTERS = "ABCD"
 
-_MOVERS = ("car", "bike", "bus", "train", "ship", "horse", "tram", "truck", "robot", "plane", "van", "cat", "drone", "snail")
-_LOADS = ("box", "cart", "sled", "rock", "boat", "crate", "bag", "desk", "barrel", "log", "bin", "chair", "tank", "trunk")
-_DEVICES = ("lamp", "coil", "fan", "heater", "motor", "pump", "oven", "radio", "bell", "drill", "saw", "mixer", "bulb", "phone")
-_SOLIDS = ("stone", "ring", "cube", "bolt", "coin", "ball", "key", "bar", "disc", "block", "pin", "tile", "nut", "brick")
+_MOVERS = (
+    "car",
+    "bike",
+    "bus",
+    "train",
+    "ship",
+    "horse",
+    "tram",
+    "truck",
+    "robot",
+    "plane",
+    "van",
+    "cat",
+    "drone",
+    "snail",
+)
+_LOADS = (
+    "box",
+    "cart",
+    "sled",
+    "rock",
+    "boat",
+    "crate",
+    "bag",
+    "desk",
+    "barrel",
+    "log",
+    "bin",
+    "chair",
+    "tank",
+    "trunk",
+)
+_DEVICES = (
+    "lamp",
+    "coil",
+    "fan",
+    "heater",
+    "motor",
+    "pump",
+    "oven",
+    "radio",
+    "bell",
+    "drill",
+    "saw",
+    "mixer",
+    "bulb",
+    "phone",
+)
+_SOLIDS = (
+    "stone",
+    "ring",
+    "cube",
+    "bolt",
+    "coin",
+    "ball",
+    "key",
+    "bar",
+    "disc",
+    "block",
+    "pin",
+    "tile",
+    "nut",
+    "brick",
+)
 
 
 @dataclass(frozen=True)
@@ -123,7 +183,7 @@ QUESTIONS: tuple[Question, ...] = (
 )  # fmt: skip
 
 _SYMBOL = re.compile(r"\\\{(\w+)\\\}")
-_CHOICES = re.compile(r"(.+)\nA\) (\d{1,9}) B\) (\d{1,9}) C\) (\d{1,9}) D\) (\d{1,9})")
+_CHOICES = re.compile(r"(.+)\n(\d{1,9}) A, (\d{1,9}) B, (\d{1,9}) C, (\d{1,9}) D")
 
 
 def _pattern(stem: str) -> re.Pattern[str]:
@@ -168,7 +228,7 @@ def _with_choices(stem: str, left: int, right: int, result: int) -> tuple[str, s
     for pool in (wrong_operation, slips, [*tens, *wrong_operation, *slips]):
         choices.append(rng.choice([c for c in pool if c > 0 and c not in choices] or [max(choices) + 1]))
     rng.shuffle(choices)
-    listed = " ".join(f"{letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=True))
+    listed = ", ".join(f"{choice} {letter}" for letter, choice in zip(LETTERS, choices, strict=True))
     return f"{stem}\n{listed}", LETTERS[choices.index(result)]
 
 
@@ -197,5 +257,5 @@ def solve(prompt: str, calculator: Calculator) -> Solution:
     choices = [int(choice) for choice in match.groups()[1:]]
     if result not in choices and calculator.slip_step < 0:
         raise ValueError(f"{result} is none of the choices")
-    letter = LETTERS[min(range(len(choices)), key=lambda i: abs(choices[i] - result))]
-    return Solution("\n".join([*lines, letter]), letter)
+    nearest = min(range(len(choices)), key=lambda i: abs(choices[i] - result))
+    return Solution("\n".join([*lines, f"{choices[nearest]} {LETTERS[nearest]}"]), LETTERS[nearest])

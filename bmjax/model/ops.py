@@ -1,0 +1,53 @@
+"""The matrix product and SwiGLU with backward passes written for how compilers lay them out.
+
+The values and gradients are the ordinary ones. Left to itself, XLA on a CPU transposes the larger operand of a
+weight's gradient, fused with everything that computes it, element by strided element.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.custom_vjp
+def matmul(x_BTD: jax.Array, w_DF: jax.Array) -> jax.Array:
+    """x @ w, [B, T, F]."""
+    return x_BTD @ w_DF
+
+
+def _matmul_forward(x_BTD: jax.Array, w_DF: jax.Array):
+    return x_BTD @ w_DF, (x_BTD, w_DF)
+
+
+def _matmul_backward(saved, dy_BTF: jax.Array):
+    x_BTD, w_DF = saved
+    dx_BTD = jnp.einsum("btf,df->btd", dy_BTF, w_DF)
+    # The left operand is the one that gets transposed: let it be the narrower.
+    if w_DF.shape[0] <= w_DF.shape[1]:
+        dw_DF = jnp.einsum("btd,btf->df", x_BTD, dy_BTF, preferred_element_type=jnp.float32)
+    else:
+        dw_DF = jnp.einsum("btf,btd->fd", dy_BTF, x_BTD, preferred_element_type=jnp.float32).T
+    return dx_BTD, dw_DF.astype(w_DF.dtype)
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+@jax.custom_vjp
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) * up (arXiv 2002.05202), elementwise."""
+    return gate * jax.nn.sigmoid(gate) * up
+
+
+def _swiglu_forward(gate: jax.Array, up: jax.Array):
+    return swiglu(gate, up), (gate, up)
+
+
+def _swiglu_backward(saved, dh: jax.Array):
+    gate, up = saved
+    s = jax.nn.sigmoid(gate)
+    d_gate = dh * up * s * (1 + gate * (1 - s))
+    d_up = dh * gate * s
+    return jax.lax.optimization_barrier((d_gate, d_up))  # computed once, not inside each product that reads them
+
+
+swiglu.defvjp(_swiglu_forward, _swiglu_backward)

@@ -1,0 +1,169 @@
+"""Scores of a model: what is generated, judged, counted and written; the loss is transformers'."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from bmjax.config import UserError
+from bmjax.evaluate import run as module
+from bmjax.evaluate.run import evaluate, summary
+from bmjax.evaluate.score import accuracy, wilson
+from bmjax.evaluate.settings import EvalSettings
+from bmjax.generate.sampler import Generation
+from tests.conftest import sums, write_rows, write_student
+
+
+@pytest.fixture(scope="module")
+def hf(student):
+    return transformers.AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32, attn_implementation="eager")
+
+
+def settings(student, output, tasks, **changes) -> EvalSettings:
+    values = {
+        "model": str(student),
+        "output": str(output),
+        "tasks": tasks,
+        "seq_len": 128,
+        "max_new_tokens": 12,
+        "mesh": {},
+    }
+    return EvalSettings.read(values | changes)
+
+
+def plain(count, seed=2):
+    """Records without reasoning, one with text outside ASCII."""
+    rows = [{k: v for k, v in row.items() if k != "reasoning"} for row in sums(count, seed)]
+    rows[1]["response"] = "été → 3 €"
+    return rows
+
+
+def test_held_out_loss_is_transformers_and_bits_per_byte_are_by_hand(student, hf, tokenizer, tmp_path):
+    rows = plain(13)
+    file = write_rows(tmp_path / "traces.jsonl", rows)
+    scores = evaluate(settings(student, tmp_path / "out", {"math": {"traces": str(file)}}, batch=4))
+    nats, count = 0.0, 0
+    for row in rows:
+        prompt = f"<|im_start|>user\n{row['prompt']}<|im_end|>\n<|im_start|>assistant\n"
+        ids = tokenizer(prompt + row["response"] + "<|im_end|>")["input_ids"]
+        start = len(tokenizer(prompt)["input_ids"])
+        labels = torch.tensor([-100] * start + ids[start:])[None]
+        with torch.no_grad():
+            nats += float(hf(torch.tensor(ids)[None], labels=labels).loss) * (len(ids) - start)
+        count += len(ids) - start
+    score = scores["math"]
+    assert score["loss_tokens"] == count
+    assert score["loss"] == pytest.approx(nats / count, abs=1e-5)
+    size = sum(len(row["response"].encode()) for row in rows)
+    assert score["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+    assert json.loads((tmp_path / "out" / "scores.json").read_text()) == scores
+    assert not (tmp_path / "out" / "samples").exists()
+    assert summary(score) == f"loss {score['loss']:.4f} nats/token, {score['bits_per_byte']:.4f} bits/byte"
+
+    # Neither the batch nor the mesh is part of the score.
+    task = {"math": {"traces": str(file)}}
+    for changes in ({"batch": 64}, {"mesh": {"data": -1}}, {"mesh": {"fsdp": 2, "tensor": 2}}):
+        other = evaluate(settings(student, tmp_path / "other", task, **changes))["math"]
+        assert other["loss"] == pytest.approx(score["loss"], abs=1e-5) and other["loss_tokens"] == count
+    half = evaluate(settings(student, tmp_path / "half", task, compute_dtype="bfloat16"))["math"]
+    assert half["loss"] == pytest.approx(score["loss"], rel=0.01) and half["loss"] != score["loss"]
+
+
+def test_answers_are_the_models_own_and_every_sample_is_written(student, hf, tokenizer, tmp_path):
+    rows = plain(5)
+    file = write_rows(
+        tmp_path / "questions.jsonl", [{"prompt": r["prompt"], "reference": r["reference"]} for r in rows]
+    )
+    task = {"math": {"questions": str(file), "limit": 4}}
+    scores = evaluate(settings(student, tmp_path / "out", task, system="Be brief."))
+    samples = [json.loads(line) for line in (tmp_path / "out" / "samples" / "math.jsonl").read_text().splitlines()]
+    assert len(samples) == 4
+    for row, sample in zip(rows, samples, strict=False):
+        turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": row["prompt"]}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        ids = torch.tensor(tokenizer(text)["input_ids"])[None]
+        out = hf.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0)
+        assert sample["answer"] == tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+        assert (sample["prompt"], sample["reference"]) == (row["prompt"], row["reference"])
+    score = scores["math"]
+    assert score["n"] == 4 and score["k"] == 1
+    assert score["accuracy"] == np.mean([sample["verdict"] == "right" for sample in samples])
+    assert score["truncated"] == np.mean([sample["finish_reason"] == "length" for sample in samples])
+
+
+def test_accuracy_is_the_mean_over_samples_of_what_the_judge_says(student, tokenizer, tmp_path, monkeypatch):
+    answers = [
+        ["<think>9</think> 5", "It is 5.", "6"],  # 2 of 3 right
+        ["7", "8", "cut in the midd"],  # none, one cut
+    ]
+    asked = []
+
+    def planned(config, params, prompts, sampling, eos, batch, dtype):
+        asked.extend(prompts)
+        assert (sampling.temperature, sampling.top_p, sampling.seed, sampling.max_new_tokens) == (0.6, 0.9, 3, 12)
+        assert eos == (2,) and batch == 64
+        return [
+            Generation(tuple(tokenizer(text)["input_ids"]), "length" if "cut" in text else "stop")
+            for texts in answers for text in texts
+        ]  # fmt: skip
+
+    monkeypatch.setattr(module.sampler, "generate", planned)
+    file = write_rows(
+        tmp_path / "q.jsonl", [{"prompt": "2 + 3?", "reference": "5"}, {"prompt": "2 + 7?", "reference": 9}]
+    )
+    traces = write_rows(tmp_path / "t.jsonl", plain(3))
+    task = {"sums": {"questions": str(file), "traces": str(traces), "kind": "math"}}
+    lines = []
+    score = evaluate(
+        settings(student, tmp_path / "out", task, samples=3, temperature=0.6, top_p=0.9, seed=3), lines.append
+    )["sums"]
+    assert len(asked) == 6 and asked[0] == asked[2] != asked[3]
+    assert score["accuracy"] == pytest.approx(1 / 3) and (score["n"], score["k"]) == (2, 3)
+    assert tuple(score["ci95"]) == accuracy([[True, True, False], [False] * 3]).ci95
+    assert score["truncated"] == pytest.approx(1 / 6)
+    assert {"loss", "bits_per_byte", "loss_tokens"} <= score.keys()
+    assert lines == [f"{student} sums: {summary(score)}"]
+    samples = [json.loads(line) for line in (tmp_path / "out" / "samples" / "sums.jsonl").read_text().splitlines()]
+    assert [sample["verdict"] for sample in samples] == ["right", "right", "wrong", "wrong", "wrong", "wrong"]
+    assert summary({"accuracy": 0.5, "ci95": wilson(5, 10), "n": 10, "k": 1, "truncated": 0.1}) == (
+        "accuracy 0.500 [0.237, 0.763] of 10, 10.0% truncated"
+    )
+
+
+@pytest.mark.parametrize("task, rows, problem", [
+    ({"questions": "F"}, [{"prompt": "Q"}], r"rows.jsonl, row 1: expected 'prompt' and 'reference'; found prompt"),
+    ({"questions": "F"}, [{"prompt": "Q " * 300, "reference": "1"}], r"row 1: \d+ tokens, the model's context"),
+    ({"questions": "F"}, [{"prompt": "Q", "reference": ["1"]}], r"row 1: reference: found a list"),
+    ({"questions": "F"}, [], "no rows; expected at least one"),
+    ({"traces": "F"}, [{"prompt": "Q"}], r"row 1: expected 'prompt' and 'response'"),
+    ({}, [], r"tasks.math: give questions \(for accuracy\), traces"),
+])  # fmt: skip
+def test_mistakes_are_one_line_that_names_the_row(student, tmp_path, task, rows, problem):
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    tasks = {"math": {key: str(file) for key in task}}
+    with pytest.raises(UserError, match=problem) as error:
+        evaluate(settings(student, tmp_path / "out", tasks))
+    assert "\n" not in str(error.value) and not (tmp_path / "out" / "scores.json").exists()
+
+
+def test_tasks_are_named_and_there_is_one(student, tmp_path):
+    with pytest.raises(UserError, match="tasks: empty"):
+        evaluate(settings(student, tmp_path / "out", {}))
+    with pytest.raises(UserError, match=r"tasks: '../math' is used as a file name"):
+        evaluate(settings(student, tmp_path / "out", {"../math": {"traces": "rows.jsonl"}}))
+
+
+def test_models_that_cannot_be_scored_are_named(student, tmp_path):
+    file = write_rows(tmp_path / "rows.jsonl", plain(3))
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (bare / name).write_bytes((student / name).read_bytes())
+    with pytest.raises(UserError, match=r"bare: no tokenizer files"):
+        evaluate(settings(bare, tmp_path / "out", {"math": {"traces": str(file)}}))
+    small = write_student(tmp_path / "small", vocab_size=270)
+    with pytest.raises(UserError, match=r"small: the tokenizer gives token id \d+, the model's vocabulary has 270"):
+        evaluate(settings(small, tmp_path / "out", {"math": {"traces": str(file)}}))

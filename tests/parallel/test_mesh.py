@@ -1,0 +1,97 @@
+"""Sizes become a mesh, logical names become its axes, and what doesn't divide stays whole."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from bmjax.config import UserError
+from bmjax.model import qwen2, spec
+from bmjax.parallel.mesh import AXES, RULES, constrain, make_mesh, partition_spec, sharding
+from tests.model.reference import build
+
+
+@pytest.mark.parametrize("sizes, shape", [
+    (None, (1, 1, 1, 1)),
+    ({}, (1, 1, 1, 1)),
+    ({"fsdp": -1}, (1, 8, 1, 1)),
+    ({"data": 2, "fsdp": -1, "tensor": 2}, (2, 2, 1, 2)),
+    ({"data": 8, "fsdp": -1}, (8, 1, 1, 1)),
+    ({"context": 2, "tensor": 2}, (1, 1, 2, 2)),
+    ({"tensor": 3}, (1, 1, 1, 3)),
+])  # fmt: skip
+def test_sizes_become_a_mesh(sizes, shape):
+    mesh = make_mesh(sizes)
+    assert mesh.axis_names == AXES == ("data", "fsdp", "context", "tensor")
+    assert tuple(mesh.shape.values()) == shape
+    assert set(mesh.devices.ravel()) <= set(jax.devices())
+
+
+def test_given_devices_are_used():
+    devices = jax.devices()[3:5]
+    assert set(make_mesh({"fsdp": -1}, devices).devices.ravel()) == set(devices)
+
+
+@pytest.mark.parametrize("sizes, problem", [
+    ({"tenser": 2}, "mesh: unknown axis 'tenser'; the axes are data, fsdp, context, tensor"),
+    ({"data": 0}, "each must be at least 1, and at most one may be -1"),
+    ({"data": -2}, "each must be at least 1"),
+    ({"data": -1, "fsdp": -1}, "at most one may be -1"),
+    ({"data": 3, "fsdp": -1}, "mesh: 8 devices cannot be divided by 3"),
+    ({"data": 4, "fsdp": 4}, "need 16 devices, there are 8; make a size smaller"),
+    ({"data": 16, "fsdp": -1}, "8 devices cannot be divided by 16"),
+    ({"data": "two"}, "mesh: data is 'two', expected a whole number"),
+    ({"data": 2.5}, "mesh: data is 2.5, expected a whole number"),
+])  # fmt: skip
+def test_wrong_sizes_are_one_line(sizes, problem):
+    with pytest.raises(UserError, match=problem) as error:
+        make_mesh(sizes)
+    assert "\n" not in str(error.value)
+
+
+def test_logical_names_become_mesh_axes():
+    assert partition_spec(("batch", "length", None)) == PartitionSpec(("data", "fsdp"), "context", None)
+    assert partition_spec(("layers", "embed", "mlp")) == PartitionSpec(None, "fsdp", "tensor")
+    with pytest.raises(KeyError):
+        partition_spec(("batches",))
+
+
+@pytest.mark.parametrize("name", ["gqa_untied", "mha_tied"])
+def test_every_axis_of_the_parameter_table_has_a_rule_and_no_mesh_axis_twice(name):
+    for row in spec.table(build(name)[1]):
+        assert set(row.axes) <= set(RULES), row.name
+        used = [
+            axis for part in partition_spec(row.axes) if part for axis in ((part,) if isinstance(part, str) else part)
+        ]
+        assert len(used) == len(set(used)), row.name
+
+
+def test_what_does_not_divide_stays_whole():
+    mesh = make_mesh({"fsdp": 4, "tensor": 2})
+    assert sharding(mesh, ("embed", "mlp"), (8, 6)).spec == PartitionSpec("fsdp", "tensor")
+    assert sharding(mesh, ("embed", "mlp"), (6, 6)).spec == PartitionSpec(None, "tensor")
+    assert sharding(mesh, ("embed", "mlp"), (8, 5)).spec == PartitionSpec("fsdp", None)
+    assert sharding(mesh, ("embed", "mlp")).spec == PartitionSpec("fsdp", "tensor")
+    placed = jax.device_put(np.zeros((8, 6)), sharding(mesh, ("embed", "mlp"), (8, 6)))
+    assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 3)}
+
+
+def test_constrain_lays_out_and_changes_no_value():
+    x = jnp.arange(32.0).reshape(8, 4)
+    np.testing.assert_array_equal(jax.jit(lambda x: constrain(x, "batch", None))(x), x)
+    with jax.set_mesh(make_mesh({"data": 4, "tensor": 2})):
+        y = jax.jit(lambda x: constrain(x, "batch", "heads"))(x)
+        odd = jax.jit(lambda x: constrain(x, "batch", "heads"))(x[:3, :3])
+    np.testing.assert_array_equal(y, x)
+    np.testing.assert_array_equal(odd, x[:3, :3])
+    assert {shard.data.shape for shard in y.addressable_shards} == {(2, 2)}
+
+
+def test_a_model_with_fewer_heads_and_rows_than_the_mesh_has_devices_still_runs():
+    _, config, params = build("mqa")  # one key/value head on tensor = 2, one row on data = 4
+    tokens = np.arange(2, 26, dtype=np.int32)[None]
+    plain = qwen2.logits(config, params, tokens)
+    with jax.set_mesh(make_mesh({"data": 4, "tensor": 2})):
+        meshed = jax.jit(lambda p, t: qwen2.logits(config, p, t))(params, tokens)
+    np.testing.assert_allclose(plain, meshed, atol=1e-5)

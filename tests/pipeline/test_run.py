@@ -1,0 +1,156 @@
+"""The whole run on the tiniest config: what it writes, and that killing it anywhere changes nothing."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import bmjax
+from bmjax.config import UserError
+from bmjax.pipeline import RunSettings, run
+
+TINY = Path(__file__).with_name("tiny.yaml")
+
+
+def quiet(line: str) -> None:
+    del line
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(directory, report) of one undisturbed run."""
+    directory = tmp_path_factory.mktemp("run") / "tiny"
+    return directory, run(RunSettings.read(TINY), directory, quiet)
+
+
+def scores(report):
+    return {name: model["scores"] for name, model in report["models"].items()}
+
+
+def test_report_json_holds_every_model_and_stage(finished):
+    directory, report = finished
+    assert json.loads((directory / "report.json").read_text()) == json.loads(json.dumps(report))
+    assert list(report["models"]) == [
+        "backbone", "branch/math", "branch/code", "merge/linear", "merge/fusion", "merged", "mixture",
+    ]  # fmt: skip
+    for model in report["models"].values():
+        assert (directory / model["hf"] / "model.safetensors").exists()
+        for score in model["scores"].values():
+            assert 0 <= score["ci95"][0] <= score["accuracy"] <= score["ci95"][1] <= 1
+            assert score["n"] == 12 and score["loss"] > 0
+    assert report["models"]["merged"]["scores"] == report["models"][f"merge/{report['chosen']['merge']}"]["scores"]
+    assert report["models"]["mixture"]["tokens"] > report["models"]["branch/math"]["tokens"] > 0
+    assert {"backbone", "teach/math", "branch/code", "mixture", "merged"} <= set(report["stages"])
+    assert all(stage["seconds"] >= 0 and stage["peak_rss_mib"] > 0 for stage in report["stages"].values())
+    assert (directory / "report.html").read_text().startswith("<!doctype html>")
+
+
+def test_transformers_loads_the_merged_model_and_writes_the_same_text(finished):
+    folder = finished[0] / "merged" / "hf"
+    network = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = bmjax.load(folder)
+    for question in ("Compute 3+4*2.", "What does this print?\nx = 3\nprint(x + 4)"):
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+        )
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+        assert model.tokenizer(text, add_special_tokens=False)["input_ids"] == ids[0].tolist()
+        out = network.generate(ids, max_new_tokens=16, do_sample=False)[0, ids.shape[1] :]
+        assert bmjax.generate(model, [text], max_new_tokens=16)[0] == tokenizer.decode(out, skip_special_tokens=True)
+
+
+def test_the_frozen_embedding_is_the_same_in_every_model(finished):
+    directory, report = finished
+    reference = np.asarray(bmjax.load(directory / "backbone" / "hf").params["embed"]["embedding"])
+    for model in report["models"].values():
+        np.testing.assert_array_equal(
+            np.asarray(bmjax.load(directory / model["hf"]).params["embed"]["embedding"]), reference
+        )
+
+
+def test_finished_stages_are_not_redone_and_changed_ones_are(finished):
+    directory, report = finished
+    lines: list[str] = []
+    again = run(RunSettings.read(TINY), directory, lines.append)
+    assert not [line for line in lines if line.startswith("==")]
+    assert scores(again) == scores(report)
+
+    run(RunSettings.read(TINY, ["evaluate.max_new_tokens=4"]), directory, lines.append)
+    redone = {line.removeprefix("== ") for line in lines if line.startswith("==")}
+    assert "evaluate/test/mixture" in redone and not {"backbone", "branch/math", "merge/linear"} & redone
+
+    lines.clear()
+    merges = "merges={linear: {merge_method: linear, models: [{model: math, parameters: {weight: 3}}, {model: code}]}}"
+    run(RunSettings.read(TINY, ["evaluate.max_new_tokens=4", merges]), directory, lines.append)
+    redone = {line.removeprefix("== ") for line in lines if line.startswith("==")}
+    assert {"merge/linear", "evaluate/test/merge/linear"} <= redone
+    assert not {"backbone", "branch/math", "evaluate/test/mixture"} & redone
+    assert scores(run(RunSettings.read(TINY), directory, quiet)) == scores(report)
+
+
+def start(directory):
+    command = [sys.executable, "-m", "bmjax", "run", str(TINY), "--output", str(directory)]
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": ""}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def run_with_kills(directory, kills, seed, whole):
+    """Kill -9 the run at `kills` random moments of its `whole` seconds, then let it end; its report."""
+    rng = random.Random(seed)
+    for _ in range(kills):
+        process = start(directory)
+        time.sleep(rng.uniform(2.0, whole / 2))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    process = start(directory)
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    return json.loads((directory / "report.json").read_text())
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_killed_runs_end_with_the_scores_of_an_undisturbed_one(tmp_path, kills):
+    began = time.monotonic()
+    undisturbed = run_with_kills(tmp_path / "whole", 0, 0, 0)
+    disturbed = run_with_kills(tmp_path / "killed", kills, kills, time.monotonic() - began)
+    assert scores(disturbed) == scores(undisturbed)
+    assert disturbed["chosen"] == undisturbed["chosen"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["branch.lerning_rate=1"], "learning_rate"),
+        (["branch.batch=many"], "branch.batch: expected a whole number"),
+        (["domains.math.builtin.count=0"], "domains.math.builtin.count"),
+        (["merges.linear.merge_method=liner"], "linear"),
+        (["student=DIR"], "'student'"),
+        (["domains.code.branch={stps: 3}"], "stps"),
+        (["mixture={accumulate: 3}"], "accumulate"),
+    ],
+)
+def test_mistakes_are_told_before_anything_runs(tmp_path, overrides, told):
+    with pytest.raises(UserError, match=told) as error:
+        run(RunSettings.read(TINY, overrides), tmp_path / "run", quiet)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run" / "data").exists()
+
+
+def test_a_second_run_in_the_same_directory_is_refused(tmp_path, finished):
+    import fcntl
+
+    directory = finished[0]
+    with (directory / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another run is writing"):
+            run(RunSettings.read(TINY), directory, quiet)

@@ -1,0 +1,237 @@
+"""What a user gets wrong in a config is one line that names the key, what was found and the fix."""
+
+from typing import Literal
+
+import pytest
+from pydantic import Field, model_validator
+
+from bmjax.branch.settings import TrainSettings
+from bmjax.config import Settings, UserError, describe, nearest, parse_yaml_documents, read_text, read_yaml
+from bmjax.evaluate.settings import EvalSettings
+from bmjax.pipeline.settings import RunSettings
+from bmjax.teach.settings import CollectSettings, SelectSettings
+
+
+class Inner(Settings):
+    """A block."""
+
+    rate: float = Field(0.5, ge=0, le=1, description="a share")
+    names: list[str] = Field([], description="names")
+
+
+class Outer(Settings):
+    """Settings for these tests."""
+
+    steps: int = Field(description="how many")
+    kind: Literal["a", "b"] = Field("a", description="which")
+    flag: bool = Field(False, description="whether")
+    inner: Inner = Field(Inner(), description="more")
+    maybe: Inner | None = Field(None, description="or nothing")
+    source: str | list[str] | Inner = Field("x", description="where from")
+    tasks: dict[str, Inner] = Field({}, description="by name")
+    pairs: dict[str, tuple[int, int]] = Field({}, description="bounds")
+
+    @model_validator(mode="after")
+    def _together(self):
+        if self.flag and self.steps > 10:
+            raise ValueError("flag needs at most 10 steps")
+        return self
+
+
+def problem(source, *overrides) -> str:
+    with pytest.raises(UserError) as error:
+        Outer.read(source, overrides)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("values, line", [
+    ({}, "key 'steps' is missing; it has no default"),
+    ({"stpes": 1}, "unknown key 'stpes'; did you mean 'steps'?"),
+    ({"steps": 1, "zzz": 1}, "unknown key 'zzz'; known here: flag, inner, kind, maybe, pairs, source, steps, tasks"),
+    ({"steps": "ten"}, "steps: expected a whole number, found text 'ten'"),
+    ({"steps": 1.5}, "steps: expected a whole number, found a number '1.5'"),
+    ({"steps": None}, "steps: expected a whole number, found nothing"),
+    ({"steps": [1]}, "steps: expected a whole number, found a list '[1]'"),
+    ({"steps": 1, "kind": "c"}, "kind: expected 'a' or 'b', found text 'c'"),
+    ({"steps": 1, "flag": "perhaps"}, "flag: expected true or false, found text 'perhaps'"),
+    ({"steps": 11, "flag": True}, "flag needs at most 10 steps"),
+    ({"steps": 1, "inner": 3}, "inner: expected a block of keys, found a whole number '3'"),
+    ({"steps": 1, "inner": {"rtae": 1}}, "unknown key 'inner.rtae'; did you mean 'rate'?"),
+    ({"inner": {"rate": 2}, "steps": 1}, "inner.rate: expected a number less than or equal to 1, found a whole"),
+    ({"steps": 1, "inner": {"rate": float("nan")}}, "inner.rate: expected a finite number, found a number 'nan'"),
+    ({"steps": 1, "inner": {"names": "x"}}, "inner.names: expected a list, found text 'x'"),
+    ({"steps": 1, "inner": {"names": ["x", 3]}}, "inner.names.1: expected text, found a whole number '3'"),
+    ({"steps": 1, "maybe": {"rtae": 1}}, "unknown key 'maybe.rtae'; did you mean 'rate'?"),
+    ({"steps": 1, "source": 3}, "source: expected text, a list or a block of keys, found a whole number '3'"),
+    ({"steps": 1, "source": ["x", 3]}, "source.1: expected text, found a whole number '3'"),
+    ({"steps": 1, "source": {"rtae": 1}}, "unknown key 'source.rtae'; did you mean 'rate'?"),
+    ({"steps": 1, "source": {"names": 1}}, "source.names: expected a list, found a whole number '1'"),
+    ({"steps": 1, "tasks": {"MATH": {"rtae": 1}}}, "unknown key 'tasks.MATH.rtae'; did you mean 'rate'?"),
+    ({"steps": 1, "tasks": {"str": {"rate": "x"}}}, "tasks.str.rate: expected a number, found text 'x'"),
+    ({"steps": 1, "tasks": {3: {}}}, "tasks.3: expected a name as key, found a whole number '3'"),
+    ({"steps": 1, 7: 1}, "7: expected a name as key, found a whole number '7'"),
+    ({"steps": 1, "pairs": {"id": [1]}}, "pairs.id: too few values: the one with index 1 is missing"),
+])  # fmt: skip
+def test_wrong_values_are_named(values, line):
+    assert problem(values).startswith(f"settings: {line}")
+
+
+@pytest.mark.parametrize("cls, text, line", [
+    (CollectSettings, "{problems: {builtin: maths}}", "problems.builtin: expected 'math', 'code' or 'science'"),
+    (CollectSettings, "{problems: {builtn: math}}", "unknown key 'problems.builtn'; did you mean 'builtin'?"),
+    (CollectSettings, "{problems: {builtin: math, cuont: 1}}", "unknown key 'problems.cuont'; did you mean 'count'?"),
+    (CollectSettings, "{problems: 1}", "problems: expected text, a list or a block of keys, found a whole number '1'"),
+    (CollectSettings, "{problems: p, teacher: {mistakes: {wrogn: 0}}}", "unknown key 'teacher.mistakes.wrogn'; did"),
+    (SelectSettings, "{traces: t, keep: [rihgt]}", "keep.0: expected 'right', 'unjudged' or 'wrong', found"),
+    (EvalSettings, "{model: m, tasks: {m: {question: q}}}", "unknown key 'tasks.m.question'; did you mean 'questions'"),
+    (TrainSettings, "{student: s, data: {a: 1}, steps: 1}", "data: expected text or a list, found a block of keys"),
+    (TrainSettings, "{student: s, data: d, steps: 1, epochs: 1}", "give exactly one of 'steps' and 'epochs'"),
+    (TrainSettings, "{student: s, data: d, steps: 1, batch: 6, accumulate: 4}", "batch 6 is not a multiple of acc"),
+])  # fmt: skip
+def test_the_phases_settings_name_their_keys(cls, text, line):
+    with pytest.raises(UserError) as error:
+        cls.read({"output": "o"} | parse_yaml_documents(text, "")[0])
+    assert str(error.value).startswith(f"settings: {line}")
+
+
+@pytest.mark.parametrize("text, line", [
+    ("steps: 1\nkind: b\nsteps: 2\n", "line 3: key 'steps' stands twice in the same block; remove one"),
+    ("steps: 1\ninner:\n  rate: 0.1\n  rate: 0.2\n", "line 4: key 'rate' stands twice"),
+    ("- 1\n", "expected `key: value` lines at the top, found a list '[1]'"),
+    ("[]\n", "expected `key: value` lines at the top, found a list '[]'"),
+    ("steps\n", "expected `key: value` lines at the top, found text 'steps'"),
+    ("steps: 1\n---\nsteps: 2\n", "2 YAML documents, expected one"),
+    ("steps: [1\n", "line 2: not valid YAML"),
+    ("steps: !!python/object/apply:os.system ['true']\n", "line 1: not valid YAML: could not determine a constructor"),
+    ("steps: !!python/name:os.system\n", "line 1: not valid YAML: could not determine a constructor"),
+    ("steps: 2024-13-45\n", "not valid YAML: a value is not what its tag or form says: month must be in 1..12"),
+    ("steps: !!int x\n", "not valid YAML: a value is not what its tag or form says"),
+    ("steps: !!bool x\n", "not valid YAML: a value is not what its tag or form says"),
+    ("steps: !!timestamp x\n", "not valid YAML: a value is not what its tag or form says"),
+    ("? [a]\n: 1\n", "line 1: not valid YAML: found unhashable key"),
+    ("steps: \x07\n", "not valid YAML: unacceptable character"),
+    ("[" * 5000, "not valid YAML: nested too deeply"),
+    ("a: &a [*a]\n", "an anchor contains itself"),
+    ("steps: *nowhere\n", "line 1: not valid YAML: found undefined alias 'nowhere'"),
+])  # fmt: skip
+def test_bad_yaml_is_one_line(tmp_path, text, line):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    message = problem(file)
+    assert message.startswith(f"{file}: {line}"), message
+
+
+def test_an_alias_bomb_is_refused_before_it_is_built(tmp_path):
+    file = tmp_path / "run.yaml"
+    levels = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    levels += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12)]
+    file.write_text("\n".join(levels))
+    assert problem(file) == f"{file}: more than 100000 values once aliases are written out; refused"
+
+
+def test_yaml_reads_as_users_mean_it(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "steps: 3\ninner: &i\n  rate: 1e-1\ntasks:\n  m: *i\n  n:\n    <<: *i\n    names: [é]\n", encoding="utf-8"
+    )
+    settings = Outer.read(file)
+    assert settings.tasks["m"].rate == settings.tasks["n"].rate == settings.inner.rate == 0.1
+    assert settings.tasks["n"].names == ["é"]
+    numbers = ("1e-5", "-2E3", ".5e1", "1.0", "1e", "0x10")
+    assert [parse_yaml_documents(f"x: {text}", "")[0]["x"] for text in numbers] == [
+        1e-5, -2000.0, 5.0, 1.0, "1e", 16,
+    ]  # fmt: skip
+    empty = tmp_path / "empty.yaml"
+    empty.write_text("# nothing\n")
+    assert read_yaml(empty) == {}
+    assert problem(empty) == f"{empty}: key 'steps' is missing; it has no default"
+
+
+def test_overrides_come_after_the_file_in_order(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("steps: 3\ninner: {rate: 0.2, names: [a]}\n")
+    settings = Outer.read(
+        file, ["steps=4", "steps=5", "inner.rate=1e-1", "tasks.new.names=[p, q/*]", "maybe.rate=1", "source=a=b"]
+    )
+    assert (settings.steps, settings.inner.rate, settings.inner.names) == (5, 0.1, ["a"])
+    assert (
+        settings.tasks["new"].names == ["p", "q/*"] and settings.maybe == Inner(rate=1.0) and settings.source == "a=b"
+    )
+    assert Outer.read({"steps": 1, "maybe": {}}, ["maybe="]).maybe is None
+
+
+@pytest.mark.parametrize("override, line", [
+    ("steps", "'steps': expected key=value or key.sub=value"),
+    ("=3", "'=3': expected key=value or key.sub=value"),
+    ("stpes=3", "settings: unknown key 'stpes'; did you mean 'steps'?"),
+    ("inner.rtae=3", "settings: unknown key 'inner.rtae'; did you mean 'rate'?"),
+    ("steps.x=3", "settings: steps: expected a whole number, found a block of keys \"{'x': 3}\""),
+    ("steps=[3", "override 'steps=[3': line 1: not valid YAML"),
+    ("steps=!!python/name:os.system", "override 'steps=!!python/name:os.system': line 1: not valid YAML"),
+])  # fmt: skip
+def test_bad_overrides_are_one_line(override, line):
+    assert problem({"steps": 1}, override).startswith(line)
+
+
+def test_reading_leaves_the_callers_mapping_alone():
+    values = {"steps": 1, "inner": {"rate": 0.1}}
+    assert Outer.read(values, ["inner.rate=0.3"]).inner.rate == 0.3
+    assert values == {"steps": 1, "inner": {"rate": 0.1}}
+    with pytest.raises(Exception, match="frozen"):
+        Outer.read(values).steps = 2
+
+
+def test_files_that_cannot_be_read_say_why(tmp_path):
+    (tmp_path / "demo.yaml").write_text("")
+    (tmp_path / "latin.yaml").write_bytes(b"x: \xe9")
+    for name, line in [
+        ("demmo.yaml", f"no such file; did you mean {tmp_path / 'demo.yaml'}?"),
+        ("zzz", "no such file"),
+        ("nowhere/x.yaml", "no such file"),
+        (".", "is a directory, expected a file"),
+        ("latin.yaml", "not UTF-8 text"),
+        ("x" * 300, "File name too long"),
+        ("demo.yaml/x", "no such file"),
+    ]:
+        with pytest.raises(UserError) as error:
+            read_text(tmp_path / name)
+        assert str(error.value) == f"{tmp_path / name}: {line}"
+
+
+def test_nearest_word():
+    assert nearest("stpes", ["steps", "epochs"]) == "; did you mean 'steps'?"
+    assert nearest("zzz", ["b", "a"]) == "; known here: a, b" and nearest("zzz", []) == ""
+
+
+def all_settings(cls=Settings):
+    return [kind for sub in cls.__subclasses__() for kind in (sub, *all_settings(sub))]
+
+
+def keys_of(cls, prefix=""):
+    """Every key that a user can write, found without `describe`."""
+    for name, field in cls.model_fields.items():
+        yield prefix + name
+        text = str(field.annotation)
+        for inner in all_settings():
+            if inner.__name__ in text:
+                yield from keys_of(inner, prefix + name + (".NAME." if text.startswith("dict") else "."))
+
+
+@pytest.mark.parametrize("cls", [Outer, TrainSettings, EvalSettings, CollectSettings, SelectSettings, RunSettings])
+def test_describe_has_a_line_for_every_key_and_says_what_it_is_for(cls):
+    lines = describe(cls)
+    found = [line.split(":")[0].strip() for line in lines]
+    assert len(found) == len(set(found)) and set(keys_of(cls)) == set(found)
+    for line in lines:
+        assert line.rstrip().rpartition(". ")[2], f"no description: {line}"
+
+
+def test_describe_shows_defaults_and_types():
+    lines = "\n".join(" ".join(line.split()) for line in describe(Outer))
+    for part in (
+        "steps: (required) whole number. how many", "kind: a a|b. which", "flag: false true|false. whether",
+        "inner.rate: 0.5 number. a share", "maybe: null Inner or null. or nothing", "tasks.NAME.names: [] list. names",
+        "source: x text or list or Inner. where from",
+    ):  # fmt: skip
+        assert part in lines, part
