@@ -34,7 +34,7 @@ def flawless() -> Any:
 def test_it_answers_as_deepseek_r1_does(flawless: BuiltinTeacher) -> None:
     status, _, body = post(flawless.base_url, chat("Compute (7 + 5) * 3 - 4."))
     assert status == 200
-    content = "<think>\n7 + 5 = 12\n12 * 3 = 36\n36 - 4 = 32\n</think>\n32"
+    content = "<think>\n7+5=12\n12*3=36\n36-4=32\n</think>\n32"
     assert body["choices"] == [
         {"index": 0, "message": {"role": "assistant", "content": content}, "finish_reason": "stop"}
     ]

@@ -9,7 +9,7 @@ import pytest
 from bmjax.config import UserError
 from bmjax.teach.problems import DOMAINS, Problem, make_problems, solve, solve_with_slip, split_of
 
-STEP = re.compile(r"(?<![\d])(-?\d+) ([-+*/]) (-?\d+) = (-?\d+)")
+STEP = re.compile(r"(?<![\d])(-?\d+)([-+*/])(-?\d+)=(-?\d+)")
 
 
 @pytest.fixture(scope="module", params=DOMAINS)
@@ -19,17 +19,17 @@ def problems(request: pytest.FixtureRequest) -> list[Problem]:
 
 def test_there_are_enough_distinct_problems_and_splits_share_none(problems: list[Problem]) -> None:
     domain = problems[0].domain
-    splits = [problems, make_problems(domain, 600, seed=9, split="val"), make_problems(domain, 1000, split="test")]
+    splits = [problems, make_problems(domain, 600, seed=9, split="val"), make_problems(domain, 800, split="test")]
     prompts = [{p.prompt for p in split} for split in splits]
-    assert [len(p) for p in prompts] == [6000, 600, 1000]
+    assert [len(p) for p in prompts] == [6000, 600, 800]
     assert not (prompts[0] & prompts[1] or prompts[0] & prompts[2] or prompts[1] & prompts[2])
     assert {split_of(p) for p in prompts[2]} == {"test"}
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_level_one_alone_is_enough_for_a_backbone(domain: str) -> None:
-    problems = make_problems(domain, 4000, levels=[1])
-    assert len({p.prompt for p in problems}) == 4000
+    problems = make_problems(domain, 2000, levels=[1])
+    assert len({p.prompt for p in problems}) == 2000
     assert {p.level for p in problems} == {1}
 
 
@@ -45,7 +45,7 @@ def test_every_step_of_the_reasoning_is_true_arithmetic_in_range(problems: list[
             a, b = Fraction(left), Fraction(right)
             expected = {"+": a + b, "-": a - b, "*": a * b}.get(operator)
             assert (a / b if expected is None else expected) == Fraction(result), problem
-            assert 0 <= int(result) <= (60000 if problem.domain == "science" else 200), problem
+            assert 0 <= int(result) <= (60000 if problem.domain == "science" else 50), problem
 
 
 def test_texts_are_short(problems: list[Problem]) -> None:
@@ -103,7 +103,6 @@ def test_word_problems_against_an_independent_reading() -> None:
 # The physics once more, written apart from the package: (words of the stem, value of its numbers in order).
 PHYSICS = [
     (r"goes at (\d+) m/s for (\d+) s\. Dist", lambda v, t: v * t),
-    (r"goes at (\d+) m/s for (\d+) min\. Dist", lambda v, t: v * t * 60),
     (r"A (\d+) kg \w+ gains (\d+) m/s each s\. F", lambda m, a: m * a),
     (r"A (\d+) kg \w+ gains (\d+) m/s each s for (\d+) m\. W", lambda m, a, d: m * a * d),
     (r"A (\d+) ohm \w+ carries (\d+) A\. V", lambda r, i: r * i),
@@ -133,8 +132,8 @@ def test_the_right_letter_is_the_one_physics_gives_and_letters_are_balanced() ->
     used, letters = set(), dict.fromkeys("ABCD", 0)
     for problem in make_problems("science", 4000, seed=14):
         stem, _, listed = problem.prompt.partition("\n")
-        choices = dict(re.findall(r"([A-D])\) (\d+)", listed))
-        assert len(set(choices.values())) == 4
+        choices = {letter: number for number, letter in re.findall(r"(\d+) ([A-D])", listed)}
+        assert len({number[-1] for number in choices.values()}) == 4
         matching = [(p, value) for p, value in PHYSICS if re.search(p, stem)]
         assert len(matching) == 1, stem
         pattern, value = matching[0]

@@ -1,7 +1,8 @@
 """Units and formulas, multiple choice A-D: the formula, the numbers put in, the result with its unit, the letter.
 
 A question is a stem with quantities and a chain of steps. The three wrong choices are what a wrong operation, a
-slip by one or a lost factor of ten would give; their order is drawn from the stem, so a stem has one prompt only.
+slip by one or a lost factor of ten would give, all with different last digits. Their order is drawn from the stem,
+so a stem has one prompt only.
 """
 
 import hashlib
@@ -226,7 +227,9 @@ def _with_choices(stem: str, left: int, right: int, result: int) -> tuple[str, s
     tens = [result + 10, result * 10, result // 10, result - 10]
     choices = [result]
     for pool in (wrong_operation, slips, [*tens, *wrong_operation, *slips]):
-        choices.append(rng.choice([c for c in pool if c > 0 and c not in choices] or [max(choices) + 1]))
+        taken = {choice % 10 for choice in choices}
+        fitting = [choice for choice in pool if choice > 0 and choice % 10 not in taken]
+        choices.append(rng.choice(fitting or [next(c for c in range(max(choices), 10**9) if c % 10 not in taken)]))
     rng.shuffle(choices)
     listed = ", ".join(f"{choice} {letter}" for letter, choice in zip(LETTERS, choices, strict=True))
     return f"{stem}\n{listed}", LETTERS[choices.index(result)]
