@@ -109,9 +109,6 @@ def test_a_mesh_gives_the_same_numbers(model, student, sizes):
     kernel = meshed.params["layers"]["mlp"]["up"]["kernel"]
     assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 32 // 4, 64 // 2)}
     np.testing.assert_allclose(meshed.logits(tokens, segments), model.logits(tokens, segments), atol=1e-5)
-    np.testing.assert_allclose(
-        meshed.logits(tokens[:1], segments[:1]), model.logits(tokens[:1], segments[:1]), atol=1e-5
-    )
     (nats, count), (want, number) = meshed.loss(tokens, mask, segments), model.loss(tokens, mask, segments)
     assert count == number and nats == pytest.approx(want, rel=1e-5)
     assert bmjax.generate(meshed, TEXTS, max_new_tokens=8) == bmjax.generate(model, TEXTS, max_new_tokens=8)

@@ -51,10 +51,8 @@ def test_own_test_rows_leave_the_training_rows(tmp_path):
 
 def test_a_share_is_held_out_by_identity_and_between_filters(tmp_path):
     file = write(tmp_path / "all.jsonl", [{"id": i, "q": f"q{i // 2}"} for i in range(200)])
-    settings = DomainSettings.model_validate(
-        {"train": {"files": file, "prompt": "write", "response": "{q} {id}", "identity": "{q}", "between": {"id": [0, 149]}},
-         "test_share": 0.3}
-    )  # fmt: skip
+    train = {"files": file, "prompt": "write", "response": "{q} {id}", "identity": "{q}", "between": {"id": [0, 149]}}
+    settings = DomainSettings.model_validate({"train": train, "test_share": 0.3})
     write_sources(settings, "d", tmp_path / "out")
     parts = [
         {r["response"].split()[0] for r in rows(tmp_path / "out" / f"{n}.jsonl")}
