@@ -128,20 +128,20 @@ PHYSICS = [
 ]
 
 
-def test_the_right_letter_is_the_one_physics_gives_and_letters_are_balanced() -> None:
-    used, letters = set(), dict.fromkeys("ABCD", 0)
+def test_the_right_choice_is_the_one_physics_gives_and_its_place_tells_nothing() -> None:
+    used, places = set(), [0, 0, 0, 0]
     for problem in make_problems("science", 4000, seed=14):
         stem, _, listed = problem.prompt.partition("\n")
-        choices = {letter: number for number, letter in re.findall(r"(\d+) ([A-D])", listed)}
-        assert len({number[-1] for number in choices.values()}) == 4
+        choices = re.findall(r"\d+", listed)
+        assert len(set(choices)) == 4
         matching = [(p, value) for p, value in PHYSICS if re.search(p, stem)]
         assert len(matching) == 1, stem
         pattern, value = matching[0]
         used.add(pattern)
-        assert Fraction(choices[problem.reference]) == value(*map(int, re.search(pattern, stem).groups())), stem
-        letters[problem.reference] += 1
+        assert Fraction(problem.reference) == value(*map(int, re.search(pattern, stem).groups())), stem
+        places[choices.index(problem.reference)] += 1
     assert used == {pattern for pattern, _ in PHYSICS}
-    assert all(850 < n < 1150 for n in letters.values())
+    assert all(850 < n < 1150 for n in places)
 
 
 def test_a_stem_has_one_prompt_only() -> None:
@@ -180,7 +180,7 @@ def test_a_slip_always_reaches_the_answer(problems: list[Problem]) -> None:
         "What does this print?\nx = [1]\nprint(x[4])",
         "What does this print?\nx = 'a'\nprint(x + 1)",
         "What does this print?\n)(",
-        "A car goes 60 m in 5 s. Speed in m/s?\n1 A, 2 B, 3 C, 4 D",
+        "A car goes 60 m in 5 s. Speed in m/s?\n1, 2, 3 or 4?",
         "A car goes 60 m in 5 s. Speed in m/s?",
         "x" * 100_000,
     ],

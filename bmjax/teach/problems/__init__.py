@@ -97,6 +97,6 @@ def _solve(prompt: str, calculator: Calculator) -> Solution:
         raise ValueError("the prompt is too long for a built-in problem")
     if prompt.startswith(code.QUESTION):
         return code.solve(prompt, calculator)
-    if re.search(r"\n\d+ A, ", prompt):
+    if re.search(r"\n\d+, \d+, \d+ or ", prompt):
         return science.solve(prompt, calculator)
     return math.solve(prompt, calculator)

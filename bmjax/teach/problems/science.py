@@ -1,8 +1,8 @@
-"""Units and formulas, multiple choice A-D: the formula, the numbers put in, the result with its unit, the letter.
+"""Units and formulas, multiple choice: the formula, the numbers put in, the result with its unit, the choice.
 
 A question is a stem with quantities and a chain of steps. The three wrong choices are what a wrong operation, a
-slip by one or a lost factor of ten would give, all with different last digits. Their order is drawn from the stem,
-so a stem has one prompt only.
+slip by one or a lost factor of ten would give; their order is drawn from the stem, so a stem has one prompt only.
+Choices are named by their numbers: finding the letter that stands beside one is beyond the smallest students.
 """
 
 import hashlib
@@ -11,8 +11,6 @@ import re
 from dataclasses import dataclass
 
 from bmjax.teach.problems.common import Calculator, Problem, Solution
-
-LETTERS = "ABCD"
 
 _MOVERS = (
     "car",
@@ -184,7 +182,7 @@ QUESTIONS: tuple[Question, ...] = (
 )  # fmt: skip
 
 _SYMBOL = re.compile(r"\\\{(\w+)\\\}")
-_CHOICES = re.compile(r"(.+)\n(\d{1,9}) A, (\d{1,9}) B, (\d{1,9}) C, (\d{1,9}) D")
+_CHOICES = re.compile(r"(.+)\n(\d{1,9}), (\d{1,9}), (\d{1,9}) or (\d{1,9})\?")
 
 
 def _pattern(stem: str) -> re.Pattern[str]:
@@ -215,28 +213,24 @@ def generate(level: int, rng: random.Random) -> Problem | None:
             known[step.result] = result = left * right if step.operator == "*" else left // right
     if not 2 <= result <= question.largest:
         return None
-    prompt, reference = _with_choices(stem, left, right, result)
-    return Problem("science", prompt, reference, level)
+    return Problem("science", _with_choices(stem, left, right, result), str(result), level)
 
 
-def _with_choices(stem: str, left: int, right: int, result: int) -> tuple[str, str]:
-    """The full prompt and the letter of `result`; left and right are the numbers of the last step."""
+def _with_choices(stem: str, left: int, right: int, result: int) -> str:
+    """The full prompt; left and right are the numbers of the last step."""
     rng = random.Random(hashlib.sha256(stem.encode()).digest())
     wrong_operation = [left + right, abs(left - right), left // right, left * right]
     slips = [result + 1, result - 1, result + 2]
     tens = [result + 10, result * 10, result // 10, result - 10]
     choices = [result]
     for pool in (wrong_operation, slips, [*tens, *wrong_operation, *slips]):
-        taken = {choice % 10 for choice in choices}
-        fitting = [choice for choice in pool if choice > 0 and choice % 10 not in taken]
-        choices.append(rng.choice(fitting or [next(c for c in range(max(choices), 10**9) if c % 10 not in taken)]))
+        choices.append(rng.choice([c for c in pool if c > 0 and c not in choices] or [max(choices) + 1]))
     rng.shuffle(choices)
-    listed = ", ".join(f"{choice} {letter}" for letter, choice in zip(LETTERS, choices, strict=True))
-    return f"{stem}\n{listed}", LETTERS[choices.index(result)]
+    return "{}\n{}, {}, {} or {}?".format(stem, *choices)
 
 
 def solve(prompt: str, calculator: Calculator) -> Solution:
-    """The letter whose number the formulas give (the nearest one after a slip); ValueError for another prompt."""
+    """The choice that the formulas give (the nearest one after a slip); ValueError for another prompt."""
     match = _CHOICES.fullmatch(prompt)
     if not match:
         raise ValueError("not a science prompt")
@@ -260,5 +254,4 @@ def solve(prompt: str, calculator: Calculator) -> Solution:
     choices = [int(choice) for choice in match.groups()[1:]]
     if result not in choices and calculator.slip_step < 0:
         raise ValueError(f"{result} is none of the choices")
-    nearest = min(range(len(choices)), key=lambda i: abs(choices[i] - result))
-    return Solution("\n".join([*lines, f"{choices[nearest]} {LETTERS[nearest]}"]), LETTERS[nearest])
+    return Solution("\n".join(lines), str(min(choices, key=lambda choice: abs(choice - result))))
