@@ -25,7 +25,9 @@ def _matmul_backward(saved, dy_BTF: jax.Array):
     if w_DF.shape[0] <= w_DF.shape[1]:
         dw_DF = jnp.einsum("btd,btf->df", x_BTD, dy_BTF, preferred_element_type=jnp.float32)
     else:
-        dw_DF = jnp.einsum("btf,btd->fd", dy_BTF, x_BTD, preferred_element_type=jnp.float32).T
+        # Rounded before it is transposed: a CPU has no product of bfloat16 into transposed float32.
+        dw_FD = jnp.einsum("btf,btd->fd", dy_BTF, x_BTD, preferred_element_type=jnp.float32)
+        dw_DF = dw_FD.astype(w_DF.dtype).T
     return dx_BTD, dw_DF.astype(w_DF.dtype)
 
 

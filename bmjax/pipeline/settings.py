@@ -5,7 +5,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from bmjax.branch.settings import Training
-from bmjax.config import Settings
+from bmjax.config import Settings, first_problem
 from bmjax.teach.settings import TeacherSettings
 
 
@@ -158,6 +158,4 @@ def _over(base: Training, changes: dict[str, Any], where: str) -> Training:
     try:
         return Training.model_validate(values)
     except ValidationError as error:
-        problem = error.errors()[0]
-        key = ".".join(str(part) for part in problem["loc"])
-        raise ValueError(f"{where}.{key}: {problem['msg']}") from None
+        raise ValueError(f"{where}: {first_problem(Training, error)}") from None

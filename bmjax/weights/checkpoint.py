@@ -104,7 +104,8 @@ class Checkpoints:
         return self._checkpointer.metadata(self._known(step)).custom_metadata["meta"]
 
     def _known(self, step: int | None) -> int:
-        step = self.latest() if step is None else operator.index(step)
+        latest = self.latest()  # waits for the save under way, which may be the one asked for
+        step = latest if step is None else operator.index(step)
         if step is None or step not in [found.step for found in self._checkpointer.checkpoints]:
             raise UserError(f"{self.directory}: no checkpoint" + ("" if step is None else f" of step {step}"))
         return step
