@@ -1,0 +1,48 @@
+"""The chunked loss and its own gradient equal the plain formula in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bmjax.model import loss
+
+
+def reference(h, w, labels, mask):
+    """(loss, dh, dw) by the textbook formula, float64."""
+    h, w, mask = (np.asarray(a, np.float64) for a in (h, w, mask))
+    z = h @ w
+    p = np.exp(z - z.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    total = -np.sum(np.log(np.take_along_axis(p, labels[..., None], -1)[..., 0]) * mask)
+    dz = p.copy()
+    np.put_along_axis(dz, labels[..., None], np.take_along_axis(p, labels[..., None], -1) - 1, -1)
+    dz *= mask[..., None]
+    return total, dz @ w.T, np.einsum("btd,btv->dv", h, dz)
+
+
+@pytest.mark.parametrize("elements", [2**25, 1000])
+def test_sum_and_gradients(monkeypatch, elements):
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", elements)
+    rng = np.random.default_rng(0)
+    h, w = rng.normal(size=(2, 32, 16)).astype(np.float32), rng.normal(size=(16, 50)).astype(np.float32)
+    labels, mask = rng.integers(0, 50, (2, 32)), (rng.random((2, 32)) < 0.4).astype(np.float32)
+    mask[0, :24] = 0  # whole chunks without a target
+    total, (dh, dw) = jax.jit(
+        jax.value_and_grad(lambda h, w: 3.0 * loss.cross_entropy_sum(h, w, labels, mask), (0, 1))
+    )(h, w)
+    want, want_dh, want_dw = reference(h, w, labels, mask)
+    np.testing.assert_allclose(total, 3 * want, rtol=1e-5)
+    np.testing.assert_allclose(dh, 3 * want_dh, atol=1e-4)
+    np.testing.assert_allclose(dw, 3 * want_dw, atol=1e-4)
+    assert (loss._chunks(64, 50) > 1) == (elements == 1000)
+    alone = jax.jit(lambda h, w: loss.cross_entropy_sum(h, w, labels, mask))(h, w)
+    np.testing.assert_allclose(alone, want, rtol=1e-5)
+
+
+def test_targets_are_the_next_tokens_of_the_same_document():
+    tokens = jnp.array([[5, 6, 7, 8, 9, 0]])
+    segments = jnp.array([[1, 1, 2, 2, 2, 0]])
+    labels, mask = loss.next_token_targets(tokens, jnp.array([[1, 1, 1, 0, 1, 1]]), segments)
+    assert labels.tolist() == [[6, 7, 8, 9, 0, 0]]
+    assert mask.tolist() == [[1, 0, 0, 1, 0, 0]]
