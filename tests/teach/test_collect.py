@@ -68,7 +68,7 @@ def test_two_runs_collect_the_same(tmp_path: Path) -> None:
         collect(settings(tmp_path / name, {"builtin": "science", "count": 150}, concurrency=concurrency))
     first, second = ({r.id: r for r in read_records(tmp_path / name / "traces.jsonl")} for name in ("a", "b"))
     assert first == second
-    assert {r.verdict_by for r in first.values()} == {"choice"}
+    assert {r.verdict_by for r in first.values()} == {"number"}
 
 
 def test_kill_9_loses_no_finished_line_and_a_restart_completes_it(tmp_path: Path) -> None:
