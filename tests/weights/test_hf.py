@@ -340,7 +340,10 @@ def test_host_memory_holds_the_model_once(tmp_path: Path) -> None:
     environment = {**os.environ, "XLA_FLAGS": ""}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     load_peak, save_peak = map(int, done.stdout.split()) if done.returncode == 0 else pytest.fail(done.stderr)
-    assert load_peak < 1.5 * model and save_peak < 0.5 * model, (load_peak, save_peak, model)
+    # The finished arrays, the largest leaf as it is read and as it is placed, and what the allocator keeps besides.
+    leaf = 16 * 256 * 2048 * 4 / 2**20
+    assert load_peak < model + 2 * leaf + 24 < 2 * model, (load_peak, model)
+    assert save_peak < 0.5 * model, (save_peak, model)
 
 
 # Side files, tokenizers, names
