@@ -211,7 +211,7 @@ def _loop(
                 values = settle()
             pending = (step + 1, rate, batch.real_tokens, metrics)
             seen += batch.real_tokens
-            if (step + 1) % settings.save_every == 0 or step + 1 == steps:
+            if checkpoints.due(step + 1, last=steps):
                 values = settle()
                 pending = None
                 checkpoints.save(

@@ -202,7 +202,7 @@ class _Run:
         rows = f"teach/{domain}" if self.settings.domains[domain].builtin is not None else f"data/{domain}"
         after = [rows] if self.settings.student is not None else ["backbone", rows]
         self.stages.run(
-            output, [_important(training), self.settings.student], after, [output], lambda: _train(training, self.log)
+            output, [_important(training), self.settings.student], after, [output], lambda: train(training, self.log)
         )
 
     def _mixture(self) -> None:
@@ -210,7 +210,7 @@ class _Run:
         files = [self._rows(domain, "train") for domain in self.domains]
         training = self._training(self.settings.mixture_training(steps), "backbone/hf", files, "mixture")
         inputs = [_important(training), self.settings.student]
-        self.stages.run("mixture", inputs, self._after_rows(), ["mixture"], lambda: _train(training, self.log))
+        self.stages.run("mixture", inputs, self._after_rows(), ["mixture"], lambda: train(training, self.log))
 
     def _with_sources(self, recipe: dict[str, Any], name: str) -> dict[str, Any]:
         if "sources" in recipe:
@@ -248,9 +248,7 @@ class _Run:
         )  # fmt: skip
         after = [*self._stage_of(model), *(f"data/{domain}" for domain in self.domains)]
         inputs = [settings.evaluate.model_dump(), settings.template, settings.student, settings.seed]
-        self.stages.run(
-            f"evaluate/{split}/{model}", inputs, after, [output], lambda: _discard(evaluate(evaluation, self.log))
-        )
+        self.stages.run(f"evaluate/{split}/{model}", inputs, after, [output], lambda: evaluate(evaluation, self.log))
         return json.loads((self.directory / output / "scores.json").read_text())
 
     def _merged(self, winner: str) -> None:
@@ -304,14 +302,6 @@ class _Run:
 
     def _selection(self, domain: str) -> dict[str, Any]:
         return json.loads((self.directory / "teach" / domain / "counts.json").read_text())
-
-
-def _train(training: TrainSettings, log: Log) -> None:
-    train(training, log)
-
-
-def _discard(value: Any) -> None:
-    del value
 
 
 def _important(training: TrainSettings) -> dict[str, Any]:

@@ -33,7 +33,7 @@ class Stages:
             raise UserError(f"{directory}: cannot be written: {error.strerror}") from None
 
     def run(
-        self, name: str, inputs: Any, after: Iterable[str], outputs: Iterable[str], work: Callable[[], None]
+        self, name: str, inputs: Any, after: Iterable[str], outputs: Iterable[str], work: Callable[[], Any]
     ) -> None:
         """Do `work` unless it is done. inputs: JSON values it depends on; after: stages whose results it reads;
         outputs: paths under the run directory that it makes, removed first when they come from other inputs."""
