@@ -1,0 +1,47 @@
+"""What is said to JAX before it starts, in processes of their own."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+COUNT = "from bmjax.parallel.start import use_cpu_cores; use_cpu_cores(); import jax; print(jax.device_count())"
+
+
+def output(code: str, **environment: str) -> str:
+    clean = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=clean | environment
+    )
+    return done.stdout.strip()
+
+
+def test_one_cpu_device_for_each_core_up_to_a_power_of_two() -> None:
+    cores = min(len(os.sched_getaffinity(0)), 8)
+    expected = max(n for n in (1, 2, 4, 8) if n <= cores)
+    assert output(COUNT, JAX_PLATFORMS="cpu") == str(expected)
+
+
+def test_devices_counted_by_the_environment_stay() -> None:
+    assert output(COUNT, JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_force_host_platform_device_count=3") == "3"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the allocator is glibc's")
+def test_a_large_freed_block_is_not_cleared_again() -> None:
+    """Page faults of the second use of 256 MiB: none where freed memory is kept, 65,536 where it is not."""
+    code = (
+        "import ctypes, resource\n"
+        "{start}\n"
+        "libc = ctypes.CDLL(None); libc.malloc.restype = ctypes.c_void_p; libc.malloc.argtypes = [ctypes.c_size_t]\n"
+        "libc.free.argtypes = [ctypes.c_void_p]\n"
+        "def use():\n"
+        "    block = libc.malloc(2**28); ctypes.memset(block, 1, 2**28); libc.free(block)\n"
+        "use()\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "use()\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
+    )
+    start = "from bmjax.parallel.start import use_cpu_cores; use_cpu_cores()"
+    assert int(output(code.format(start=start), JAX_PLATFORMS="cpu")) < 100
+    assert int(output(code.format(start=""), JAX_PLATFORMS="cpu")) > 100  # the test can tell them apart
