@@ -34,7 +34,7 @@ def use_cpu_cores() -> None:
 
 def _accelerators() -> bool:
     """Whether an accelerator's JAX plugin is installed and allowed."""
-    if (jax.config.jax_platforms or "") == "cpu":
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
         return False
     return bool(importlib.metadata.entry_points(group="jax_plugins")) or importlib.util.find_spec("libtpu") is not None
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from bmjax.model import loss
+from bmjax.parallel.mesh import make_mesh
 
 
 def reference(h, w, labels, mask):
@@ -35,9 +36,38 @@ def test_sum_and_gradients(monkeypatch, elements):
     np.testing.assert_allclose(total, 3 * want, rtol=1e-5)
     np.testing.assert_allclose(dh, 3 * want_dh, atol=1e-4)
     np.testing.assert_allclose(dw, 3 * want_dw, atol=1e-4)
-    assert (loss._chunks(64, 50) > 1) == (elements == 1000)
+    assert (loss._pieces((2, 32), 50) > 1) == (elements == 1000)
     alone = jax.jit(lambda h, w: loss.cross_entropy_sum(h, w, labels, mask))(h, w)
     np.testing.assert_allclose(alone, want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("length", [31, 32])
+@pytest.mark.parametrize("mesh", [{"data": 2}, {"context": 2}])
+def test_chunks_on_a_mesh_and_of_odd_lengths(monkeypatch, length, mesh):
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 1000)
+    rng = np.random.default_rng(1)
+    h, w = rng.normal(size=(2, length, 16)).astype(np.float32), rng.normal(size=(16, 50)).astype(np.float32)
+    labels, mask = rng.integers(0, 50, (2, length)), (rng.random((2, length)) < 0.4).astype(np.float32)
+    with jax.set_mesh(make_mesh(mesh)):
+        total, (dh, dw) = jax.jit(jax.value_and_grad(lambda h, w: loss.cross_entropy_sum(h, w, labels, mask), (0, 1)))(
+            h, w
+        )
+    want, want_dh, want_dw = reference(h, w, labels, mask)
+    np.testing.assert_allclose(total, want, rtol=1e-5)
+    np.testing.assert_allclose(dh, want_dh, atol=1e-4)
+    np.testing.assert_allclose(dw, want_dw, atol=1e-4)
+
+
+def test_a_frozen_head_costs_no_gradient_of_its_own():
+    h, w = jnp.ones((2, 64, 32)), jnp.ones((32, 500))
+    labels, mask = jnp.zeros((2, 64), jnp.int32), jnp.ones((2, 64))
+
+    def flops(which):
+        grad = jax.grad(lambda h, w: loss.cross_entropy_sum(h, w, labels, mask), which)
+        return jax.jit(grad).lower(h, w).compile().cost_analysis()["flops"]
+
+    product = 2 * 2 * 64 * 32 * 500
+    assert flops((0, 1)) - flops(0) > 0.95 * product
 
 
 def test_targets_are_the_next_tokens_of_the_same_document():
