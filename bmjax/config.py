@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
-from pydantic_core import PydanticUndefined
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError, PydanticUndefined
 
 MAX_YAML_NODES = 100_000
 
@@ -30,6 +30,15 @@ class Settings(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", protected_namespaces=(), validate_default=False, allow_inf_nan=False
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic would read `steps: true` as 1."""
+        kinds = _branches(cls.model_fields[info.field_name].annotation) if info.field_name else []
+        if isinstance(value, bool) and bool not in kinds and (int in kinds or float in kinds):
+            raise PydanticCustomError("int_type" if int in kinds else "float_type", "not a number")
+        return value
 
     @classmethod
     def read(cls, source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Self:

@@ -51,6 +51,8 @@ def problem(source, *overrides) -> str:
     ({"steps": 1, "zzz": 1}, "unknown key 'zzz'; known here: flag, inner, kind, maybe, pairs, source, steps, tasks"),
     ({"steps": "ten"}, "steps: expected a whole number, found text 'ten'"),
     ({"steps": 1.5}, "steps: expected a whole number, found a number '1.5'"),
+    ({"steps": True}, "steps: expected a whole number, found true/false 'True'"),
+    ({"steps": 1, "inner": {"rate": True}}, "inner.rate: expected a number, found true/false 'True'"),
     ({"steps": None}, "steps: expected a whole number, found nothing"),
     ({"steps": [1]}, "steps: expected a whole number, found a list '[1]'"),
     ({"steps": 1, "kind": "c"}, "kind: expected 'a' or 'b', found text 'c'"),

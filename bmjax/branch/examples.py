@@ -169,7 +169,28 @@ def render_prompt(tokenizer: Any, messages: Sequence[Mapping[str, str]], templat
     return _render(tokenizer, messages, template, where, prompt=True)
 
 
-def _pieces(tokenizer: Any, messages: list[dict[str, str]], template: str, where: str) -> list[tuple[str, bool]]:
+def end_of_turn(tokenizer: Any, template: str) -> int | None:
+    """The special token that the template writes after an assistant's answer, where a generation ends; None: none."""
+    turns = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": "Answer"}]
+    try:
+        full = _render(tokenizer, turns, template, "template", prompt=False)
+    except UserError:  # a template for conversations of another form
+        return None
+    after = tokenizer(full[full.rfind("Answer") + len("Answer") :], add_special_tokens=False)["input_ids"]
+    special = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
+    return next((token for token in after if token in special), None)
+
+
+def _ends(tokenizer: Any, template: str) -> tuple[str, ...]:
+    """The texts of the tokens at which a generation stops."""
+    end = end_of_turn(tokenizer, template)
+    texts = (tokenizer.eos_token, None if end is None else tokenizer.convert_ids_to_tokens(end))
+    return tuple(text for text in texts if text)
+
+
+def _pieces(
+    tokenizer: Any, messages: list[dict[str, str]], template: str, ends: tuple[str, ...], where: str
+) -> list[tuple[str, bool]]:
     """The conversation as (text, is target) pieces in order."""
     pieces: list[tuple[str, bool]] = []
     done = ""
@@ -186,7 +207,7 @@ def _pieces(tokenizer: Any, messages: list[dict[str, str]], template: str, where
                 "set template: chatml or deepseek-r1, or a FILE.jinja that keeps every turn"
             )
         target = full[len(prompt) :]
-        if target.rstrip().endswith(tokenizer.eos_token or "\0"):
+        if target.rstrip().endswith(ends):
             target = target.rstrip()  # generation stops at the end token; nothing after it is worth learning
         pieces += [(prompt[len(done) :], False), (target, bool(content))]
         done = prompt + target
@@ -210,8 +231,9 @@ def build_dataset(
 
     Rows over `seq_len` tokens are cut ('truncate'), left out ('drop') or refused ('error').
     """
+    ends = _ends(tokenizer, template)
     pieces = [(index, *piece) for index, (where, row) in enumerate(rows)
-              for piece in _pieces(tokenizer, messages_of(row, where), template, where)]  # fmt: skip
+              for piece in _pieces(tokenizer, messages_of(row, where), template, ends, where)]  # fmt: skip
     if not pieces:
         raise UserError(f"{rows[0][0]}: no assistant turn, so no target token to learn from")
     encoded = tokenizer([text for _, text, _ in pieces], add_special_tokens=False)["input_ids"]

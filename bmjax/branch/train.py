@@ -128,7 +128,8 @@ def train(settings: TrainSettings, log: Log = write_line) -> dict[str, Any]:
         finally:
             checkpoints.close()
         dtype = np.dtype(settings.export_dtype) if settings.export_dtype else None
-        _export(output, student, state, dtype, template if settings.template else None)
+        eos = _end_tokens(student, config, tokenizer, template)
+        _export(output, student, state, dtype, template if settings.template else None, eos)
     result = {"hf": str(output / "hf"), "steps": steps, "fingerprint": expected, **summary}
     write_atomic(output / "result.json", json.dumps(result, indent=1))
     return result
@@ -224,7 +225,16 @@ def _loop(
     return state, {"tokens": seen, "loss": values["loss"], "move": values.get("move")}
 
 
-def _export(output: Path, student: Path, state: dict[str, Any], dtype: Any, template: str | None) -> None:
+def _end_tokens(student: Path, config: Qwen2Config, tokenizer: Any, template: str) -> list[int] | None:
+    """The end tokens with the one that ends a turn of `template`; None where the student names it already."""
+    known = list(hf.end_tokens(student, config, tokenizer))
+    end = examples.end_of_turn(tokenizer, template)
+    return None if end is None or end in known else [*known, end]
+
+
+def _export(
+    output: Path, student: Path, state: dict[str, Any], dtype: Any, template: str | None, eos: list[int] | None
+) -> None:
     """DIR/hf: the weights in `dtype` (or as the student stores them), with the student's tokenizer and config."""
     hf_config = read_hf_config(student)
     if dtype is None:
@@ -233,4 +243,6 @@ def _export(output: Path, student: Path, state: dict[str, Any], dtype: Any, temp
     if template is not None:
         tokenizer = hf.load_tokenizer(student)
         tokenizer.chat_template = template  # the template is part of the branch: serve with what it was trained on
-    hf.save_hf(output / "hf", all_params(state), hf_config, side_files=student, tokenizer=tokenizer, dtype=dtype)
+    hf.save_hf(
+        output / "hf", all_params(state), hf_config, side_files=student, tokenizer=tokenizer, dtype=dtype, eos=eos
+    )

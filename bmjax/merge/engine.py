@@ -22,13 +22,16 @@ from bmjax.config import UserError, nearest
 from bmjax.merge.recipe import Recipe, read_recipe
 from bmjax.merge.steps import TensorStats, problem, report, rounded, run
 from bmjax.model.spec import read_hf_config
+from bmjax.weights.hf import TOKENIZER_FILES
 from bmjax.weights.safetensors import Checkpoint, TensorInfo, Writer, open_checkpoint, replacing
 
 SIDE_FILES = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json",
-    "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
-    "preprocessor_config.json", "processor_config.json",
-)  # fmt: skip
+    "config.json",
+    "generation_config.json",
+    *TOKENIZER_FILES,
+    "preprocessor_config.json",
+    "processor_config.json",
+)
 REPORT = "merge_report.json"
 _FLOATS = ("F32", "BF16", "F16", "F64")
 _MAY_DIFFER = {

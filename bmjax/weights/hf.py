@@ -142,17 +142,20 @@ def _hf_tensor(leaf: jax.Array, layer: Any, dtype: Any, transposed: bool) -> jax
 
 def save_hf(
     directory: str | Path, params: Mapping[str, Any], hf_config: Mapping[str, Any], *, side_files: Path | None = None,
-    tokenizer: Any = None, dtype: Any = None, shard_bytes: float = 5e9,
+    tokenizer: Any = None, dtype: Any = None, shard_bytes: float = 5e9, eos: Sequence[int] | None = None,
 ) -> None:  # fmt: skip
     """Write a Hugging Face directory that transformers loads, replacing `directory` once all of it is on disk.
 
     params: nested dictionary of arrays (sharded ones of this process too). hf_config: what config.json holds; its
     dtype key is set to what is stored. side_files: a directory whose tokenizer, chat template and generation config
     are copied; tokenizer: a transformers tokenizer to save instead of the one in side_files. dtype None: every leaf's
-    own. Raises UserError for a directory that holds something else than a model, a full disk, parameters that
+    own. eos: the end tokens to name in place of those of hf_config and the generation config.
+    Raises UserError for a directory that holds something else than a model, a full disk, parameters that
     do not fit the config.
     """
     directory = Path(directory)
+    if eos is not None:
+        hf_config = {**hf_config, "eos_token_id": list(eos)}
     config = Qwen2Config.from_hf(hf_config, "config")
     rows = _file_order(spec.table(config))
     leaves = {row.path: _leaf(params, row) for row, _ in rows}
@@ -170,6 +173,9 @@ def save_hf(
             sizes[kept.name] += int(np.prod(shape))
         _write_json(temporary / "config.json", _with_dtype(hf_config, sizes.most_common(1)[0][0]))
         _write_side_files(temporary, hf_config, side_files, tokenizer)
+        if eos is not None:
+            path = temporary / "generation_config.json"
+            _write_json(path, json.loads(read_text(path)) | {"eos_token_id": list(eos)})
 
 
 def _file_order(table: Sequence[Param]) -> list[tuple[Param, int | None]]:

@@ -5,7 +5,15 @@ import json
 import numpy as np
 import pytest
 
-from bmjax.branch.examples import Dataset, build_dataset, chat_template, messages_of, read_rows, render_prompt
+from bmjax.branch.examples import (
+    Dataset,
+    build_dataset,
+    chat_template,
+    end_of_turn,
+    messages_of,
+    read_rows,
+    render_prompt,
+)
 from bmjax.config import UserError
 from tests.conftest import write_rows
 
@@ -255,3 +263,15 @@ def test_where_the_template_comes_from(tokenizer, tmp_path):
         chat_template(Bare(), None)
     Bare.chat_template = {"default": "D", "tool_use": "T"}
     assert chat_template(Bare(), None) == "D"
+
+
+def test_the_token_that_ends_a_turn_is_the_templates_whatever_the_tokenizer_calls_its_end(tokenizer):
+    from transformers import PreTrainedTokenizerFast
+
+    other = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|endoftext|>")
+    chatml = chat_template(other, "chatml")
+    assert end_of_turn(other, chatml) == other.convert_tokens_to_ids("<|im_end|>")
+    (example,) = build(other, {"messages": TALK[:3]}).examples
+    assert segments(other, example)[-1] == ("<think>\nTwo of them.\n</think>\nIt is 2.<|im_end|>", 1)
+    assert end_of_turn(other, "{% for m in messages %}{{ m['content'] }}{% endfor %}") is None
+    assert end_of_turn(other, "{{ raise_exception('no') }}") is None

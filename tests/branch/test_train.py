@@ -337,3 +337,14 @@ def test_the_template_it_was_trained_with_goes_with_the_model(student, train_fil
     exported = transformers.PreTrainedTokenizerFast.from_pretrained(result["hf"])
     assert exported.chat_template == file.read_text()
     assert transformers.AutoModelForCausalLM.from_pretrained(result["hf"]).config.vocab_size == 300
+
+
+def test_a_turns_end_that_the_student_does_not_know_as_an_end_is_exported(train_file, tmp_path):
+    base = write_student(tmp_path / "base", eos_token_id=0)
+    values = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps(values | {"eos_token": "<|endoftext|>"}))
+    run(base, train_file, tmp_path / "out", template="chatml", steps=1)
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "out" / "hf" / name).read_text())["eos_token_id"] == [0, 2]
+    network = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "hf")
+    assert network.generation_config.eos_token_id == [0, 2]
