@@ -63,7 +63,9 @@ def write_sources(settings: DomainSettings, name: str, directory: Path) -> None:
         if not part:
             raise UserError(f"domains.{name}: no {split} rows are left; check files, between and the shares")
         write_rows(directory / f"{split}.jsonl", (row for _, row in part))
-    write_rows(directory / "backbone.jsonl", (row for _, row in train))
+    places = sorted(_place(identity, "backbone") for identity, _ in train)
+    last = places[min(settings.backbone_rows or len(train), len(train)) - 1]
+    write_rows(directory / "backbone.jsonl", (row for identity, row in train if _place(identity, "backbone") <= last))
 
 
 def _place(identity: str, purpose: str) -> float:

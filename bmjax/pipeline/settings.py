@@ -45,12 +45,18 @@ class DomainSettings(Settings):
     validation_share: float = Field(
         0.1, gt=0, lt=1, description="share of the training rows that choose the merge, by hash of the prompt"
     )
+    backbone_rows: int | None = Field(
+        None, ge=1, description="with train: so many of the training rows, by hash of the prompt, train the backbone "
+        "too; null: all. Domains of equal share make a backbone that no single one dominates"
+    )  # fmt: skip
     branch: dict[str, Any] = Field({}, description="training keys that differ from the top's `branch`")
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if (self.builtin is None) == (self.train is None):
             raise ValueError("give exactly one of 'builtin' and 'train'")
+        if self.builtin is not None and self.backbone_rows is not None:
+            raise ValueError("backbone_rows goes with 'train'; with 'builtin' set builtin.backbone_count")
         if self.train is not None and (self.test is None) == (self.test_share == 0):
             raise ValueError("give exactly one of 'test' and 'test_share'")
         return self

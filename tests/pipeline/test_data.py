@@ -62,6 +62,19 @@ def test_a_share_is_held_out_by_identity_and_between_filters(tmp_path):
     assert 10 <= len(parts[2]) <= 35
 
 
+def test_the_backbone_sees_so_many_training_rows_whatever_their_order(tmp_path):
+    values = [{"q": f"q{i}", "a": "x"} for i in range(60)]
+    seen = []
+    for number, order in enumerate((values, values[::-1])):
+        source = {"files": write(tmp_path / f"{number}.jsonl", order), "prompt": "{q}", "response": "{a}"}
+        settings = DomainSettings.model_validate({"train": source, "test_share": 0.2, "backbone_rows": 7})
+        write_sources(settings, "d", tmp_path / "out")
+        parts = [{r["prompt"] for r in rows(tmp_path / "out" / f"{n}.jsonl")} for n in ("backbone", "train")]
+        assert len(parts[0]) == 7 and parts[0] < parts[1]
+        seen.append(parts[0])
+    assert seen[0] == seen[1]
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
