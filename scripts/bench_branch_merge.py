@@ -17,6 +17,7 @@ from typing import Any
 from bmjax.config import UserError
 from bmjax.parallel.start import use_cpu_cores
 from bmjax.pipeline import RunSettings, run
+from bmjax.weights.safetensors import write_atomic
 
 # Student's t, 97.5% quantile, by degrees of freedom.
 T975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -40,18 +41,22 @@ def better_everywhere(report: dict[str, Any], model: str, key: str) -> bool:
 def table(reports: list[dict[str, Any]]) -> str:
     """The Markdown table over all seeds."""
     domains = list(reports[0]["models"]["backbone"]["scores"])
-    head = ["model", *(f"{d} accuracy" for d in domains), "mean accuracy", *(f"{d} loss" for d in domains), "mean loss",
-            "training tokens", "seeds better everywhere (accuracy, loss)"]  # fmt: skip
+    measures = [
+        m for m in (("accuracy", 3), ("loss", 4)) if m[0] in reports[0]["models"]["backbone"]["scores"][domains[0]]
+    ]
+    names = [name for name, _ in measures]
+    head = ["model", *(f"{d} {name}" for name in names for d in [*domains, "mean"]),
+            "training tokens", f"seeds better everywhere ({', '.join(names)})"]  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for model in reports[0]["models"]:
         cells = [model]
-        for key, digits in (("accuracy", 3), ("loss", 4)):
+        for key, digits in measures:
             by_domain = [[r["models"][model]["scores"][d][key] for r in reports] for d in domains]
-            cells += [f"{mean(values):.{digits}f}" for values in by_domain]
+            cells += [interval(values, digits) for values in by_domain]
             cells.append(interval([mean(column) for column in zip(*by_domain, strict=True)], digits))
         cells.append(f"{mean(r['models'][model]['tokens'] for r in reports):,.0f}")
-        wins = [sum(better_everywhere(r, model, key) for r in reports) for key in ("accuracy", "loss")]
-        cells.append("-" if model == "backbone" else f"{wins[0]}, {wins[1]} of {len(reports)}")
+        wins = [str(sum(better_everywhere(r, model, name) for r in reports)) for name in names]
+        cells.append("-" if model == "backbone" else f"{', '.join(wins)} of {len(reports)}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -63,6 +68,8 @@ def main() -> int:
     parser.add_argument("--output", default="runs/bench", help="one run directory per seed lies in it")
     parser.add_argument("overrides", nargs="*", help="key=value, as for bmjax run")
     arguments = parser.parse_args()
+    if arguments.seeds < 1:
+        parser.error("--seeds: at least 1")
     use_cpu_cores()
     reports = []
     try:
@@ -72,14 +79,17 @@ def main() -> int:
     except UserError as error:
         print(f"bench_branch_merge: error: {error}", file=sys.stderr)
         return 2
-    n = min(s["n"] for r in reports for s in r["models"]["merged"]["scores"].values())
-    print(f"{len(reports)} seeds, {n} test rows a domain; mean over seeds, ± half a 95% interval of that mean\n")
+    rows = [s["n"] for r in reports for s in r["models"]["merged"]["scores"].values() if "n" in s]
+    each = f", {min(rows)} test rows a domain" if rows else ""
+    print(f"{len(reports)} seeds{each}; mean over seeds, ± half a 95% interval of that mean\n")
     print(table(reports))
     chosen = [r["chosen"]["merge"] for r in reports]
     print(f"\nmerged (chosen on validation): {', '.join(chosen)}")
-    wins = sum(better_everywhere(r, "merged", "accuracy") for r in reports)
-    print(f"merged beats the backbone in every domain by accuracy in {wins} of {len(reports)} seeds")
-    (Path(arguments.output) / "bench.json").write_text(json.dumps(reports))
+    for name in ("accuracy", "loss"):
+        if name in next(iter(reports[0]["models"]["merged"]["scores"].values())):
+            wins = sum(better_everywhere(r, "merged", name) for r in reports)
+            print(f"merged beats the backbone in every domain by {name} in {wins} of {len(reports)} seeds")
+    write_atomic(Path(arguments.output) / "bench.json", json.dumps(reports))
     return 0
 
 
