@@ -128,9 +128,8 @@ def save(model: Model, output: str | Path) -> Path:
 def merge(recipe: str | Path | Mapping[str, Any], output: str | Path, overwrite: bool = False) -> dict[str, Any]:
     """Merge Hugging Face directories as `recipe` (YAML path or dict) says; returns the report."""
     from bmjax.merge import engine
-    from bmjax.merge.recipe import read_recipe
 
-    return engine.merge(read_recipe(recipe), Path(output), overwrite=overwrite)
+    return engine.merge(recipe, output, overwrite)
 
 
 def train(settings: str | Path | Mapping[str, Any], *overrides: str) -> dict[str, Any]:

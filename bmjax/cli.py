@@ -1,11 +1,10 @@
 """The commands: parse and call, no logic."""
 
-import errno
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bmjax.config import Settings, UserError, describe, nearest
+from bmjax.config import DISK_ERRORS, Settings, UserError, describe, disk_error, nearest
 from bmjax.version import __version__
 
 INTRO = """bmjax {version}: Branch-Merge distillation (arXiv 2503.04872) in JAX
@@ -40,7 +39,9 @@ def _collect(settings: Any, output: str | None) -> None:
     from bmjax.branch.metrics import write_line
     from bmjax.teach.collect import collect
 
-    collect(settings, write_line)
+    failed = collect(settings, write_line)["failed"]
+    if failed:
+        raise UserError(f"{failed} requests failed, see {settings.output}/failures.jsonl; the same command asks again")
 
 
 def _select(settings: Any, output: str | None) -> None:
@@ -100,9 +101,6 @@ EXAMPLES = {
 }
 
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, or 2 for a mistake its user can mend."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -114,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        print(f"bmjax: error: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
+        print(f"bmjax: error: {disk_error(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("bmjax: stopped; the same command continues where it was", file=sys.stderr)
@@ -181,7 +179,7 @@ CONVERT_HELP = """usage: bmjax convert SRC DST --to hf|orbax
 
   --to orbax   SRC is a Hugging Face directory or hub id; DST gets its parameters as an Orbax checkpoint, with
                config.json and the tokenizer beside it
-  --to hf      SRC is such a directory (or a run's output with checkpoints/ and hf/); DST gets safetensors
+  --to hf      SRC is such a directory; DST gets safetensors (a training's output holds hf/ already)
 
 DST must not exist. Tensors keep their dtype: hf -> orbax -> hf gives the same bytes.
 """

@@ -5,6 +5,7 @@ them, and how to turn what a user got wrong into one line that names the key, wh
 """
 
 import difflib
+import errno
 import re
 import types
 import typing
@@ -22,6 +23,18 @@ MAX_YAML_NODES = 100_000
 
 class UserError(Exception):
     """A mistake its user can mend. The message is one line; commands print it and exit with code 2."""
+
+
+# What the machine says no to, and its user can mend: a full or failing disk, rights, too long or wrong a path.
+DISK_ERRORS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EFBIG, errno.ENOTDIR,
+    errno.ENAMETOOLONG, errno.EMFILE,
+)  # fmt: skip
+
+
+def disk_error(error: OSError) -> str:
+    """One of DISK_ERRORS in words."""
+    return f"{error.filename or 'writing'}: {error.strerror}"
 
 
 class Settings(BaseModel):

@@ -107,6 +107,7 @@ def run_trainer(model: Path, seq_len: int, batch: int, steps: int) -> list[float
     with tempfile.TemporaryDirectory() as output:
         arguments = transformers.TrainingArguments(
             output_dir=output, per_device_train_batch_size=batch, max_steps=steps, learning_rate=1e-4, use_cpu=True,
+            lr_scheduler_type="constant", weight_decay=0.01, adam_beta2=0.95,
             report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True, max_grad_norm=1.0,
         )  # fmt: skip
         network = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)

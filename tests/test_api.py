@@ -1,5 +1,6 @@
 """The Python contract: load, logits, loss, save, generate, train, merge."""
 
+import inspect
 import json
 
 import numpy as np
@@ -132,7 +133,12 @@ def test_the_functions_stay_callable_once_the_packages_of_their_names_are_import
     import bmjax.generate.sampler
     import bmjax.merge.engine
 
-    assert bmjax.generate(model, [[5]], max_new_tokens=1) and callable(bmjax.merge)
+    assert bmjax.generate(model, [[5]], max_new_tokens=1)
+    once, again = (inspect.signature(f).parameters for f in (bmjax.api.merge, bmjax.merge.engine.merge))
+    assert list(once) == list(again)[: len(once)]  # by position or by keyword, it is the same call
+    for _ in range(2):
+        with pytest.raises(UserError, match="no such file"):
+            bmjax.merge("nowhere.yaml", output="OUT", overwrite=True)
     assert bmjax.generate.sampler.Sampling and bmjax.merge.engine.merge
 
 

@@ -6,6 +6,7 @@ a template that drops part of the answer (DeepSeek's own removes the reasoning) 
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,10 @@ class Dataset:
 
 
 def read_rows(data: str | Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
-    """(where, row) of every row of JSON Lines, JSON or Parquet files, or of a hub dataset's train split."""
+    """(where, row) of every row of JSON Lines, JSON or Parquet files, or of a hub dataset.
+
+    A hub dataset is `org/name`, `org/name:subset` or `org/name:subset:split`; without a split, `train`.
+    """
     files = [data] if isinstance(data, str) else list(data)
     rows = [row for name in files for row in _read_file(name)]
     if not rows:
@@ -52,7 +56,7 @@ def read_rows(data: str | Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
 
 def _read_file(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     path = Path(name)
-    if path.suffix == ".parquet" or (not path.suffix and not path.exists() and name.count("/") == 1):
+    if path.suffix == ".parquet" or _is_hub_id(name, path):
         yield from _read_with_datasets(name, path)
         return
     text = read_text(path)
@@ -68,6 +72,10 @@ def _read_file(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         if not isinstance(value, dict):
             raise UserError(f"{path}, row {number}: expected a JSON object, found {type(value).__name__}")
         yield f"{path}, row {number}", value
+
+
+def _is_hub_id(name: str, path: Path) -> bool:
+    return re.fullmatch(r"[\w-]+/[\w.-]+(:[\w.-]*){0,2}", name) is not None and not path.suffix and not path.exists()
 
 
 def _json_lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
@@ -89,7 +97,9 @@ def _read_with_datasets(name: str, path: Path) -> Iterator[tuple[str, dict[str, 
             if rows is None:
                 raise UserError(f"{path}: no such file")
         else:
-            rows = datasets.load_dataset(name, split="train")
+            repository, _, rest = name.partition(":")
+            subset, _, split = rest.partition(":")
+            rows = datasets.load_dataset(repository, subset or None, split=split or "train")
     except UserError:
         raise
     except Exception as error:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from bmjax.config import UserError
 from bmjax.model import spec
 from bmjax.model.spec import Qwen2Config
 from bmjax.weights.safetensors import write_atomic
@@ -39,8 +40,25 @@ def flops_per_token(config: Qwen2Config, length: int) -> float:
 
 
 def write_line(text: str) -> None:
-    """The default log: one line on standard error."""
-    print(text, file=sys.stderr, flush=True)
+    """The default log: one line on standard error, above a progress bar where there is one."""
+    from tqdm import tqdm
+
+    tqdm.write(text, file=sys.stderr)
+    sys.stderr.flush()
+
+
+def check_wandb(project: str | None) -> None:
+    """UserError when runs are to be logged to Weights & Biases and its package is not there."""
+    if project:
+        _wandb()
+
+
+def _wandb() -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("wandb: the package is not installed; pip install 'bmjax[wandb]', or remove the key") from None
+    return wandb
 
 
 class MetricsLog:
@@ -68,9 +86,7 @@ class MetricsLog:
             self._bar = tqdm(total=steps, initial=start, desc=name, unit="step", dynamic_ncols=True)
         self._wandb: Any = None
         if wandb_project:
-            import wandb
-
-            self._wandb = wandb.init(project=wandb_project, name=name, config=settings)
+            self._wandb = _wandb().init(project=wandb_project, name=name, config=settings)
 
     def step(self, step: int, rate: float, tokens: int, values: dict[str, float]) -> None:
         """Record optimizer step `step` (from 1): its learning rate, real tokens, and the step's metrics."""
@@ -85,6 +101,7 @@ class MetricsLog:
             "step": step, "epoch": round(step / self._per_epoch, 4), **values, "learning_rate": rate,
             "tokens": tokens, "tokens_per_second": tokens / seconds, "seconds": seconds,
         }  # fmt: skip
+        line["eta_seconds"] = (self._steps - step) * pace
         if self._peak:
             line["mfu"] = tokens * self._flops / seconds / self._peak
         self._file.write(json.dumps(line) + "\n")
@@ -93,11 +110,11 @@ class MetricsLog:
             self._wandb.log(line, step=step)
         if self._bar is not None:
             self._bar.update(1)
-            self._bar.set_postfix_str(f"loss {values['loss']:.4f} lr {rate:.1e} {line['tokens_per_second']:,.0f} tok/s")
-        elif step % self._log_every == 0 or step == self._steps:
-            self._log(self._text(line, (self._steps - step) * pace))
+        if step % self._log_every == 0 or step == self._steps:
+            self._log(self._text(line))
 
-    def _text(self, line: dict[str, Any], eta: float) -> str:
+    def _text(self, line: dict[str, Any]) -> str:
+        eta = line["eta_seconds"]
         mfu = f" mfu {line['mfu']:.1%}" if "mfu" in line else ""
         move = f" move {line['move']:.4f}" if "move" in line else ""
         return (

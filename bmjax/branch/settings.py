@@ -1,6 +1,7 @@
 """Settings of a branch: one supervised fine-tuning run of a student on one dataset."""
 
-from typing import Literal, Self
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -13,11 +14,13 @@ class Training(Settings):
     """How a student is trained, whatever the student and the data."""
 
     seed: int = Field(0, description="order of the rows")
-    seq_len: int = Field(4096, ge=2, description="tokens a row")
-    batch: int = Field(32, ge=1, description="rows a step, over all devices")
+    seq_len: int = Field(16384, ge=2, description="tokens a row")
+    batch: int = Field(96, ge=1, description="rows a step, over all devices")
     accumulate: int = Field(1, ge=1, description="microbatches a step; divides batch; exact, weighted by tokens")
     steps: int | None = Field(None, ge=1, description="optimizer steps; or give epochs")
-    epochs: float | None = Field(None, gt=0, description="passes over the data; or give steps")
+    epochs: float | None = Field(
+        None, gt=0, description="passes over the data; or give steps; 5 where neither is given"
+    )
     learning_rate: float = Field(1e-5, ge=0, description="peak")
     schedule: Literal["constant", "cosine", "linear"] = Field(
         "cosine", description="after the warm-up; cosine and linear end at 0"
@@ -55,9 +58,16 @@ class Training(Settings):
     log_every: int = Field(1, ge=1, description="steps between lines in the log; metrics.jsonl has every step")
     wandb: str | None = Field(None, description="project name: also log to Weights & Biases (needs the wandb extra)")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _five_epochs(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("steps") is None and values.get("epochs") is None:
+            return {**values, "epochs": 5.0}
+        return values
+
     @model_validator(mode="after")
     def _together(self) -> Self:
-        if (self.steps is None) == (self.epochs is None):
+        if self.steps is not None and self.epochs is not None:
             raise ValueError("give exactly one of 'steps' and 'epochs'")
         if self.batch % self.accumulate:
             raise ValueError(
@@ -71,7 +81,7 @@ class TrainSettings(Training):
 
     student: str = Field(description="Hugging Face directory or hub id of the model to start from")
     data: str | list[str] = Field(
-        description="JSON Lines or Parquet file(s), or a hub dataset id; "
+        description="JSON Lines or Parquet file(s), or a hub dataset (org/name:subset:split); "
         "rows with prompt and response (or messages, conversations)"
     )
     output: str = Field(description="directory for checkpoints/, hf/ and metrics.jsonl")

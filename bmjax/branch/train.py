@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from bmjax.branch import examples, optimizer
 from bmjax.branch.loader import Loader
-from bmjax.branch.metrics import Log, MetricsLog, write_line
+from bmjax.branch.metrics import Log, MetricsLog, check_wandb, write_line
 from bmjax.branch.settings import Training, TrainSettings
 from bmjax.branch.step import StepPlan, all_params, init_state, make_step, place_batch
 from bmjax.config import UserError
@@ -88,10 +88,7 @@ def train(settings: TrainSettings, log: Log = write_line) -> dict[str, Any]:
     output = Path(settings.output)
     student = hf.resolve_model(settings.student)
     config = Qwen2Config.from_dir(student)
-    if settings.seq_len > config.max_length:
-        raise UserError(
-            f"seq_len: {settings.seq_len} is more than the student's context of {config.max_length} tokens; lower it"
-        )
+    mesh = check(settings, config)
     tokenizer = hf.load_tokenizer(student)
     if tokenizer is None:
         raise UserError(f"{student}: no tokenizer files (tokenizer.json or vocab.json); training needs a tokenizer")
@@ -115,10 +112,7 @@ def train(settings: TrainSettings, log: Log = write_line) -> dict[str, Any]:
         f"{output.name}: {len(dataset.examples)} documents, {dataset.tokens:,} tokens in {len(loader.rows)} rows of "
         f"{loader.length} ({loader.fill:.1%} filled){overlong}; {spec.count(config):,} parameters, {steps} steps"
     )
-    mesh = make_mesh(settings.mesh)
-    _check_divides(settings, mesh)
     plan = step_plan(settings, config, mesh)
-    optimizer.split_frozen(spec.table(config), settings.freeze)
     with jax.set_mesh(mesh):
         state = init_state(plan, hf.load_params(student, config, mesh, dtype=np.float32))
         checkpoints = Checkpoints(output / "checkpoints", keep=settings.keep, every=settings.save_every)
@@ -135,7 +129,20 @@ def train(settings: TrainSettings, log: Log = write_line) -> dict[str, Any]:
     return result
 
 
-def _check_divides(settings: TrainSettings, mesh: Any) -> None:
+def check(settings: Training, config: Qwen2Config) -> Mesh:
+    """The mesh of a training, once everything that can be known before it begins is found right; else UserError."""
+    check_wandb(settings.wandb)
+    if settings.seq_len > config.max_length:
+        raise UserError(
+            f"seq_len: {settings.seq_len} is more than the student's context of {config.max_length} tokens; lower it"
+        )
+    mesh = make_mesh(settings.mesh)
+    _check_divides(settings, mesh)
+    optimizer.split_frozen(spec.table(config), settings.freeze)
+    return mesh
+
+
+def _check_divides(settings: Training, mesh: Mesh) -> None:
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = settings.batch // settings.accumulate
     if rows % ways:

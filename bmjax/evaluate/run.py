@@ -139,7 +139,10 @@ def held_out_loss(
     settings: EvalSettings, config: Qwen2Config, params: Any, tokenizer: Any, template: str, rows: Sequence[Row],
     mesh: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """loss (nats a target token), bits_per_byte (nats / ln 2 over the bytes of the target text), loss_tokens."""
+    """loss (nats a target token), bits_per_byte (nats / ln 2 over the bytes of the target text), loss_tokens, cut_rows.
+
+    cut_rows: how many rows are over seq_len tokens, so that only their beginning is scored.
+    """
     seq_len = min(settings.seq_len, config.max_length)
     dataset = build_dataset(rows, tokenizer, template, seq_len, "truncate")
     check_vocabulary(dataset, config.vocab_size, Path(settings.model))
@@ -154,6 +157,7 @@ def held_out_loss(
         "loss": nats / tokens,
         "bits_per_byte": nats / math.log(2) / _target_bytes(dataset, tokenizer),
         "loss_tokens": int(tokens),
+        "cut_rows": dataset.truncated,
     }
 
 

@@ -1,4 +1,4 @@
-"""The merge phase: branches become one model. `bmjax.merge(recipe, out)` is `bmjax.merge.engine.merge`."""
+"""The merge phase: branches become one model. `bmjax.merge(recipe, output)` is `bmjax.merge.engine.merge`."""
 
 import sys
 import types

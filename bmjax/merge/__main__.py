@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
-from bmjax.config import UserError
+from bmjax.config import DISK_ERRORS, UserError, disk_error
 from bmjax.merge.engine import merge
 from bmjax.merge.methods import METHODS
 from bmjax.merge.recipe import read_recipe
@@ -82,6 +82,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         _run(_parser().parse_intermixed_args(argv))
     except UserError as error:
         print(f"bmjax: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        print(f"bmjax: error: {disk_error(error)}; nothing was written", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("bmjax: interrupted; nothing was written", file=sys.stderr)

@@ -43,27 +43,27 @@ Progress = Callable[[int, int, str], None]
 
 def merge(
     recipe: Recipe | str | Path | Mapping[str, Any],
-    out: str | Path,
+    output: str | Path,
+    overwrite: bool = False,
     *,
     overrides: Sequence[str] = (),
-    overwrite: bool = False,
     shard_bytes: float = 5e9,
     log: Callable[[str], None] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Merges the recipe's models into the Hugging Face directory `out`; returns what merge_report.json there holds.
+    """Merges the recipe's models into the Hugging Face directory `output`; returns what its merge_report.json holds.
 
-    out: must not exist or be empty, unless `overwrite`; never an input. Config, tokenizer and chat template come from
-    the last step's base (traced back to a directory), or its first model. Each tensor is rounded once, to the
+    output: must not exist or be empty, unless `overwrite`; never an input. Config, tokenizer and chat template come
+    from the last step's base (traced back to a directory), or its first model. Each tensor is rounded once, to the
     recipe's dtype or to the type in which that base stores it. log: gets one line a remark. progress: is called with
     (bytes of inputs done, bytes of inputs in all, tensor name). Raises UserError, one line, for anything a user
-    can mend; `out` is then as it was.
+    can mend; `output` is then as it was.
     """
     if not isinstance(recipe, Recipe):
         recipe = read_recipe(recipe, overrides)
     say = log or (lambda line: None)
     directories = {name: _directory(recipe, name) for name in recipe.inputs}
-    target = Path(out)
+    target = Path(output)
     _check_target(target, directories.values(), overwrite)
     models = {name: open_checkpoint(directory) for name, directory in directories.items()}
     donor = models[recipe.donor]

@@ -73,12 +73,18 @@ class Qwen2Config:
         kind = config.get("model_type")
         if kind != "qwen2":
             raise UserError(f"{where}: model_type is {kind!r}, expected 'qwen2' (Qwen2, Qwen2.5, R1-Distill-Qwen)")
+        for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                    "num_key_value_heads", "head_dim", "max_position_embeddings"):  # fmt: skip
+            value = config.get(key)
+            if value is not None and (type(value) is not int or value < 1):
+                raise UserError(f"{where}: {key} is {value!r}, expected a whole number of at least 1")
         if config.get("hidden_act", "silu") != "silu":
             raise UserError(f"{where}: hidden_act is {config['hidden_act']!r}, expected 'silu'")
         try:
             heads, hidden, layers = (
                 int(config[k]) for k in ("num_attention_heads", "hidden_size", "num_hidden_layers")
             )
+            rope = _rope(config, where)
             return cls(
                 vocab_size=int(config["vocab_size"]),
                 hidden_size=hidden,
@@ -87,15 +93,18 @@ class Qwen2Config:
                 num_heads=heads,
                 num_kv_heads=int(config.get("num_key_value_heads") or heads),
                 head_dim=int(config.get("head_dim") or hidden // heads),
-                max_length=int(config.get("max_position_embeddings", 32_768)),
+                max_length=_context(config, rope),
                 norm_eps=float(config.get("rms_norm_eps", 1e-6)),
                 tied=bool(config.get("tie_word_embeddings", False)),
-                rope=_rope(config, where),
-                windows=_windows(config, layers),
+                rope=rope,
+                windows=_windows(config, layers, where),
                 initializer_range=float(config.get("initializer_range", 0.02)),
                 eos_token_ids=_ids(config.get("eos_token_id")),
                 pad_token_id=config.get("pad_token_id"),
             )
+        except UserError as error:
+            message = str(error).removeprefix(f"{where}: ")
+            raise UserError(f"{where}: {message}") from None
         except KeyError as error:
             raise UserError(f"{where}: key {error} is missing") from None
         except (TypeError, ValueError) as error:
@@ -123,6 +132,13 @@ def _ids(value: Any) -> tuple[int, ...]:
     return () if value is None else tuple(value) if isinstance(value, (list, tuple)) else (int(value),)
 
 
+def _context(config: Mapping[str, Any], rope: Rope) -> int:
+    """Tokens of the context. Qwen2.5's YaRN configs leave max_position_embeddings at the length before scaling."""
+    length = int(config.get("max_position_embeddings") or 32_768)
+    stretched = int(rope.factor * rope.original_length) if rope.kind == "yarn" and rope.original_length else 0
+    return max(length, stretched)
+
+
 def _rope(config: Mapping[str, Any], where: str) -> Rope:
     # transformers 5 writes `rope_parameters`, 4 wrote `rope_theta` and `rope_scaling`.
     values: dict[str, Any] = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
@@ -147,14 +163,18 @@ def _rope(config: Mapping[str, Any], where: str) -> Rope:
     )
 
 
-def _windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
-    window = config.get("sliding_window")
+def _windows(config: Mapping[str, Any], layers: int, where: str) -> tuple[int | None, ...]:
+    window = config.get("sliding_window", 4096)  # transformers' default
     kinds = config.get("layer_types")
     if not config.get("use_sliding_window", False) or window is None:
         return ()
     if kinds is None:
         first = int(config.get("max_window_layers", 28))
         kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
+    unknown = next((kind for kind in kinds if kind not in ("sliding_attention", "full_attention")), None)
+    if unknown is not None or len(kinds) != layers:
+        found = f"{unknown!r}" if unknown is not None else f"{len(kinds)} entries for {layers} layers"
+        raise UserError(f"{where}: layer_types has {found}; expected sliding_attention or full_attention a layer")
     return tuple(int(window) if kind == "sliding_attention" else None for kind in kinds)
 
 

@@ -7,6 +7,7 @@ DIR/scores/SPLIT/...  every sample                DIR/merged/hf       the chosen
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import platform
@@ -17,20 +18,22 @@ from typing import Any
 
 from bmjax.branch.metrics import Log, write_line
 from bmjax.branch.settings import Training, TrainSettings
-from bmjax.branch.train import train
-from bmjax.config import UserError
+from bmjax.branch.train import check, train
+from bmjax.config import UserError, nearest
 from bmjax.evaluate.run import evaluate
 from bmjax.evaluate.settings import EvalSettings, TaskSettings
 from bmjax.merge import engine
 from bmjax.merge.recipe import read_recipe
+from bmjax.model.spec import Qwen2Config
 from bmjax.pipeline import data, student
 from bmjax.pipeline.choose import RULE, choose
 from bmjax.pipeline.settings import RunSettings
 from bmjax.pipeline.stages import Stages
 from bmjax.report import summary_table, write_report
-from bmjax.teach.collect import collect
+from bmjax.teach.collect import collect, wanted_ids
 from bmjax.teach.select import select
 from bmjax.teach.settings import CollectSettings, SelectSettings
+from bmjax.teach.template import read_rows
 from bmjax.version import __version__
 from bmjax.weights import hf
 from bmjax.weights.safetensors import replacing, write_atomic
@@ -75,8 +78,9 @@ class _Run:
         self.settings, self.directory, self.log = settings, directory, log
         self.domains = list(settings.domains)
         self.stages = Stages(directory, log)
+        self._check_trainings()
         for name, recipe in settings.merges.items():
-            read_recipe(self._with_sources(recipe, name))  # a bad recipe is told now, not after the training
+            self._check_recipe(name, recipe)  # a bad recipe is told now, not after the training
 
     def everything(self) -> dict[str, Any]:
         for domain in self.domains:
@@ -95,8 +99,8 @@ class _Run:
         models = ["backbone", *(f"branch/{d}" for d in self.domains), *self._merge_names(), "mixture"]
         scores = {name: self._scores(name, "test") for name in models}
         report = self._report(scores, winner, validation)
-        write_atomic(self.directory / "report.json", json.dumps(report, indent=1))
         write_report(self.directory, report)
+        write_atomic(self.directory / "report.json", json.dumps(report, indent=1))
         self.log(summary_table(report))
         self.log(f"report: {self.directory / 'report.html'}   merged model: {self.directory / 'merged' / 'hf'}")
         return report
@@ -144,7 +148,7 @@ class _Run:
             return
         files = [self._rows(domain, "backbone") for domain in self.domains]
         training = self._training(settings.backbone, "init/hf", files, "backbone")
-        inputs = [settings.model.model_dump(), settings.template, settings.seed, _important(training)]
+        inputs = [settings.model.model_dump(), *self._given(), settings.seed, _important(training)]
 
         def work() -> None:
             start = self.directory / "init" / "hf"
@@ -153,6 +157,12 @@ class _Run:
             train(training, self.log)
 
         self.stages.run("backbone", inputs, after, ["init", "backbone"], work)
+
+    def _given(self) -> list[Any]:
+        """What comes from outside: student, tokenizer and template, and the state of their files."""
+        settings = self.settings
+        names = [settings.student, settings.model.tokenizer, settings.template]
+        return [[name, *_state(Path(name))] for name in names if name is not None]
 
     def _training(self, training: Training, start: str, files: list[Path], output: str) -> TrainSettings:
         base = (
@@ -173,23 +183,36 @@ class _Run:
         teacher = self.settings.teacher
         if teacher.base_url is None:
             teacher = teacher.model_copy(update={"builtin": True})
+        # Answers may have cost money: they stay, whatever changes, beside those of another way of asking.
+        asking = teacher.model_dump(exclude={"concurrency", "retries", "timeout", "api_key_env"})
+        way = hashlib.sha256(json.dumps(asking | {"samples": 0}, sort_keys=True).encode()).hexdigest()[:8]
+        answers = folder / f"answers-{way}"
         collecting = CollectSettings.model_validate(
-            {"problems": str(self._rows(domain, "problems")), "output": str(folder), "domain": domain,
+            {"problems": str(self._rows(domain, "problems")), "output": str(answers), "domain": domain,
              "prompt": "{prompt}", "reference": "{reference}", "teacher": teacher.model_dump()}
         )  # fmt: skip
         held_out = [str(self._rows(domain, split)) for split in ("validation", "test")]
-        selecting = SelectSettings(traces=str(folder), output=str(folder / "selected"), held_out=held_out)
+        asked = folder / "asked.jsonl"
+        selecting = SelectSettings(traces=str(asked), output=str(folder / "selected"), held_out=held_out)
 
         def work() -> None:
-            collect(collecting, self.log)
+            failed = collect(collecting, self.log)["failed"]
+            if failed:
+                raise UserError(
+                    f"teach/{domain}: {failed} requests failed, see {answers / 'failures.jsonl'}; what was answered is "
+                    "kept, the same command asks for the rest"
+                )
+            wanted = wanted_ids(collecting)
+            data.write_rows(asked, (row for _, row in read_rows(answers / "traces.jsonl") if row["id"] in wanted))
             kept = select(selecting, self.log)[domain]
             write_atomic(train_rows, (folder / "selected" / f"{domain}.jsonl").read_bytes())
             dropped = {reason: n for reason, n in kept.items() if reason != "kept" and n}
             counts = {"collected": sum(kept.values()), "kept": kept["kept"], "dropped": dropped}
             write_atomic(folder / "counts.json", json.dumps(counts))
 
-        inputs = [teacher.model_dump(), domain]
-        outputs = [f"teach/{domain}", f"data/{domain}/train.jsonl"]
+        inputs = [asking, domain]
+        outputs = [f"teach/{domain}/{name}" for name in ("asked.jsonl", "selected", "counts.json")]
+        outputs.append(f"data/{domain}/train.jsonl")
         self.stages.run(f"teach/{domain}", inputs, [f"data/{domain}"], outputs, work)
 
     def _after_rows(self) -> list[str]:
@@ -202,14 +225,14 @@ class _Run:
         rows = f"teach/{domain}" if self.settings.domains[domain].builtin is not None else f"data/{domain}"
         after = [rows] if self.settings.student is not None else ["backbone", rows]
         self.stages.run(
-            output, [_important(training), self.settings.student], after, [output], lambda: train(training, self.log)
+            output, [_important(training), *self._given()], after, [output], lambda: train(training, self.log)
         )
 
     def _mixture(self) -> None:
         steps = sum(self._summary(f"branch/{domain}")["steps"] for domain in self.domains)
         files = [self._rows(domain, "train") for domain in self.domains]
         training = self._training(self.settings.mixture_training(steps), "backbone/hf", files, "mixture")
-        inputs = [_important(training), self.settings.student]
+        inputs = [_important(training), *self._given()]
         self.stages.run("mixture", inputs, self._after_rows(), ["mixture"], lambda: train(training, self.log))
 
     def _with_sources(self, recipe: dict[str, Any], name: str) -> dict[str, Any]:
@@ -217,6 +240,34 @@ class _Run:
             raise UserError(f"merges.{name}: sources are given by the run (backbone and the domains); remove the key")
         sources = {"backbone": self._hf("backbone")} | {d: self._hf(f"branch/{d}") for d in self.domains}
         return recipe | {"sources": sources}
+
+    def _check_trainings(self) -> None:
+        """Everything wrong with a training that can be known before the first one starts."""
+        settings = self.settings
+        if settings.student is not None:
+            config = Qwen2Config.from_dir(hf.resolve_model(settings.student))
+        else:
+            config = Qwen2Config.from_hf(student.shape_of(settings.model, settings.model.vocab_size), "model")
+        trainings = {f"domains.{d}.branch" if settings.domains[d].branch else "branch": settings.branch_training(d)
+                     for d in self.domains}  # fmt: skip
+        if settings.backbone is not None:
+            trainings["backbone"] = settings.backbone
+        for key, training in (trainings | {"mixture": settings.mixture_training(1)}).items():
+            try:
+                check(training, config)
+            except UserError as error:
+                raise UserError(f"{key}: {error}") from None
+
+    def _check_recipe(self, name: str, recipe: dict[str, Any]) -> None:
+        known = ["backbone", *self.domains]
+        try:
+            inputs = read_recipe(self._with_sources(recipe, name)).inputs
+        except UserError as error:
+            message = str(error).removeprefix("recipe: ")
+            raise UserError(message if message.startswith("merges.") else f"merges.{name}: {message}") from None
+        for model in inputs:
+            if model not in known:
+                raise UserError(f"merges.{name}: no model is named '{model}'{nearest(model, known)}")
 
     def _merge(self, name: str) -> None:
         recipe = self._with_sources(self.settings.merges[name], name)
@@ -227,9 +278,7 @@ class _Run:
         def work() -> None:
             engine.merge(recipe, self.directory / "merges" / name / "hf", overwrite=True)
 
-        self.stages.run(
-            f"merge/{name}", [self.settings.merges[name], self.settings.student], after, [f"merges/{name}"], work
-        )
+        self.stages.run(f"merge/{name}", [self.settings.merges[name], *self._given()], after, [f"merges/{name}"], work)
 
     def _stage_of(self, model: str) -> list[str]:
         return [] if model == "backbone" and self.settings.student is not None else [model]
@@ -247,7 +296,8 @@ class _Run:
             seed=settings.seed, **settings.evaluate.model_dump(),
         )  # fmt: skip
         after = [*self._stage_of(model), *(f"data/{domain}" for domain in self.domains)]
-        inputs = [settings.evaluate.model_dump(), settings.template, settings.student, settings.seed]
+        scoring = settings.evaluate.model_dump(exclude={"mesh", "batch"})
+        inputs = [scoring, *self._given(), settings.seed]
         self.stages.run(f"evaluate/{split}/{model}", inputs, after, [output], lambda: evaluate(evaluation, self.log))
         return json.loads((self.directory / output / "scores.json").read_text())
 
@@ -314,6 +364,12 @@ def _file_states(domain: Any) -> list[Any]:
     states: list[Any] = []
     for source in (domain.train, domain.test):
         for name in [] if source is None else [source.files] if isinstance(source.files, str) else source.files:
-            path = Path(name)
-            states.append([name, path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else [name])
+            states.append([name, *_state(Path(name))])
     return states
+
+
+def _state(path: Path) -> list[Any]:
+    """Size and time of a file, or of the files in a directory; nothing of a name that is neither (a hub id)."""
+    if path.is_dir():
+        return [[file.name, *_state(file)] for file in sorted(path.iterdir()) if file.is_file()]
+    return [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else []

@@ -12,7 +12,7 @@ from bmjax.teach.settings import TeacherSettings
 class SourceSettings(Settings):
     """Rows that exist already: files, and how to make a prompt and a response of one."""
 
-    files: str | list[str] = Field(description="JSONL or Parquet file(s), or a hub dataset id")
+    files: str | list[str] = Field(description="JSONL or Parquet file(s), or a hub dataset: org/name:subset:split")
     prompt: str = Field("{prompt}", description="the prompt; {name} stands for a field of the row, lists line by line")
     response: str = Field("{response}", description="what the student is to write")
     identity: str | None = Field(None, description="what tells rows apart when they are split; default: the prompt")
@@ -99,6 +99,8 @@ class ScoreSettings(Settings):
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling")
     samples: int = Field(1, ge=1, description="answers a question")
     batch: int = Field(256, ge=1, description="rows generated or scored at once")
+    compute_dtype: Literal["bfloat16", "float32"] = Field("float32", description="of weights and activations")
+    mesh: dict[str, int] = Field({"data": -1}, description="devices along data, fsdp, context, tensor; -1: the rest")
 
 
 class RunSettings(Settings):

@@ -6,6 +6,7 @@ it is written when the stage ends; another, when it starts, tells a killed stage
 
 import hashlib
 import json
+import os
 import shutil
 import threading
 import time
@@ -52,8 +53,7 @@ class Stages:
         if before.get("fingerprint") != fingerprint:
             for path in paths:
                 _remove(path)
-            before = {"fingerprint": fingerprint, "seconds": 0.0}
-            write_atomic(started, json.dumps(before))
+            write_atomic(started, json.dumps({"fingerprint": fingerprint}))
         self._log(f"== {name}")
         begun = time.monotonic()
         with PeakMemory() as memory:
@@ -90,7 +90,7 @@ class PeakMemory:
             pages = int(Path("/proc/self/statm").read_text().split()[1])
         except (OSError, ValueError, IndexError):
             return
-        self.mib = max(self.mib, pages * 4096 / 2**20)
+        self.mib = max(self.mib, pages * os.sysconf("SC_PAGESIZE") / 2**20)
 
     def _watch(self) -> None:
         while not self._stop.wait(self._interval):

@@ -60,14 +60,21 @@ def create(settings: ModelSettings, files: Sequence[Path], directory: Path, seed
             raise UserError(f"model.tokenizer: {source}: no tokenizer files (tokenizer.json or vocab.json)")
     if template is not None:
         tokenizer.chat_template = chat_template(tokenizer, template)
-    hf_config = {
-        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": len(tokenizer),
+    hf_config = shape_of(settings, len(tokenizer)) | {
+        "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+    }  # fmt: skip
+    params = qwen2.init(Qwen2Config.from_hf(hf_config), seed)
+    hf.save_hf(directory, params, hf_config, tokenizer=tokenizer)
+
+
+def shape_of(settings: ModelSettings, vocab_size: int) -> dict[str, Any]:
+    """The new backbone's config.json, but for its special tokens."""
+    return {
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": vocab_size,
         "hidden_size": settings.hidden_size, "intermediate_size": settings.intermediate_size,
         "num_hidden_layers": settings.num_layers, "num_attention_heads": settings.num_heads,
         "num_key_value_heads": settings.num_kv_heads, "max_position_embeddings": settings.max_length,
         "rope_theta": settings.rope_theta, "tie_word_embeddings": settings.tied, "hidden_act": "silu",
         "rms_norm_eps": 1e-6, "initializer_range": settings.initializer_range, "use_sliding_window": False,
-        "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None,
     }  # fmt: skip
-    params = qwen2.init(Qwen2Config.from_hf(hf_config), seed)
-    hf.save_hf(directory, params, hf_config, tokenizer=tokenizer)

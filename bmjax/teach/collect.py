@@ -88,6 +88,14 @@ def collect(settings: CollectSettings, log: Callable[[str], None] = lambda line:
     return counts
 
 
+def wanted_ids(settings: CollectSettings) -> set[str]:
+    """The ids of the traces that `settings` ask for, collected or not."""
+    teacher = settings.teacher
+    model = MODEL if teacher.builtin else str(teacher.model)
+    jobs = _jobs(_problems(settings), _domain(settings), model, teacher, set(), dict.fromkeys(COUNTS, 0))
+    return {job.id for job in jobs}
+
+
 class _Collector:
     """The state of one run: a few workers take jobs from one iterator, so memory does not grow with the input."""
 

@@ -275,3 +275,23 @@ def test_the_token_that_ends_a_turn_is_the_templates_whatever_the_tokenizer_call
     assert segments(other, example)[-1] == ("<think>\nTwo of them.\n</think>\nIt is 2.<|im_end|>", 1)
     assert end_of_turn(other, "{% for m in messages %}{{ m['content'] }}{% endfor %}") is None
     assert end_of_turn(other, "{{ raise_exception('no') }}") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("openai/gsm8k", ("openai/gsm8k", None, "train")),
+        ("openai/gsm8k:main", ("openai/gsm8k", "main", "train")),
+        ("openai/gsm8k:main:test", ("openai/gsm8k", "main", "test")),
+        ("openai/gsm8k::test", ("openai/gsm8k", None, "test")),
+    ],
+)
+def test_a_hub_dataset_is_read_by_subset_and_split(monkeypatch, name, asked):
+    import datasets
+
+    def load_dataset(repository, subset, split):
+        assert (repository, subset, split) == asked
+        return [{"prompt": "a", "response": "b"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert read_rows(name) == [(f"{name}, row 1", {"prompt": "a", "response": "b"})]

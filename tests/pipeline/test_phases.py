@@ -98,6 +98,34 @@ def test_finished_stages_are_not_redone_and_changed_ones_are(finished):
     assert scores(run(RunSettings.read(TINY), directory, quiet)) == scores(report)
 
 
+def test_answers_of_a_teacher_outlive_every_change(tmp_path):
+    few = ["merges={linear: {merge_method: linear, models: [{model: math}, {model: code}]}}"]
+    directory = tmp_path / "run"
+    run(RunSettings.read(TINY, few), directory, quiet)
+    (answers,) = (directory / "teach" / "math").glob("answers-*")
+    before = (answers / "traces.jsonl").read_bytes()
+
+    def answered(*overrides):
+        lines: list[str] = []
+        run(RunSettings.read(TINY, [*few, *overrides]), directory, lines.append)
+        return {line.removeprefix("== ") for line in lines if line.startswith("==")}
+
+    assert not answered("teacher.retries=3", "teacher.concurrency=2")
+    assert "teach/math" in answered("domains.math.builtin.count=41")
+    assert (answers / "traces.jsonl").read_bytes().startswith(before)
+    assert "teach/math" in answered("teacher.mistakes.wrong=0.5")
+    assert (answers / "traces.jsonl").read_bytes().startswith(before)
+    assert len(list((directory / "teach" / "math").glob("answers-*"))) == 2
+
+
+def test_requests_that_failed_stop_the_run_and_are_asked_again(tmp_path):
+    overrides = ["teacher.mistakes.flaky=1", "teacher.retries=0"]
+    with pytest.raises(UserError, match=r"teach/math: \d+ requests failed, see .*failures.jsonl") as error:
+        run(RunSettings.read(TINY, overrides), tmp_path / "run", quiet)
+    assert "\n" not in str(error.value)
+    assert run(RunSettings.read(TINY, ["teacher.mistakes.flaky=1"]), tmp_path / "run", quiet)["selection"]
+
+
 def start(directory):
     command = [sys.executable, "-m", "bmjax", "run", str(TINY), "--output", str(directory)]
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": ""}
@@ -137,6 +165,12 @@ def test_killed_runs_end_with_the_scores_of_an_undisturbed_one(tmp_path, kills):
         (["student=DIR"], "'student'"),
         (["domains.code.branch={stps: 3}"], "stps"),
         (["mixture={accumulate: 3}"], "accumulate"),
+        (["merges.linear.models=[mth, code]"], "^merges.linear: no model is named 'mth'; did you mean 'math'"),
+        (["branch.freeze=[embedding]"], "^branch: freeze"),
+        (["backbone.mesh={datta: 1}"], "^backbone: mesh: unknown axis 'datta'"),
+        (["backbone.batch=3", "backbone.mesh={data: 2}"], "^backbone: batch: 3"),
+        (["mixture.seq_len=512"], "^mixture: seq_len: 512"),
+        (["branch.wandb=here"], "^branch: wandb: the package is not installed"),
     ],
 )
 def test_mistakes_are_told_before_anything_runs(tmp_path, overrides, told):
