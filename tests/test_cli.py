@@ -122,6 +122,12 @@ def test_run_takes_its_output_before_or_after_the_config(monkeypatch, option):
     assert seen[:2] == [(7, "runs/x")] * 2 and seen[2][1] is None
 
 
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_config_is_read_by_its_command(file):
+    command = "run" if file.stem in ("demo", "real_cpu") else file.stem
+    assert cli._settings_of(command).read(file).model_dump()
+
+
 def test_train_eval_and_convert_do_what_they_say(capsys, student, train_file, tmp_path):
     config = tmp_path / "train.yaml"
     config.write_text(

@@ -126,6 +126,7 @@ def train(settings: TrainSettings, log: Log = write_line) -> dict[str, Any]:
         _export(output, student, state, dtype, template if settings.template else None, eos)
     result = {"hf": str(output / "hf"), "steps": steps, "fingerprint": expected, **summary}
     write_atomic(output / "result.json", json.dumps(result, indent=1))
+    log(f"{output / 'hf'}: written, loss {summary['loss']:.4f} after {steps} steps and {summary['tokens']:,} tokens")
     return result
 
 
