@@ -23,8 +23,11 @@ SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 
 @pytest.fixture(autouse=True, scope="module")
 def optimized(request):
-    """Files are copied byte for byte: without its optimizations XLA on a CPU takes bfloat16 NaNs through float32."""
-    if "weights" not in request.path.parts:
+    """Parity is shown of what users run: the model, the merge methods, and files, copied byte for byte.
+
+    (Without its optimizations XLA on a CPU takes bfloat16 NaNs through float32.)
+    """
+    if not {"weights", "model", "methods"} & set(request.path.parts):
         yield
         return
     import jax
