@@ -45,7 +45,7 @@ def table(reports: list[dict[str, Any]]) -> str:
         m for m in (("accuracy", 3), ("loss", 4)) if m[0] in reports[0]["models"]["backbone"]["scores"][domains[0]]
     ]
     names = [name for name, _ in measures]
-    head = ["model", *(f"{d} {name}" for name in names for d in [*domains, "mean"]),
+    head = ["model", *(f"{d} {name}" for name in names for d in [*domains, "mean", "mean minus backbone's,"]),
             "training tokens", f"seeds better everywhere ({', '.join(names)})"]  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for model in reports[0]["models"]:
@@ -53,7 +53,10 @@ def table(reports: list[dict[str, Any]]) -> str:
         for key, digits in measures:
             by_domain = [[r["models"][model]["scores"][d][key] for r in reports] for d in domains]
             cells += [interval(values, digits) for values in by_domain]
-            cells.append(interval([mean(column) for column in zip(*by_domain, strict=True)], digits))
+            means = [mean(column) for column in zip(*by_domain, strict=True)]
+            starts = [mean(r["models"]["backbone"]["scores"][d][key] for d in domains) for r in reports]
+            gains = [own - start for own, start in zip(means, starts, strict=True)]  # paired: seeds differ more
+            cells += [interval(means, digits), "-" if model == "backbone" else interval(gains, digits)]
         cells.append(f"{mean(r['models'][model]['tokens'] for r in reports):,.0f}")
         wins = [str(sum(better_everywhere(r, model, name) for r in reports)) for name in names]
         cells.append("-" if model == "backbone" else f"{', '.join(wins)} of {len(reports)}")
