@@ -30,7 +30,7 @@ class ModelEntry(Settings):
 class StepBlock(Settings):
     """One merge: the whole recipe in mergekit's dialect, or one entry of `steps:`."""
 
-    merge_method: str = Field(description="linear, task_arithmetic, arcee_fusion")
+    merge_method: str = Field(description="one of the methods that `bmjax merge --help` lists")
     base_model: str | None = Field(None, description="the model that changes are measured against")
     models: list[Any] = Field(description="the models: each a name, or `model: NAME` with its `parameters:`")
     parameters: dict[str, Any] = Field({}, description="the method's parameters; per-model ones as a default")

@@ -3,6 +3,9 @@
 from bmjax.merge.methods.arcee_fusion import arcee_fusion
 from bmjax.merge.methods.linear import linear
 from bmjax.merge.methods.method import METHODS, About, Merged, Method, Parameter, find, method
+from bmjax.merge.methods.nearswap import nearswap
+from bmjax.merge.methods.passthrough import passthrough
+from bmjax.merge.methods.slerp import slerp
 from bmjax.merge.methods.task_arithmetic import task_arithmetic
 
 __all__ = [
@@ -15,5 +18,8 @@ __all__ = [
     "find",
     "linear",
     "method",
+    "nearswap",
+    "passthrough",
+    "slerp",
     "task_arithmetic",
 ]
