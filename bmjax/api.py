@@ -70,6 +70,9 @@ class Model:
         segments = jnp.ones_like(tokens) if segments is None else self._place(segments, "segment_ids", tokens.shape)
         if positions is None:
             return tokens, segments, qwen2.default_positions(segments)
+        positions = np.asarray(positions)
+        if positions.ndim == 2 and positions.shape[0] == 1:  # the same for every row
+            positions = np.broadcast_to(positions, (tokens.shape[0], positions.shape[1]))
         return tokens, segments, self._place(positions, "positions", tokens.shape)
 
     def _place(self, array: Any, name: str, shape: tuple[int, ...] | None = None) -> jax.Array:
@@ -78,8 +81,6 @@ class Model:
             raise UserError(f"{name}: {array.ndim} dimensions, expected 2: [rows, tokens]")
         if array.dtype.kind not in "iub":
             raise UserError(f"{name}: expected whole numbers, found {array.dtype}")
-        if name == "positions" and array.shape[0] == 1 and shape is not None:
-            array = np.broadcast_to(array, (shape[0], array.shape[1]))
         if shape is not None and array.shape != shape:
             raise UserError(f"{name}: shape {array.shape}, expected that of the tokens, {shape}")
         array = array.astype(np.int32)

@@ -22,6 +22,8 @@ from bmjax.weights.safetensors import write_atomic
 # Student's t, 97.5% quantile, by degrees of freedom.
 T975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
+DIGITS = {"accuracy": 3, "loss": 4}
+
 
 def interval(values: list[float], digits: int) -> str:
     """Mean and half width of the 95% interval of the mean over seeds."""
@@ -38,19 +40,22 @@ def better_everywhere(report: dict[str, Any], model: str, key: str) -> bool:
     return all(sign * (scores[d][key] - backbone[d][key]) > 0 for d in backbone)
 
 
+def measured(reports: list[dict[str, Any]]) -> list[str]:
+    """What there is a score of: accuracy only where a domain has questions."""
+    return [name for name in DIGITS if name in next(iter(reports[0]["models"]["backbone"]["scores"].values()))]
+
+
 def table(reports: list[dict[str, Any]]) -> str:
     """The Markdown table over all seeds."""
     domains = list(reports[0]["models"]["backbone"]["scores"])
-    measures = [
-        m for m in (("accuracy", 3), ("loss", 4)) if m[0] in reports[0]["models"]["backbone"]["scores"][domains[0]]
-    ]
-    names = [name for name, _ in measures]
+    names = measured(reports)
     head = ["model", *(f"{d} {name}" for name in names for d in [*domains, "mean", "mean minus backbone's,"]),
             "training tokens", f"seeds better everywhere ({', '.join(names)})"]  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for model in reports[0]["models"]:
         cells = [model]
-        for key, digits in measures:
+        for key in names:
+            digits = DIGITS[key]
             by_domain = [[r["models"][model]["scores"][d][key] for r in reports] for d in domains]
             cells += [interval(values, digits) for values in by_domain]
             means = [mean(column) for column in zip(*by_domain, strict=True)]
@@ -88,10 +93,9 @@ def main() -> int:
     print(table(reports))
     chosen = [r["chosen"]["merge"] for r in reports]
     print(f"\nmerged (chosen on validation): {', '.join(chosen)}")
-    for name in ("accuracy", "loss"):
-        if name in next(iter(reports[0]["models"]["merged"]["scores"].values())):
-            wins = sum(better_everywhere(r, "merged", name) for r in reports)
-            print(f"merged beats the backbone in every domain by {name} in {wins} of {len(reports)} seeds")
+    for name in measured(reports):
+        wins = sum(better_everywhere(r, "merged", name) for r in reports)
+        print(f"merged beats the backbone in every domain by {name} in {wins} of {len(reports)} seeds")
     write_atomic(Path(arguments.output) / "bench.json", json.dumps(reports))
     return 0
 

@@ -185,7 +185,8 @@ class _Run:
             teacher = teacher.model_copy(update={"builtin": True})
         # Answers may have cost money: they stay, whatever changes, beside those of another way of asking.
         asking = teacher.model_dump(exclude={"concurrency", "retries", "timeout", "api_key_env"})
-        way = hashlib.sha256(json.dumps(asking | {"samples": 0}, sort_keys=True).encode()).hexdigest()[:8]
+        kind = {key: value for key, value in asking.items() if key != "samples"}  # more samples of it lie beside
+        way = hashlib.sha256(json.dumps(kind, sort_keys=True).encode()).hexdigest()[:8]
         answers = folder / f"answers-{way}"
         collecting = CollectSettings.model_validate(
             {"problems": str(self._rows(domain, "problems")), "output": str(answers), "domain": domain,

@@ -117,10 +117,7 @@ def accuracy_bars(models: Mapping[str, object], domain: str, identity: str) -> s
             axes.barh(y, 100 * value, height=0.62, color=LIGHT[role(model)])
             if ends:
                 axes.plot([100 * e for e in ends], [y, y], color=LIGHT["ink"], lw=1.1, solid_capstyle="butt")
-            label = shown("accuracy", value)
-            axes.text(
-                1.015, y, label, transform=axes.get_yaxis_transform(), va="center", color=LIGHT["ink"], fontsize=10
-            )
+            _beside(axes, y, shown("accuracy", value))
         if backbone is not None:
             axes.axvline(100 * backbone, color=LIGHT["backbone"], lw=1, ls=(0, (3, 2)), zorder=0.5)
         axes.set_yticks([])
@@ -157,6 +154,11 @@ def _names(axes: Axes, models: Sequence[str], title: str) -> None:
         )  # fmt: skip
 
 
+def _beside(axes: Axes, y: int, label: str) -> None:
+    """A row's value in the column right of the bars."""
+    axes.text(1.015, y, label, transform=axes.get_yaxis_transform(), va="center", color=LIGHT["ink"], fontsize=10)
+
+
 def _title(axes: Axes, title: str, left: float) -> None:
     """Above the drawing area, flush with the panel's left edge."""
     text = short(title, 46)
@@ -181,10 +183,7 @@ def loss_bars(models: Mapping[str, object], domain: str, identity: str) -> str:
         _names(axes, [m for m, _ in rows], f"{one_line(domain)}: loss{' − backbone' if backbone else ''}, nats/token")
         for y, ((model, value), change) in enumerate(zip(rows, changes, strict=True)):
             axes.barh(y, change, height=0.62, color=LIGHT[role(model)])
-            label = shown("loss", value)
-            axes.text(
-                1.015, y, label, transform=axes.get_yaxis_transform(), va="center", color=LIGHT["ink"], fontsize=10
-            )
+            _beside(axes, y, shown("loss", value))
         axes.axvline(0, color=LIGHT["backbone"], lw=1)
         axes.set_yticks([])
 

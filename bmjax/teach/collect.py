@@ -57,9 +57,7 @@ def collect(settings: CollectSettings, log: Callable[[str], None] = lambda line:
     domain = _domain(settings)
     if teacher.builtin == (teacher.base_url is not None):
         raise UserError("teacher: expected either base_url or builtin: true")
-    model = MODEL if teacher.builtin else teacher.model
-    if not model:
-        raise UserError("key 'teacher.model' is missing; name the model as the endpoint knows it")
+    model = _model(teacher)
     key = api_key(teacher.api_key_env)
     problems = list(_problems(settings))
     if not problems:
@@ -91,8 +89,7 @@ def collect(settings: CollectSettings, log: Callable[[str], None] = lambda line:
 def wanted_ids(settings: CollectSettings) -> set[str]:
     """The ids of the traces that `settings` ask for, collected or not."""
     teacher = settings.teacher
-    model = MODEL if teacher.builtin else str(teacher.model)
-    jobs = _jobs(_problems(settings), _domain(settings), model, teacher, set(), dict.fromkeys(COUNTS, 0))
+    jobs = _jobs(_problems(settings), _domain(settings), _model(teacher), teacher, set(), dict.fromkeys(COUNTS, 0))
     return {job.id for job in jobs}
 
 
@@ -244,6 +241,13 @@ def _jobs(
                 jobs.append(Job(identity, prompt, reference, source, sample))
     counts["wanted"] = len(seen)
     return jobs
+
+
+def _model(teacher: TeacherSettings) -> str:
+    model = MODEL if teacher.builtin else teacher.model
+    if not model:
+        raise UserError("key 'teacher.model' is missing; name the model as the endpoint knows it")
+    return model
 
 
 def _domain(settings: CollectSettings) -> str:

@@ -13,69 +13,21 @@ from dataclasses import dataclass
 from bmjax.teach.problems.common import Calculator, Problem, Solution
 
 _MOVERS = (
-    "car",
-    "bike",
-    "bus",
-    "train",
-    "ship",
-    "horse",
-    "tram",
-    "truck",
-    "robot",
-    "plane",
-    "van",
-    "cat",
-    "drone",
-    "snail",
-)
+    "car", "bike", "bus", "train", "ship", "horse", "tram", "truck", "robot", "plane",
+    "van", "cat", "drone", "snail",
+)  # fmt: skip
 _LOADS = (
-    "box",
-    "cart",
-    "sled",
-    "rock",
-    "boat",
-    "crate",
-    "bag",
-    "desk",
-    "barrel",
-    "log",
-    "bin",
-    "chair",
-    "tank",
-    "trunk",
-)
+    "box", "cart", "sled", "rock", "boat", "crate", "bag", "desk", "barrel", "log",
+    "bin", "chair", "tank", "trunk",
+)  # fmt: skip
 _DEVICES = (
-    "lamp",
-    "coil",
-    "fan",
-    "heater",
-    "motor",
-    "pump",
-    "oven",
-    "radio",
-    "bell",
-    "drill",
-    "saw",
-    "mixer",
-    "bulb",
-    "phone",
-)
+    "lamp", "coil", "fan", "heater", "motor", "pump", "oven", "radio", "bell", "drill",
+    "saw", "mixer", "bulb", "phone",
+)  # fmt: skip
 _SOLIDS = (
-    "stone",
-    "ring",
-    "cube",
-    "bolt",
-    "coin",
-    "ball",
-    "key",
-    "bar",
-    "disc",
-    "block",
-    "pin",
-    "tile",
-    "nut",
-    "brick",
-)
+    "stone", "ring", "cube", "bolt", "coin", "ball", "key", "bar", "disc", "block",
+    "pin", "tile", "nut", "brick",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
