@@ -5,7 +5,10 @@ is; one tensor of every model is in memory at a time; results of earlier steps n
 appears whole, or not at all.
 """
 
+import contextlib
+import hashlib
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -13,17 +16,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from bmjax.config import UserError, nearest
+from bmjax.merge.journal import Journal
+from bmjax.merge.plan import plan
 from bmjax.merge.recipe import Recipe, read_recipe
-from bmjax.merge.steps import TensorStats, problem, report, rounded, run
+from bmjax.merge.steps import report
+from bmjax.merge.stream import FLOATS, Progress, Stream
 from bmjax.model.spec import read_hf_config
+from bmjax.version import __version__
+from bmjax.weights.atomic import resuming
 from bmjax.weights.hf import TOKENIZER_FILES
-from bmjax.weights.safetensors import Checkpoint, TensorInfo, Writer, open_checkpoint, replacing
+from bmjax.weights.safetensors import Checkpoint, Plan, SharedWriter, open_checkpoint
 
 SIDE_FILES = (
     "config.json",
@@ -33,12 +38,11 @@ SIDE_FILES = (
     "processor_config.json",
 )
 REPORT = "merge_report.json"
-_FLOATS = ("F32", "BF16", "F16", "F64")
+MEMORY = 2**30
 _MAY_DIFFER = {
     "_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "pad_token_id", "torch_dtype",
     "transformers_version", "use_cache",
 }  # fmt: skip
-Progress = Callable[[int, int, str], None]
 
 
 def merge(
@@ -48,6 +52,7 @@ def merge(
     *,
     overrides: Sequence[str] = (),
     shard_bytes: float = 5e9,
+    memory: int = MEMORY,
     log: Callable[[str], None] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -55,8 +60,9 @@ def merge(
 
     output: must not exist or be empty, unless `overwrite`; never an input. Config, tokenizer and chat template come
     from the last step's base (traced back to a directory), or its first model. Each tensor is rounded once, to the
-    recipe's dtype or to the type in which that base stores it. log: gets one line a remark. progress: is called with
-    (bytes of inputs done, bytes of inputs in all, tensor name). Raises UserError, one line, for anything a user
+    recipe's dtype or to the type in which that base stores it. memory: bytes for buffers; it changes no result. log:
+    gets one line a remark. progress: is called with (bytes of inputs done, bytes of inputs in all, tensor name).
+    A merge that was killed goes on where it was, when it is run again. Raises UserError, one line, for anything a user
     can mend; `output` is then as it was.
     """
     if not isinstance(recipe, Recipe):
@@ -69,42 +75,43 @@ def merge(
     donor = models[recipe.donor]
     for name, model in models.items():
         _check_same(name, model, recipe.donor, donor)
-    for line in (*recipe.notes, *_config_notes(recipe, directories)):
+    planned = plan(recipe, models)
+    for line in (*recipe.notes, *planned.notes, *_config_notes(recipe, directories)):
         say(line)
-    types = {info.name: _result_type(info, recipe.dtype) for info in donor.tensors.values()}
-    _check_space(target, donor, types)
-
-    total, done = sum(t.nbytes for m in models.values() for t in m.tensors.values()), 0
-    tensors: list[TensorStats] = []
-    with replacing(target) as folder:
-        rows = [(info.name, types[info.name], info.shape) for info in donor.tensors.values()]
-        with Writer(folder, rows, shard_bytes=shard_bytes) as writer:
-            for name, dtype, shape in rows:
-                arrays = [model.read(name) for model in models.values()]
-                done += sum(array.nbytes for array in arrays)
-                if donor.tensors[name].dtype not in _FLOATS or 0 in shape:
-                    writer.write(name, _shared(name, arrays, recipe))
-                    continue
-                device = _device_type(dtype)
-                leaf, stats = run(recipe, dict(zip(models, map(_to_device, arrays), strict=True)))
-                leaf, stats["overflow"] = rounded(leaf, device)
-                tensor = TensorStats(name, int(np.prod(shape)), jax.device_get(stats))
-                if wrong := problem(recipe, tensor, device):
-                    raise UserError(wrong)
-                writer.write(name, np.asarray(leaf).astype(dtype, copy=False))
-                tensors.append(tensor)
-                if progress:
-                    progress(done, total, name)
+    rows = [(node.name, node.dtype, node.shape) for node in planned.nodes]
+    _check_space(target, rows)
+    with resuming(target) as folder, contextlib.ExitStack() as stack:
+        journal = Journal(folder, _fingerprint(recipe, models, rows, shard_bytes))
+        stack.callback(journal.close)
+        writer = SharedWriter(folder, rows, shard_bytes)
+        stack.callback(writer.close)
+        journal.check(writer, rows)
+        stream = Stream(recipe, models, writer, journal, memory)
+        stack.callback(stream.close)
+        tensors = stream.run(planned.nodes, progress or (lambda done, total, name: None))
+        writer.finish()
         result = {
             "recipe": dict(recipe.text),
-            "sources": {name: _source(recipe, name, model) for name, model in models.items()},
-            "dtypes": sorted({dtype.name for dtype in types.values()}),
+            "seed": recipe.seed,
+            "sources": {name: _source(recipe, name, model, journal) for name, model in models.items()},
+            "dtypes": sorted({dtype.name for _, dtype, _ in rows}),
+            "checksums": journal.checksums(),
             "versions": {package: version(package) for package in ("jax", "numpy")},
             **report(recipe, tensors),
         }
-        _copy_side_files(donor.directory, folder, types)
+        _copy_side_files(donor.directory, folder, {dtype for _, dtype, _ in rows}, planned.config_changes)
         (folder / REPORT).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        journal.close(remove=True)
     return result
+
+
+def _fingerprint(recipe: Recipe, models: Mapping[str, Checkpoint], rows: Plan, shard_bytes: float) -> dict[str, Any]:
+    """What must be the same for an unfinished merge to go on."""
+    files = {info.file for model in models.values() for info in model.tensors.values()}
+    state = {str(file): [(found := file.stat()).st_size, found.st_mtime_ns] for file in sorted(files)}
+    written = [[name, dtype.name, list(shape)] for name, dtype, shape in rows]
+    plain = [recipe.text, recipe.seed, recipe.compat, state, written, shard_bytes, version("jax"), __version__]
+    return {"merge": hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()}
 
 
 def _directory(recipe: Recipe, name: str) -> Path:
@@ -170,10 +177,10 @@ def _check_same(name: str, model: Checkpoint, donor_name: str, donor: Checkpoint
                 f"tensor '{info.name}' has shape {list(other_info.shape)} in model '{name}' and {list(info.shape)} "
                 f"in '{donor_name}'; only models of equal sizes can be merged"
             )
-        if other_info.dtype != info.dtype and not {other_info.dtype, info.dtype} <= set(_FLOATS):
+        if other_info.dtype != info.dtype and not {other_info.dtype, info.dtype} <= set(FLOATS):
             raise UserError(
                 f"tensor '{info.name}' is {other_info.dtype} in model '{name}' and {info.dtype} in '{donor_name}'; "
-                f"only {', '.join(_FLOATS)} can be mixed: convert one of them (quantized models: from the original)"
+                f"only {', '.join(FLOATS)} can be mixed: convert one of them (quantized models: from the original)"
             )
 
 
@@ -195,51 +202,26 @@ def _config_notes(recipe: Recipe, directories: Mapping[str, Path]) -> list[str]:
     return notes
 
 
-def _result_type(info: TensorInfo, dtype: str | None) -> np.dtype:
-    if info.dtype in _FLOATS and dtype is not None:
-        return np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)
-    return info.numpy_dtype
-
-
-def _device_type(dtype: np.dtype) -> np.dtype:
-    """Arithmetic is float32, so a float64 result holds float32 values."""
-    return np.dtype(np.float32) if dtype == np.float64 else dtype
-
-
-def _to_device(array: np.ndarray) -> jax.Array:
-    return jnp.asarray(array.astype(np.float32) if array.dtype == np.float64 else array)
-
-
-def _check_space(target: Path, donor: Checkpoint, types: Mapping[str, np.dtype]) -> None:
-    needed = sum(int(np.prod(info.shape)) * types[info.name].itemsize for info in donor.tensors.values())
+def _check_space(target: Path, rows: Plan) -> None:
+    needed = sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in rows)
     parent = next(p for p in target.resolve().parents if p.exists())
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise UserError(f"{target}: the result takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free there")
 
 
-def _shared(name: str, arrays: Sequence[np.ndarray], recipe: Recipe) -> np.ndarray:
-    """A tensor that is not floating-point (a mask, a table of positions) must be the same everywhere."""
-    for model, array in zip(recipe.inputs, arrays, strict=True):
-        if array.tobytes() != arrays[0].tobytes():
-            raise UserError(
-                f"tensor '{name}' is {array.dtype} and differs between models '{recipe.inputs[0]}' and '{model}'; "
-                "only floating-point tensors can be merged"
-            )
-    return arrays[0]
-
-
-def _source(recipe: Recipe, name: str, model: Checkpoint) -> dict[str, Any]:
+def _source(recipe: Recipe, name: str, model: Checkpoint, journal: Journal) -> dict[str, Any]:
     infos = model.tensors.values()
     return {
         "directory": str(recipe.sources.get(name, name)),
         "tensors": len(infos),
         "bytes": sum(info.nbytes for info in infos),
         "dtypes": sorted({info.numpy_dtype.name for info in infos}),
+        "checksum": journal.source(name),
     }
 
 
-def _copy_side_files(donor: Path, folder: Path, types: Mapping[str, np.dtype]) -> None:
+def _copy_side_files(donor: Path, folder: Path, types: set[np.dtype], changes: Mapping[str, Any]) -> None:
     for name in SIDE_FILES:
         if (donor / name).is_file():
             shutil.copyfile(donor / name, folder / name)
@@ -249,7 +231,8 @@ def _copy_side_files(donor: Path, folder: Path, types: Mapping[str, np.dtype]) -
         return
     # A loader takes the type from the config: it must be the one that was written.
     config = read_hf_config(folder)
-    floats = {dtype.name for dtype in types.values() if dtype.name in ("float32", "bfloat16", "float16", "float64")}
+    floats = {dtype.name for dtype in types if dtype.name in ("float32", "bfloat16", "float16", "float64")}
     key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
-    if len(floats) == 1 and config.get(key) != (only := floats.pop()):
-        (folder / "config.json").write_text(json.dumps({**config, key: only}, indent=2) + "\n", encoding="utf-8")
+    changed = {**config, **changes, **({key: floats.pop()} if len(floats) == 1 else {})}
+    if changed != config:
+        (folder / "config.json").write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")

@@ -1,8 +1,8 @@
-"""Exact order statistics of non-negative float32 numbers without sorting: built bit by bit, from counts.
+"""Exact order statistics of float32 numbers without sorting: built bit by bit, from counts.
 
-The bits of non-negative floats, read as integers, have the order of the floats. 31 counting passes find the k-th
-smallest value exactly; devices exchange counts only, never elements, and the result depends neither on the order of
-the elements nor on how they are laid out.
+The bits of floats, read as integers, have the order of the floats (negative ones turned round). 32 counting passes find
+the k-th smallest value exactly; devices exchange counts only, never elements, and the result depends neither on the
+order of the elements nor on how they are laid out.
 """
 
 import math
@@ -21,26 +21,31 @@ def rank(q: float, n: int) -> int:
     return math.floor(q * (n - 1))
 
 
-def order_statistics(x: jax.Array, ranks: Sequence[int]) -> jax.Array:
+def order_statistics(x: jax.Array, ranks: Sequence[int] | jax.Array) -> jax.Array:
     """The values that `sort(ravel(x))` has at `ranks`, float32 [len(ranks)], exactly.
 
-    x: float32 of any shape, at least one element, every element >= 0 (and no NaN: their values are then meaningless).
-    ranks: 0-based, static. Works under jit on sharded arrays.
+    x: float32 of any shape, at least one element, no NaN. -0.0 counts as 0.0. ranks: 0-based. Works under jit (ranks
+    are then run-time inputs) and on sharded arrays.
     """
     if not 0 < x.size <= MAX_ELEMENTS:
         raise ValueError(f"order_statistics: {x.size} elements, expected 1 to {MAX_ELEMENTS}")
-    if any(not 0 <= r < x.size for r in ranks):
+    if not isinstance(ranks, jax.Array) and any(not 0 <= r < x.size for r in ranks):
         raise ValueError(f"order_statistics: ranks {list(ranks)} outside 0..{x.size - 1}")
-    bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
+    bits = _ordered(lax.bitcast_convert_type(x.astype(jnp.float32) + 0.0, jnp.int32))
     wanted = jnp.asarray(ranks, jnp.int32)
 
     def next_bit(i: jax.Array, found: jax.Array) -> jax.Array:
-        # The answer is the largest pattern that at most `rank` elements lie below; its sign bit is 0.
-        candidate = found | (jnp.int32(1) << (30 - i))
+        # The answer is the largest pattern that at most `rank` elements lie below; the first bit is the sign.
+        candidate = found ^ (jnp.int32(1) << (31 - i))
         return jnp.where(_counts(bits, candidate) <= wanted, candidate, found)
 
-    found = lax.fori_loop(0, 31, next_bit, jnp.zeros(wanted.shape, jnp.int32))
-    return lax.bitcast_convert_type(found, jnp.float32)
+    found = lax.fori_loop(0, 32, next_bit, jnp.full(wanted.shape, np.iinfo(np.int32).min))
+    return lax.bitcast_convert_type(_ordered(found), jnp.float32)
+
+
+def _ordered(bits: jax.Array) -> jax.Array:
+    """Float patterns as integers of the same order, and back: those of negative floats run the other way."""
+    return jnp.where(bits < 0, bits ^ np.int32(0x7FFFFFFF), bits)
 
 
 def count(mask: jax.Array) -> jax.Array:

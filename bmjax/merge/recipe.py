@@ -87,6 +87,8 @@ class Recipe:
     dtype: str | None = None
     notes: tuple[str, ...] = ()
     text: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    compat: str | None = None
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -185,9 +187,9 @@ def _step(block: StepBlock, where: str, notes: list[str]) -> Step:
         for name in names:
             if names.count(name) > 1:
                 raise UserError(f"model '{name}' is listed twice under 'models'; list it once")
-        if method.base == "required":
-            if block.base_model is None:
-                raise UserError(f"{method.name} needs 'base_model': the model that changes are measured against")
+        if method.base == "required" and block.base_model is None:
+            raise UserError(f"{method.name} needs 'base_model': the model that changes are measured against")
+        if method.base != "unused" and block.base_model is not None:
             for entry in entries:
                 if entry.model == block.base_model and entry.parameters:
                     notes.append(f"{where}: parameters of the base model '{entry.model}' have no effect")
@@ -203,7 +205,7 @@ def _step(block: StepBlock, where: str, notes: list[str]) -> Step:
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     branches = tuple(entry.model for entry in entries)
-    base = block.base_model if method.base == "required" else None
+    base = None if method.base == "unused" else block.base_model
     return Step(str(block.name), method, base, branches, block.base_model or branches[0], arguments)
 
 

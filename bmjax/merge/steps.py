@@ -1,119 +1,85 @@
-"""The steps of a recipe on one tensor, as both engines run them, and the report of what they did."""
+"""What the steps of a recipe did to a tensor, and the report of it."""
 
-import functools
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from bmjax.merge.methods.method import float32
-from bmjax.merge.quantile import add_each
+from bmjax.config import UserError
 from bmjax.merge.recipe import Recipe, Step
 
 
-def run(recipe: Recipe, leaves: Mapping[str, jax.Array]) -> tuple[jax.Array, dict[str, Any]]:
-    """The recipe's result for one tensor, float32, and what happened.
-
-    leaves: for every input of the recipe the tensor, all of one shape, Hugging Face layout. The second result holds
-    `finite` [inputs] bool and `steps`: for each `kept` [branches] (share of entries), `delta` [branches] (norm of each
-    model's change), `reference` and `moved` (norms of the base, and of the result's change from it).
-
-    It can be traced. Called as it is, it runs programs compiled once a shape, which steps and recipes share: numbers
-    (weights, lambda) are run-time inputs.
-    """
-    slots = {name: leaves[name] for name in recipe.inputs}
-    finite = [_all_finite(slots[name]) for name in recipe.inputs]
-    stats = []
-    for step in recipe.steps:
-        branches = [slots[name] for name in step.branches]
-        base = None if step.base is None else slots[step.base]
-        merged = step.method.leaf(base, branches, **_arguments(step, slots))
-        reference = branches[0] if base is None else base
-        rebase = step.arguments.get("rebase")
-        norms = _norms(branches, reference if rebase is None else slots[rebase], reference, merged.leaf)
-        stats.append({"kept": merged.kept, **norms})
-        slots[step.name] = merged.leaf
-    return slots[recipe.steps[-1].name], {"finite": finite, "steps": stats}
-
-
-def _arguments(step: Step, slots: Mapping[str, jax.Array]) -> dict[str, Any]:
-    """The method's keyword arguments: models as their tensors, numbers as float32, the rest as it stands."""
-    arguments: dict[str, Any] = {}
-    for parameter in step.method.parameters.values():
-        value = step.arguments[parameter.name]
-        if parameter.about.model:
-            value = None if value is None else slots[value]
-        elif parameter.traced:
-            value = np.asarray(value, np.float32)
-        arguments[parameter.argument] = value
-    return arguments
-
-
-@jax.jit
-def _all_finite(x: jax.Array) -> jax.Array:
-    return jnp.all(jnp.isfinite(x))
-
-
-@jax.jit
-def _norms(
-    branches: Sequence[jax.Array], origin: jax.Array, reference: jax.Array, merged: jax.Array
-) -> dict[str, jax.Array]:
-    reference = float32(reference)
-    arrays = [*(float32(branch) - float32(origin) for branch in branches), reference, float32(merged) - reference]
-    # One reduction for all reads each array once. In two sums, kept apart by the barrier, because in one long float32
-    # sum small squares would be lost to rounding.
-    squares = [jnp.square(x) for x in arrays]
-    rows = lax.reduce(squares, [np.float32(0)] * len(squares), add_each, (squares[0].ndim - 1,))
-    norms = jnp.sqrt(jnp.stack([jnp.sum(row) for row in lax.optimization_barrier(rows)]))
-    return {"delta": norms[:-2], "reference": norms[-2], "moved": norms[-1]}
-
-
-@functools.partial(jax.jit, static_argnames="dtype")
-def rounded(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """`x` in `dtype`, and whether a value overflowed it."""
-    x = x.astype(dtype)
-    return x, ~jnp.all(jnp.isfinite(x))
-
-
 @dataclass(frozen=True)
-class TensorStats:
-    """The statistics of one Hugging Face tensor on the host."""
+class Stats:
+    """One step on one tensor. products: of the models' changes with each other, float64 [branches, branches].
+    reference, moved: squared norms of the base and of the result's change from it. conflicts: entries that one model
+    raised and another lowered. kept: entries that each model's change went into. overflow: entries that are infinite
+    in the result's type."""
 
-    name: str
     size: int
-    stats: Mapping[str, Any]
+    products: np.ndarray
+    reference: float
+    moved: float
+    conflicts: float
+    overflow: float
+    kept: np.ndarray
+
+    @classmethod
+    def of(cls, size: int, branches: int, sums: np.ndarray) -> "Stats":
+        """From the totals of what `passes.result` sums."""
+        upper = np.triu_indices(branches)
+        pairs = len(upper[0])
+        products = np.zeros((branches, branches))
+        products[upper] = products.T[upper] = sums[:pairs]
+        reference, moved, conflicts, overflow, *kept = (float(x) for x in sums[pairs:])
+        return cls(size, products, reference, moved, conflicts, overflow, np.array(kept or [float(size)] * branches))
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {
+            "size": self.size, "products": self.products.tolist(), "reference": self.reference, "moved": self.moved,
+            "conflicts": self.conflicts, "overflow": self.overflow, "kept": self.kept.tolist(),
+        }  # fmt: skip
+
+    @classmethod
+    def read(cls, plain: Mapping[str, Any]) -> "Stats":
+        """The inverse of `plain`."""
+        arrays = {key: np.array(plain[key], np.float64) for key in ("products", "kept")}
+        return cls(**{**plain, **arrays})
 
 
-def problem(recipe: Recipe, tensor: TensorStats, dtype: Any) -> str | None:
-    """What is wrong with a merged tensor, as one line, or None."""
-    bad = [name for name, ok in zip(recipe.inputs, tensor.stats["finite"], strict=True) if not ok]
-    if bad:
-        return f"model '{bad[0]}': tensor '{tensor.name}' holds NaN or infinity; the file or the training run is broken"
-    if tensor.stats["overflow"]:
-        return (
-            f"tensor '{tensor.name}': the merged values overflow {np.dtype(dtype).name}; "
+TensorStats = Mapping[str, Stats]
+
+
+def keys(recipe: Recipe, step: Step, tensor: str) -> np.ndarray:
+    """For every branch of a step the key of its random numbers, uint32 [branches, 2]: a hash of seed, tensor, model."""
+    texts = [f"{recipe.seed}\0{tensor}\0{name}" for name in step.branches]
+    return np.array([np.frombuffer(hashlib.sha256(text.encode()).digest()[:8], "<u4") for text in texts], np.uint32)
+
+
+def check_overflow(tensor: str, stats: Stats, dtype: Any) -> None:
+    """UserError where a merged tensor has values that its type cannot hold."""
+    if stats.overflow:
+        raise UserError(
+            f"tensor '{tensor}': the merged values overflow {np.dtype(dtype).name}; "
             "write another out_dtype, or lower the weights"
         )
-    return None
 
 
-def report(recipe: Recipe, tensors: Sequence[TensorStats]) -> dict[str, Any]:
-    """What a merge did: `tensors`, `layers` and `total`, each {step: {reference_norm, moved_norm, models: {name:
-    {kept, delta_norm}}}}. `kept` is a share of entries; a layer's is its tensors' mean weighted by their sizes."""
+def report(recipe: Recipe, tensors: Mapping[str, TensorStats]) -> dict[str, Any]:
+    """What a merge did: `tensors`, `layers` and `total`, each {step: {reference_norm, moved_norm, sign_conflicts,
+    cosines: {"a, b": x}, models: {name: {kept, delta_norm}}}}. tensors: by name, the statistics of each step. `kept`
+    and `sign_conflicts` are shares of entries."""
     groups: dict[str, list[TensorStats]] = {}
-    for tensor in tensors:
-        groups.setdefault(layer_of(tensor.name), []).append(tensor)
+    for name, stats in tensors.items():
+        groups.setdefault(layer_of(name), []).append(stats)
     return {
-        "tensors": {t.name: {"size": t.size, **_summary(recipe, [t])} for t in tensors},
-        "layers": {
-            layer: {"size": sum(t.size for t in group), **_summary(recipe, group)} for layer, group in groups.items()
-        },
-        "total": {"size": sum(t.size for t in tensors), **_summary(recipe, tensors)},
+        "tensors": {name: _summary(recipe, [stats]) for name, stats in tensors.items()},
+        "layers": {layer: _summary(recipe, group) for layer, group in groups.items()},
+        "total": _summary(recipe, list(tensors.values())),
     }
 
 
@@ -127,17 +93,28 @@ def layer_of(name: str) -> str:
 
 
 def _summary(recipe: Recipe, tensors: Sequence[TensorStats]) -> dict[str, Any]:
-    size = max(1, sum(t.size for t in tensors))
-    summary: dict[str, Any] = {}
-    for i, step in enumerate(recipe.steps):
-        stats = [t.stats["steps"][i] for t in tensors]
-
-        def norm(key: str, *index: int, stats: list[Any] = stats) -> float:
-            return float(np.sqrt(sum(float(s[key][index]) ** 2 for s in stats)))
-
-        def kept(b: int, stats: list[Any] = stats) -> float:
-            return sum(float(s["kept"][b]) * t.size for s, t in zip(stats, tensors, strict=True)) / size
-
-        models = {name: {"kept": kept(b), "delta_norm": norm("delta", b)} for b, name in enumerate(step.branches)}
-        summary[step.name] = {"reference_norm": norm("reference"), "moved_norm": norm("moved"), "models": models}
+    last = recipe.steps[-1].name
+    summary: dict[str, Any] = {"size": sum(t[last].size for t in tensors)}
+    for step in recipe.steps:
+        stats = [t[step.name] for t in tensors if step.name in t]
+        size = max(1, sum(s.size for s in stats))
+        products = np.sum([s.products for s in stats], axis=0) if stats else np.zeros((len(step.branches),) * 2)
+        norms = np.sqrt(np.diag(products))
+        models = {
+            name: {"kept": sum(float(s.kept[b]) for s in stats) / size, "delta_norm": float(norms[b])}
+            for b, name in enumerate(step.branches)
+        }
+        cosines = {
+            f"{a}, {b}": float(products[i, j] / (norms[i] * norms[j])) if norms[i] * norms[j] > 0 else 0.0
+            for i, a in enumerate(step.branches)
+            for j, b in enumerate(step.branches)
+            if i < j
+        }
+        summary[step.name] = {
+            "reference_norm": float(np.sqrt(sum(s.reference for s in stats))),
+            "moved_norm": float(np.sqrt(sum(s.moved for s in stats))),
+            "sign_conflicts": sum(s.conflicts for s in stats) / size,
+            "cosines": cosines,
+            "models": models,
+        }
     return summary

@@ -5,7 +5,9 @@ Every Hugging Face tensor is merged by itself, as in a file: a parameter stacked
 the parameter table.
 """
 
+import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,8 +18,11 @@ from jax import lax
 from jax.sharding import NamedSharding
 
 from bmjax.config import UserError, nearest
-from bmjax.merge.recipe import Recipe, read_recipe
-from bmjax.merge.steps import TensorStats, problem, report, rounded, run
+from bmjax.merge import passes
+from bmjax.merge.methods.method import Kernel, Merged, Sorted, find
+from bmjax.merge.quantile import order_statistics
+from bmjax.merge.recipe import Recipe, Step, read_recipe
+from bmjax.merge.steps import Stats, TensorStats, check_overflow, keys, report
 from bmjax.model.spec import Param, get, unflatten
 
 Tree = Mapping[str, Any]
@@ -70,7 +75,8 @@ def run_steps(
     for name in recipe.inputs:
         if name not in models:
             raise UserError(f"recipe: no model is named '{name}'{nearest(name, list(models))}")
-    merged, pending = [], []
+    merged: list[tuple[tuple[str, ...], jax.Array]] = []
+    tensors: dict[str, TensorStats] = {}
     for row in table:
         leaves = {name: _leaf(models[name], row, name) for name in recipe.inputs}
         kind = np.dtype(dtype or recipe.dtype or leaves[recipe.donor].dtype)
@@ -79,18 +85,148 @@ def run_steps(
         layout = {"stacked": row.stacked, "transposed": row.transposed}
         whole = jnp.zeros(row.shape, kind, device=placed)
         for layer, key in enumerate(row.hf_keys()):
-            tensor, stats = run(recipe, {name: _take(leaf, layer, **layout) for name, leaf in leaves.items()})
-            tensor, stats["overflow"] = rounded(tensor, kind)
+            depth = layer / (row.shape[0] - 1) if row.stacked and row.shape[0] > 1 else 0.0
+            slots = {name: _take(leaf, layer, **layout) for name, leaf in leaves.items()}
+            for name, tensor in slots.items():
+                if not bool(_all_finite(tensor)):
+                    raise UserError(f"model '{name}': tensor '{key}' holds NaN or infinity; the training run is broken")
+            tensor, tensors[key] = _run(recipe, key, depth, slots, kind)
             whole = _put(whole, tensor, layer, **layout, placed=placed)
-            pending.append((key, int(np.prod(row.hf_shape)), kind, stats))
         merged.append((row.path, whole))
-    tensors = []
-    for key, size, kind, stats in pending:
-        tensor_stats = TensorStats(key, size, jax.device_get(stats))
-        if wrong := problem(recipe, tensor_stats, kind):
-            raise UserError(wrong)
-        tensors.append(tensor_stats)
     return unflatten(merged), report(recipe, tensors)
+
+
+def merge_arrays(
+    method: str, base: Any, branches: Sequence[Any], *, seed: int = 0, compat: str | None = None, **parameters: Any
+) -> tuple[jax.Array, np.ndarray]:
+    """One tensor, in the Hugging Face layout: (merged, float32, and the share of entries taken of each branch).
+
+    parameters: as in `merge_trees`; `rebase` is an array.
+    """
+    names = [f"branch {i}" for i in range(len(branches))]
+    slots = {**dict(zip(names, map(jnp.asarray, branches), strict=True))}
+    block: dict[str, Any] = {"merge_method": method, "parameters": {}}
+    entries: list[dict[str, Any]] = [{"model": name, "parameters": {}} for name in names]
+    if base is not None:
+        slots["base"], block["base_model"] = jnp.asarray(base), "base"
+    for argument, value in parameters.items():
+        name = argument.rstrip("_")
+        if find(method).parameter(name).about.model:
+            slots[name], block["parameters"][name] = jnp.asarray(value), name
+        elif isinstance(value, (list, tuple)):
+            for entry, number in zip(entries, value, strict=True):
+                entry["parameters"][name] = number
+        else:
+            block["parameters"][name] = value
+    recipe = read_recipe({**block, "models": entries})
+    recipe = dataclasses.replace(recipe, seed=seed, compat=compat)
+    leaf, stats = _run(recipe, "", 0.0, slots, np.dtype(np.float32))
+    found = stats[recipe.steps[-1].name]
+    return leaf, found.kept / max(1, found.size)
+
+
+def _run(
+    recipe: Recipe, tensor: str, depth: float, slots: Mapping[str, jax.Array], dtype: Any
+) -> tuple[jax.Array, TensorStats]:
+    """All steps on one tensor: the last one's result in `dtype`, and what each did."""
+    slots, stats = dict(slots), {}
+    for step in recipe.steps:
+        kind = dtype if step is recipe.steps[-1] else np.dtype(np.float32)
+        view = _ArrayTensor(recipe, step, tensor, slots)
+        slots[step.name], sums = view.result(_arguments(step, tensor, depth), kind)
+        stats[step.name] = Stats.of(view.size, view.branches, sums)
+    last = recipe.steps[-1].name
+    check_overflow(tensor, stats[last], dtype)
+    return slots[last], stats
+
+
+def _arguments(step: Step, tensor: str, depth: float) -> Mapping[str, Any]:
+    return step.arguments
+
+
+class _ArrayTensor:
+    """One step on one tensor: the `Tensor` of a method, with all rows at once, wherever they lie."""
+
+    def __init__(self, recipe: Recipe, step: Step, tensor: str, slots: Mapping[str, jax.Array]) -> None:
+        self._step, self._shape = step, slots[step.branches[0]].shape
+        self.size, self.branches = math.prod(self._shape), len(step.branches)
+        self.has_base, self.compat = step.base is not None, recipe.compat
+        self.keys = keys(recipe, step, tensor)
+        named = {p.name: step.arguments[p.name] for p in step.method.parameters.values() if p.about.model}
+        flat = {name: _as_rows(slots[name]) for name in step.models}
+        models = {name: flat[model] for name, model in named.items() if model is not None}
+        base = None if step.base is None else flat[step.base]
+        self._block = passes.block(base, [flat[name] for name in step.branches], models)
+
+    def result(self, arguments: Mapping[str, Any], dtype: Any) -> tuple[jax.Array, np.ndarray]:
+        """The merged tensor, and the totals of what `passes.result` sums."""
+        merged = self._step.method.merge(self, arguments)
+        run = passes.result(merged.kernel, passes.static(merged.static), np.dtype(dtype))
+        leaf, rows = run(self._block, self._numbers(merged.numbers), None)
+        return leaf.reshape(self._shape), np.asarray(_total(rows), np.float64)
+
+    def _numbers(self, numbers: Sequence[Any]) -> list[Any]:
+        return [self._number(number) for number in numbers]
+
+    def _number(self, number: Any) -> Any:
+        if isinstance(number, Sorted):
+            arrays = passes.values(number.kernel, ())(self._block, self._numbers(number.numbers))
+            return [_sort_rows(array) for array in arrays]
+        if isinstance(number, jax.Array) or (isinstance(number, np.ndarray) and number.dtype == np.uint32):
+            return number
+        if isinstance(number, list) and any(isinstance(x, jax.Array) for x in number):
+            return number
+        return np.asarray(number, np.float32)
+
+    def sums(self, kernel: Kernel, *numbers: Any, **static: Any) -> np.ndarray:
+        run = passes.row_sums(kernel, passes.static(static))
+        return np.asarray(_total(run(self._block, self._numbers(numbers), None)), np.float64)
+
+    def counts(self, kernel: Kernel, *numbers: Any, **static: Any) -> list[int]:
+        run = passes.row_sums(passes.as_numbers(kernel), passes.static(static))
+        return [int(n) for n in _total(run(self._block, self._numbers(numbers), None).astype(jnp.int32))]
+
+    def columns(self, kernel: Kernel, *numbers: Any, **static: Any) -> Any:
+        return passes.column_sums(kernel, passes.static(static))(self._block, self._numbers(numbers), None)
+
+    def rows(self, kernel: Kernel, *numbers: Any, **static: Any) -> Any:
+        return passes.values(kernel, passes.static(static))(self._block, self._numbers(numbers))
+
+    def masks(self, kernel: Kernel, *numbers: Any, **static: Any) -> Any:
+        return list(passes.values(kernel, passes.static(static))(self._block, self._numbers(numbers)))
+
+    def order_statistics(
+        self, kernel: Kernel, ranks: Sequence[Sequence[int]], *numbers: Any, **static: Any
+    ) -> list[np.ndarray]:
+        arrays = passes.values(kernel, passes.static(static))(self._block, self._numbers(numbers))
+        return [np.asarray(_statistics(a, np.asarray(r, np.int32))) for a, r in zip(arrays, ranks, strict=True)]
+
+    def map(self, kernel: Kernel, *numbers: Any, **static: Any) -> Merged:
+        return Merged(kernel, numbers, static)
+
+
+_statistics = jax.jit(order_statistics)
+
+
+@jax.jit
+def _total(rows: jax.Array) -> jax.Array:
+    """The sums of row sums [K, rows]; apart from them, since in one long float32 sum small terms would be lost."""
+    return jnp.sum(rows, axis=1)
+
+
+@jax.jit
+def _sort_rows(x: jax.Array) -> jax.Array:
+    return jnp.sort(x, axis=-1)
+
+
+@jax.jit
+def _all_finite(x: jax.Array) -> jax.Array:
+    return jnp.all(jnp.isfinite(x))
+
+
+def _as_rows(x: jax.Array) -> jax.Array:
+    """`x` as rows of its last axis; a vector is one row."""
+    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1] if x.ndim else 1)
 
 
 def _leaf(tree: Tree, row: Param, name: str) -> jax.Array:

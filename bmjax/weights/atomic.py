@@ -59,22 +59,62 @@ def replacing(target: str | Path, overwrite: bool = True) -> Iterator[Path]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield temporary
-            _sync_tree(temporary)
-            if target.exists():
-                target.rename(aside)
-            try:
-                temporary.rename(target)
-            except OSError:
-                if aside.exists():
-                    aside.rename(target)
-                raise
-            sync_directory(target.parent)
+            _take_place(temporary, target, aside)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
             os.close(lock)
         shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
         raise write_error(named, error) from None
+
+
+@contextlib.contextmanager
+def resuming(target: str | Path) -> Iterator[Path]:
+    """As `replacing`, but the directory has a name of its own, `.NAME.partial`, and what a killed or interrupted
+    process wrote there is still in it. After a UserError or an OSError it is removed.
+
+    UserError when another process is writing it.
+    """
+    named, target = Path(target), Path(target).resolve()
+    partial, aside = target.parent / f".{target.name}.partial", target.parent / f".{target.name}.replaced"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _clear_leftovers(target)
+        if aside.is_dir() and not target.exists():
+            aside.rename(target)
+        shutil.rmtree(aside, ignore_errors=True)
+        partial.mkdir(exist_ok=True)
+        lock = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{named}: another process is writing it; wait for it, or stop it") from None
+            try:
+                yield partial
+                _take_place(partial, target, aside)
+            except (UserError, OSError):
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+        finally:
+            os.close(lock)
+        shutil.rmtree(aside, ignore_errors=True)
+    except OSError as error:
+        raise write_error(named, error) from None
+
+
+def _take_place(temporary: Path, target: Path, aside: Path) -> None:
+    """Puts `temporary` on disk and in the place of `target`, which moves to `aside`."""
+    _sync_tree(temporary)
+    if target.exists():
+        target.rename(aside)
+    try:
+        temporary.rename(target)
+    except OSError:
+        if aside.exists():
+            aside.rename(target)
+        raise
+    sync_directory(target.parent)
 
 
 def write_error(target: Path, error: OSError) -> UserError:

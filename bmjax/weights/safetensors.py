@@ -11,6 +11,7 @@ import math
 import os
 import re
 import stat
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from bmjax.config import UserError, read_text
 from bmjax.weights.atomic import replacing, write_atomic
 
 __all__ = [
-    "DTYPES", "DTYPE_NAMES", "Checkpoint", "TensorInfo", "Writer", "listing", "open_checkpoint", "read_header",
+    "DTYPES", "DTYPE_NAMES", "Checkpoint", "Reader", "SharedWriter", "TensorInfo", "Writer", "listing", "open_checkpoint", "read_header",
     "replacing", "write_atomic",
 ]  # fmt: skip
 
@@ -273,6 +274,34 @@ def _read_into(fd: int, out: np.ndarray, offset: int, path: Path) -> None:
         done += count
 
 
+class Reader:
+    """Reads parts of tensors from any thread; files stay open until `close`."""
+
+    def __init__(self) -> None:
+        self._files: dict[Path, tuple[int, contextlib.ExitStack]] = {}
+        self._lock = threading.Lock()
+
+    def _fd(self, path: Path) -> int:
+        with self._lock:
+            if path not in self._files:
+                stack = contextlib.ExitStack()
+                self._files[path] = (stack.enter_context(_regular_file(path)), stack)
+            return self._files[path][0]
+
+    def read(self, info: TensorInfo, start: int, out: np.ndarray) -> None:
+        """Fills `out`, of the tensor's dtype, with its entries from flat index `start` on."""
+        _read_into(self._fd(info.file), out, info.start + start * info.numpy_dtype.itemsize, info.file)
+
+    def advise(self, info: TensorInfo) -> None:
+        """Has the system read a tensor's first part ahead."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._fd(info.file), info.start, min(info.nbytes, BOUNCE_BYTES), os.POSIX_FADV_WILLNEED)
+
+    def close(self) -> None:
+        while self._files:
+            self._files.popitem()[1][1].close()
+
+
 class Writer:
     """Writes tensors of a known plan as Hugging Face does, one at a time, holding none of them.
 
@@ -318,39 +347,24 @@ class Writer:
                 self._open_shard(self._shards - 1)
                 self._close_shard()
                 if self._shards > 1:
-                    self._write_index()
+                    _write_index(self.directory, self._plan, self._shard_of)
         except BaseException:
             self._discard()
             raise
         if kind is not None:
             self._discard()
 
-    def _file_name(self, shard: int) -> str:
-        return SINGLE if self._shards == 1 else f"model-{shard + 1:05d}-of-{self._shards:05d}.safetensors"
-
     def _open_shard(self, shard: int) -> None:
         if shard == self._open:
             return
         self._close_shard()
         tensors = [row for row, of in zip(self._plan, self._shard_of, strict=True) if of == shard]
-        # Widest first, as the safetensors library does: every tensor stays aligned to its own item size.
-        tensors.sort(key=lambda row: -row[1].itemsize)
-        header: dict[str, Any] = {"__metadata__": self._metadata} if self._metadata else {}
-        position = 0
-        starts = []
-        for name, dtype, shape in tensors:
-            end = position + math.prod(shape) * dtype.itemsize
-            header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
-            starts.append((name, position))
-            position = end
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        self._offsets = {name: 8 + len(text) + start for name, start in starts}
-        path = self.directory / self._file_name(shard)
+        header, self._offsets, _ = _header(tensors, self._metadata)
+        path = self.directory / _file_name(shard, self._shards)
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         self._created.append(path)
         self._open = shard
-        _write_at(self._fd, memoryview(len(text).to_bytes(8, "little") + text), 0)
+        _write_at(self._fd, memoryview(header), 0)
 
     def _close_shard(self) -> None:
         if self._fd >= 0:
@@ -360,18 +374,105 @@ class Writer:
             finally:
                 os.close(fd)
 
-    def _write_index(self) -> None:
-        total = sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in self._plan)
-        files = {row[0]: self._file_name(shard) for row, shard in zip(self._plan, self._shard_of, strict=True)}
-        index = {"metadata": {"total_size": total}, "weight_map": files}
-        write_atomic(self.directory / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
-
     def _discard(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
         for path in self._created:
             path.unlink(missing_ok=True)
+
+
+class SharedWriter:
+    """The files of a plan with all their tensors at once, for writing any part at any time from any thread.
+
+    The files have their full size from the start, so that a disk too small is known before anything is computed. Made
+    again in a directory where they are, it goes on with them. `finish` puts them on disk.
+    """
+
+    def __init__(
+        self, directory: str | Path, plan: Plan, shard_bytes: float = 5e9, metadata: Mapping[str, str] | None = None
+    ) -> None:
+        self.directory = Path(directory)
+        self._plan = [(name, np.dtype(dtype), tuple(int(n) for n in shape)) for name, dtype, shape in plan]
+        self._shard_of = _split(self._plan, shard_bytes)
+        self.files: list[Path] = []
+        self._at: dict[str, tuple[int, int, int]] = {}
+        self._fds: list[int] = []
+        try:
+            for shard in range((self._shard_of[-1] if self._shard_of else 0) + 1):
+                self._open(shard, dict(metadata if metadata is not None else {"format": "pt"}))
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, shard: int, metadata: dict[str, str]) -> None:
+        tensors = [row for row, of in zip(self._plan, self._shard_of, strict=True) if of == shard]
+        header, offsets, size = _header(tensors, metadata)
+        path = self.directory / _file_name(shard, (self._shard_of[-1] if self._shard_of else 0) + 1)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._fds.append(fd)
+        self.files.append(path)
+        if os.fstat(fd).st_size != size:
+            os.ftruncate(fd, 0)
+            os.posix_fallocate(fd, 0, size)
+        _write_at(fd, memoryview(header), 0)
+        sizes = {name: math.prod(shape) * dtype.itemsize for name, dtype, shape in tensors}
+        self._at |= {name: (fd, offset, sizes[name]) for name, offset in offsets.items()}
+
+    def write(self, name: str, start: int, data: np.ndarray) -> None:
+        """The bytes of `data` from byte `start` of a tensor on."""
+        fd, offset, size = self._at[name]
+        if start + data.nbytes > size:
+            raise ValueError(f"{name}: bytes {start} to {start + data.nbytes}, the tensor has {size}")
+        _write_at(fd, _bytes_of(data), offset + start)
+
+    def read(self, name: str, start: int, out: np.ndarray) -> None:
+        """Fills `out` with what was written from byte `start` of a tensor on."""
+        fd, offset, _ = self._at[name]
+        _read_into(fd, out, offset + start, self.directory)
+
+    def flush(self, name: str) -> None:
+        """Puts the file that holds a tensor on disk as far as it is written."""
+        os.fdatasync(self._at[name][0])
+
+    def finish(self) -> None:
+        """Everything is written: put it on disk and write the index of several files."""
+        for fd in self._fds:
+            os.fsync(fd)
+        self.close()
+        if len(self.files) > 1:
+            _write_index(self.directory, self._plan, self._shard_of)
+
+    def close(self) -> None:
+        """Lets go of the files as they are."""
+        while self._fds:
+            os.close(self._fds.pop())
+
+
+def _header(tensors: Plan, metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int], int]:
+    """The first bytes of a file that holds `tensors`, where in the file each begins, and the file's size."""
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    position, starts = 0, {}
+    # Widest first, as the safetensors library does: every tensor stays aligned to its own item size.
+    for name, dtype, shape in sorted(tensors, key=lambda row: -row[1].itemsize):
+        end = position + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
+        starts[name], position = position, end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    first = 8 + len(text)
+    return len(text).to_bytes(8, "little") + text, {n: first + start for n, start in starts.items()}, first + position
+
+
+def _file_name(shard: int, shards: int) -> str:
+    return SINGLE if shards == 1 else f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+
+
+def _write_index(directory: Path, plan: Plan, shard_of: Sequence[int]) -> None:
+    total = sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in plan)
+    files = {row[0]: _file_name(shard, shard_of[-1] + 1) for row, shard in zip(plan, shard_of, strict=True)}
+    index = {"metadata": {"total_size": total}, "weight_map": files}
+    write_atomic(directory / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def _split(plan: Plan, shard_bytes: float) -> list[int]:

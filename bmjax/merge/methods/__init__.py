@@ -1,25 +1,17 @@
 """Merge methods, one file a family. Importing this package registers them all."""
 
-from bmjax.merge.methods.arcee_fusion import arcee_fusion
-from bmjax.merge.methods.linear import linear
-from bmjax.merge.methods.method import METHODS, About, Merged, Method, Parameter, find, method
-from bmjax.merge.methods.nearswap import nearswap
-from bmjax.merge.methods.passthrough import passthrough
-from bmjax.merge.methods.slerp import slerp
-from bmjax.merge.methods.task_arithmetic import task_arithmetic
+from bmjax.merge.methods import (  # noqa: F401  # noqa: F401
+    arcee_fusion,
+    linear,
+    model_stock,
+    nearswap,
+    passthrough,
+    ram,
+    sce,
+    slerp,
+    spherical,
+    task_arithmetic,
+)
+from bmjax.merge.methods.method import METHODS, About, Block, Merged, Method, Parameter, Tensor, find, method
 
-__all__ = [
-    "METHODS",
-    "About",
-    "Merged",
-    "Method",
-    "Parameter",
-    "arcee_fusion",
-    "find",
-    "linear",
-    "method",
-    "nearswap",
-    "passthrough",
-    "slerp",
-    "task_arithmetic",
-]
+__all__ = ["METHODS", "About", "Block", "Merged", "Method", "Parameter", "Tensor", "find", "method"]

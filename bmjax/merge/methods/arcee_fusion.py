@@ -1,33 +1,31 @@
 """Arcee fusion: keep the changes that matter, entry by entry. The merge of TinyR1 (arXiv 2503.04872)."""
 
-import functools
-from collections.abc import Sequence
 from typing import Annotated, Literal
 
-import jax
-import jax.numpy as jnp
-from jax import lax
+import numpy as np
 
-from bmjax.merge.methods.method import About, Merged, changes, float32, method
-from bmjax.merge.quantile import count, order_statistics, rank
+from bmjax.merge.methods.lazy import Array, jnp, lax
+from bmjax.merge.methods.method import About, Block, Masks, Merged, Rebase, Tensor, add, deltas, method
+from bmjax.merge.quantile import rank
 
 EPSILON = 1e-8
 SMALL = 0.02
 
 
-@method("arcee_fusion", base="required", branches=(1, None), jit=False)
+@method("arcee_fusion", base="required", branches=(1, None), by_row=True)
 def arcee_fusion(
-    base: jax.Array,
-    branches: Sequence[jax.Array],
+    t: Tensor,
     *,
     lambda_: Annotated[float, About("factor of the kept changes")] = 1.0,
     combine: Annotated[
         Literal["mean", "sum"],
         About("an entry kept from several models gets the mean or the sum of their changes"),
     ] = "mean",
-    rebase: Annotated[
-        jax.Array | None, About("take each model's change from this model instead of the base", model=True)
-    ] = None,
+    importance: Annotated[
+        Literal["row", "tensor"],
+        About("one KL a row, as the paper's authors ran it, or one a tensor and signed, as the paper's text reads"),
+    ] = "row",
+    rebase: Rebase = None,
 ) -> Merged:
     """Keep a model's change where its importance is at least median + 1.5 * (q3 - q1), the base's value elsewhere.
 
@@ -36,52 +34,66 @@ def arcee_fusion(
     is scored against the base by itself, then the kept changes are combined. With `rebase` a model counts as
     base + (model - rebase), so that a step of a sequence does not revert what earlier steps brought into the base.
     `combine: mean` (the default) at lambda 1 never moves an entry further than one of its models did.
+    `importance: tensor` is the other reading: (base - model) * KL of the flattened tensors, with its sign, so that only
+    decreases can be kept.
     """
-    origin = base if rebase is None else rebase
-    masks, shares = zip(*(_score(base, branch, origin) for branch in branches), strict=True)
-    return Merged(_combine(base, branches, masks, rebase, lambda_, combine=combine), jnp.stack(shares))
+    quartiles = [rank(q, t.size) for q in (0.25, 0.5, 0.75)]
+    if importance == "tensor":
+        # The KL is one positive factor of the whole tensor: it changes no entry's place.
+        found = t.order_statistics(_decreases, [quartiles] * t.branches)
+        return t.map(_fuse_signed, _limits(found), lambda_, combine=combine)
+    form = "textbook" if t.compat == "mergekit" else "exact"
+    kl = t.rows(row_kls, form=form)
+    found = t.order_statistics(importances, [quartiles] * t.branches, kl)
+    return t.map(_fuse, kl, _limits(found), lambda_, combine=combine)
 
 
-@jax.jit
-def _score(base: jax.Array, branch: jax.Array, origin: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Where a branch's change from `origin` is kept, bool, and the share of such entries."""
-    (delta,) = changes(base, [branch], origin)
-    kept = importance_mask(float32(base), delta)
-    return kept, count(kept) / kept.size
+def _limits(found: list[np.ndarray]) -> list[float]:
+    return [float(np.float32(median) + np.float32(1.5) * (np.float32(q3) - np.float32(q1))) for q1, median, q3 in found]
 
 
-@functools.partial(jax.jit, static_argnames="combine")
-def _combine(
-    base: jax.Array,
-    branches: Sequence[jax.Array],
-    masks: Sequence[jax.Array],
-    rebase: jax.Array | None,
-    lambda_: float,
-    *,
-    combine: str,
-) -> jax.Array:
+def row_kls(x: Block, *, form: str) -> Array:
+    """KL of every branch's rows, [branches, rows, 1]."""
+    kl = row_kl if form == "exact" else _kl_textbook
+    return jnp.stack([kl(x.base, delta) for delta in deltas(x)])
+
+
+def importances(x: Block, kl: Array) -> list[Array]:
+    """|change| * KL of its row for every branch."""
+    return [jnp.abs(delta) * k for delta, k in zip(deltas(x), kl, strict=True)]
+
+
+def _fuse(x: Block, kl: Array, limits: Array, lambda_: Array, *, combine: str) -> tuple[Array, Masks]:
+    changes = deltas(x)
+    # An entry that did not change has no change to keep.
+    masks = [(i >= limits[b]) & (changes[b] != 0) for b, i in enumerate(importances(x, kl))]
+    return combined(x, masks, lambda_, combine=combine), masks
+
+
+def _decreases(x: Block) -> list[Array]:
+    return [-delta for delta in deltas(x)]
+
+
+def _fuse_signed(x: Block, limits: Array, lambda_: Array, *, combine: str) -> tuple[Array, Masks]:
+    masks = [(-d >= limits[b]) & (d != 0) for b, d in enumerate(deltas(x))]
+    return combined(x, masks, lambda_, combine=combine), masks
+
+
+def combined(x: Block, masks: Masks, lambda_: Array, *, combine: str) -> Array:
     """The base with the kept changes, scaled by `lambda_`."""
-    deltas, base = changes(base, branches, rebase), float32(base)
-    values = [float32(b) for b in branches] if rebase is None else [base + delta for delta in deltas]
-    copies = functools.reduce(jnp.add, [kept.astype(jnp.int32) for kept in masks])
-    total = functools.reduce(jnp.add, [jnp.where(k, d, 0.0) for k, d in zip(masks, deltas, strict=True)])
-    if combine == "mean":
+    changes = deltas(x)
+    values = x.branches if "rebase" not in x.models else [x.base + delta for delta in changes]
+    copies = add([kept.astype(jnp.int32) for kept in masks])
+    total = add([jnp.where(k, d, 0.0) for k, d in zip(masks, changes, strict=True)])
+    if combine == "mean" and len(masks) > 1:
         total = total / jnp.maximum(copies, 1)
     # An entry kept from one model takes its value itself: base + (model - base) can be a rounding away from it.
-    chosen = functools.reduce(jnp.add, [jnp.where(k, v, 0.0) for k, v in zip(masks, values, strict=True)])
+    chosen = add([jnp.where(k, v, 0.0) for k, v in zip(masks, values, strict=True)])
     one = chosen + (lambda_ - 1.0) * total
-    return jnp.where(copies == 0, base, jnp.where(copies == 1, one, base + lambda_ * total))
+    return jnp.where(copies == 0, x.base, jnp.where(copies == 1, one, x.base + lambda_ * total))
 
 
-def importance_mask(base: jax.Array, delta: jax.Array) -> jax.Array:
-    """Where the change `delta` of `base` is kept, bool. An entry that did not change has no change to keep."""
-    importance = jnp.abs(delta) * row_kl(base, delta)
-    n = importance.size
-    q1, median, q3 = order_statistics(importance, [rank(q, n) for q in (0.25, 0.5, 0.75)])
-    return (importance >= median + 1.5 * (q3 - q1)) & (delta != 0)
-
-
-def row_kl(base: jax.Array, delta: jax.Array) -> jax.Array:
+def row_kl(base: Array, delta: Array) -> Array:
     """KL(P || Q) of every row, P = softmax(base + delta) + 1e-8, Q = softmax(base) + 1e-8: float32 [..., 1], in nats.
 
     The divergence is of second order in `delta`; the textbook sum(P * log(P / Q)) is a small difference of large
@@ -98,7 +110,7 @@ def row_kl(base: jax.Array, delta: jax.Array) -> jax.Array:
     return jnp.where(shifted, 0.0, kl)
 
 
-def _kl_small(base: jax.Array, delta: jax.Array) -> jax.Array:
+def _kl_small(base: Array, delta: Array) -> Array:
     """For |delta| <= SMALL everywhere: polynomials, exact to float32, in place of transcendental functions."""
     q, _ = _softmax(base)
     t = delta - jnp.log1p(jnp.sum(q * _expm1_series(delta), axis=-1, keepdims=True))
@@ -106,7 +118,7 @@ def _kl_small(base: jax.Array, delta: jax.Array) -> jax.Array:
     return jnp.sum((q + EPSILON) * _g_series(x), axis=-1, keepdims=True)
 
 
-def _kl_any(base: jax.Array, delta: jax.Array) -> jax.Array:
+def _kl_any(base: Array, delta: Array) -> Array:
     """For any delta. A change that is not small does not cancel, and is computed without overflow."""
     q, log_sum = _softmax(base)
     p, log_sum_new = _softmax(base + delta)
@@ -121,7 +133,7 @@ def _kl_any(base: jax.Array, delta: jax.Array) -> jax.Array:
     return jnp.sum((q + EPSILON) * g, axis=-1, keepdims=True)
 
 
-def _softmax(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _softmax(x: Array) -> tuple[Array, Array]:
     """The softmax of every row, and the logarithm of its denominator [..., 1]."""
     largest = jnp.max(x, axis=-1, keepdims=True)
     e = jnp.exp(x - largest)
@@ -129,9 +141,15 @@ def _softmax(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return e / total, jnp.log(total) + largest
 
 
-def _expm1_series(t: jax.Array) -> jax.Array:
+def _expm1_series(t: Array) -> Array:
     return t * (1.0 + t / 2 * (1.0 + t / 3 * (1.0 + t / 4 * (1.0 + t / 5))))
 
 
-def _g_series(x: jax.Array) -> jax.Array:
+def _g_series(x: Array) -> Array:
     return x * x * (1 / 2 - x * (1 / 6 - x * (1 / 12 - x * (1 / 20 - x / 30))))
+
+
+def _kl_textbook(base: Array, delta: Array) -> Array:
+    """sum(P * log(P / Q)), which cancels: the arithmetic of mergekit, for `compat: mergekit`."""
+    p, q = _softmax(base + delta)[0] + EPSILON, _softmax(base)[0] + EPSILON
+    return jnp.sum(p * jnp.log(p / q), axis=-1, keepdims=True)

@@ -1,11 +1,15 @@
-"""What a merge method is: a pure leaf function whose signature is its parameter table.
+"""What a merge method is: a function of one tensor of every model, whose signature is its parameter table.
 
     @method("scaled", base="required", branches=(1, 1))
-    def scaled(base, branches, *, lambda_: Annotated[float, About("factor of the change")] = 1.0) -> Merged: ...
+    def scaled(t: Tensor, *, lambda_: Annotated[float, About("factor of the change")] = 1.0) -> Merged:
+        return t.map(_scaled, lambda_)
 
-`base` and every branch arrive as float32 arrays of one shape, at least one dimension, in the Hugging Face layout: the
-last axis is the row (in_features of a matrix). With `jit=False` they come as they are stored: for a method of several
-jitted parts, one compiled part serving all its forms, which casts them there and saves copies. A trailing underscore
+    def _scaled(x: Block, lambda_):
+        return x.base + lambda_ * deltas(x)[0], None
+
+A method says which passes it makes over the tensor: `rows` and `sums` gather what has to be known beforehand, `map`
+gives the result. What a pass computes is a kernel, a pure function of some rows of the tensor, compiled once a
+shape; so the same method serves a sharded array (all rows at once) and a file (rows in chunks). A trailing underscore
 of a parameter is not part of its recipe name (`lambda_` is `lambda`).
 """
 
@@ -15,28 +19,95 @@ import math
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
-import jax
-import jax.numpy as jnp
+import numpy as np
 
 from bmjax.config import UserError, nearest
+from bmjax.merge.methods.lazy import Array, jnp, lax
+
+
+class Block(NamedTuple):
+    """Some rows of one tensor: what a kernel sees. Arrays are float32 [rows, columns] in the Hugging Face layout (the
+    last axis is the row, in_features of a matrix; a vector is one row).
+
+    base: None for a method without one. branches: the other models. models: those that parameters name (`rebase`).
+    start: uint32 [2], high and low half of the first entry's index in the flattened tensor.
+    """
+
+    base: Array
+    branches: Sequence[Array]
+    models: Mapping[str, Array]
+    start: Array
+
+
+Masks = Sequence[Array]
+Kernel = Callable[..., Any]
 
 
 class Merged(NamedTuple):
-    """A merged tensor, float32, and per branch the share of the tensor's entries its change went into, [branches]."""
+    """A result in the making: `kernel(block, *numbers, **static)` gives (leaf, kept masks or None if all is kept)."""
 
-    leaf: jax.Array
-    kept: jax.Array
+    kernel: Kernel
+    numbers: Sequence[Any]
+    static: Mapping[str, Any]
+
+
+class Sorted(NamedTuple):
+    """As an argument of a pass: each array that the kernel gives, every row of it sorted."""
+
+    kernel: Kernel
+    numbers: Sequence[Any] = ()
+
+
+class Tensor(Protocol):
+    """One tensor of every model. A pass takes a kernel, numbers (run-time inputs of the compiled kernel: scalars,
+    sequences of them, what `rows`, `masks` and `order_statistics` gave) and keywords (compiled in).
+
+    size: entries. branches: how many models beside the base. has_base: whether there is one. keys: uint32 [branches, 2] for `random_bits`, fixed by
+    seed, tensor and model. compat: 'mergekit' where the recipe asks for that tool's arithmetic.
+    """
+
+    size: int
+    branches: int
+    has_base: bool
+    keys: np.ndarray
+    compat: str | None
+
+    def sums(self, kernel: Kernel, *numbers: Any, **static: Any) -> np.ndarray:
+        """The sum over all entries of each array that the kernel gives: float64 [K], rows summed in float32."""
+
+    def counts(self, kernel: Kernel, *numbers: Any, **static: Any) -> list[int]:
+        """How many entries of each bool array that the kernel gives are true, exactly."""
+
+    def columns(self, kernel: Kernel, *numbers: Any, **static: Any) -> Any:
+        """The sum over rows of each array: a number for later passes, float32 [K, 1, columns]."""
+
+    def rows(self, kernel: Kernel, *numbers: Any, **static: Any) -> Any:
+        """What the kernel gives for every row, an array [..., rows, 1]: a number for later passes."""
+
+    def masks(self, kernel: Kernel, *numbers: Any, **static: Any) -> Any:
+        """The bool arrays that the kernel gives: a number for later passes, which see a list."""
+
+    def order_statistics(
+        self, kernel: Kernel, ranks: Sequence[Sequence[int]], *numbers: Any, **static: Any
+    ) -> list[np.ndarray]:
+        """For each array that the kernel gives, its sorted values at `ranks` (0-based), float32, exactly. The kernel
+        must not look beyond an entry (use `rows` for that)."""
+
+    def map(self, kernel: Kernel, *numbers: Any, **static: Any) -> Merged:
+        """The result: the kernel gives (leaf, kept): for each branch a bool array of the entries it went into."""
 
 
 @dataclass(frozen=True)
 class About:
-    """What `--help` says of a parameter. each: one number a model. model: names a model, the method gets its tensor."""
+    """What `--help` says of a parameter. each: one number a model. model: names a model, which `Block.models` holds."""
 
     text: str
     each: bool = False
     model: bool = False
+    least: float = -math.inf
+    most: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -50,22 +121,27 @@ class Parameter:
     about: About
 
     @property
-    def traced(self) -> bool:
-        """Numbers are run-time inputs of the compiled merge; switches and choices are compiled in."""
-        return self.kind is float
-
-    @property
     def expected(self) -> str:
+        """What a recipe may give, in words."""
         if typing.get_origin(self.kind) is Literal:
             return " or ".join(typing.get_args(self.kind))
-        return "a model" if self.about.model else {float: "a number", bool: "true or false"}[self.kind]
+        if self.about.model:
+            return "a model"
+        words = {float: "a number", int: "a whole number", bool: "true or false"}[self.kind]
+        least, most = self.about.least, self.about.most
+        if math.isfinite(least) and math.isfinite(most):
+            return f"{words} from {least:g} to {most:g}"
+        return words if math.isinf(least) else f"{words}, at least {least:g}"
 
     def check(self, value: Any) -> Any:
         """`value` as this parameter's type, or a UserError that says what was expected."""
         choices = typing.get_args(self.kind) if typing.get_origin(self.kind) is Literal else ()
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if self.kind is float and number:
-            return float(value)
+        if number and self.about.least <= value <= self.about.most:
+            if self.kind is float:
+                return float(value)
+            if self.kind is int and value == int(value):
+                return int(value)
         if (self.kind is bool and isinstance(value, bool)) or (choices and value in choices):
             return value
         if self.kind is str and isinstance(value, str) and value:
@@ -78,23 +154,30 @@ class Parameter:
 class Method:
     """A registered method.
 
-    base: 'required': branches are scored against it; 'unused': base_model only gives config, tokenizer and types,
-    and is merged like any other model where it is listed. branches: least and most models beside a required base.
+    base: 'required': branches are scored against it; 'optional': so, where the recipe names one; 'unused': base_model
+    only gives config, tokenizer and types, and is merged like any other model where it is listed. branches: least and
+    most models beside a base. by_row: a kernel looks at whole rows, so they must not be cut.
     """
 
     name: str
-    leaf: Callable[..., Merged]
-    base: Literal["required", "unused"]
+    passes: Callable[..., Merged]
+    base: Literal["required", "optional", "unused"]
     branches: tuple[int, int | None]
     parameters: Mapping[str, Parameter]
     summary: str
     check: Callable[[Mapping[str, Any]], None] | None
+    by_row: bool
 
     def parameter(self, name: str) -> Parameter:
         if name not in self.parameters:
             hint = nearest(name, list(self.parameters))
             raise UserError(f"unknown parameter '{name}' of {self.name}{hint}")
         return self.parameters[name]
+
+    def merge(self, tensor: Tensor, arguments: Mapping[str, Any]) -> Merged:
+        """The method on one tensor; arguments by recipe name, numbers of `each` parameters as a tuple."""
+        rows = self.parameters.values()
+        return self.passes(tensor, **{p.argument: arguments[p.name] for p in rows if not p.about.model})
 
 
 METHODS: dict[str, Method] = {}
@@ -110,44 +193,22 @@ def find(name: str) -> Method:
 def method(
     name: str,
     *,
-    base: Literal["required", "unused"],
+    base: Literal["required", "optional", "unused"],
     branches: tuple[int, int | None],
     check: Callable[[Mapping[str, Any]], None] | None = None,
-    jit: bool = True,
+    by_row: bool = False,
 ) -> Callable[[Callable[..., Merged]], Callable[..., Merged]]:
-    """Registers a leaf function and returns it jitted, with its array arguments cast to float32.
+    """Registers a method.
 
     `check` sees the parameters of a recipe by name (numbers of `each` parameters as a tuple) and raises UserError.
     """
 
     def register(function: Callable[..., Merged]) -> Callable[..., Merged]:
-        table = _table(function)
-        cast = float32 if jit else jnp.atleast_1d
-        static = [p.argument for p in table.values() if not p.traced and not p.about.model]
-
-        @functools.wraps(function)
-        def leaf(base: jax.Array | None, branches: Sequence[jax.Array], **arguments: Any) -> Merged:
-            shape = jnp.shape(branches[0])
-            for p in table.values():
-                if p.about.each:
-                    value = arguments.get(p.argument, p.default)
-                    arguments[p.argument] = jnp.broadcast_to(jnp.asarray(value, jnp.float32), (len(branches),))
-                elif p.about.model and arguments.get(p.argument) is not None:
-                    arguments[p.argument] = cast(arguments[p.argument])
-            merged = function(None if base is None else cast(base), [cast(b) for b in branches], **arguments)
-            return Merged(merged.leaf.reshape(shape), merged.kept)
-
-        compiled = jax.jit(leaf, static_argnames=static) if jit else leaf
         summary = inspect.cleandoc(function.__doc__ or "")
-        METHODS[name] = Method(name, compiled, base, branches, table, summary, check)
-        return compiled
+        METHODS[name] = Method(name, function, base, branches, _table(function), summary, check, by_row)
+        return function
 
     return register
-
-
-def float32(x: jax.Array) -> jax.Array:
-    """`x` as a method computes with it."""
-    return jnp.atleast_1d(jnp.asarray(x).astype(jnp.float32))
 
 
 def _table(function: Callable[..., Merged]) -> dict[str, Parameter]:
@@ -166,12 +227,44 @@ def _table(function: Callable[..., Merged]) -> dict[str, Parameter]:
     return rows
 
 
-def changes(base: jax.Array, branches: Sequence[jax.Array], rebase: jax.Array | None) -> list[jax.Array]:
+Numbers = tuple[float, ...]
+Weight = Annotated[Numbers, About("factor of the model's change", each=True)]
+Scale = Annotated[float, About("factor of the summed change")]
+Rebase = Annotated[str | None, About("take each model's change from this model instead of the base", model=True)]
+
+
+def deltas(x: Block) -> list[Array]:
     """The task vector of each branch: its difference from the base, or from `rebase` where that is given."""
-    origin = float32(base if rebase is None else rebase)
-    return [float32(branch) - origin for branch in branches]
+    origin = x.models.get("rebase", x.base)
+    return [branch - origin for branch in x.branches]
 
 
-def dense(leaf: jax.Array, branches: Sequence[jax.Array]) -> Merged:
-    """The result of a method that takes every entry of every branch."""
-    return Merged(leaf, jnp.ones(len(branches), jnp.float32))
+def add(arrays: Sequence[Array]) -> Array:
+    """The sum, in order."""
+    return functools.reduce(lambda a, b: a + b, arrays)
+
+
+def magnitudes(x: Block) -> list[Array]:
+    """|change| of every branch."""
+    return [jnp.abs(delta) for delta in deltas(x)]
+
+
+def random_bits(x: Block, key: Array) -> Array:
+    """24 random bits for each entry of a block, as a float32 in [0, 1): a function of the key and the entry's index.
+
+    key: uint32 [2]. Two rounds of a 32-bit mixing function (multiply and xor-shift, constants found by Wellons' hash
+    prospector for least bias) over index and key; a fifteenth of the time of the generators of `jax.random`.
+    """
+    rows, columns = x.branches[0].shape
+    local = lax.broadcasted_iota(jnp.uint32, (rows, columns), 0) * jnp.uint32(columns)
+    local = local + lax.broadcasted_iota(jnp.uint32, (rows, columns), 1)
+    low = x.start[1] + local
+    high = x.start[0] + (low < local).astype(jnp.uint32)
+    bits = _mix(_mix(low ^ key[0]) + _mix(high ^ key[1]))
+    return (bits >> 8).astype(jnp.int32).astype(jnp.float32) * np.float32(2.0**-24)
+
+
+def _mix(x: Array) -> Array:
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)

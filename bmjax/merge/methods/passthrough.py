@@ -1,19 +1,16 @@
 """A model as it is, or scaled."""
 
-from collections.abc import Sequence
 from typing import Annotated
 
-import jax
-
-from bmjax.merge.methods.method import About, Merged, dense, method
+from bmjax.merge.methods.lazy import Array
+from bmjax.merge.methods.method import About, Block, Merged, Tensor, method
 
 
 @method("passthrough", base="unused", branches=(1, 1))
-def passthrough(
-    base: jax.Array | None,
-    branches: Sequence[jax.Array],
-    *,
-    scale: Annotated[float, About("factor of the model's values")] = 1.0,
-) -> Merged:
-    """scale * model: to convert a type or to rename a step's result, without a change at scale 1."""
-    return dense(scale * branches[0], branches)
+def passthrough(t: Tensor, *, scale: Annotated[float, About("factor of the model's values")] = 1.0) -> Merged:
+    """scale * model: to stack layers, convert a type or rename a step's result, without a change at scale 1."""
+    return t.map(_scaled, scale)
+
+
+def _scaled(x: Block, scale: Array) -> tuple[Array, None]:
+    return scale * x.branches[0], None

@@ -1,0 +1,51 @@
+"""Reinforced agent merging: what one model alone changed is kept whole, what several changed is averaged."""
+
+from typing import Annotated
+
+from bmjax.merge.methods.lazy import Array, jnp
+from bmjax.merge.methods.method import About, Block, Masks, Merged, Tensor, add, deltas, method
+
+Threshold = Annotated[float, About("a change up to this size is none", least=0)]
+
+
+@method("ram", base="required", branches=(1, None))
+def ram(t: Tensor, *, epsilon: Threshold = 1e-5) -> Merged:
+    """base + the mean of an entry's changes over the models that changed it by more than epsilon, arXiv 2601.13572."""
+    return t.map(_merge, epsilon, [1.0] * t.branches)
+
+
+@method("ramplus_tl", base="required", branches=(1, None))
+def ramplus_tl(
+    t: Tensor,
+    *,
+    r: Annotated[float, About("how much a model's own entries are raised", least=0)] = 0.1,
+    alpha: Annotated[float, About("the most that the ratio of shared to own entries counts", least=0)] = 0.2,
+    epsilon: Threshold = 1e-5,
+) -> Merged:
+    """RAM+ (tensor level), arXiv 2601.13572: as ram, but an entry that one model alone changed gets its change times
+    1 + r * clip(shared / own, 0, alpha), from how many of the model's changed entries are shared and its own."""
+    counts = t.counts(_changed, epsilon)
+    ratios = [
+        shared / max(own, epsilon) if shared else 0.0 for shared, own in zip(counts[0::2], counts[1::2], strict=True)
+    ]
+    return t.map(_merge, epsilon, [1.0 + r * min(ratio, alpha) for ratio in ratios])
+
+
+def _masks(x: Block, epsilon: Array) -> tuple[Masks, Array]:
+    masks = [jnp.abs(delta) > epsilon for delta in deltas(x)]
+    return masks, add([kept.astype(jnp.int32) for kept in masks])
+
+
+def _changed(x: Block, epsilon: Array) -> list[Array]:
+    """Of every model: what it changed with others, and what it alone did."""
+    masks, copies = _masks(x, epsilon)
+    return [found for kept in masks for found in (kept & (copies > 1), kept & (copies == 1))]
+
+
+def _merge(x: Block, epsilon: Array, raised: Array) -> tuple[Array, Masks]:
+    masks, copies = _masks(x, epsilon)
+    changes = deltas(x)
+    total = add(
+        [jnp.where(k, jnp.where(copies == 1, f * d, d), 0.0) for k, f, d in zip(masks, raised, changes, strict=True)]
+    )
+    return x.base + total / jnp.maximum(copies, 1), masks

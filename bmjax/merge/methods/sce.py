@@ -1,0 +1,66 @@
+"""Select, calculate, erase."""
+
+from typing import Annotated
+
+import numpy as np
+
+from bmjax.merge.methods.lazy import Array, jnp
+from bmjax.merge.methods.method import About, Block, Masks, Merged, Rebase, Tensor, add, deltas, method
+from bmjax.merge.methods.task_arithmetic import Unused
+
+
+@method("sce", base="required", branches=(1, None))
+def sce(
+    t: Tensor,
+    *,
+    select_topk: Annotated[
+        float, About("share of the entries to keep, those that vary most between models", least=0, most=1)
+    ] = 1.0,
+    int8_mask: Unused = False,
+    rebase: Rebase = None,
+) -> Merged:
+    """SCE of FuseChat-3.0, arXiv 2408.07990.
+
+    Select: of the entries whose variance over the models' changes is not 0, the select_topk share with the largest
+    (all that equal the last of them, too). Calculate: a model's weight is the mean square of its selected changes.
+    Erase: an entry takes the weighted mean of the changes whose sign is that of their sum (+ for 0).
+    """
+    limit = 0.0
+    if select_topk < 1:
+        (varied,) = t.counts(_varied)
+        k = int(select_topk * varied)
+        limit = float(t.order_statistics(_variance, [[t.size - k]])[0][0]) if k else np.inf
+    squares = t.sums(_selected_squares, limit)
+    weight = squares / squares.sum() if squares.sum() > 0 else np.full(t.branches, 1.0 / t.branches)
+    return t.map(_erase, limit, list(weight))
+
+
+def _variance(x: Block) -> list[Array]:
+    """The population variance of an entry over the models."""
+    changes = deltas(x)
+    mean = add(changes) / len(changes)
+    # Equal changes vary by nothing, whatever their mean was rounded to.
+    vary = add([(change != changes[0]).astype(jnp.int32) for change in changes]) > 0
+    return [jnp.where(vary, add([(change - mean) ** 2 for change in changes]) / len(changes), 0.0)]
+
+
+def _varied(x: Block) -> list[Array]:
+    return [_variance(x)[0] > 0]
+
+
+def _selected(x: Block, limit: Array) -> list[Array]:
+    (variance,) = _variance(x)
+    return [jnp.where(variance >= limit, change, 0.0) for change in deltas(x)]
+
+
+def _selected_squares(x: Block, limit: Array) -> list[Array]:
+    return [change**2 for change in _selected(x, limit)]
+
+
+def _erase(x: Block, limit: Array, weight: Array) -> tuple[Array, Masks]:
+    changes = _selected(x, limit)
+    positive = add(changes) >= 0
+    masks = [(change != 0) & ((change > 0) == positive) for change in changes]
+    total = add([jnp.where(k, w * c, 0.0) for k, w, c in zip(masks, weight, changes, strict=True)])
+    divisor = add([jnp.where(k, w, 0.0) for k, w in zip(masks, weight, strict=True)])
+    return x.base + total / jnp.where(divisor > 0, divisor, 1.0), masks

@@ -1,0 +1,123 @@
+"""Means on the sphere: a tensor is a vector, its direction and its length are averaged apart.
+
+Every mean is a combination of the models, so its factors follow from the models' products with each other alone: one
+pass for those, one for the combination.
+"""
+
+from typing import Annotated
+
+import numpy as np
+
+from bmjax.config import UserError
+from bmjax.merge.methods.lazy import Array
+from bmjax.merge.methods.linear import weights_sum
+from bmjax.merge.methods.method import About, Block, Merged, Numbers, Tensor, add, deltas, method
+
+Share = Annotated[Numbers, About("how near the result is to the model", each=True)]
+
+
+@method("multislerp", base="optional", branches=(1, None))
+def multislerp(
+    t: Tensor,
+    *,
+    weight: Share = 1.0,  # type: ignore[assignment]
+    normalize_weights: Annotated[bool, About("divide the weights by their sum")] = True,
+    eps: Annotated[float, About("a mean direction shorter than this is none", least=0)] = 1e-8,
+) -> Merged:
+    """The direction of sum(weight * model / |model|) with the length sum(weight * |model|); with a base, that of the
+    changes from it, added to the base.
+
+    What the weighted barycentre in the tangent space at that mean comes to: it is the mean itself. Where the directions
+    cancel out (shorter than `eps`) there is no mean direction, and the plain weighted sum is taken.
+    """
+    gram = products(t, "base" if t.has_base else "none")
+    weights = np.asarray(weight, np.float64)
+    if normalize_weights:
+        weights = weights / weights.sum()
+    lengths, unit = _unit(gram)
+    along = np.where(lengths > 0, weights, 0.0)
+    mean = np.sqrt(max(0.0, along @ unit @ along))
+    directed = mean >= eps and mean > 0
+    length = float(weights @ lengths)
+    factors = along * length / np.where(lengths > 0, lengths, 1.0) / mean if directed else weights
+    return t.map(_combine, list(factors), against="base" if t.has_base else "none")
+
+
+def _check_karcher(parameters: dict[str, Numbers]) -> None:
+    if any(w < 0 for w in parameters["weight"]):
+        raise UserError("weight: a Karcher mean needs weights of at least 0")
+    weights_sum(parameters)
+
+
+@method("karcher", base="unused", branches=(1, None), check=_check_karcher)
+def karcher(
+    t: Tensor,
+    *,
+    weight: Share = 1.0,  # type: ignore[assignment]
+    max_iter: Annotated[int, About("most steps towards the mean", least=1)] = 10,
+    tol: Annotated[float, About("a step shorter than this is the last", least=0)] = 1e-5,
+) -> Merged:
+    """The Karcher (Riemannian) mean of the directions on the sphere, with the mean length (Grove and Karcher 1973).
+
+    From the mean direction m, steps of the exponential map along sum(weight * log_m(model)). The mean is a combination
+    of the models, which the steps are taken on in float64.
+    """
+    lengths, unit = _unit(products(t, "none"))
+    weights = np.asarray(weight, np.float64) / sum(weight)
+    some = lengths > 0
+    if not some.any():
+        return t.map(_combine, [1.0] * t.branches, against="none")
+    along = np.where(some, weights, 0.0)
+    along = along / along.sum() if along.sum() > 0 else some / some.sum()
+    mean = along.copy()
+    if np.sqrt(max(0.0, mean @ unit @ mean)) < tol:
+        mean = np.eye(t.branches)[int(np.argmax(some))]
+    mean = mean / np.sqrt(mean @ unit @ mean)
+    for _ in range(max_iter):
+        cosine = np.clip(unit @ mean, -1.0, 1.0)
+        angle = np.arccos(cosine)
+        # log_m(u) = (angle / sin angle) (u - cosine m); at an angle of nothing, and opposite to m, no direction is best.
+        turn = np.where((angle > 1e-12) & (angle < np.pi - 1e-9), angle / np.where(angle > 0, np.sin(angle), 1.0), 0.0)
+        turn = np.where(angle <= 1e-12, 1.0, turn) * along
+        step = turn - (turn @ cosine) * mean
+        length = np.sqrt(max(0.0, step @ unit @ step))
+        if length < tol:
+            break
+        mean = np.cos(length) * mean + np.sin(length) / length * step
+        mean = mean / np.sqrt(mean @ unit @ mean)
+    factors = mean * float(weights @ lengths) / np.where(some, lengths, 1.0)
+    return t.map(_combine, list(np.where(some, factors, 0.0)), against="none")
+
+
+def products(t: Tensor, against: str) -> np.ndarray:
+    """The products of the models (or of their changes from the base) with each other, float64 [branches, branches]."""
+    found = t.sums(_products, against=against)
+    gram = np.zeros((t.branches, t.branches))
+    gram[np.triu_indices(t.branches)] = found
+    return gram + np.triu(gram, 1).T
+
+
+def _unit(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The lengths, and the products of the unit vectors (0 for a vector of no length)."""
+    lengths = np.sqrt(np.diag(gram))
+    scale = np.where(lengths > 0, lengths, 1.0)
+    return lengths, gram / np.outer(scale, scale)
+
+
+def _vectors(x: Block, against: str) -> list[Array]:
+    return list(x.branches) if against == "none" else deltas(x)
+
+
+def _products(x: Block, *, against: str) -> list[Array]:
+    vectors = _vectors(x, against)
+    return [u * v for i, u in enumerate(vectors) for v in vectors[i:]]
+
+
+def _combine(x: Block, factors: Array, *, against: str) -> tuple[Array, None]:
+    vectors = _vectors(x, against)
+    if against == "base":
+        return x.base + add([f * v for f, v in zip(factors, vectors, strict=True)]), None
+    # In differences from the first, so that an entry on which all agree loses no bit to the factors' rounding.
+    first = vectors[0]
+    total = add([f * (v - first) for f, v in zip(factors[1:], vectors[1:], strict=True)]) if len(vectors) > 1 else 0.0
+    return first + ((add(list(factors)) - 1.0) * first + total), None
