@@ -23,12 +23,9 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
-
-if TYPE_CHECKING:
-    import numpy as np
 
 # A child's peak RSS starts at what its parent holds at the fork, so numpy and bmjax are only imported where needed.
 
@@ -53,7 +50,7 @@ class Shape(NamedTuple):
 
 
 SHAPES = {
-    "tiny": Shape(512, 128, 352, 2, 4, 2),
+    "tiny": Shape(256, 64, 176, 3, 2, 2),
     "0.5b": Shape(151_936, 896, 4864, 24, 14, 2),
     "3b": Shape(151_936, 2048, 11_008, 36, 16, 2, branches=2),
 }
@@ -136,20 +133,18 @@ def tensors(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "model.norm.weight", (shape.hidden,)
 
 
-def make_models(folder: Path, shape: Shape, *, dtype: str = "bfloat16", tail: float = math.inf,
-                rms: tuple[float, float] = (2e-4, 8e-4)) -> None:  # fmt: skip
-    """`base` and its branches under `folder`, each made whole or not at all.
+def make_models(folder: Path, shape: Shape) -> None:
+    """`base` and its branches under `folder`, bf16, each made whole or not at all.
 
-    Weights are normal with rms 0.02, norms near 1. A branch's change of a tensor is Student's t with `tail` degrees
-    of freedom (infinite: normal), its rms between the two of `rms`, before it is rounded to `dtype`.
+    Weights are normal with rms 0.02, norms near 1; a branch's change of a tensor is normal too, its rms between 2e-4
+    and 8e-4 before rounding, as fine-tuning leaves it.
     """
     import ml_dtypes
     import numpy as np
 
     from bmjax.weights.safetensors import Writer, open_checkpoint, replacing
 
-    kind = np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)
-    plan = [(name, kind, size) for name, size in tensors(shape)]
+    plan = [(name, np.dtype(ml_dtypes.bfloat16), size) for name, size in tensors(shape)]
     for number in range(shape.branches + 1):
         target = folder / (f"branch{number}" if number else "base")
         if target.exists():
@@ -158,35 +153,24 @@ def make_models(folder: Path, shape: Shape, *, dtype: str = "bfloat16", tail: fl
         base = open_checkpoint(folder / "base") if number else None
         with replacing(target) as whole:
             with Writer(whole, plan) as writer:
-                for i, (name, _, size) in enumerate(plan):
+                for i, (name, dtype, size) in enumerate(plan):
                     random = np.random.Generator(np.random.SFC64([number, i]))
-                    tensor = np.empty(size, kind)
-                    scale = math.exp(random.uniform(*map(math.log, rms)))
+                    tensor = np.empty(size, dtype)
+                    scale = np.float32(math.exp(random.uniform(math.log(2e-4), math.log(8e-4))))
                     rows = max(1, CHUNK_ELEMENTS // math.prod(size[1:]))
                     for start in range(0, size[0], rows):
                         part = slice(start, min(start + rows, size[0]))
-                        shaped = (part.stop - part.start, *size[1:])
+                        unit = random.standard_normal(tensor[part].shape, np.float32)
                         if base:
-                            was = base.read(name, (part,)).astype(np.float32)
-                            tensor[part] = was + scale * _unit(random, shaped, tail)
-                        elif "norm" in name:
-                            tensor[part] = 1 + 0.1 * _unit(random, shaped)
+                            tensor[part] = base.read(name, (part,)).astype(np.float32) + scale * unit
                         else:
-                            tensor[part] = 0.02 * _unit(random, shaped)
+                            tensor[part] = 1 + 0.1 * unit if "norm" in name else 0.02 * unit
                     writer.write(name, tensor)
-            _write_side_files(whole, shape, dtype)
+            write_side_files(whole, shape, "bfloat16")
 
 
-def _unit(random: "np.random.Generator", size: tuple[int, ...], tail: float = math.inf) -> "np.ndarray":
-    """Random numbers of variance 1, float32."""
-    import numpy as np
-
-    if math.isinf(tail):
-        return random.standard_normal(size, np.float32)
-    return (random.standard_t(tail, size) * math.sqrt((tail - 2) / tail)).astype(np.float32)
-
-
-def _write_side_files(folder: Path, shape: Shape, dtype: str) -> None:
+def write_side_files(folder: Path, shape: Shape, dtype: str) -> None:
+    """A config and a tokenizer that both tools accept."""
     config = {
         "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": shape.vocab, "hidden_act": "silu",
         "hidden_size": shape.hidden, "intermediate_size": shape.intermediate, "num_hidden_layers": shape.layers,
@@ -332,7 +316,8 @@ def small(tools: dict[str, list[str | Path]], work: Path, name: str, runs: int) 
                 continue
             seconds, mib = (statistics.median(values) for values in zip(*(r[:2] for r in results), strict=True))
             cells.append(f"{tool} {seconds:.2f} s, {mib:,.0f} MiB")
-        yield f"{what}: {'; '.join(cells)}"
+        if cells:
+            yield f"{what}: {'; '.join(cells)}"
     clear(out)
     recipe.unlink()
 
