@@ -95,12 +95,19 @@ EXACT = (
     Row("passthrough", case("passthrough", branches=1, base=False)),
     Row("passthrough, scale", case("passthrough", {"scale": 0.5}, branches=1, base=False)),
 )  # fmt: skip
-L1 = "mergekit restores each tensor's L1 norm, bmjax divides by the density as the paper does"
+L1 = "mergekit restores each tensor's L1 norm, bmjax divides by the density: the same to 1%"
+OWN_L1 = "mergekit restores each tensor's L1 norm; the paper divides each entry by its own probability"
 RANDOM = tuple(
-    Row(f"{method}, rescale: {str(rescale).lower()}", case(method, HALF, rescale=rescale), L1 if rescale else "")
-    for method in ("dare_linear", "dare_ties", "della_linear", "della")
-    for rescale in (False, True)
-)
+    row
+    for method, why, where in (
+        ("dare_linear", L1, ()), ("dare_ties", L1, ()),
+        ("della_linear", OWN_L1, tuple(CHANGES)), ("della", OWN_L1, tuple(CHANGES)),
+    )
+    for row in (
+        Row(f"{method}, rescale: false", case(method, HALF, rescale=False)),
+        Row(f"{method}, rescale: true", case(method, HALF, rescale=True), why, where),
+    )
+)  # fmt: skip
 
 
 def make_models(folder: Path, rms: float, tail: float) -> None:
@@ -278,7 +285,7 @@ def compare_random(row: Row, jobs: list[dict[str, Any]], models: Path, ours: Pat
         return [str(failure), "", ""], True
     pairs = list(zip(of_ours.numbers(), of_theirs.numbers(), strict=True))
     bad = any(not abs(a - b) <= STATISTICAL * abs(b) for a, b in pairs)
-    return [f"{a:.4f} / {b:.4f}" for a, b in pairs], bad and not row.why
+    return [f"{a:.4f} / {b:.4f}" for a, b in pairs], bad and not row.explains("fine-tuned")
 
 
 def main() -> int:
