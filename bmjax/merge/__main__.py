@@ -12,6 +12,7 @@ from bmjax.config import DISK_ERRORS, UserError, disk_error
 from bmjax.merge.engine import merge
 from bmjax.merge.methods import METHODS
 from bmjax.merge.recipe import read_recipe
+from bmjax.parallel.start import use_own_threads
 
 _ABOUT = """\
 Merge fine-tuned models of one architecture into one: reads Hugging Face directories (safetensors), writes one.
@@ -79,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code: 0 done, 2 a mistake in the input, 130 interrupted."""
     try:
+        use_own_threads()
         _run(_parser().parse_intermixed_args(argv))
     except UserError as error:
         print(f"bmjax: error: {error}", file=sys.stderr)

@@ -51,11 +51,9 @@ class Geometry:
         return -(-self.rows // self.chunk_rows)
 
     def height(self, i: int) -> int:
-        """Rows of chunk `i` with its padding: few different heights, because each is a compilation."""
-        rows, height = min(self.chunk_rows, self.rows - i * self.chunk_rows), self.chunk_rows
-        while height >= 4 * rows:
-            height //= 4
-        return height
+        """Rows of chunk `i` with its padding: two heights at most, because each is a compilation."""
+        rows, low = min(self.chunk_rows, self.rows - i * self.chunk_rows), max(1, self.chunk_rows // 4)
+        return low if rows <= low else self.chunk_rows
 
     def entries(self, i: int) -> tuple[int, int]:
         """The first flat index of chunk `i`, and how many entries it has."""
@@ -66,7 +64,7 @@ class Geometry:
 class Source:
     """One model's stored tensor: `read(start, out)` fills `out` with its entries from flat index `start` on.
 
-    Each chunk is looked at when it is first read: NaN and infinity are a UserError, `digests` gets a checksum of it.
+    `digests` gets a checksum of every chunk when it is first read.
     """
 
     def __init__(self, model: str, tensor: str, dtype: np.dtype, read: Callable[[int, np.ndarray], None]) -> None:
@@ -81,13 +79,24 @@ class Source:
         self.read(start, flat[:count])
         flat[count:] = 0
         if i not in self.digests:
-            if not _finite(flat[:count]):
+            self.digests[i] = xxhash.xxh3_128_digest(flat[:count].view(np.uint8))
+        return out.astype(np.float32) if out.dtype == np.float64 else out
+
+    def check(self, geometry: Geometry) -> None:
+        """UserError where the tensor holds NaN or infinity."""
+        for i in range(geometry.count):
+            start, count = geometry.entries(i)
+            out = np.empty(count, self.dtype)
+            self.read(start, out)
+            if not np.isfinite(out.astype(np.float32)).all():
                 raise UserError(
                     f"model '{self.model}': tensor '{self.tensor}' holds NaN or infinity; "
                     "the file or the training run is broken"
                 )
-            self.digests[i] = xxhash.xxh3_128_digest(flat[:count].view(np.uint8))
-        return out.astype(np.float32) if out.dtype == np.float64 else out
+
+
+class NotFiniteError(Exception):
+    """A pass met NaN."""
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -98,22 +107,15 @@ def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return raw[offset : offset + nbytes].view(dtype).reshape(shape)
 
 
-def _finite(flat: np.ndarray) -> bool:
-    """Whether no exponent is all ones. In integers, which numpy compares many at a time."""
-    exponent = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F800000, "float64": 0x7FF << 52}[flat.dtype.name]
-    kind = np.dtype(f"i{flat.dtype.itemsize}")
-    return not flat.size or int((flat.view(kind) & kind.type(exponent)).max()) < exponent
-
-
 @dataclass(frozen=True)
 class Chunk:
-    """Some rows of a tensor: chunk `index`. valid: entries before the padding, None where there is none."""
+    """Some rows of a tensor: chunk `index`. count: entries before the padding."""
 
     index: int
     start: int
+    count: int
     rows: slice
     height: int
-    valid: int | None
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,6 @@ class Sample:
     first: np.ndarray
     width: int
     start: int = 0
-    valid: int | None = None
 
 
 Where = Chunk | Sample
@@ -141,9 +142,8 @@ class Job:
     def chunk(self, i: int) -> Chunk:
         g = self.geometry
         start, count = g.entries(i)
-        first, height = i * g.chunk_rows, g.height(i)
-        valid = None if count == height * g.columns else count
-        return Chunk(i, start, slice(first, first + -(-count // g.columns)), height, valid)
+        first = i * g.chunk_rows
+        return Chunk(i, start, count, slice(first, first + -(-count // g.columns)), g.height(i))
 
     def each(self, work: Callable[[Chunk], T]) -> list[T]:
         """`work` on every chunk, in parallel; results in order."""
@@ -246,14 +246,15 @@ class View:
         return passes.block(base, [get(x) for x in self._branches], models, where.start)
 
     def leaf(self, where: Where, memo: dict[Any, Any], dtype: Any = np.float32) -> Any:
-        """The step's result at `where`; memo[self] becomes (leaf, row sums of its statistics)."""
+        """The step's result at `where`; memo[self] becomes (leaf, block, masks)."""
         if self not in memo:
             merged = self._merged
             if merged is None:
                 raise RuntimeError(f"step '{self.name}' is read before it is prepared")
             x = self.block(where, memo)
-            run = passes.result(merged.kernel, passes.static(merged.static), dtype)
-            memo[self] = run(x, self.numbers(merged.numbers, where, x), where.valid)
+            run = passes.leaves(merged.kernel, passes.static(merged.static), dtype)
+            leaf, kept = run(x, self.numbers(merged.numbers, where, x))
+            memo[self] = (leaf, x, kept)
         return memo[self][0]
 
     def numbers(self, numbers: Sequence[Any], where: Where, x: Block) -> list[Any]:
@@ -277,19 +278,29 @@ class View:
 
         def work(where: Chunk) -> np.ndarray:
             x = self.block(where, {})
-            return np.asarray(run(x, self.numbers(numbers, where, x), where.valid)).sum(axis=1, dtype=np.float64)
+            return totals(run(x, self.numbers(numbers, where, x)))
 
-        return np.sum(self.job.each(work), axis=0)
+        found: np.ndarray = np.sum(self.job.each(work), axis=0)
+        return found
 
     def counts(self, kernel: Kernel, *numbers: Any, **static: Any) -> list[int]:
-        return [int(total) for total in self.sums(passes.as_numbers(kernel), *numbers, **static)]
+        return [int(total) for total in self.sums(kernel, *numbers, **static)]
+
+    def largest(self, kernel: Kernel, *numbers: Any, **static: Any) -> float:
+        run = passes.largest(kernel, passes.static(static))
+
+        def work(where: Chunk) -> float:
+            x = self.block(where, {})
+            return float(run(x, self.numbers(numbers, where, x)))
+
+        return max(self.job.each(work))
 
     def columns(self, kernel: Kernel, *numbers: Any, **static: Any) -> Any:
         run = passes.column_sums(kernel, passes.static(static))
 
         def work(where: Chunk) -> np.ndarray:
             x = self.block(where, {})
-            return np.asarray(run(x, self.numbers(numbers, where, x), where.valid), np.float64)
+            return np.asarray(run(x, self.numbers(numbers, where, x)), np.float64)
 
         return np.sum(self.job.each(work), axis=0).astype(np.float32)
 
@@ -325,10 +336,13 @@ class View:
         run = passes.brackets(kernel, keywords)
 
         def work(where: Chunk) -> tuple[list[np.ndarray], np.ndarray]:
+            # Of the counts < low, <= low and <= high, padding is in the last one where there is no upper end.
+            unbounded = np.stack([np.zeros_like(search.high)] * 2 + [np.isinf(search.high)], axis=-1).reshape(-1)
             x = self.block(where, {})
-            values, inside, below = run(x, self.numbers(numbers, where, x), where.valid, search.low, search.high)
+            values, inside, below = run(x, self.numbers(numbers, where, x), where.count, search.low, search.high)
+            padding = where.height * self.job.geometry.columns - where.count
             picks = [np.asarray(v)[np.asarray(m)] for v, m in zip(values, inside, strict=True)]
-            return picks, np.asarray(below).sum(axis=1, dtype=np.float64)
+            return picks, totals(below) - padding * unbounded
 
         while not search.found(self.job.each(work)):
             pass
@@ -342,6 +356,11 @@ class View:
         picked = (2 * np.arange(rows) + 1) * whole // (2 * rows)
         first = np.arange(rows) * 7919 * width % (g.columns - width + 1)
         return Sample(picked, first, width)
+
+
+def totals(rows: Any) -> np.ndarray:
+    """Row sums [K, rows] summed in float64."""
+    return np.asarray(rows).sum(axis=1, dtype=np.float64)
 
 
 class Search:
@@ -385,6 +404,8 @@ class Search:
                     self._values[k][r] = _resolve(rank, picks, self.low[k, r], self.high[k, r], counts[k, r])
         if all(value is not None for values in self._values for value in values):
             return True
+        if not np.isfinite(self.low).any() and not np.isfinite(self.high).any():
+            raise NotFiniteError
         self._spread *= 8
         self._bracket()
         return False

@@ -1,7 +1,7 @@
 """The passes that methods make over a tensor, compiled: what both engines share.
 
 Each is jitted once for a kernel and its keywords, and compiled once a shape. Arrays arrive as they are stored and are
-cast to float32 inside; entries from `valid` on are padding and count for nothing.
+cast to float32 inside. A block may end in padding, entries that are 0 in every model: kernels give 0 or false for those.
 """
 
 import functools
@@ -30,109 +30,139 @@ def block(base: Any, branches: Sequence[Any], models: Mapping[str, Any], start: 
 
 
 @functools.cache
-def as_numbers(kernel: Kernel) -> Kernel:
-    """A kernel of bool arrays, as one of float32 arrays of 0 and 1."""
-
-    def numbers(x: Block, *arguments: Any, **static: Any) -> list[jax.Array]:
-        return [mask.astype(jnp.float32) for mask in kernel(x, *arguments, **static)]
-
-    return numbers
-
-
-@functools.cache
 def values(kernel: Kernel, keywords: Static) -> Callable[..., Any]:
     """(block, numbers) -> what the kernel gives."""
 
-    @jax.jit
     def run(x: Block, numbers: Sequence[Any]) -> Any:
         return kernel(_float32(x), *numbers, **dict(keywords))
 
-    return run
+    return _compiled(run)
 
 
 @functools.cache
 def row_sums(kernel: Kernel, keywords: Static) -> Callable[..., jax.Array]:
-    """(block, numbers, valid) -> the row sums of every array that the kernel gives, float32 [K, rows]."""
+    """(block, numbers) -> the row sums of every array that the kernel gives, float32 [K, rows]; counts, int32,
+    where it gives bool arrays."""
 
-    @jax.jit
-    def run(x: Block, numbers: Sequence[Any], valid: Any) -> jax.Array:
-        arrays = kernel(_float32(x), *numbers, **dict(keywords))
-        return _sum_rows(arrays, valid)
+    def run(x: Block, numbers: Sequence[Any]) -> jax.Array:
+        return _sum_rows(kernel(_float32(x), *numbers, **dict(keywords)))
 
-    return run
+    return _compiled(run)
+
+
+@functools.cache
+def largest(kernel: Kernel, keywords: Static) -> Callable[..., jax.Array]:
+    """(block, numbers) -> the largest entry of the array that the kernel gives."""
+
+    def run(x: Block, numbers: Sequence[Any]) -> jax.Array:
+        return jnp.max(kernel(_float32(x), *numbers, **dict(keywords)))
+
+    return _compiled(run, reorder=True)
 
 
 @functools.cache
 def column_sums(kernel: Kernel, keywords: Static) -> Callable[..., jax.Array]:
-    """(block, numbers, valid) -> the column sums of every array, float32 [K, 1, columns]."""
+    """(block, numbers) -> the column sums of every array, float32 [K, 1, columns]."""
 
-    @jax.jit
-    def run(x: Block, numbers: Sequence[Any], valid: Any) -> jax.Array:
+    def run(x: Block, numbers: Sequence[Any]) -> jax.Array:
         arrays = kernel(_float32(x), *numbers, **dict(keywords))
-        return jnp.stack([jnp.sum(_valid(a, valid, 0), axis=0, keepdims=True) for a in arrays])
+        return jnp.stack([jnp.sum(a, axis=0, keepdims=True) for a in arrays])
 
-    return run
+    return _compiled(run)
 
 
 @functools.cache
 def brackets(kernel: Kernel, keywords: Static) -> Callable[..., Any]:
     """(block, numbers, valid, low [K, R], high [K, R]) -> (values [K] arrays, whether strictly within a bracket [K],
-    and how many of each row are < low, <= low and <= high: float32 [K * R * 3, rows])."""
+    and how many of each row are < low, <= low and <= high: int32 [K * R * 3, rows])."""
 
-    @jax.jit
     def run(x: Block, numbers: Sequence[Any], valid: Any, low: jax.Array, high: jax.Array) -> Any:
+        # Padding is infinite: it lies below nothing but a bracket without an upper end.
         arrays = [_valid(a, valid, np.inf) for a in kernel(_float32(x), *numbers, **dict(keywords))]
         inside, tests = [], []
         for k, a in enumerate(arrays):
             pairs = [(low[k, r], high[k, r]) for r in range(low.shape[1])]
             inside.append(functools.reduce(jnp.logical_or, [(a > lo) & (a < hi) for lo, hi in pairs]))
             tests += [test for lo, hi in pairs for test in (a < lo, a <= lo, a <= hi)]
-        return arrays, inside, _sum_rows([test.astype(jnp.float32) for test in tests], valid)
+        return arrays, inside, _sum_rows(tests)
 
-    return run
+    return _compiled(run)
 
 
 @functools.cache
-def result(kernel: Kernel, keywords: Static, dtype: Any) -> Callable[..., Any]:
-    """(block, numbers, valid) -> (leaf in `dtype`, row sums float32 [K, rows] of what `steps.Stats` holds)."""
+def leaves(kernel: Kernel, keywords: Static, dtype: Any) -> Callable[..., Any]:
+    """(block, numbers) -> (leaf in `dtype`, kept masks: bit b % 8 of uint8 array b // 8, none where all is kept)."""
 
-    @jax.jit
-    def run(x: Block, numbers: Sequence[Any], valid: Any) -> Any:
+    def run(x: Block, numbers: Sequence[Any]) -> Any:
+        leaf, kept = kernel(_float32(x), *numbers, **dict(keywords))
+        # Packed, because every output is computed from the start: one more, not one for each branch.
+        masks = [] if kept is None else [kept[b : b + 8] for b in range(0, len(kept), 8)]
+        packed = [functools.reduce(jnp.bitwise_or, [m.astype(jnp.uint8) << i for i, m in enumerate(g)]) for g in masks]
+        return leaf.astype(dtype), packed
+
+    return _compiled(run)
+
+
+@functools.cache
+def statistics() -> Callable[..., Any]:
+    """(block, *what `leaves` gave) -> row sums of what `steps.Stats` holds: float32 [K, rows], int32 [1 or 1 + branches, rows].
+
+    A program of its own: its sums may be taken in any order, which makes them twice as fast.
+    """
+
+    def run(x: Block, leaf: jax.Array, packed: Sequence[jax.Array]) -> Any:
         x = _float32(x)
-        leaf, kept = kernel(x, *numbers, **dict(keywords))
-        out = leaf.astype(dtype)
-        return out, _sum_rows(_statistics(x, leaf, out, kept), valid)
+        kept = [(packed[b // 8] >> (b % 8)) & 1 for b in range(len(x.branches))] if packed else []
+        reference = x.branches[0] if x.base is None else x.base
+        origin = x.models.get("rebase", reference)
+        changes = [branch - origin for branch in x.branches]
+        products = [u * v for i, u in enumerate(changes) for v in changes[i:]]
+        moved = leaf.astype(jnp.float32) - reference
+        up = functools.reduce(jnp.logical_or, [c > 0 for c in changes])
+        down = functools.reduce(jnp.logical_or, [c < 0 for c in changes])
+        return _sum_rows([*products, reference**2, moved**2]), _sum_rows([up & down, *(k == 1 for k in kept)])
 
-    return run
+    return _compiled(run, reorder=True)
 
 
-def _statistics(x: Block, leaf: jax.Array, out: jax.Array, kept: Sequence[jax.Array] | None) -> list[jax.Array]:
-    reference = x.branches[0] if x.base is None else x.base
-    origin = x.models.get("rebase", reference)
-    changes = [branch - origin for branch in x.branches]
-    products = [u * v for i, u in enumerate(changes) for v in changes[i:]]
-    up = functools.reduce(jnp.logical_or, [c > 0 for c in changes])
-    down = functools.reduce(jnp.logical_or, [c < 0 for c in changes])
-    masks = [] if kept is None else list(kept)
-    flags = [up & down, ~jnp.isfinite(out.astype(jnp.float32)), *masks]
-    return [*products, reference**2, (leaf - reference) ** 2, *(flag.astype(jnp.float32) for flag in flags)]
+def _compiled(run: Callable[..., Any], reorder: bool = False) -> Callable[..., Any]:
+    return jax.jit(run, compiler_options=_options(reorder))
+
+
+@functools.cache
+def _options(reorder: bool) -> dict[str, Any] | None:
+    """What XLA's CPU compiler is told: not to hand parts of a loop to a library, which splits it at every operation (a
+    quarter of the speed); `reorder`: sums may be taken in any order. Nothing where a version does not know this."""
+    if jax.default_backend() != "cpu":
+        return None
+    options: dict[str, Any] = {"xla_cpu_experimental_ynn_fusion_type": ""}
+    if reorder:
+        options |= {f"xla_cpu_{name}": True for name in _FAST}
+    try:
+        jax.jit(lambda x: x, compiler_options=options).lower(np.float32(0)).compile()
+    except Exception:  # whatever a version raises for an option that it does not know
+        return None
+    return options
+
+
+_FAST = ("enable_fast_math", "fast_math_honor_nans", "fast_math_honor_infs", "fast_math_honor_division")
 
 
 def _float32(x: Block) -> Block:
     return Block(*jax.tree.map(lambda a: a.astype(jnp.float32), tuple(x[:3])), x.start)
 
 
-def _valid(a: jax.Array, valid: Any, otherwise: float) -> jax.Array:
+def _valid(a: jax.Array, valid: jax.Array, otherwise: float) -> jax.Array:
     """`a` with its padding, the entries of flat index `valid` and above, replaced."""
-    if valid is None:
-        return a
     index = lax.broadcasted_iota(jnp.int32, a.shape, 0) * a.shape[1] + lax.broadcasted_iota(jnp.int32, a.shape, 1)
     return jnp.where(index < valid, a, otherwise)
 
 
-def _sum_rows(arrays: Sequence[jax.Array], valid: Any) -> jax.Array:
-    # One reduction for all reads each array once, which XLA's CPU compiler also spreads over the cores.
-    arrays = [_valid(a, valid, 0) for a in arrays]
+def _sum_rows(arrays: Sequence[jax.Array]) -> jax.Array:
+    # One reduction for all reads each array once. XLA's CPU compiler makes vector code of sums of floats, and of sums of
+    # integers, not of both in one nor of bools turned into floats: a tenth of the speed.
+    if arrays[0].dtype == jnp.bool_:
+        arrays = [a.astype(jnp.int32) for a in arrays]
     padded = arrays * 2 if len(arrays) == 1 else arrays
-    rows = lax.reduce(padded, [np.float32(0)] * len(padded), add_each, (1,))
+    rows = lax.reduce(padded, [np.zeros((), arrays[0].dtype)] * len(padded), add_each, (1,))
     return jnp.stack(rows[: len(arrays)])

@@ -16,32 +16,30 @@ from bmjax.merge.recipe import Recipe, Step
 class Stats:
     """One step on one tensor. products: of the models' changes with each other, float64 [branches, branches].
     reference, moved: squared norms of the base and of the result's change from it. conflicts: entries that one model
-    raised and another lowered. kept: entries that each model's change went into. overflow: entries that are infinite
-    in the result's type."""
+    raised and another lowered. kept: entries that each model's change went into."""
 
     size: int
     products: np.ndarray
     reference: float
     moved: float
     conflicts: float
-    overflow: float
     kept: np.ndarray
 
     @classmethod
     def of(cls, size: int, branches: int, sums: np.ndarray) -> "Stats":
-        """From the totals of what `passes.result` sums."""
+        """From the totals of what `passes.statistics` sums."""
         upper = np.triu_indices(branches)
         pairs = len(upper[0])
         products = np.zeros((branches, branches))
         products[upper] = products.T[upper] = sums[:pairs]
-        reference, moved, conflicts, overflow, *kept = (float(x) for x in sums[pairs:])
-        return cls(size, products, reference, moved, conflicts, overflow, np.array(kept or [float(size)] * branches))
+        reference, moved, conflicts, *kept = (float(x) for x in sums[pairs:])
+        return cls(size, products, reference, moved, conflicts, np.array(kept or [float(size)] * branches))
 
     def plain(self) -> dict[str, Any]:
         """As JSON holds it."""
         return {
             "size": self.size, "products": self.products.tolist(), "reference": self.reference, "moved": self.moved,
-            "conflicts": self.conflicts, "overflow": self.overflow, "kept": self.kept.tolist(),
+            "conflicts": self.conflicts, "kept": self.kept.tolist(),
         }  # fmt: skip
 
     @classmethod
@@ -62,7 +60,7 @@ def keys(recipe: Recipe, step: Step, tensor: str) -> np.ndarray:
 
 def check_overflow(tensor: str, stats: Stats, dtype: Any) -> None:
     """UserError where a merged tensor has values that its type cannot hold."""
-    if stats.overflow:
+    if not np.isfinite(stats.moved):
         raise UserError(
             f"tensor '{tensor}': the merged values overflow {np.dtype(dtype).name}; "
             "write another out_dtype, or lower the weights"

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from bmjax.config import UserError
-from bmjax.merge.chunks import CHUNK, Chunk, Job, Source, View
+from bmjax.merge import passes
+from bmjax.merge.chunks import CHUNK, Chunk, Job, NotFiniteError, Source, View, totals
 from bmjax.merge.journal import Journal, block_digest, digest
 from bmjax.merge.plan import Node
 from bmjax.merge.recipe import Recipe
@@ -98,7 +99,15 @@ class Stream:
         job.keep = sum(min(4, s.dtype.itemsize) for s in sources.values()) * job.geometry.size <= self._memory
         for info in infos.values():
             self._files.advise(info)
-        for view in views.values():  # earlier steps first
+        try:
+            return self._merge(node, job, top, list(views.values()), list(sources.values()))
+        except NotFiniteError:
+            for source in sources.values():
+                source.check(job.geometry)
+            raise
+
+    def _merge(self, node: Node, job: Job, top: View, views: list[View], sources: list[Source]) -> TensorStats:
+        for view in views:  # earlier steps first
             view.prepare()
         device = np.dtype(np.float32) if node.dtype == np.float64 else node.dtype
 
@@ -107,16 +116,20 @@ class Stream:
             start, count = job.geometry.entries(where.index)
             leaf = np.asarray(top.leaf(where, memo, device)).reshape(-1)[:count].astype(node.dtype, copy=False)
             self.writer.write(node.name, start * node.dtype.itemsize, leaf)
-            return block_digest(leaf), [np.asarray(memo[v][1]).sum(axis=1, dtype=np.float64) for v in views.values()]
+            sums = [passes.statistics()(x, result, kept) for result, x, kept in (memo[view] for view in views)]
+            return block_digest(leaf), [np.concatenate([totals(rows) for rows in pair]) for pair in sums]
 
         chunks = job.each(write)
         stats = {
             view.name: Stats.of(view.size, view.branches, np.sum([sums[i] for _, sums in chunks], axis=0))
-            for i, view in enumerate(views.values())
+            for i, view in enumerate(views)
         }
+        if not all(np.isfinite(s.products).all() and np.isfinite(s.reference) for s in stats.values()):
+            for source in sources:
+                source.check(job.geometry)
         check_overflow(node.name, stats[top.name], node.dtype)
         checksums: dict[str, dict[str, str]] = {}
-        for source in sources.values():
+        for source in sources:
             seen = digest(source.digests[i] for i in sorted(source.digests))
             checksums.setdefault(source.model, {})[source.tensor] = seen
         g = job.geometry

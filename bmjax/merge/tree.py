@@ -159,11 +159,12 @@ class _ArrayTensor:
         self._block = passes.block(base, [flat[name] for name in step.branches], models)
 
     def result(self, arguments: Mapping[str, Any], dtype: Any) -> tuple[jax.Array, np.ndarray]:
-        """The merged tensor, and the totals of what `passes.result` sums."""
+        """The merged tensor, and the totals of what `passes.statistics` sums."""
         merged = self._step.method.merge(self, arguments)
-        run = passes.result(merged.kernel, passes.static(merged.static), np.dtype(dtype))
-        leaf, rows = run(self._block, self._numbers(merged.numbers), None)
-        return leaf.reshape(self._shape), np.asarray(_total(rows), np.float64)
+        run = passes.leaves(merged.kernel, passes.static(merged.static), np.dtype(dtype))
+        leaf, kept = run(self._block, self._numbers(merged.numbers))
+        rows = passes.statistics()(self._block, leaf, kept)
+        return leaf.reshape(self._shape), np.concatenate([np.asarray(_total(r), np.float64) for r in rows])
 
     def _numbers(self, numbers: Sequence[Any]) -> list[Any]:
         return [self._number(number) for number in numbers]
@@ -180,14 +181,16 @@ class _ArrayTensor:
 
     def sums(self, kernel: Kernel, *numbers: Any, **static: Any) -> np.ndarray:
         run = passes.row_sums(kernel, passes.static(static))
-        return np.asarray(_total(run(self._block, self._numbers(numbers), None)), np.float64)
+        return np.asarray(_total(run(self._block, self._numbers(numbers))), np.float64)
 
     def counts(self, kernel: Kernel, *numbers: Any, **static: Any) -> list[int]:
-        run = passes.row_sums(passes.as_numbers(kernel), passes.static(static))
-        return [int(n) for n in _total(run(self._block, self._numbers(numbers), None).astype(jnp.int32))]
+        return [int(n) for n in self.sums(kernel, *numbers, **static)]
+
+    def largest(self, kernel: Kernel, *numbers: Any, **static: Any) -> float:
+        return float(passes.largest(kernel, passes.static(static))(self._block, self._numbers(numbers)))
 
     def columns(self, kernel: Kernel, *numbers: Any, **static: Any) -> Any:
-        return passes.column_sums(kernel, passes.static(static))(self._block, self._numbers(numbers), None)
+        return passes.column_sums(kernel, passes.static(static))(self._block, self._numbers(numbers))
 
     def rows(self, kernel: Kernel, *numbers: Any, **static: Any) -> Any:
         return passes.values(kernel, passes.static(static))(self._block, self._numbers(numbers))

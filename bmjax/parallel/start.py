@@ -29,7 +29,18 @@ def use_cpu_cores() -> None:
     except RuntimeError:
         return
     if not _accelerators():
-        _keep_freed_memory()
+        keep_freed_memory()
+
+
+def use_own_threads() -> None:
+    """For a program whose own threads keep the cores busy: XLA computes on a CPU in the thread that asks for it.
+
+    To be called before JAX makes its first array. A variable that the user has set stays.
+    """
+    os.environ.setdefault("NPROC", "1")  # the size of XLA's thread pool
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    if not _accelerators():
+        keep_freed_memory()
 
 
 def _accelerators() -> bool:
@@ -39,7 +50,7 @@ def _accelerators() -> bool:
     return bool(importlib.metadata.entry_points(group="jax_plugins")) or importlib.util.find_spec("libtpu") is not None
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Have glibc keep large freed blocks for the next step instead of returning them to the kernel.
 
     XLA on a CPU allocates a step's temporaries anew every step; mapping and clearing those pages takes a fifth of

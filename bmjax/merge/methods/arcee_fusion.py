@@ -1,10 +1,11 @@
 """Arcee fusion: keep the changes that matter, entry by entry. The merge of TinyR1 (arXiv 2503.04872)."""
 
+import functools
 from typing import Annotated, Literal
 
 import numpy as np
 
-from bmjax.merge.methods.lazy import Array, jnp, lax
+from bmjax.merge.methods.lazy import Array, jnp
 from bmjax.merge.methods.method import About, Block, Masks, Merged, Rebase, Tensor, add, deltas, method
 from bmjax.merge.quantile import rank
 
@@ -42,7 +43,7 @@ def arcee_fusion(
         # The KL is one positive factor of the whole tensor: it changes no entry's place.
         found = t.order_statistics(_decreases, [quartiles] * t.branches)
         return t.map(_fuse_signed, _limits(found), lambda_, combine=combine)
-    form = "textbook" if t.compat == "mergekit" else "exact"
+    form = "textbook" if t.compat == "mergekit" else "small" if t.largest(_largest_change) <= SMALL else "any"
     kl = t.rows(row_kls, form=form)
     found = t.order_statistics(importances, [quartiles] * t.branches, kl)
     return t.map(_fuse, kl, _limits(found), lambda_, combine=combine)
@@ -54,8 +55,11 @@ def _limits(found: list[np.ndarray]) -> list[float]:
 
 def row_kls(x: Block, *, form: str) -> Array:
     """KL of every branch's rows, [branches, rows, 1]."""
-    kl = row_kl if form == "exact" else _kl_textbook
-    return jnp.stack([kl(x.base, delta) for delta in deltas(x)])
+    return jnp.stack([row_kl(x.base, delta, form=form) for delta in deltas(x)])
+
+
+def _largest_change(x: Block) -> Array:
+    return jnp.maximum(0.0, functools.reduce(jnp.maximum, [jnp.abs(delta) for delta in deltas(x)]))
 
 
 def importances(x: Block, kl: Array) -> list[Array]:
@@ -93,7 +97,7 @@ def combined(x: Block, masks: Masks, lambda_: Array, *, combine: str) -> Array:
     return jnp.where(copies == 0, x.base, jnp.where(copies == 1, one, x.base + lambda_ * total))
 
 
-def row_kl(base: Array, delta: Array) -> Array:
+def row_kl(base: Array, delta: Array, *, form: str = "any") -> Array:
     """KL(P || Q) of every row, P = softmax(base + delta) + 1e-8, Q = softmax(base) + 1e-8: float32 [..., 1], in nats.
 
     The divergence is of second order in `delta`; the textbook sum(P * log(P / Q)) is a small difference of large
@@ -102,9 +106,12 @@ def row_kl(base: Array, delta: Array) -> Array:
         KL = sum(Q * g(x)),   g(x) = (1 + x) * log1p(x) - x,
 
     because P - Q sums to zero, and every term is >= 0. P - Q = q * expm1(t) with q = softmax(base) and
-    t = delta - log1p(sum(q * expm1(delta))).
+    t = delta - log1p(sum(q * expm1(delta))). form: "small" is for |delta| <= 0.02 everywhere, "any" for any delta,
+    "textbook" the textbook's.
     """
-    kl = lax.cond(jnp.max(jnp.abs(delta)) <= SMALL, _kl_small, _kl_any, base, delta)
+    kl = {"small": _kl_small, "any": _kl_any, "textbook": _kl_textbook}[form](base, delta)
+    if form == "textbook":
+        return kl
     # The softmax does not see a shift of the whole row; without this its KL would be rounding noise instead of 0.
     shifted = jnp.max(delta, axis=-1, keepdims=True) == jnp.min(delta, axis=-1, keepdims=True)
     return jnp.where(shifted, 0.0, kl)

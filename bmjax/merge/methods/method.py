@@ -33,6 +33,8 @@ class Block(NamedTuple):
 
     base: None for a method without one. branches: the other models. models: those that parameters name (`rebase`).
     start: uint32 [2], high and low half of the first entry's index in the flattened tensor.
+
+    There may be more rows than the tensor has, 0 in every model: a kernel gives 0 or false there, or it does not matter.
     """
 
     base: Array
@@ -79,6 +81,9 @@ class Tensor(Protocol):
 
     def counts(self, kernel: Kernel, *numbers: Any, **static: Any) -> list[int]:
         """How many entries of each bool array that the kernel gives are true, exactly."""
+
+    def largest(self, kernel: Kernel, *numbers: Any, **static: Any) -> float:
+        """The largest entry of the non-negative array that the kernel gives."""
 
     def columns(self, kernel: Kernel, *numbers: Any, **static: Any) -> Any:
         """The sum over rows of each array: a number for later passes, float32 [K, 1, columns]."""
