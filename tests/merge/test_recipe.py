@@ -1,9 +1,11 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bmjax.config import UserError
 from bmjax.merge.recipe import read_recipe
+from bmjax.merge.tokens import TokenizerPlan, TokenRow
 
 ARCEE = {"merge_method": "arcee_fusion", "base_model": "science", "models": ["math"]}
 MID = {**ARCEE, "name": "mid"}
@@ -13,6 +15,12 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs/merge").glob("*.yaml"))
 
 def steps(*blocks, **top):
     return {"steps": list(blocks), **top}
+
+
+def sliced(*parts, **more):
+    """A linear merge of slices, each a list of [model, first layer, end]."""
+    slices = [{"sources": [{"model": m, "layer_range": [a, b]} for m, a, b in part]} for part in parts]
+    return {"merge_method": "linear", "slices": slices, **more}
 
 
 def test_a_mergekit_recipe_as_it_stands():
@@ -72,6 +80,205 @@ def test_overrides(tmp_path):
     assert recipe.sources == {"a": "B"} and recipe.dtype == "float16"
     single = read_recipe({**ARCEE, "sources": {"math": "A"}}, ["parameters.lambda=0.25", "sources.math=B"])
     assert single.steps[0].arguments["lambda"] == 0.25 and single.sources == {"math": "B"}
+
+
+def test_an_override_of_the_type_wins_over_the_steps_own():
+    recipe = read_recipe(steps(MID, {**LAST, "dtype": "bfloat16"}), ["dtype=float32", "seed=3"])
+    assert recipe.dtype == "float32" and recipe.seed == 3
+    assert read_recipe(ARCEE, ["seed=4", "compat=mergekit"]).seed == 4
+
+
+SLERP = """
+slices:
+  - sources:
+      - {model: psmathur/orca_mini_v3_13b, layer_range: [0, 40]}
+      - {model: garage-bAInd/Platypus2-13B, layer_range: [0, 40]}
+merge_method: slerp
+base_model: psmathur/orca_mini_v3_13b
+parameters:
+  t:
+    - {filter: self_attn, value: [0, 0.5, 0.3, 0.7, 1]}
+    - {filter: mlp, value: [1, 0.5, 0.7, 0.3, 0]}
+    - value: 0.5
+dtype: float16
+"""
+
+
+def test_mergekits_gradient_slerp(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(SLERP)
+    (step,) = read_recipe(path).steps
+    (part,) = step.slices
+    assert (part.step.base, part.step.branches, part.layers) == (
+        "psmathur/orca_mini_v3_13b", ("garage-bAInd/Platypus2-13B",), 40,
+    )  # fmt: skip
+    layer = "model.layers.10."
+    assert part.step.at(layer + "self_attn.q_proj.weight", 10 / 39)["t"] == pytest.approx(
+        np.interp(10 / 39, [0, 0.25, 0.5, 0.75, 1], [0, 0.5, 0.3, 0.7, 1])
+    )
+    assert part.step.at(layer + "mlp.up_proj.weight", 1.0) == {"t": 0.0}
+    assert part.step.at("model.norm.weight", 0.0) == {"t": 0.5}
+
+
+def test_frankenmerge_slices():
+    recipe = read_recipe({
+        "merge_method": "passthrough",
+        "slices": [
+            {"sources": [{"model": "a", "layer_range": [0, 3]}]},
+            {"sources": [{"model": "b", "layer_range": [1, 5],
+                          "parameters": {"scale": [{"filter": "o_proj", "value": 0}, {"value": 1}]}}],
+             "residual_weight": 0.5},
+        ],
+    })  # fmt: skip
+    (step,) = recipe.steps
+    assert recipe.inputs == ("a", "b") and recipe.donor == "a" and step.branches == ("a", "b")
+    first, second = step.slices
+    assert (first.ranges, first.layers, first.step.at("x", 0.0)) == ({"a": (0, 3)}, 3, {"scale": 1.0})
+    assert (second.ranges, second.layers) == ({"b": (1, 5)}, 4)
+    assert second.step.at("model.layers.3.self_attn.o_proj.weight", 0.5) == {"scale": 0.0}
+    assert "residual_weight has no effect" in recipe.notes[0]
+
+
+def test_parameters_of_all_levels():
+    block = {
+        "merge_method": "task_arithmetic",
+        "base_model": "base",
+        "slices": [
+            {
+                "sources": [
+                    {"model": "base", "layer_range": [0, 2]},
+                    {"model": "a", "layer_range": [2, 4], "parameters": {"weight": [{"filter": "mlp", "value": 0.1}]}},
+                    {"model": "b", "layer_range": [4, 6]},
+                ],
+                "parameters": {"weight": [{"filter": "mlp", "value": 0.2}, {"filter": "attn", "value": 0.3}]},
+            }
+        ],
+        "parameters": {"weight": 0.4, "lambda": [1, 2], "int8_mask": True},
+    }
+    recipe = read_recipe(block)
+    step = recipe.steps[0].slices[0].step
+    assert step.base == "base" and step.branches == ("a", "b")
+    assert step.at("layers.0.mlp.up.weight", 0.0)["weight"] == (0.1, 0.2)
+    assert step.at("layers.0.attn.q.weight", 0.0)["weight"] == (0.3, 0.3)
+    assert step.at("norm.weight", 0.25) == {
+        "weight": (0.4, 0.4), "lambda": 1.25, "normalize": False, "rebase": None,
+    }  # fmt: skip
+    assert step.at("layers.0.mlp.w", 0.0, {"a": "layers.2.other.w"})["weight"] == (0.4, 0.2)
+    assert len(recipe.notes) == 1 and "int8_mask has no effect" in recipe.notes[0]
+
+
+def test_a_base_beside_the_sources_has_their_layers():
+    sources = [{"model": m, "layer_range": [1, 3]} for m in ("a", "b")]
+    block = {"merge_method": "task_arithmetic", "base_model": "base", "slices": [{"sources": sources}]}
+    (part,) = read_recipe(block).steps[0].slices
+    assert part.ranges == {"base": (1, 3), "a": (1, 3), "b": (1, 3)}
+    sources[1]["layer_range"] = [2, 4]
+    with pytest.raises(UserError, match=r"slices\[0\]: list 'base' among the sources"):
+        read_recipe(block)
+
+
+def test_arguments_that_only_a_tensor_shows_to_be_wrong():
+    weights = [{"filter": "mlp", "value": 0}, {"value": 1}]
+    (step,) = read_recipe({"merge_method": "linear", "models": ["a"], "parameters": {"weight": weights}}).steps
+    assert step.at("norm", 0.0)["weight"] == (1.0,)
+    with pytest.raises(UserError, match=r"step 'merged': tensor 'layers\.0\.mlp\.up'.*sum to 0"):
+        step.at("layers.0.mlp.up", 0.0)
+
+
+def test_documents_are_steps(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "merge_method: linear\nmodels: [one, two]\nseed: 7\nout_dtype: bfloat16\n---\n"
+        "name: one\nmerge_method: slerp\nbase_model: a\nmodels: [a, b]\nsources: {a: A}\n---\n"
+        "name: two\nmerge_method: linear\nmodels: [one, c]\nsources: {b: B}\n---\n"
+    )
+    recipe = read_recipe(path, ["steps.one.parameters.t=0.25"])
+    assert [step.name for step in recipe.steps] == ["one", "two", "merged"]
+    assert recipe.steps[2].branches == ("one", "two")
+    assert recipe.inputs == ("a", "b", "c") and recipe.donor == "a"
+    assert recipe.steps[0].arguments["t"] == 0.25
+    assert (recipe.seed, recipe.dtype, recipe.sources) == (7, "bfloat16", {"a": "A", "b": "B"})
+
+
+def test_the_last_of_named_documents_is_the_result(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("name: x\nmerge_method: linear\nmodels: [a]\n---\nname: y\nmerge_method: linear\nmodels: [x]\n")
+    assert [step.name for step in read_recipe(path).steps] == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("merge_method: linear\nmodels: [a]\n---\nmerge_method: linear\nmodels: [b]\n", "2 documents have no name"),
+        (
+            "name: x\nmodels: [a]\n---\nmerge_method: linear\nmodels: [x]\n",
+            "document 'x': key 'merge_method' is missing",
+        ),
+        ("name: x\nseed: 1\n---\nseed: 2\n", "'seed' is 1 in one document and 2 in another"),
+        ("name: x\ntokenizer_source: union\n---\nmodels: [x]\n", "'tokenizer_source' belongs to the last document"),
+        ("name: z\nsteps: []\n---\nmodels: [x]\n", "'steps' stands in one of 2 documents"),
+    ],
+)
+def test_bad_documents(tmp_path, text, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        read_recipe(path)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_revisions_of_hub_models(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = read_recipe(
+        {
+            "merge_method": "linear",
+            "models": ["org/m@v1.0", "org/m@main", "near", "x"],
+            "sources": {"near": "org/n@a1b2"},
+        }
+    )
+    assert recipe.inputs == ("org/m@v1.0", "org/m@main", "near", "x")
+    assert [recipe.path(name) for name in recipe.inputs] == ["org/m", "org/m", "org/n", "x"]
+    assert [recipe.revision(name) for name in recipe.inputs] == ["v1.0", "main", "a1b2", None]
+    (tmp_path / "runs" / "m@2").mkdir(parents=True)
+    (tmp_path / "a+b").mkdir()
+    local = read_recipe({"merge_method": "linear", "models": ["runs/m@2", "a+b"]})
+    assert local.path("runs/m@2") == "runs/m@2" and local.revision("runs/m@2") is None
+
+
+def test_tokenizers():
+    recipe = read_recipe({
+        **ARCEE,
+        "tokenizer": {
+            "source": "union",
+            "pad_to_multiple_of": 64,
+            "tokens": {
+                "<|im_start|>": {"source": "math"},
+                "<|pad|>": {"source": {"kind": "zero"}},
+                "<|a|>": {"source": {"kind": "model_token", "model": "science", "token_id": 5}, "force": True},
+                "<|b|>": {"source": {"kind": "model_token", "model": "math", "token": "x"}},
+                "<|c|>": None,
+            },
+        },
+        "chat_template": "chatml",
+    })  # fmt: skip
+    assert recipe.tokenizer == TokenizerPlan(
+        "union",
+        {
+            "<|im_start|>": TokenRow("math"),
+            "<|pad|>": TokenRow(zero=True),
+            "<|a|>": TokenRow("science", token_id=5, force=True),
+            "<|b|>": TokenRow("math", token="x"),
+            "<|c|>": TokenRow(),
+        },
+        64,
+    )
+    assert recipe.chat_template == "chatml"
+    assert recipe.text["tokenizer"]["pad_to_multiple_of"] == 64
+    assert read_recipe({**ARCEE, "tokenizer_source": "math"}).tokenizer == TokenizerPlan("math")
+    plain = read_recipe({**ARCEE, "chat_template": "auto"})
+    assert plain.tokenizer is None and plain.chat_template is None
+    jinja = "{% generation %}{{ messages[0]['content'] }}{% endgeneration %}"
+    assert read_recipe({**ARCEE, "chat_template": jinja}).chat_template == jinja
 
 
 def test_notes():
@@ -135,7 +342,89 @@ BAD = {
         "the weights (0, 0) sum to 0",
     ),
     "unknown dtype": ({**ARCEE, "dtype": "float8"}, "dtype"),
-    "slices": ({**ARCEE, "slices": []}, "'slices' is not supported"),
+    "modules": ({**ARCEE, "modules": {}}, "'modules' is not supported: list whole models"),
+    "models and slices": (sliced([["a", 0, 2]], models=["a"]), "'models' and 'slices' both stand"),
+    "no slices": ({"merge_method": "linear", "slices": []}, "slices"),
+    "misspelt slice key": (
+        {"merge_method": "linear", "slices": [{"source": []}]},
+        "unknown key 'slices.0.source'; did you mean 'sources'?",
+    ),
+    "misspelt source key": (
+        {"merge_method": "linear", "slices": [{"sources": [{"model": "a", "layer_rnge": [0, 1]}]}]},
+        "unknown key 'slices.0.sources.0.layer_rnge'; did you mean 'layer_range'?",
+    ),
+    "no layer range": (
+        {"merge_method": "linear", "slices": [{"sources": [{"model": "a"}]}]},
+        "key 'slices.0.sources.0.layer_range' is missing",
+    ),
+    "backward range": (sliced([["a", 3, 2]]), "slices[0]: model 'a': layer_range [3, 2]"),
+    "negative range": (sliced([["a", -1, 2]]), "slices[0]: model 'a': layer_range [-1, 2]"),
+    "three bounds": (
+        {"merge_method": "linear", "slices": [{"sources": [{"model": "a", "layer_range": [0, 1, 2]}]}]},
+        "layer_range",
+    ),
+    "unequal ranges": (sliced([["a", 0, 2], ["b", 1, 4]]), "slices[0]: 'a' gives 2 layers, 'b' 3"),
+    "model twice in a slice": (sliced([["a", 0, 2], ["a", 2, 4]]), "slices[0]: model 'a' is listed twice"),
+    "too many in a slice": (
+        {**sliced([["a", 0, 2]], [["a", 0, 2], ["b", 0, 2]]), "merge_method": "passthrough"},
+        "slices[1]: passthrough needs at least 1 and at most 1 models, found 2",
+    ),
+    "parameter of a slice": (
+        {
+            "merge_method": "linear",
+            "slices": [{"sources": [{"model": "a", "layer_range": [0, 1]}], "parameters": {"weigth": 1}}],
+        },
+        "slices[0]: unknown parameter 'weigth' of linear; did you mean 'weight'?",
+    ),
+    "bad value in a filter": (
+        {"merge_method": "linear", "models": ["a"], "parameters": {"weight": [{"filter": "mlp", "value": "x"}]}},
+        "weight: expected a number, found 'x'",
+    ),
+    "filtered rebase": ({**ARCEE, "parameters": {"rebase": [{"value": "x"}]}}, "rebase: expected a model, found"),
+    "misspelt parameter of the base": (
+        {**ARCEE, "models": [{"model": "science", "parameters": {"lamda": 1}}, "math"]},
+        "unknown parameter 'lamda'",
+    ),
+    "lora": ({**ARCEE, "models": ["org/m+org/adapter"]}, "'org/m+org/adapter': LoRA adapters are not merged"),
+    "lora in an alias": ({**ARCEE, "sources": {"math": "m+a"}}, "sources.math: 'm+a': LoRA adapters"),
+    "two revisions": ({**ARCEE, "models": ["org/m@a@b"]}, "'org/m@a@b': no such directory; a hub model's revision"),
+    "negative seed": ({**ARCEE, "seed": -1}, "seed: expected a number greater than or equal to 0"),
+    "seed is no number": ({**ARCEE, "seed": "x"}, "seed: expected a whole number, found text 'x'"),
+    "unknown compat": ({**ARCEE, "compat": "mergekitty"}, "compat: expected 'mergekit'"),
+    "compat of a step": (steps({**MID, "compat": "mergekit"}, LAST), "'compat' is the whole recipe's, not a step's"),
+    "method beside steps": (steps(MID, LAST, merge_method="linear"), "'merge_method' stands beside 'steps'"),
+    "both tokenizers": (
+        {**ARCEE, "tokenizer_source": "base", "tokenizer": {}},
+        "'tokenizer_source' and 'tokenizer' both",
+    ),
+    "misspelt tokenizer key": (
+        {**ARCEE, "tokenizer": {"sorce": "base"}},
+        "tokenizer: unknown key 'sorce'; did you mean 'source'?",
+    ),
+    "misspelt token key": (
+        {**ARCEE, "tokenizer": {"tokens": {"<x>": {"sorce": "math"}}}},
+        "tokenizer.tokens.<x>: unknown key 'sorce'; did you mean 'source'?",
+    ),
+    "token of no model": (
+        {**ARCEE, "tokenizer": {"tokens": {"<x>": {"source": "meth"}}}},
+        "tokenizer.tokens: 'meth' is not a model here; did you mean 'math'?",
+    ),
+    "unknown kind": (
+        {**ARCEE, "tokenizer": {"tokens": {"<x>": {"source": {"kind": "zeros"}}}}},
+        "kind: expected zero or model_token, found 'zeros'; did you mean 'zero'?",
+    ),
+    "token and id": (
+        {**ARCEE, "tokenizer": {"tokens": {"<x>": {"source": {"kind": "model_token", "model": "math"}}}}},
+        "tokenizer.tokens.<x>.source: expected one of 'token' and 'token_id'",
+    ),
+    "force without source": (
+        {**ARCEE, "tokenizer": {"tokens": {"<x>": {"force": True}}}},
+        "tokenizer.tokens.<x>: force needs a source",
+    ),
+    "pad to nothing": ({**ARCEE, "tokenizer": {"pad_to_multiple_of": 0}}, "pad_to_multiple_of"),
+    "tokenizer of a step": (steps(MID, LAST, tokenizer_source="mid"), "tokenizer: 'mid' is a step"),
+    "unknown template": ({**ARCEE, "chat_template": "chatlm"}, "neither jinja nor a name; did you mean 'chatml'?"),
+    "bad jinja": ({**ARCEE, "chat_template": "{% if %}"}, "chat_template: line 1: not valid jinja"),
     "misspelt step key": (steps({**MID, "modles": []}, LAST), "step 'mid': unknown key 'modles'; did you mean"),
     "unnamed step": (steps(ARCEE, LAST), "every step but the last needs a name"),
     "two steps of one name": (steps(MID, {**LAST, "name": "mid"}), "two steps are named 'mid'"),
@@ -174,7 +463,10 @@ def test_bad_files(tmp_path, text, message):
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize("override", ["steps.mit.parameters.lambda=1", "parameters", "stepz=1"])
+@pytest.mark.parametrize(
+    "override",
+    ["steps.mit.parameters.lambda=1", "parameters", "stepz=1", "parameters.lambda=1", "steps.mid=1", "seed=x"],
+)
 def test_bad_overrides(override):
     with pytest.raises(UserError):
         read_recipe(steps(MID, LAST), [override])
