@@ -63,7 +63,7 @@ class Step:
                 yield from ((b, a) for b, a in zip(self.branches, argument, strict=True) if isinstance(a, Value))
 
     def at(self, tensor: str, depth: float, names: Mapping[str, str] | None = None) -> dict[str, Any]:
-        """The arguments for one tensor of the result, at a depth of 0 to 1 (see `bmjax.merge.plan.depth`).
+        """The arguments for one tensor of the result, at a depth of 0 to 1 (see `bmjax.merge.naming.depth`).
 
         names: the tensor's name in each model where it has another there, which the filters of per-model parameters
         see. Raises UserError where no filter fits, or the method refuses the arguments.
