@@ -111,7 +111,7 @@ class Layout:
         if embedding is None or says_untied(checkpoint):
             return False
         one, other = checkpoint.tensors[embedding], checkpoint.tensors[head]
-        if (one.shape, one.dtype) != (other.shape, other.dtype) or not one.nbytes:
+        if (one.shape, one.dtype) != (other.shape, other.dtype) or not one.shape or not one.nbytes:
             return False
         rows = np.unique(np.linspace(0, one.shape[0] - 1, _SAMPLED_ROWS).astype(int)).tolist()
         pairs = ([checkpoint.read(name, (slice(row, row + 1),)) for name in (embedding, head)] for row in rows)

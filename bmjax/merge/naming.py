@@ -1,5 +1,6 @@
 """What the names of a Hugging Face checkpoint's tensors say, whatever the architecture."""
 
+import functools
 import re
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ class Layer(NamedTuple):
         return f"{self.stack}.{self.number}.{self.tensor}"
 
 
+@functools.lru_cache(2**16)
 def layer(name: str) -> Layer | None:
     """The layer a tensor belongs to: its number is the first in the name. None for embeddings, norms and heads."""
     found = _LAYER.search(name)
@@ -38,6 +40,7 @@ def depth(number: int, layers: int) -> float:
     return number / (layers - 1) if layers > 1 else 1.0
 
 
+@functools.lru_cache(2**16)
 def is_head(name: str) -> bool:
     """Whether the tensor turns hidden states into a token's score: a row for each token."""
     return _HEAD.fullmatch(name) is not None
@@ -48,6 +51,7 @@ def is_embedding(name: str) -> bool:
     return layer(name) is None and not is_head(name) and _EMBEDDING.search(name) is not None
 
 
+@functools.lru_cache(2**16)
 def is_vocabulary(name: str) -> bool:
     """Whether the tensor has a row for each token."""
     return is_embedding(name) or is_head(name)

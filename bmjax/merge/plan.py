@@ -125,11 +125,12 @@ class _Planner:
     def _make(self, step: Step, name: str) -> Node | None:
         origin = self.layout.origin(step, name)
         sources: dict[str, Source] = {}
-        for model in origin.step.reads:
+        reads = origin.step.reads
+        for model in reads:
             source = self._source(model, origin.names.get(model, name), name)
             if source is not None:
                 sources[model] = source
-        if len(sources) < len(origin.step.reads):
+        if len(sources) < len(reads):
             return None
         shape = self._shape(name, sources, step)
         stored = self._stored(step.name, name)
