@@ -11,7 +11,7 @@ from bmjax.config import UserError
 from bmjax.merge.dialect import LayersEntry, ModelEntry, SliceBlock, StepBlock, settings
 from bmjax.merge.methods import Method, find
 from bmjax.merge.methods.method import Parameter
-from bmjax.merge.values import Rule, Value, either, parse
+from bmjax.merge.values import Rule, Value, checked, either, parse
 
 REVISION = re.compile(r"([\w.-]+/[\w.-]+)@([\w./-]+)")  # of a hub model: org/name@revision
 _WITHOUT_EFFECT = {"int8_mask": "masks are never kept in memory whole"}
@@ -262,7 +262,7 @@ def _rules(parameter: Parameter, level: Mapping[str, Any]) -> tuple[Rule, ...]:
     if given is None and parameter.default is None:
         return (Rule((None,)),)
     if parameter.about.model:
-        return (Rule((parameter.check(given),)),)
+        return (Rule((checked(parameter.name, given, parameter.check),)),)
     return parse(parameter.name, given, parameter.check, line=parameter.kind is not int)
 
 

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
-from bmjax.config import Settings, UserError, nearest, parse_yaml_documents, read_text
+from bmjax.config import Settings, UserError, nearest, read_yaml_documents
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 _OF_THE_RESULT = ("tokenizer_source", "tokenizer", "chat_template")
@@ -99,7 +99,7 @@ def settings(kind: type[Any], values: Mapping[str, Any], where: str, overrides: 
 
 
 def _documents(source: str | Path | Mapping[str, Any], where: str) -> list[dict[str, Any]]:
-    raw = [source] if isinstance(source, Mapping) else parse_yaml_documents(read_text(source), where)
+    raw = [source] if isinstance(source, Mapping) else read_yaml_documents(source)
     documents = [document for document in raw if document is not None] or [{}]
     for document in documents:
         if not isinstance(document, Mapping):
@@ -149,7 +149,7 @@ def _split(documents: list[dict[str, Any]], where: str) -> tuple[dict[str, Any],
                 raise UserError(f"{where}: '{key}' belongs to the last document, which makes the result")
             if key == "sources" and isinstance(value, Mapping) and isinstance(top.get(key, {}), Mapping):
                 value = {**top.get(key, {}), **value}
-            elif top.get(key, value) != value:
+            elif key in top and top[key] != value:
                 raise UserError(f"{where}: '{key}' is {top[key]!r} in one document and {value!r} in another")
             top[key] = value
     return top, [{k: v for k, v in document.items() if k in StepBlock.model_fields} for document in ordered]

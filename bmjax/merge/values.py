@@ -112,9 +112,17 @@ def _rule(name: str, entry: Mapping[Any, Any], check: Callable[[Any], Any], line
 
 def _points(name: str, value: Any, check: Callable[[Any], Any], line: bool) -> tuple[Any, ...]:
     if not isinstance(value, list):
-        return (check(value),)
+        return (checked(name, value, check),)
     if not value:
         raise UserError(f"{name}: an empty list; expected one value, or values from the first layer to the last")
     if len(value) > 1 and not line:
         raise UserError(f"{name}: expected one value, found a list of {len(value)}; it cannot change with the depth")
-    return tuple(check(point) for point in value)
+    return tuple(checked(name, point, check) for point in value)
+
+
+def checked(name: str, value: Any, check: Callable[[Any], Any]) -> Any:
+    """`check(value)`, whose comparisons with floats a whole number may be too large for."""
+    try:
+        return check(value)
+    except OverflowError:
+        raise UserError(f"{name}: {str(value)[:20]}... is beyond all numbers that a merge computes with") from None

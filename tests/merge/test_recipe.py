@@ -281,6 +281,12 @@ def test_tokenizers():
     assert read_recipe({**ARCEE, "chat_template": jinja}).chat_template == jinja
 
 
+def test_errors_are_of_bounded_length():
+    with pytest.raises(UserError) as error:
+        read_recipe({**ARCEE, "merge_method": "x" * 10_000})
+    assert len(str(error.value)) < 700
+
+
 def test_notes():
     listed = read_recipe({**ARCEE, "models": ["math"], "name": "x"})
     assert listed.notes == ()
@@ -425,6 +431,9 @@ BAD = {
     "tokenizer of a step": (steps(MID, LAST, tokenizer_source="mid"), "tokenizer: 'mid' is a step"),
     "unknown template": ({**ARCEE, "chat_template": "chatlm"}, "neither jinja nor a name; did you mean 'chatml'?"),
     "bad jinja": ({**ARCEE, "chat_template": "{% if %}"}, "chat_template: line 1: not valid jinja"),
+    "beyond floats": ({**ARCEE, "parameters": {"lambda": 10**390}}, "lambda: 10000000000000000000... is beyond"),
+    "lines in a name": ({**ARCEE, "models": ["a\n\x1b[2Jb", "a\n\x1b[2Jb"]}, "model 'a  [2Jb' is listed twice"),
+    "no number of a seed": ({**ARCEE, "seed": float("nan")}, "seed: expected"),
     "misspelt step key": (steps({**MID, "modles": []}, LAST), "step 'mid': unknown key 'modles'; did you mean"),
     "unnamed step": (steps(ARCEE, LAST), "every step but the last needs a name"),
     "two steps of one name": (steps(MID, {**LAST, "name": "mid"}), "two steps are named 'mid'"),
