@@ -20,11 +20,19 @@ from pydantic_core import PydanticCustomError, PydanticUndefined
 
 MAX_YAML_NODES = 100_000
 MAX_YAML_CHARACTERS = 256 * 1024  # a second or two of parsing; what is larger is not a config
+MAX_LINE = 1000  # characters of an error
 MAX_NUMBER = 400  # characters; no digits in an error message or a sum take seconds
 
 
 class UserError(Exception):
-    """A mistake its user can mend. The message is one line; commands print it and exit with code 2."""
+    """A mistake its user can mend. The message is one line; commands print it and exit with code 2.
+
+    Line breaks and control characters, which names in files and configs may bring in, become spaces.
+    """
+
+    def __init__(self, message: str) -> None:
+        line = "".join(c if c.isprintable() else " " for c in message)
+        super().__init__(line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]}...")
 
 
 # What the machine says no to, and its user can mend: a full or failing disk, rights, too long or wrong a path.

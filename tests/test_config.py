@@ -133,6 +133,11 @@ def test_an_alias_bomb_is_refused_before_it_is_built(tmp_path):
     assert problem(file) == f"{file}: more than 100000 values once aliases are written out; refused"
 
 
+def test_an_error_is_one_line_of_bounded_length():
+    assert str(UserError("tensor 'a\n\x1b[2Jb\udc80é'")) == "tensor 'a  [2Jb é'"
+    assert str(UserError("x" * 5000)) == "x" * 1000 + "..."
+
+
 def test_what_is_no_config_is_refused_at_once(tmp_path):
     pipe, link, device = tmp_path / "pipe.yaml", tmp_path / "link.yaml", tmp_path / "device.yaml"
     os.mkfifo(pipe)

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from bmjax.config import UserError
 from bmjax.model.spec import read_hf_config
 from bmjax.weights.safetensors import Checkpoint
 
@@ -18,7 +19,11 @@ _MAY_DIFFER = {
 
 def read_config(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """The config.json beside the weights, or None."""
-    return read_hf_config(checkpoint.directory) if (checkpoint.directory / "config.json").exists() else None
+    path = checkpoint.directory / "config.json"
+    try:
+        return read_hf_config(checkpoint.directory) if path.exists() else None
+    except RecursionError:
+        raise UserError(f"{path}: not valid JSON: nested too deeply") from None
 
 
 def says_untied(checkpoint: Checkpoint) -> bool:

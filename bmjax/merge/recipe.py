@@ -12,8 +12,6 @@ from bmjax.merge.tokens import TokenizerPlan, chat_template, tokenizer_plan
 
 __all__ = ["Recipe", "Slice", "Step", "read_recipe"]
 
-MAX_LINE = 600  # characters of an error
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -70,19 +68,6 @@ def read_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     line, for a missing file, bad YAML, an unknown key, method, parameter or model name, a missing base_model or a
     wrong number of models.
     """
-    try:
-        return _read(source, overrides)
-    except UserError as error:
-        raise UserError(_line(str(error))) from None
-
-
-def _line(text: str) -> str:
-    """One line of bounded length, whatever a recipe's own texts bring into an error."""
-    plain = "".join(c if c.isprintable() else " " for c in text)
-    return plain if len(plain) <= MAX_LINE else plain[:MAX_LINE] + "..."
-
-
-def _read(source: str | Path | Mapping[str, Any], overrides: Sequence[str]) -> Recipe:
     where, top, blocks = read_blocks(source, overrides)
     blocks = [
         (at, block if block.name else block.model_copy(update={"name": _free_name(block)})) for at, block in blocks
