@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from bmjax.config import UserError
@@ -44,12 +45,13 @@ def config_changes(
     head: tuple[bool, bool],
     layers: Sequence[tuple[str, int]],
     donor_layers: int,
-    vocabulary: int | None = None,
+    vocabulary: tuple[int, Path] | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """(the keys of the donor's config.json that change, with their values; notes).
 
     head: whether the donor, and the result, have a head of their own. layers: the input and its layer that each of the
-    result's is configured as; empty where there is nothing to say. vocabulary: the rows of a new tokenizer's tokens.
+    result's is configured as; empty where there is nothing to say. vocabulary: rows of tokens, and the directory that
+    a new tokenizer comes from.
     """
     old = read_config(models[donor])
     if old is None:
@@ -61,7 +63,14 @@ def config_changes(
     elif head[0] and not head[1]:
         _put(new, _TIED, True)
     if vocabulary is not None:
-        _put(new, "vocab_size", vocabulary)
+        size, source = vocabulary
+        _put(new, "vocab_size", size)
+        theirs = (
+            read_hf_config(source) if (source / "config.json").exists() and source != models[donor].directory else {}
+        )
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if key in theirs:
+                _put(new, key, theirs[key])
     if list(layers) != [(donor, number) for number in range(donor_layers)] and layers:
         notes += _set_layers(new, donor_layers, layers, {name: read_config(model) for name, model in models.items()})
     return {key: value for key, value in new.items() if key not in old or old[key] != value}, notes

@@ -85,6 +85,11 @@ class Layout:
         found = self.find(model, name)
         return None if found is None else self.models[model].tensors[found]
 
+    def shape(self, model: str, name: str) -> tuple[int, ...]:
+        """The shape of an input's tensor, () where it has none."""
+        found = self.tensor(model, name)
+        return () if found is None else found.shape
+
     def find(self, model: str, name: str) -> str | None:
         """The name under which an input or a step holds a tensor: a tied model's head is its embedding."""
         if name in self.names(model):

@@ -12,10 +12,10 @@ _UNITS = {"B": 1} | {f"{prefix}{kind}": base ** (i + 1)
                      for kind, base in (("B", 1000), ("iB", 1024)) for i, prefix in enumerate("KMGT")}  # fmt: skip
 
 
-def locate(recipe: Recipe, name: str, *, download: bool = True) -> Path:
+def locate(recipe: Recipe, name: str, *, download: bool = True, weights: bool = True) -> Path:
     """The directory of one of the recipe's inputs: an alias of `sources`, a directory, or a hub model `org/name@rev`.
 
-    download False: a hub model must have been fetched before.
+    download False: a hub model must have been fetched before. weights False: only config and tokenizer are fetched.
     """
     text, revision = recipe.path(name), recipe.revision(name)
     path = Path(text).expanduser()
@@ -26,7 +26,7 @@ def locate(recipe: Recipe, name: str, *, download: bool = True) -> Path:
     if path.exists():
         raise UserError(f"model '{name}': {text} is a file, expected a model directory")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not path.parent.exists():
-        return _hub(text, revision, download)
+        return _hub(text, revision, download, weights)
     known = [*recipe.sources, *(step.name for step in recipe.steps)]
     beside = [str(path.parent / p.name) for p in path.parent.glob("*") if p.is_dir()] if path.parent.is_dir() else []
     hint = nearest(text, [*known, *beside])
@@ -36,7 +36,7 @@ def locate(recipe: Recipe, name: str, *, download: bool = True) -> Path:
     raise UserError(f"{at}{text}: no such model directory{hint}")
 
 
-def _hub(text: str, revision: str | None, download: bool) -> Path:
+def _hub(text: str, revision: str | None, download: bool, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     at = "" if revision is None else f"@{revision}"
@@ -49,8 +49,9 @@ def _hub(text: str, revision: str | None, download: bool) -> Path:
             ) from None
     from bmjax.weights.hf import HUB_FILES
 
+    patterns = [pattern for pattern in HUB_FILES if weights or "safetensors" not in pattern]
     try:
-        return Path(snapshot_download(text, revision=revision, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(text, revision=revision, allow_patterns=patterns))
     except Exception as error:
         line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(

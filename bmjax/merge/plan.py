@@ -17,7 +17,11 @@ from bmjax.config import UserError
 from bmjax.merge.configs import config_changes, config_notes
 from bmjax.merge.layout import Layout
 from bmjax.merge.naming import is_buffer, is_head, is_vocabulary, layer
+from bmjax.merge.places import locate
 from bmjax.merge.recipe import Recipe, Step
+from bmjax.merge.rows import Other, TokenRows
+from bmjax.merge.tokens import TokenizerPlan
+from bmjax.merge.vocabulary import Vocabulary, vocabulary
 from bmjax.weights.safetensors import DTYPES, Checkpoint, listing
 
 FLOATS = ("F32", "BF16", "F16", "F64")
@@ -30,13 +34,14 @@ class Source:
 
     tensor: its name in the model (a tied model's head is its embedding). node: what makes it, if the model is an
     earlier step. rows: for every row of the result the row of the tensor, int64, -1 where the model has none; None:
-    the same rows. A missing row counts as the base's if the base has it, else as the mean of the models that have it,
-    else as zero.
+    the same rows. others: where missing rows come from, as (model, tensor, rows): from the mean of those that have a
+    row there, zero if none has. The donor's stands in alone where it has the row.
     """
 
     tensor: str
     rows: np.ndarray | None = None
     node: "Node | None" = None
+    others: tuple[Other, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,15 +74,18 @@ class Node:
                 yield model, source.tensor
             else:
                 yield from source.node._files()
+            yield from ((other, tensor) for other, tensor, _ in source.others)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """nodes: in the order in which they are written. config_changes: keys of the donor's config.json that change."""
+    """nodes: in the order in which they are written. config_changes: keys of the donor's config.json that change.
+    vocabulary: the tokenizer to save, None where the donor's files are copied."""
 
     nodes: tuple[Node, ...]
     config_changes: Mapping[str, Any]
     notes: tuple[str, ...]
+    vocabulary: Vocabulary | None = None
 
 
 def plan(recipe: Recipe, models: Mapping[str, Checkpoint]) -> Plan:
@@ -86,8 +94,9 @@ def plan(recipe: Recipe, models: Mapping[str, Checkpoint]) -> Plan:
     Raises UserError, one line, where models do not fit together: a weight that one lacks, other shapes or types, a
     layer range beyond the last layer, a parameter without a value for some tensor.
     """
-    planner = _Planner(recipe, Layout(recipe.steps, models))
-    last, layout, donor = recipe.steps[-1], planner.layout, recipe.donor
+    layout, donor, last = Layout(recipe.steps, models), recipe.donor, recipe.steps[-1]
+    tokens = None if recipe.tokenizer is None else _vocabulary(recipe, recipe.tokenizer, layout)
+    planner = _Planner(recipe, layout, tokens)
     planned = [planner.node(last, name) for name in layout.names(last.name)]
     planner.check_missing()
     nodes = tuple(node for node in planned if node is not None)
@@ -100,20 +109,45 @@ def plan(recipe: Recipe, models: Mapping[str, Checkpoint]) -> Plan:
         head=(any(map(is_head, layout.names(donor))), any(is_head(node.name) for node in nodes)),
         layers=[layout.trace(last.name, number) for number in range(count)],
         donor_layers=max(layout.layers(donor).values(), default=0),
+        vocabulary=None if tokens is None else (tokens.size, tokens.source),
     )  # fmt: skip
-    notes = [*layout.notes, *planner.notes, *planner.surplus(), *planner.idle_filters(), *notes]
-    return Plan(nodes, changes, (*notes, *config_notes(donor, models, changes)))
+    notes = [
+        *(tokens.notes if tokens else ()),
+        *layout.notes,
+        *planner.rows.notes,
+        *planner.notes,
+        *planner.surplus(),
+        *planner.idle_filters(),
+        *notes,
+    ]
+    return Plan(nodes, changes, (*notes, *config_notes(donor, models, changes)), tokens)
+
+
+def _vocabulary(recipe: Recipe, tokenizer: TokenizerPlan, layout: Layout) -> Vocabulary:
+    directories = {name: model.directory for name, model in layout.models.items()}
+    rows = {}
+    for model in recipe.inputs:
+        embedding = layout.embedding(model)
+        shape = () if embedding is None else layout.models[model].tensors[embedding].shape
+        if not shape:
+            raise UserError(
+                f"model '{model}': no tensor is known as its tokens' embedding; remove the tokenizer's keys"
+            )
+        rows[model] = shape[0]
+    if tokenizer.source not in ("base", "union", *directories):
+        directories[tokenizer.source] = locate(recipe, tokenizer.source, weights=False)
+    return vocabulary(tokenizer, recipe.donor, directories, rows)
 
 
 class _Planner:
-    def __init__(self, recipe: Recipe, layout: Layout) -> None:
+    def __init__(self, recipe: Recipe, layout: Layout, tokens: Vocabulary | None) -> None:
         self.recipe, self.layout = recipe, layout
+        self.rows = TokenRows(recipe, layout, tokens)
         self.notes: dict[str, None] = {}
         self._nodes: dict[tuple[str, str], Node | None] = {}
         self._missing: dict[str, list[str]] = {}
         self._left_out: dict[str, str] = {}
         self._used: dict[str, set[str]] = {}
-        self._rows: dict[tuple[int, int], np.ndarray] = {}
         self._filters: dict[tuple[str, str, str], bool] = {}
 
     def node(self, step: Step, name: str) -> Node | None:
@@ -157,24 +191,12 @@ class _Planner:
             node = self.node(self.layout.steps[model], found)
             return None if node is None else Source(found, None, node)
         self._used.setdefault(model, set()).add(found)
-        has = self.layout.models[model].tensors[found].shape
-        return Source(found, self._rows_of(model, result, has[0]) if has and is_vocabulary(result) else None)
-
-    def _rows_of(self, model: str, result: str, has: int) -> np.ndarray | None:
-        donor = self.recipe.donor
-        info = self.layout.tensor(donor, result)
-        wanted = info.shape[0] if info is not None and info.shape else has
-        if has == wanted:
-            return None
-        told = "those it lacks count as its base's, or as the other models' mean"
-        told = told if has < wanted else f"its last {has - wanted} are not read"
-        self.notes[f"model '{model}' has {has} rows of tokens, the result {wanted} like '{donor}': {told}"] = None
-        if (has, wanted) not in self._rows:
-            rows = np.arange(wanted, dtype=np.int64)
-            rows[has:] = -1
-            rows.flags.writeable = False
-            self._rows[has, wanted] = rows
-        return self._rows[has, wanted]
+        if not is_vocabulary(result) or not self.layout.models[model].tensors[found].shape:
+            return Source(found)
+        rows, others = self.rows.of(model, result)
+        for other, other_tensor, _ in others:
+            self._used.setdefault(other, set()).add(other_tensor)
+        return Source(found, rows, None, others)
 
     def _shape(self, name: str, sources: Mapping[str, Source], step: Step) -> tuple[int, ...]:
         """The one shape of all inputs, whose types must go together too; rows of tokens may differ in number."""
@@ -182,6 +204,9 @@ class _Planner:
         if step is self.recipe.steps[-1] and not step.slices and self.recipe.donor not in seen:
             info = self.layout.tensor(self.recipe.donor, name)
             seen |= {} if info is None else {self.recipe.donor: (info.shape, info.dtype)}
+        for model, tensor, _ in (other for source in sources.values() for other in source.others):
+            entry = self.layout.models[model].tensors[tensor]
+            seen.setdefault(model, (entry.shape, entry.dtype))
         leader, (shape, kind) = next(iter(seen.items()))
         for model, (other, other_kind) in seen.items():
             if (other[1:] if is_vocabulary(name) else other) != (shape[1:] if is_vocabulary(name) else shape):

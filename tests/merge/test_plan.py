@@ -262,10 +262,13 @@ def test_other_vocabulary_sizes(save, rows):
         assert node.inputs["base"].rows is None
         if node.name in (EMBED, HEAD):
             assert node.shape == (6, 4) and source.rows.dtype == np.int64 and source.rows.tolist() == expected
+            lacking = [(m, t, at.tolist()) for m, t, at in source.others]
+            assert lacking == ([("base", node.name, [-1, -1, -1, -1, 4, 5])] if rows == 4 else [])
         else:
             assert source.rows is None
     (note,) = result.notes
-    assert f"'other' has {rows} rows of tokens, the result 6 like 'base'" in note
+    told = {4: "the 2 it lacks are taken from there", 9: "its last 3 are not read"}[rows]
+    assert note == f"model 'other' has {rows} rows of tokens, 'base' 6: {told}"
     assert result.config_changes == {}
 
 
