@@ -18,7 +18,7 @@ class Recipe:
     """Merges in order; the last one's result is written. `text` is what was asked for, as plain values.
 
     dtype: what the result is rounded to. seed: of random masks. compat: 'mergekit' where its arithmetic is asked for.
-    tokenizer None: the donor's files are copied. chat_template: a name or jinja, None for the donor's.
+    tokenizer None: the donor's files are copied. chat_template: jinja, None for the donor's.
     """
 
     steps: tuple[Step, ...]

@@ -1,15 +1,22 @@
 """Which tokenizer a merge's result gets, where the rows of its tokens come from, and its chat template."""
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
-from bmjax.config import Settings, UserError, nearest
+from bmjax.config import Settings, UserError, nearest, read_text
 
-CHAT_TEMPLATES = ("chatml", "deepseek-r1", "alpaca", "llama3", "mistral", "exaone")
+_TEMPLATES = Path(__file__).parent / "templates"
+_NAMED = {name: _TEMPLATES / f"{name}.jinja" for name in ("alpaca", "exaone", "llama3", "mistral")} | {
+    # The ones that branches are trained with, too.
+    name: _TEMPLATES.parents[1] / f"branch/templates/{name}.jinja"
+    for name in ("chatml", "deepseek-r1")
+}
 
 
 @dataclass(frozen=True)
@@ -106,7 +113,7 @@ def _read(kind: type[Any], values: Mapping[str, Any], where: str) -> Any:
 
 
 def chat_template(text: str | None) -> str | None:
-    """A recipe's `chat_template`: None for the donor's own (`auto`), else a known name or jinja."""
+    """The jinja of a recipe's `chat_template`, a known name or jinja itself; None for the donor's own (`auto`)."""
     if text is None or text == "auto":
         return None
     if "{%" in text or "{{" in text:
@@ -119,8 +126,23 @@ def chat_template(text: str | None) -> str | None:
         except TemplateSyntaxError as error:
             raise UserError(f"chat_template: line {error.lineno}: not valid jinja: {error.message}") from None
         return text
-    if text not in CHAT_TEMPLATES:
-        raise UserError(
-            f"chat_template: '{text[:60]}' is neither jinja nor a name{nearest(text, ['auto', *CHAT_TEMPLATES])}"
-        )
-    return text
+    if text not in _NAMED:
+        raise UserError(f"chat_template: '{text[:60]}' is neither jinja nor a name{nearest(text, ['auto', *_NAMED])}")
+    return _NAMED[text].read_text(encoding="utf-8").rstrip("\n")
+
+
+def write_chat_template(folder: Path, template: str) -> None:
+    """Makes `template` the chat template of the tokenizer in `folder`, in place of whatever it has."""
+    (folder / "chat_template.json").unlink(missing_ok=True)
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return
+    try:
+        config = json.loads(read_text(path))
+    except (ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    if config.pop("chat_template", None) is not None:
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
