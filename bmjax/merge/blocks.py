@@ -1,10 +1,8 @@
 """One block of a recipe as a checked, frozen step: its models, its layers, its parameters from all levels."""
 
 import inspect
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from bmjax.config import UserError
@@ -13,7 +11,6 @@ from bmjax.merge.methods import Method, find
 from bmjax.merge.methods.method import Parameter
 from bmjax.merge.values import Rule, Value, checked, either, parse
 
-REVISION = re.compile(r"([\w.-]+/[\w.-]+)@([\w./-]+)")  # of a hub model: org/name@revision
 _WITHOUT_EFFECT = {"int8_mask": "masks are never kept in memory whole"}
 
 
@@ -102,19 +99,8 @@ def _resolve(argument: Any, tensor: str, depth: float) -> Any:
     return argument.at(tensor, depth) if isinstance(argument, Value) else argument
 
 
-def check_reference(text: str, where: str) -> None:
-    """Refuses what mergekit's model references may hold and a merge here cannot read."""
-    if "+" in text and not Path(text).exists():
-        raise UserError(
-            f"{where}: '{text}': LoRA adapters are not merged on the way; "
-            "merge the adapter into its model first (peft: merge_and_unload) and name the result"
-        )
-    if "@" in text and not Path(text).exists() and REVISION.fullmatch(text) is None:
-        raise UserError(f"{where}: '{text}': no such directory; a hub model's revision is given as org/name@revision")
-
-
-def build(block: StepBlock, where: str, known: set[str], notes: list[str]) -> Step:
-    """The step of a named block. known: names of aliases and steps. notes: gets a line for what has no effect."""
+def build(block: StepBlock, where: str, notes: list[str]) -> Step:
+    """The step of a named block. notes: gets a line for what has no effect."""
     try:
         method = find(block.merge_method)
         if (block.models is None) == (block.slices is None):
@@ -123,7 +109,7 @@ def build(block: StepBlock, where: str, known: set[str], notes: list[str]) -> St
                 if block.models is None
                 else "'models' and 'slices' both stand; keep one: whole models, or ranges of their layers"
             )
-        builder = _Builder(block, method, known, notes, where)
+        builder = _Builder(block, method, notes, where)
         if block.slices is None:
             return builder.whole([_entry(entry) for entry in block.models or ()])
         return builder.sliced(block.slices)
@@ -145,7 +131,6 @@ class _Builder:
 
     block: StepBlock
     method: Method
-    known: set[str]
     notes: list[str]
     where: str
 
@@ -179,9 +164,6 @@ class _Builder:
             str(block.name), method, base, branches, base_model or branches[0], arguments,
             dtype=block.dtype, out_dtype=block.out_dtype,
         )  # fmt: skip
-        for name in step.models:
-            if name not in self.known:
-                check_reference(name, "model")
         if method.check and not any(step.values):
             method.check(arguments)
         return step

@@ -25,6 +25,13 @@ def locate(recipe: Recipe, name: str, *, download: bool = True, weights: bool = 
         return path
     if path.exists():
         raise UserError(f"model '{name}': {text} is a file, expected a model directory")
+    if "+" in text:
+        raise UserError(
+            f"model '{name}': no such directory; LoRA adapters (MODEL+ADAPTER) are not merged on the way: "
+            "merge the adapter into its model first (peft: merge_and_unload) and name the result"
+        )
+    if "@" in text:
+        raise UserError(f"model '{name}': no such directory; a hub model's revision is given as org/name@revision")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not path.parent.exists():
         return _hub(text, revision, download, weights)
     known = [*recipe.sources, *(step.name for step in recipe.steps)]

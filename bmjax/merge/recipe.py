@@ -1,12 +1,13 @@
 """Merge recipes: mergekit-style YAML, or named `steps:` of such blocks, read into checked, frozen steps."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from bmjax.config import UserError, nearest
-from bmjax.merge.blocks import REVISION, Slice, Step, build, check_reference
+from bmjax.merge.blocks import Slice, Step, build
 from bmjax.merge.dialect import StepBlock, TopBlock, read_blocks
 from bmjax.merge.tokens import TokenizerPlan, chat_template, tokenizer_plan
 
@@ -56,7 +57,7 @@ class Recipe:
 
 
 def _located(text: str) -> tuple[str, str | None]:
-    found = REVISION.fullmatch(text)
+    found = re.fullmatch(r"([\w.-]+/[\w.-]+)@([\w./-]+)", text)
     # A directory may have an @ in its name.
     return (text, None) if found is None or Path(text).exists() else (found[1], found[2])
 
@@ -78,10 +79,8 @@ def read_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
             raise UserError(f"{where}: two steps are named '{name}'; every step needs its own name")
         if name in top.sources:
             raise UserError(f"{where}: '{name}' is a step and an alias of sources; rename one of them")
-    for alias, text in top.sources.items():
-        check_reference(text, f"{where}: sources.{alias}")
     notes: list[str] = []
-    steps = tuple(build(block, at, {*names, *top.sources}, notes) for at, block in blocks)
+    steps = tuple(build(block, at, notes) for at, block in blocks)
     _check_order(steps, where)
     last = blocks[-1][1]
     for at, block in blocks[:-1]:
@@ -100,8 +99,6 @@ def _with_tokens(recipe: Recipe, top: TopBlock, where: str) -> Recipe:
                 raise UserError(f"tokenizer.tokens: '{name}' is not a model here{nearest(name, recipe.inputs)}")
         if plan and plan.source in {step.name for step in recipe.steps}:
             raise UserError(f"tokenizer: '{plan.source}' is a step; name the model whose tokenizer it has")
-        if plan and plan.source not in ("base", "union", *recipe.sources):
-            check_reference(plan.source, "tokenizer")
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     return recipe if plan is None and template is None else replace(recipe, tokenizer=plan, chat_template=template)

@@ -75,12 +75,14 @@ def test_models_that_are_not_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "math").mkdir(parents=True)
     (tmp_path / "file").write_text("x")
-    recipe = soup("org/mathe", "file", "a", "org/math@v1", a="nowhere")
+    recipe = soup("org/mathe", "file", "a", "org/math@v1", "o/m@a@b", "o/m+o/adapter", a="nowhere")
     for name, message in (
         ("org/mathe", "org/mathe: no such model directory; did you mean 'org/math'?"),
         ("file", "model 'file': file is a file, expected a model directory"),
         ("a", "model 'a': nowhere: no such model directory"),
         ("org/math@v1", "model 'org/math@v1': org/math is a directory, which has no revisions; remove @v1"),
+        ("o/m@a@b", "model 'o/m@a@b': no such directory; a hub model's revision is given as org/name@revision"),
+        ("o/m+o/adapter", "model 'o/m+o/adapter': no such directory; LoRA adapters (MODEL+ADAPTER) are not merged"),
     ):
         with pytest.raises(UserError) as error:
             locate(recipe, name)

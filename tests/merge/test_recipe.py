@@ -41,7 +41,8 @@ def test_a_mergekit_recipe_as_it_stands():
     (step,) = recipe.steps
     assert step.branches == ("a", "b")
     assert step.base == "org/base" and recipe.donor == "org/base"
-    assert step.arguments == {"weight": (0.25, 2.0), "lambda": 0.5, "normalize": False, "rebase": None}
+    expected = {"weight": (0.25, 2.0), "lambda": 0.5, "normalize": False, "rebase": None}
+    assert expected.items() <= step.arguments.items()
     assert recipe.dtype == "bfloat16"
     assert recipe.inputs == ("org/base", "a", "b")
 
@@ -153,18 +154,22 @@ def test_parameters_of_all_levels():
                 "parameters": {"weight": [{"filter": "mlp", "value": 0.2}, {"filter": "attn", "value": 0.3}]},
             }
         ],
-        "parameters": {"weight": 0.4, "lambda": [1, 2], "int8_mask": True},
+        "parameters": {"weight": 0.4, "lambda": [1, 2]},
     }
     recipe = read_recipe(block)
     step = recipe.steps[0].slices[0].step
     assert step.base == "base" and step.branches == ("a", "b")
     assert step.at("layers.0.mlp.up.weight", 0.0)["weight"] == (0.1, 0.2)
     assert step.at("layers.0.attn.q.weight", 0.0)["weight"] == (0.3, 0.3)
-    assert step.at("norm.weight", 0.25) == {
-        "weight": (0.4, 0.4), "lambda": 1.25, "normalize": False, "rebase": None,
-    }  # fmt: skip
+    expected = {"weight": (0.4, 0.4), "lambda": 1.25, "normalize": False, "rebase": None}
+    assert expected.items() <= step.at("norm.weight", 0.25).items()
     assert step.at("layers.0.mlp.w", 0.0, {"a": "layers.2.other.w"})["weight"] == (0.4, 0.2)
-    assert len(recipe.notes) == 1 and "int8_mask has no effect" in recipe.notes[0]
+    assert recipe.notes == ()
+
+
+def test_what_has_no_effect_is_told():
+    recipe = read_recipe(sliced([["a", 0, 1]], [["a", 0, 1]], parameters={"int8_mask": True}))
+    assert recipe.notes == ("recipe: int8_mask has no effect: masks are never kept in memory whole",)
 
 
 def test_a_base_beside_the_sources_has_their_layers():
@@ -339,7 +344,7 @@ BAD = {
     ),
     "weights that cancel": (
         {"merge_method": "linear", "models": ["a", "b"], "parameters": {"weight": 0}},
-        "the weights (0, 0) sum to 0",
+        "sum to 0",
     ),
     "unknown dtype": ({**ARCEE, "dtype": "float8"}, "dtype"),
     "modules": ({**ARCEE, "modules": {}}, "'modules' is not supported: list whole models"),
@@ -385,9 +390,6 @@ BAD = {
         {**ARCEE, "models": [{"model": "science", "parameters": {"lamda": 1}}, "math"]},
         "unknown parameter 'lamda'",
     ),
-    "lora": ({**ARCEE, "models": ["org/m+org/adapter"]}, "'org/m+org/adapter': LoRA adapters are not merged"),
-    "lora in an alias": ({**ARCEE, "sources": {"math": "m+a"}}, "sources.math: 'm+a': LoRA adapters"),
-    "two revisions": ({**ARCEE, "models": ["org/m@a@b"]}, "'org/m@a@b': no such directory; a hub model's revision"),
     "negative seed": ({**ARCEE, "seed": -1}, "seed: expected a number greater than or equal to 0"),
     "seed is no number": ({**ARCEE, "seed": "x"}, "seed: expected a whole number, found text 'x'"),
     "unknown compat": ({**ARCEE, "compat": "mergekitty"}, "compat: expected 'mergekit'"),
