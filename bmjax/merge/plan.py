@@ -273,6 +273,7 @@ class _Planner:
             known = {*used, *self._left_out, self.layout.copied_heads.get(model, "")}
             names = [name for name in self.layout.models[model].tensors if name not in known]
             if model in sliced:
-                names = [name for name in names if layer(name) is None]
+                result = self.layout.names(self.recipe.steps[-1].name)
+                names = [name for name in names if layer(name) is None and name not in result]
             if names:
                 yield f"model '{model}' holds {listing(names)} that '{self.recipe.donor}' lacks; not merged"

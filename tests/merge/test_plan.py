@@ -6,54 +6,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from bmjax.config import UserError
-from bmjax.merge.plan import plan
 from bmjax.merge.recipe import read_recipe
-from bmjax.weights.safetensors import Writer, open_checkpoint
+from bmjax.weights.safetensors import open_checkpoint
+from tests.merge.planning import EMBED, HEAD, NORM, names, planned, soup, tensors
 
-EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 BF16, F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
-
-
-def tensors(layers=4, vocabulary=6, hidden=4, head=True, dtype=np.float32, seed=0):
-    rng = np.random.default_rng(seed)
-    shapes = {EMBED: (vocabulary, hidden)}
-    for i in range(layers):
-        shapes[f"model.layers.{i}.self_attn.q_proj.weight"] = (hidden, hidden)
-        shapes[f"model.layers.{i}.mlp.up_proj.weight"] = (8, hidden)
-    shapes[NORM] = (hidden,)
-    if head:
-        shapes[HEAD] = (vocabulary, hidden)
-    return {name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
-
-
-@pytest.fixture
-def save(tmp_path, monkeypatch):
-    """Writes a model directory in the current directory; returns its checkpoint."""
-    monkeypatch.chdir(tmp_path)
-
-    def write(name, values, **config):
-        folder = tmp_path / name
-        folder.mkdir()
-        with Writer(folder, [(key, value.dtype, value.shape) for key, value in values.items()]) as writer:
-            for key, value in values.items():
-                writer.write(key, value)
-        (folder / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
-        return open_checkpoint(folder)
-
-    return write
-
-
-def planned(recipe, **models):
-    recipe = read_recipe(recipe)
-    return plan(recipe, {name: models[name] for name in recipe.inputs})
-
-
-def names(result):
-    return [node.name for node in result.nodes]
-
-
-def soup(*models, **more):
-    return {"merge_method": "linear", "models": list(models), **more}
 
 
 def test_whole_models(save):
@@ -146,7 +103,8 @@ def test_frankenmerge(save):
     assert result.config_changes == {
         "num_hidden_layers": 6, "layer_types": ["a0", "a1", "a2", "b1", "b2", "b3"],
     }  # fmt: skip
-    assert any("mlp_only_layers names layers by number" in note for note in result.notes)
+    (note,) = [note for note in result.notes if "differs" not in note]
+    assert "mlp_only_layers names layers by number" in note
 
 
 def test_slices_of_several_models_have_depths_of_their_own(save):
@@ -194,59 +152,6 @@ def test_a_step_of_slices_is_read_like_a_model(save):
     assert [node.inputs["deep"].node.name for node in ups] == [
         f"model.layers.{i}.mlp.up_proj.weight" for i in range(2, 6)
     ]
-
-
-def test_one_untied_model_makes_the_result_untied(save):
-    tied = save("tied", tensors(head=False), tie_word_embeddings=True)
-    own = save("own", tensors(seed=1), tie_word_embeddings=False)
-    for base, other in (("tied", "own"), ("own", "tied")):
-        result = planned({"merge_method": "task_arithmetic", "base_model": base, "models": [other]}, tied=tied, own=own)
-        head = result.nodes[-1]
-        assert head.name == HEAD and head.shape == (6, 4)
-        assert {model: source.tensor for model, source in head.inputs.items()} == {"tied": EMBED, "own": HEAD}
-        assert result.config_changes == ({"tie_word_embeddings": False} if base == "tied" else {})
-        assert any("'tied' is tied" in note for note in result.notes)
-
-
-def test_tied_models_stay_tied_even_where_the_config_comes_from_an_untied_one(save):
-    a, b = (save(name, tensors(head=False, seed=i), tie_word_embeddings=True) for i, name in enumerate("ab"))
-    config = save("config", tensors(seed=2), tie_word_embeddings=False)
-    result = planned(soup("a", "b", base_model="config"), a=a, b=b, config=config)
-    assert HEAD not in names(result) and result.config_changes == {"tie_word_embeddings": True}
-    assert planned(soup("a", "b"), a=a, b=b).config_changes == {}
-
-
-def test_a_tied_step_read_beside_an_untied_model(save):
-    models = {name: save(name, tensors(head=name == "own", seed=i)) for i, name in enumerate(("a", "b", "own"))}
-    steps = [{**soup("a", "b"), "name": "mid"}, soup("mid", "own")]
-    head = planned({"steps": steps}, **models).nodes[-1]
-    assert head.name == HEAD and head.inputs["mid"].node.name == EMBED
-    assert list(head.files()) == [("a", EMBED), ("b", EMBED), ("own", HEAD)]
-
-
-def test_a_head_that_copies_the_embedding_counts_as_tied(save):
-    copied = tensors()
-    copied[HEAD] = copied[EMBED].copy()
-    other = tensors(seed=1)
-    a = save("a", copied, tie_word_embeddings=True)
-    result = planned(soup("a"), a=a)
-    assert HEAD not in names(result) and result.config_changes == {}
-    assert any("is a copy of its embedding" in note for note in result.notes)
-    result = planned(soup("b"), b=save("b", other, tie_word_embeddings=True))
-    assert HEAD in names(result) and result.config_changes == {"tie_word_embeddings": False}
-    result = planned(soup("c"), c=save("c", copied, tie_word_embeddings=False))
-    assert HEAD in names(result) and result.config_changes == {}
-
-
-def test_the_text_model_inside_a_config(save):
-    inner = {"num_hidden_layers": 4, "tie_word_embeddings": True, "layer_types": ["a", "b", "c", "d"]}
-    tied = save("tied", tensors(head=False), text_config=inner)
-    own = save("own", tensors(seed=1))
-    sources = [{"model": m, "layer_range": [1, 3]} for m in ("tied", "own")]
-    result = planned({"merge_method": "linear", "slices": [{"sources": sources}]}, tied=tied, own=own)
-    assert result.config_changes == {
-        "text_config": {"num_hidden_layers": 2, "tie_word_embeddings": False, "layer_types": ["b", "c"]}
-    }
 
 
 @pytest.mark.parametrize("rows", [4, 9])
@@ -298,13 +203,6 @@ def test_filters_that_decide_nothing_are_told(save):
     ]
 
 
-def test_differing_configs_are_told(save):
-    a, b = save("a", tensors(), rope_theta=1.0, vocab_size=6), save("b", tensors(), rope_theta=2.0, vocab_size=7)
-    assert planned(soup("a", "b"), a=a, b=b).notes == (
-        "config.json of 'b' differs from 'a' in rope_theta; it is not used",
-    )
-
-
 def test_sharded_inputs(save, tmp_path):
     values = tensors()
     folder = tmp_path / "b"
@@ -327,6 +225,8 @@ def without(values, *names):
 
 
 UP = "model.layers.1.mlp.up_proj.weight"
+
+
 BAD = {
     "missing": (without(tensors(), UP), soup("a", "b"), f"model 'b' lacks 1 tensor ({UP}) that 'a' has"),
     "missing in the base": (
@@ -393,25 +293,3 @@ def test_a_parameter_without_a_value_names_the_tensor(save, monkeypatch):
     recipe["parameters"] = {"t": [{"filter": "mlp", "value": 0.5}]}
     with pytest.raises(UserError, match=f"'t' has no value for tensor '{EMBED}'"):
         planned(recipe, a=a, b=b)
-
-
-def test_gpt2_names(save):
-    shapes = {"wte.weight": (6, 4), "wpe.weight": (8, 4), "h.0.attn.c_attn.weight": (4, 12),
-              "h.1.attn.c_attn.weight": (4, 12), "ln_f.weight": (4,)}  # fmt: skip
-    a, b = ({n: np.full(s, v, np.float32) for n, s in shapes.items()} for v in (1, 2))
-    b |= {f"h.{i}.attn.bias": np.ones((1, 1, 8, 8), np.float32) for i in range(2)}
-    recipe = {
-        "merge_method": "passthrough",
-        "slices": [{"sources": [{"model": m, "layer_range": [1, 2]}]} for m in ("a", "b", "a")],
-    }
-    result = planned(recipe, a=save("a", a, n_layer=2), b=save("b", b, n_layer=2))
-    assert [(node.name, *node.files()) for node in result.nodes] == [
-        ("wte.weight", ("a", "wte.weight")),
-        ("wpe.weight", ("a", "wpe.weight")),
-        ("h.0.attn.c_attn.weight", ("a", "h.1.attn.c_attn.weight")),
-        ("h.1.attn.c_attn.weight", ("b", "h.1.attn.c_attn.weight")),
-        ("h.1.attn.bias", ("b", "h.1.attn.bias")),
-        ("h.2.attn.c_attn.weight", ("a", "h.1.attn.c_attn.weight")),
-        ("ln_f.weight", ("a", "ln_f.weight")),
-    ]
-    assert result.config_changes == {"n_layer": 3}
