@@ -4,7 +4,7 @@ import functools
 import re
 from typing import NamedTuple
 
-_LAYER = re.compile(r"\.(\d+)\.")
+_LAYER = re.compile(r"\.([0-9]{1,5})\.")
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings|shared|embeddings)\.weight")
 _HEAD = re.compile(
     r"(.*\.)?(lm_head|embed_out|output_layer|lm_head\.decoder|predictions\.decoder|vocab_projector)\.(weight|bias)"
