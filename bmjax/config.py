@@ -19,10 +19,20 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, fie
 from pydantic_core import PydanticCustomError, PydanticUndefined
 
 MAX_YAML_NODES = 100_000
+MAX_YAML_CHARACTERS = 256 * 1024  # a second or two of parsing; what is larger is not a config
+MAX_LINE = 1000  # characters of an error
+MAX_NUMBER = 400  # characters; no digits in an error message or a sum take seconds
 
 
 class UserError(Exception):
-    """A mistake its user can mend. The message is one line; commands print it and exit with code 2."""
+    """A mistake its user can mend. The message is one line; commands print it and exit with code 2.
+
+    Line breaks and control characters, which names in files and configs may bring in, become spaces.
+    """
+
+    def __init__(self, message: str) -> None:
+        line = "".join(c if c.isprintable() else " " for c in message)
+        super().__init__(line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]}...")
 
 
 # What the machine says no to, and its user can mend: a full or failing disk, rights, too long or wrong a path.
@@ -95,7 +105,16 @@ def _no_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
 
 
+def _number(loader: _Loader, node: yaml.ScalarNode) -> Any:
+    if len(node.value) > MAX_NUMBER:
+        raise UserError(f"line {node.start_mark.line + 1}: a number of {len(node.value)} characters; refused")
+    whole = node.tag == "tag:yaml.org,2002:int"
+    return loader.construct_yaml_int(node) if whole else loader.construct_yaml_float(node)
+
+
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _no_duplicates)
+_Loader.add_constructor("tag:yaml.org,2002:int", _number)
+_Loader.add_constructor("tag:yaml.org,2002:float", _number)
 
 
 def _expanded_size(node: yaml.Node, sizes: dict[int, int]) -> int:
@@ -146,8 +165,8 @@ def parse_yaml_documents(text: str, where: str) -> list[Any]:
     return documents
 
 
-def read_text(path: str | Path) -> str:
-    """The text of a file, or a UserError that says what is wrong with it."""
+def read_text(path: str | Path, limit: int | None = None) -> str:
+    """The text of a file of at most `limit` characters, or a UserError that says what is wrong with it."""
     path = Path(path)
     try:
         if path.is_dir():
@@ -158,16 +177,25 @@ def read_text(path: str | Path) -> str:
             raise UserError(f"{path}: no such file{hint}")
         if not path.is_file():
             raise UserError(f"{path}: not a regular file")
-        return path.read_text(encoding="utf-8")
+        with open(path, encoding="utf-8") as file:
+            text = file.read() if limit is None else file.read(limit + 1)
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
+    if limit is not None and len(text) > limit:
+        raise UserError(f"{path}: more than {limit} characters; refused, is it the right file?")
+    return text
+
+
+def read_yaml_documents(path: str | Path) -> list[Any]:
+    """All YAML documents of a file."""
+    return parse_yaml_documents(read_text(path, MAX_YAML_CHARACTERS), str(path))
 
 
 def read_yaml(path: str | Path) -> Any:
     """The single YAML document of a file; an empty file reads as {}."""
-    documents = parse_yaml_documents(read_text(path), str(path))
+    documents = read_yaml_documents(path)
     if len(documents) > 1:
         raise UserError(f"{path}: {len(documents)} YAML documents, expected one")
     return documents[0] if documents and documents[0] is not None else {}

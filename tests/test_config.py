@@ -1,5 +1,6 @@
 """What a user gets wrong in a config is one line that names the key, what was found and the fix."""
 
+import os
 from typing import Literal
 
 import pytest
@@ -130,6 +131,34 @@ def test_an_alias_bomb_is_refused_before_it_is_built(tmp_path):
     levels += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12)]
     file.write_text("\n".join(levels))
     assert problem(file) == f"{file}: more than 100000 values once aliases are written out; refused"
+
+
+def test_an_error_is_one_line_of_bounded_length():
+    assert str(UserError("tensor 'a\n\x1b[2Jb\udc80é'")) == "tensor 'a  [2Jb é'"
+    assert str(UserError("x" * 5000)) == "x" * 1000 + "..."
+
+
+def test_what_is_no_config_is_refused_at_once(tmp_path):
+    pipe, link, device = tmp_path / "pipe.yaml", tmp_path / "link.yaml", tmp_path / "device.yaml"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    device.symlink_to("/dev/zero")
+    for path in (pipe, link, device):
+        assert problem(path) == f"{path}: not a regular file"
+    loop = tmp_path / "loop.yaml"
+    loop.symlink_to(loop)
+    assert problem(loop).startswith(f"{loop}: no such file")
+    large = tmp_path / "large.yaml"
+    large.write_text("a: 1\n" * 60_000)
+    assert problem(large) == f"{large}: more than 262144 characters; refused, is it the right file?"
+
+
+@pytest.mark.parametrize(
+    "text", ["1" * 401, "0x" + "F" * 400_000, "1" + ":1" * 60_000, "1." + "1" * 500, "1e" + "1" * 500]
+)
+def test_a_number_without_end_is_refused_before_it_is_reckoned(text):
+    with pytest.raises(UserError, match=r"line 2: a number of .* characters; refused"):
+        parse_yaml_documents(f"steps: 1\nrate: {text}\n", "x")
 
 
 def test_yaml_reads_as_users_mean_it(tmp_path):

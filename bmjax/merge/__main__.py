@@ -4,15 +4,13 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from typing import NoReturn
-
-from tqdm import tqdm
+from typing import Any, NoReturn
 
 from bmjax.config import DISK_ERRORS, UserError, disk_error
-from bmjax.merge.engine import merge
+from bmjax.merge.check import check
 from bmjax.merge.methods import METHODS
-from bmjax.merge.recipe import read_recipe
-from bmjax.parallel.start import use_own_threads
+from bmjax.merge.places import parse_size
+from bmjax.merge.recipe import Recipe, read_recipe
 
 _ABOUT = """\
 Merge fine-tuned models of one architecture into one: reads Hugging Face directories (safetensors), writes one.
@@ -23,19 +21,35 @@ what was kept of each model.
 """
 
 _RECIPE = """\
-a recipe (mergekit's dialect):
+a recipe (mergekit's YAML, as it stands):
   merge_method: arcee_fusion          # one of the methods below
   base_model: models/science          # changes are measured against it; gives config and tokenizer
   models:
-    - models/math                     # or  - model: models/math
-  parameters: {lambda: 1.0}           #       parameters: {weight: 0.5}
+    - models/math                     # a directory, a hub model org/name or org/name@revision
+    - model: models/code              # the same with parameters of its own
+      parameters: {weight: 0.5}
+  parameters: {lambda: 1.0}           # of the method; of its models where they have none of their own
   dtype: bfloat16                     # default: as the base stores each tensor
+
+a parameter's value is one for all tensors, or a list along the depth, or chosen by the tensors' names:
+  weight: [0.2, 0.5, 1.0]             # first, middle and last layer, straight lines between
+  weight:
+    - {filter: self_attn, value: 0}   # the name contains this text
+    - {regex: 'layers\\.[0-9]\\.', value: [0, 1]}
+    - {value: 0.5}                    # every other tensor
+
+layers from several places (parameters may stand in a source, a slice, or the recipe; the nearest one counts):
+  slices:
+    - sources: [{model: models/math, layer_range: [0, 24]}]
+    - sources: [{model: models/code, layer_range: [8, 32]}]
 
 several merges in a row, without writing those between (this is TinyR1's recipe):
   sources: {math: models/math, science: models/science, code: models/code}
-  steps:
+  steps:                              # or several YAML documents with `name:`
     - {name: mid, merge_method: arcee_fusion, base_model: science, models: [math]}
     - {name: student, merge_method: arcee_fusion, base_model: code, models: [mid]}
+
+more keys: seed (of random masks, 0), compat: mergekit (its arithmetic), tokenizer_source or tokenizer, chat_template
 
 overrides: parameters.lambda=0.5   dtype=float32   sources.math=DIR   steps.mid.parameters.lambda=0.5
 """
@@ -72,7 +86,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("recipe", metavar="RECIPE", help="the YAML file")
     parser.add_argument("out", metavar="OUT", help="directory to write; must not exist or be empty, is never an input")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="change the recipe's keys")
+    parser.add_argument(
+        "--check", action="store_true", help="only say what would be read and written; headers are read"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a model directory OUT once the merge is done")
+    parser.add_argument("--seed", metavar="N", help="of random masks, in place of the recipe's")
+    parser.add_argument("--memory", metavar="SIZE", help="of tensors in memory at a time: 512MiB, 2GiB")
+    parser.add_argument("--shard-size", metavar="SIZE", default="5GB", help="of a file of the result (5GB)")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
     return parser
 
@@ -80,7 +100,6 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code: 0 done, 2 a mistake in the input, 130 interrupted."""
     try:
-        use_own_threads()
         _run(_parser().parse_intermixed_args(argv))
     except UserError as error:
         print(f"bmjax: error: {error}", file=sys.stderr)
@@ -97,7 +116,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    recipe = read_recipe(options.recipe, options.overrides)
+    seed = [] if options.seed is None else [f"seed={options.seed}"]
+    recipe = read_recipe(options.recipe, [*options.overrides, *seed])
+    settings: dict[str, Any] = {"shard_bytes": parse_size(options.shard_size, "--shard-size")}
+    if options.memory is not None:
+        settings["memory"] = parse_size(options.memory, "--memory")
+    if options.check:
+        for line in check(recipe, options.out, options.overwrite, **settings):
+            print(line)
+    else:
+        _merge(recipe, options, settings)
+
+
+def _merge(recipe: Recipe, options: argparse.Namespace, settings: dict[str, Any]) -> None:
+    # Not needed, and slow to load, where a recipe is only checked or the help shown.
+    from tqdm import tqdm
+
+    from bmjax.merge.engine import merge
+    from bmjax.parallel.start import use_own_threads
+
+    use_own_threads()
     start, last = time.perf_counter(), 0
     bar = tqdm(unit="B", unit_scale=True, desc="merge", disable=options.quiet or not sys.stderr.isatty(), leave=False)
 
@@ -112,7 +150,7 @@ def _run(options: argparse.Namespace) -> None:
             tqdm.write(f"bmjax: note: {line}", file=sys.stderr)
 
     with bar:
-        report = merge(recipe, options.out, overwrite=options.overwrite, log=log, progress=progress)
+        report = merge(recipe, options.out, options.overwrite, log=log, progress=progress, **settings)
     if options.quiet:
         return
     for step in recipe.steps:

@@ -1,4 +1,4 @@
-"""A tensor that is read from files in chunks of rows: the passes of methods over it, in memory that does not grow with it.
+"""A tensor read from files in chunks of rows: the passes of methods over it, in memory that does not grow with it.
 
 A chunk is about a million entries whatever memory there is, so results depend on nothing but the inputs. The result of
 a step that a later one reads is computed chunk by chunk where it is read. Chunks are worked on by a pool of threads,
@@ -79,7 +79,7 @@ class Source:
         self.read(start, flat[:count])
         flat[count:] = 0
         if i not in self.digests:
-            self.digests[i] = xxhash.xxh3_128_digest(flat[:count].view(np.uint8))
+            self.digests[i] = xxhash.xxh3_128_digest(flat[:count].view(np.uint8).data)
         return out.astype(np.float32) if out.dtype == np.float64 else out
 
     def check(self, geometry: Geometry) -> None:
@@ -218,11 +218,13 @@ class View:
     """One step of a recipe on one tensor: the `Tensor` of a method, over chunks."""
 
     def __init__(
-        self, name: str, job: Job, base: Any, branches: Sequence[Any], models: Mapping[str, Any], keys: np.ndarray,
-        compat: str | None, prepare: Callable[["View"], Merged],
+        self, name: str, job: Job, base: Any, branches: Sequence[Any], names: Sequence[str],
+        models: Mapping[str, Any], keys: np.ndarray, compat: str | None, prepare: Callable[["View"], Merged],
     ) -> None:  # fmt: skip
-        """base, branches, models: each a Source or the View of an earlier step. prepare: the method's passes."""
-        self.name, self.job, self.size, self.branches = name, job, job.geometry.size, len(branches)
+        """base, branches, models: each a Source or the View of an earlier step. names: of the branches. prepare: the
+        method's passes."""
+        self.name, self.names, self.job = name, names, job
+        self.size, self.branches = job.geometry.size, len(branches)
         self.has_base, self.keys, self.compat = base is not None, keys, compat
         self._base, self._branches, self._models = base, list(branches), dict(models)
         self._prepare = prepare
@@ -329,9 +331,9 @@ class View:
             arrays = passes.values(kernel, keywords)(x, self.numbers(numbers, where, x))
             flat = [np.asarray(a).reshape(-1)[: self.size] for a in arrays]
             return [np.partition(f, list(r))[list(r)] for f, r in zip(flat, ranks, strict=True)]
-        where = self._sample()
-        x = self.block(where, {})
-        arrays = passes.values(kernel, keywords)(x, self.numbers(numbers, where, x))
+        sample = self._sample()
+        x = self.block(sample, {})
+        arrays = passes.values(kernel, keywords)(x, self.numbers(numbers, sample, x))
         search = Search(self.size, ranks, [np.asarray(a) for a in arrays], 1.0 if self._stored else 4.0)
         run = passes.brackets(kernel, keywords)
 

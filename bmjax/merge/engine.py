@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import json
 import math
-import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
@@ -18,12 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from bmjax.config import UserError, nearest
 from bmjax.merge.journal import Journal
+from bmjax.merge.places import check_space, check_target, locate
 from bmjax.merge.plan import plan
 from bmjax.merge.recipe import Recipe, read_recipe
 from bmjax.merge.steps import report
-from bmjax.merge.stream import FLOATS, Progress, Stream
+from bmjax.merge.stream import Progress, Stream
+from bmjax.merge.tokens import write_chat_template
 from bmjax.model.spec import read_hf_config
 from bmjax.version import __version__
 from bmjax.weights.atomic import resuming
@@ -68,18 +68,16 @@ def merge(
     if not isinstance(recipe, Recipe):
         recipe = read_recipe(recipe, overrides)
     say = log or (lambda line: None)
-    directories = {name: _directory(recipe, name) for name in recipe.inputs}
+    directories = {name: locate(recipe, name) for name in recipe.inputs}
     target = Path(output)
-    _check_target(target, directories.values(), overwrite)
+    check_target(target, directories.values(), overwrite)
     models = {name: open_checkpoint(directory) for name, directory in directories.items()}
     donor = models[recipe.donor]
-    for name, model in models.items():
-        _check_same(name, model, recipe.donor, donor)
     planned = plan(recipe, models)
-    for line in (*recipe.notes, *planned.notes, *_config_notes(recipe, directories)):
+    for line in (*recipe.notes, *planned.notes):
         say(line)
     rows = [(node.name, node.dtype, node.shape) for node in planned.nodes]
-    _check_space(target, rows)
+    check_space(target, sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in rows))
     with resuming(target) as folder, contextlib.ExitStack() as stack:
         journal = Journal(folder, _fingerprint(recipe, models, rows, shard_bytes))
         stack.callback(journal.close)
@@ -100,6 +98,10 @@ def merge(
             **report(recipe, tensors),
         }
         _copy_side_files(donor.directory, folder, {dtype for _, dtype, _ in rows}, planned.config_changes)
+        if planned.vocabulary is not None:
+            planned.vocabulary.save(folder)
+        if recipe.chat_template is not None:
+            write_chat_template(folder, recipe.chat_template)
         (folder / REPORT).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         journal.close(remove=True)
     return result
@@ -112,102 +114,6 @@ def _fingerprint(recipe: Recipe, models: Mapping[str, Checkpoint], rows: Plan, s
     written = [[name, dtype.name, list(shape)] for name, dtype, shape in rows]
     plain = [recipe.text, recipe.seed, recipe.compat, state, written, shard_bytes, version("jax"), __version__]
     return {"merge": hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()}
-
-
-def _directory(recipe: Recipe, name: str) -> Path:
-    """Where a model lies: an alias of `sources`, a directory, or a hub id."""
-    text = recipe.sources.get(name, name)
-    path = Path(text).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise UserError(f"model '{name}': {text} is a file, expected a model directory")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not path.parent.exists():
-        from bmjax.weights.hf import resolve_model  # loads the hub client, which local merges do not need
-
-        return resolve_model(text)
-    known = [*recipe.sources, *(step.name for step in recipe.steps)]
-    beside = [str(path.parent / p.name) for p in path.parent.glob("*") if p.is_dir()] if path.parent.is_dir() else []
-    hint = nearest(name, [*known, *beside])
-    if "did you mean" not in hint:
-        hint = f"; known here: {', '.join(known)}" if recipe.sources or len(recipe.steps) > 1 else ""
-    at = f"model '{name}': " if name in recipe.sources else ""
-    raise UserError(f"{at}{text}: no such model directory{hint}")
-
-
-def _check_target(target: Path, inputs: Any, overwrite: bool) -> None:
-    resolved = target.resolve()
-    for directory in inputs:
-        source = Path(directory).resolve()
-        if source == resolved or resolved in source.parents:
-            raise UserError(f"{target}: is (or contains) the input {directory}; choose another output directory")
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise UserError(f"{target}: exists and is not a directory; choose another output directory")
-    names = [path.name for path in target.iterdir()]
-    if not names:
-        return
-    if not overwrite:
-        raise UserError(f"{target}: exists and is not empty; choose another output directory, or add --overwrite")
-    if "config.json" not in names and not any(name.endswith(".safetensors") for name in names):
-        raise UserError(f"{target}: does not look like a model directory, so it is not overwritten; remove it yourself")
-
-
-def _check_same(name: str, model: Checkpoint, donor_name: str, donor: Checkpoint) -> None:
-    """Both models hold the same tensors: names, shapes, and floating-point where the other is."""
-    absent, surplus = donor.tensors.keys() - model.tensors.keys(), model.tensors.keys() - donor.tensors.keys()
-    if absent == {"lm_head.weight"} or surplus == {"lm_head.weight"}:
-        one, other = (donor_name, name) if absent else (name, donor_name)
-        raise UserError(
-            f"model '{one}' has its own lm_head.weight, '{other}' shares its embedding's (tied); "
-            "tied and untied models cannot be merged: save both the same way"
-        )
-    for missing, holder, lacker in ((absent, donor_name, name), (surplus, name, donor_name)):
-        if missing:
-            first = min(missing)
-            raise UserError(
-                f"model '{lacker}' lacks {len(missing)} tensors that '{holder}' has, among them '{first}'; "
-                "only models of one architecture can be merged"
-            )
-    for info in donor.tensors.values():
-        other_info = model.tensors[info.name]
-        if other_info.shape != info.shape:
-            raise UserError(
-                f"tensor '{info.name}' has shape {list(other_info.shape)} in model '{name}' and {list(info.shape)} "
-                f"in '{donor_name}'; only models of equal sizes can be merged"
-            )
-        if other_info.dtype != info.dtype and not {other_info.dtype, info.dtype} <= set(FLOATS):
-            raise UserError(
-                f"tensor '{info.name}' is {other_info.dtype} in model '{name}' and {info.dtype} in '{donor_name}'; "
-                f"only {', '.join(FLOATS)} can be mixed: convert one of them (quantized models: from the original)"
-            )
-
-
-def _config_notes(recipe: Recipe, directories: Mapping[str, Path]) -> list[str]:
-    """One line for every input whose config differs from the donor's in more than bookkeeping."""
-    configs = {n: read_hf_config(d) for n, d in directories.items() if (d / "config.json").exists()}
-    if recipe.donor not in configs:
-        return [f"model '{recipe.donor}' has no config.json, so the result has none either"]
-    ours, notes = configs[recipe.donor], []
-    for name, config in configs.items():
-        if bool(config.get("tie_word_embeddings")) != bool(ours.get("tie_word_embeddings")):
-            raise UserError(
-                f"model '{name}': tie_word_embeddings is {bool(config.get('tie_word_embeddings'))}, "
-                f"unlike '{recipe.donor}'; tied and untied models cannot be merged: save both the same way"
-            )
-        keys = sorted(k for k in {*ours, *config} - _MAY_DIFFER if ours.get(k) != config.get(k))
-        if keys:
-            notes.append(f"config.json of '{name}' differs from '{recipe.donor}' in {', '.join(keys)}; it is not used")
-    return notes
-
-
-def _check_space(target: Path, rows: Plan) -> None:
-    needed = sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in rows)
-    parent = next(p for p in target.resolve().parents if p.exists())
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise UserError(f"{target}: the result takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free there")
 
 
 def _source(recipe: Recipe, name: str, model: Checkpoint, journal: Journal) -> dict[str, Any]:

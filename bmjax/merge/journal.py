@@ -26,7 +26,7 @@ def digest(blocks: Iterable[bytes]) -> str:
 
 def block_digest(data: np.ndarray) -> bytes:
     """The checksum of one block."""
-    return xxhash.xxh3_128_digest(np.ascontiguousarray(data).reshape(-1).view(np.uint8))
+    return xxhash.xxh3_128_digest(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
 
 
 class Journal:

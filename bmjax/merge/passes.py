@@ -1,7 +1,8 @@
 """The passes that methods make over a tensor, compiled: what both engines share.
 
 Each is jitted once for a kernel and its keywords, and compiled once a shape. Arrays arrive as they are stored and are
-cast to float32 inside. A block may end in padding, entries that are 0 in every model: kernels give 0 or false for those.
+cast to float32 inside. A block may end in padding, entries that are 0 in every model: kernels give 0
+or false for those.
 """
 
 import functools
@@ -105,7 +106,8 @@ def leaves(kernel: Kernel, keywords: Static, dtype: Any) -> Callable[..., Any]:
 
 @functools.cache
 def statistics() -> Callable[..., Any]:
-    """(block, *what `leaves` gave) -> row sums of what `steps.Stats` holds: float32 [K, rows], int32 [1 or 1 + branches, rows].
+    """(block, *what `leaves` gave) -> row sums of what `steps.Stats` holds: float32 [K, rows], and int32
+    [1 or 1 + branches, rows].
 
     A program of its own: its sums may be taken in any order, which makes them twice as fast.
     """
@@ -149,7 +151,8 @@ _FAST = ("enable_fast_math", "fast_math_honor_nans", "fast_math_honor_infs", "fa
 
 
 def _float32(x: Block) -> Block:
-    return Block(*jax.tree.map(lambda a: a.astype(jnp.float32), tuple(x[:3])), x.start)
+    base, branches, models = jax.tree.map(lambda a: a.astype(jnp.float32), tuple(x[:3]))
+    return Block(base, branches, models, x.start)
 
 
 def _valid(a: jax.Array, valid: jax.Array, otherwise: float) -> jax.Array:
@@ -159,10 +162,10 @@ def _valid(a: jax.Array, valid: jax.Array, otherwise: float) -> jax.Array:
 
 
 def _sum_rows(arrays: Sequence[jax.Array]) -> jax.Array:
-    # One reduction for all reads each array once. XLA's CPU compiler makes vector code of sums of floats, and of sums of
-    # integers, not of both in one nor of bools turned into floats: a tenth of the speed.
+    # One reduction for all reads each array once. XLA's CPU compiler makes vector code of sums of floats, and of sums
+    # of integers, not of both in one nor of bools turned into floats: a tenth of the speed.
     if arrays[0].dtype == jnp.bool_:
         arrays = [a.astype(jnp.int32) for a in arrays]
-    padded = arrays * 2 if len(arrays) == 1 else arrays
+    padded = [*arrays, *arrays] if len(arrays) == 1 else list(arrays)
     rows = lax.reduce(padded, [np.zeros((), arrays[0].dtype)] * len(padded), add_each, (1,))
     return jnp.stack(rows[: len(arrays)])

@@ -8,10 +8,9 @@ order of the elements nor on how they are laid out.
 import math
 from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
+
+from bmjax.merge.methods.lazy import Array, jnp, lax
 
 MAX_ELEMENTS = 2**31 - 1
 
@@ -21,7 +20,7 @@ def rank(q: float, n: int) -> int:
     return math.floor(q * (n - 1))
 
 
-def order_statistics(x: jax.Array, ranks: Sequence[int] | jax.Array) -> jax.Array:
+def order_statistics(x: Array, ranks: Sequence[int] | Array) -> Array:
     """The values that `sort(ravel(x))` has at `ranks`, float32 [len(ranks)], exactly.
 
     x: float32 of any shape, at least one element, no NaN. -0.0 counts as 0.0. ranks: 0-based. Works under jit (ranks
@@ -29,12 +28,12 @@ def order_statistics(x: jax.Array, ranks: Sequence[int] | jax.Array) -> jax.Arra
     """
     if not 0 < x.size <= MAX_ELEMENTS:
         raise ValueError(f"order_statistics: {x.size} elements, expected 1 to {MAX_ELEMENTS}")
-    if not isinstance(ranks, jax.Array) and any(not 0 <= r < x.size for r in ranks):
+    if not isinstance(ranks, jnp.ndarray) and any(not 0 <= r < x.size for r in ranks):
         raise ValueError(f"order_statistics: ranks {list(ranks)} outside 0..{x.size - 1}")
     bits = _ordered(lax.bitcast_convert_type(x.astype(jnp.float32) + 0.0, jnp.int32))
     wanted = jnp.asarray(ranks, jnp.int32)
 
-    def next_bit(i: jax.Array, found: jax.Array) -> jax.Array:
+    def next_bit(i: Array, found: Array) -> Array:
         # The answer is the largest pattern that at most `rank` elements lie below; the first bit is the sign.
         candidate = found ^ (jnp.int32(1) << (31 - i))
         return jnp.where(_counts(bits, candidate) <= wanted, candidate, found)
@@ -43,27 +42,27 @@ def order_statistics(x: jax.Array, ranks: Sequence[int] | jax.Array) -> jax.Arra
     return lax.bitcast_convert_type(_ordered(found), jnp.float32)
 
 
-def _ordered(bits: jax.Array) -> jax.Array:
+def _ordered(bits: Array) -> Array:
     """Float patterns as integers of the same order, and back: those of negative floats run the other way."""
     return jnp.where(bits < 0, bits ^ np.int32(0x7FFFFFFF), bits)
 
 
-def count(mask: jax.Array) -> jax.Array:
+def count(mask: Array) -> Array:
     """The number of true elements, int32, exactly."""
     return _counts(-mask.astype(jnp.int32), jnp.zeros(1, jnp.int32))[0]
 
 
-def _counts(bits: jax.Array, limits: jax.Array) -> jax.Array:
+def _counts(bits: Array, limits: Array) -> Array:
     """How many elements are below each of `limits` [R], int32 [R]."""
     return lax.platform_dependent(jnp.atleast_1d(bits), limits, cpu=_counts_by_rows, default=_counts_at_once)
 
 
-def _counts_at_once(bits: jax.Array, limits: jax.Array) -> jax.Array:
+def _counts_at_once(bits: Array, limits: Array) -> Array:
     # Each sum is one scalar all-reduce however the array is sharded; GPU and TPU compilers fuse them into one pass.
     return jnp.stack([jnp.sum(bits < limits[k], dtype=jnp.int32) for k in range(limits.size)])
 
 
-def _counts_by_rows(bits: jax.Array, limits: jax.Array) -> jax.Array:
+def _counts_by_rows(bits: Array, limits: Array) -> Array:
     # XLA's CPU compiler runs one reduction with several results in parallel and vectorized, which it does not do for
     # plain sums of comparisons: 30 times the speed. The barrier keeps it from joining the two sums into one.
     masks = tuple((bits < limits[k % limits.size]).astype(jnp.int32) for k in range(max(2, limits.size)))
@@ -71,6 +70,6 @@ def _counts_by_rows(bits: jax.Array, limits: jax.Array) -> jax.Array:
     return jnp.sum(jnp.stack(lax.optimization_barrier(rows)).reshape(len(masks), -1), axis=-1)[: limits.size]
 
 
-def add_each(x: Sequence[jax.Array], y: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+def add_each(x: Sequence[Array], y: Sequence[Array]) -> tuple[Array, ...]:
     """The combination of a `lax.reduce` that sums several arrays at once."""
     return tuple(a + b for a, b in zip(x, y, strict=True))

@@ -14,11 +14,12 @@ from bmjax.merge.recipe import Recipe, Step
 
 @dataclass(frozen=True)
 class Stats:
-    """One step on one tensor. products: of the models' changes with each other, float64 [branches, branches].
-    reference, moved: squared norms of the base and of the result's change from it. conflicts: entries that one model
-    raised and another lowered. kept: entries that each model's change went into."""
+    """One step on one tensor of `size` entries and the models `branches`. products: of the models' changes with each
+    other, float64 [branches, branches]. reference, moved: squared norms of the base and of the result's change from it.
+    conflicts: entries that one model raised and another lowered. kept: entries that each model's change went into."""
 
     size: int
+    branches: tuple[str, ...]
     products: np.ndarray
     reference: float
     moved: float
@@ -26,27 +27,30 @@ class Stats:
     kept: np.ndarray
 
     @classmethod
-    def of(cls, size: int, branches: int, sums: np.ndarray) -> "Stats":
+    def of(cls, size: int, branches: Sequence[str], sums: np.ndarray) -> "Stats":
         """From the totals of what `passes.statistics` sums."""
-        upper = np.triu_indices(branches)
+        count = len(branches)
+        upper = np.triu_indices(count)
         pairs = len(upper[0])
-        products = np.zeros((branches, branches))
+        products = np.zeros((count, count))
         products[upper] = products.T[upper] = sums[:pairs]
         reference, moved, conflicts, *kept = (float(x) for x in sums[pairs:])
-        return cls(size, products, reference, moved, conflicts, np.array(kept or [float(size)] * branches))
+        return cls(
+            size, tuple(branches), products, reference, moved, conflicts, np.array(kept or [float(size)] * count)
+        )
 
     def plain(self) -> dict[str, Any]:
         """As JSON holds it."""
         return {
-            "size": self.size, "products": self.products.tolist(), "reference": self.reference, "moved": self.moved,
-            "conflicts": self.conflicts, "kept": self.kept.tolist(),
+            "size": self.size, "branches": list(self.branches), "products": self.products.tolist(),
+            "reference": self.reference, "moved": self.moved, "conflicts": self.conflicts, "kept": self.kept.tolist(),
         }  # fmt: skip
 
     @classmethod
     def read(cls, plain: Mapping[str, Any]) -> "Stats":
         """The inverse of `plain`."""
         arrays = {key: np.array(plain[key], np.float64) for key in ("products", "kept")}
-        return cls(**{**plain, **arrays})
+        return cls(**{**plain, **arrays, "branches": tuple(plain["branches"])})
 
 
 TensorStats = Mapping[str, Stats]
@@ -96,23 +100,30 @@ def _summary(recipe: Recipe, tensors: Sequence[TensorStats]) -> dict[str, Any]:
     for step in recipe.steps:
         stats = [t[step.name] for t in tensors if step.name in t]
         size = max(1, sum(s.size for s in stats))
-        products = np.sum([s.products for s in stats], axis=0) if stats else np.zeros((len(step.branches),) * 2)
-        norms = np.sqrt(np.diag(products))
-        models = {
-            name: {"kept": sum(float(s.kept[b]) for s in stats) / size, "delta_norm": float(norms[b])}
-            for b, name in enumerate(step.branches)
-        }
-        cosines = {
-            f"{a}, {b}": float(products[i, j] / (norms[i] * norms[j])) if norms[i] * norms[j] > 0 else 0.0
-            for i, a in enumerate(step.branches)
-            for j, b in enumerate(step.branches)
-            if i < j
-        }
         summary[step.name] = {
             "reference_norm": float(np.sqrt(sum(s.reference for s in stats))),
             "moved_norm": float(np.sqrt(sum(s.moved for s in stats))),
             "sign_conflicts": sum(s.conflicts for s in stats) / size,
-            "cosines": cosines,
-            "models": models,
+            "cosines": {
+                f"{a}, {b}": cosine(stats, a, b) for i, a in enumerate(step.branches) for b in step.branches[i + 1 :]
+            },
+            "models": {
+                name: {
+                    "kept": sum(float(s.kept[s.branches.index(name)]) for s in stats if name in s.branches) / size,
+                    "delta_norm": float(np.sqrt(_product(stats, name, name))),
+                }
+                for name in step.branches
+            },
         }
     return summary
+
+
+def cosine(stats: Sequence[Stats], a: str, b: str) -> float:
+    """The cosine between two models' changes, over all tensors together; 0 where one is nothing."""
+    norms = float(np.sqrt(_product(stats, a, a) * _product(stats, b, b)))
+    return _product(stats, a, b) / norms if norms > 0 else 0.0
+
+
+def _product(stats: Sequence[Stats], a: str, b: str) -> float:
+    both = [s for s in stats if a in s.branches and b in s.branches]
+    return sum(float(s.products[s.branches.index(a), s.branches.index(b)]) for s in both)

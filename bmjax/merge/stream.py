@@ -16,10 +16,10 @@ from bmjax.merge.chunks import CHUNK, Chunk, Job, NotFiniteError, Source, View, 
 from bmjax.merge.journal import Journal, block_digest, digest
 from bmjax.merge.plan import Node
 from bmjax.merge.recipe import Recipe
+from bmjax.merge.rows import row_reader
 from bmjax.merge.steps import Stats, TensorStats, check_overflow, keys
 from bmjax.weights.safetensors import Checkpoint, Reader, SharedWriter, TensorInfo
 
-FLOATS = ("F32", "BF16", "F16", "F64")
 FLUSH_BYTES = 2**27
 Progress = Callable[[int, int, str], None]
 
@@ -80,17 +80,11 @@ class Stream:
 
     def _infos(self, node: Node) -> dict[tuple[str, str], TensorInfo]:
         """The stored tensors that a node is made of, by model and name."""
-        found: dict[tuple[str, str], TensorInfo] = {}
-        for model, source in node.inputs.items():
-            if source.node is not None:
-                found |= self._infos(source.node)
-            else:
-                found[model, source.tensor] = self.models[model].tensors[source.tensor]
-        return found
+        return {(model, tensor): self.models[model].tensors[tensor] for model, tensor in node.files()}
 
     def _tensor(self, node: Node) -> TensorStats:
         infos = self._infos(node)
-        if any(info.dtype not in FLOATS for info in infos.values()) or 0 in node.shape:
+        if not node.floating or 0 in node.shape:
             return self._copy(node, infos)
         job = Job(node.shape, any(n.step.method.by_row for n in _nodes(node)), self._pool, self._memory)
         sources: dict[Any, Source] = {}
@@ -121,7 +115,7 @@ class Stream:
 
         chunks = job.each(write)
         stats = {
-            view.name: Stats.of(view.size, view.branches, np.sum([sums[i] for _, sums in chunks], axis=0))
+            view.name: Stats.of(view.size, view.names, np.sum([sums[i] for _, sums in chunks], axis=0))
             for i, view in enumerate(views)
         }
         if not all(np.isfinite(s.products).all() and np.isfinite(s.reference) for s in stats.values()):
@@ -157,9 +151,10 @@ class Stream:
             key = (model, place.tensor, id(place.rows))
             if key not in sources:
                 info = self.models[model].tensors[place.tensor]
-                read = functools.partial(self._files.read, info)
+                read: Callable[[int, np.ndarray], None] = functools.partial(self._files.read, info)
                 if place.rows is not None:
-                    read = self._rows(node, model)
+                    others = [(self.models[m].tensors[tensor], rows) for m, tensor, rows in place.others]
+                    read = row_reader(info, place.rows, others, self._files.read)
                 sources[key] = Source(model, place.tensor, info.numpy_dtype, read)
             return sources[key]
 
@@ -171,36 +166,8 @@ class Stream:
         random, compat = keys(self.recipe, step, node.name), self.recipe.compat
         prepare = functools.partial(step.method.merge, arguments=node.arguments)
         # After those of the steps it reads, so that they are prepared in this order.
-        views[id(node)] = View(step.name, job, base, branches, models, random, compat, prepare)
+        views[id(node)] = View(step.name, job, base, branches, step.branches, models, random, compat, prepare)
         return views[id(node)]
-
-    def _rows(self, node: Node, model: str) -> Callable[[int, np.ndarray], None]:
-        """Reads a model's rows in the order of the result's; a row that it lacks is another model's: the base's, or
-        that of the first that has it; zeros where none has."""
-        others = [
-            m for m in dict.fromkeys((*([node.step.base] if node.step.base else []), *node.step.branches)) if m != model
-        ]
-        width = math.prod(node.shape[1:])
-
-        def read(start: int, out: np.ndarray) -> None:
-            done = 0
-            while done < len(out):
-                row, column = divmod(start + done, width)
-                part = out[done : done + min(width - column, len(out) - done)]
-                for name in (model, *others):
-                    place = node.inputs[name]
-                    info = self.models[name].tensors[place.tensor]
-                    at = row if place.rows is None else int(place.rows[row])
-                    if 0 <= at < info.shape[0]:
-                        stored = np.empty(len(part), info.numpy_dtype)
-                        self._files.read(info, at * width + column, stored)
-                        part[...] = stored.astype(part.dtype)
-                        break
-                else:
-                    part[...] = 0
-                done += len(part)
-
-        return read
 
     def _copy(self, node: Node, infos: Mapping[tuple[str, str], TensorInfo]) -> TensorStats:
         """A tensor that is not floating-point (a mask, a table of positions) must be the same everywhere."""

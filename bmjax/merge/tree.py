@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 
 from bmjax.config import UserError, nearest
-from bmjax.merge import passes
+from bmjax.merge import naming, passes
 from bmjax.merge.methods.method import Kernel, Merged, Sorted, find
 from bmjax.merge.quantile import order_statistics
 from bmjax.merge.recipe import Recipe, Step, read_recipe
@@ -75,6 +75,9 @@ def run_steps(
     for name in recipe.inputs:
         if name not in models:
             raise UserError(f"recipe: no model is named '{name}'{nearest(name, list(models))}")
+    for step in recipe.steps:
+        if step.slices:
+            raise UserError(f"step '{step.name}': slices are for files; parameter trees keep their layers")
     merged: list[tuple[tuple[str, ...], jax.Array]] = []
     tensors: dict[str, TensorStats] = {}
     for row in table:
@@ -85,7 +88,7 @@ def run_steps(
         layout = {"stacked": row.stacked, "transposed": row.transposed}
         whole = jnp.zeros(row.shape, kind, device=placed)
         for layer, key in enumerate(row.hf_keys()):
-            depth = layer / (row.shape[0] - 1) if row.stacked and row.shape[0] > 1 else 0.0
+            depth = naming.depth(layer, row.shape[0]) if row.stacked else 0.0
             slots = {name: _take(leaf, layer, **layout) for name, leaf in leaves.items()}
             for name, tensor in slots.items():
                 if not bool(_all_finite(tensor)):
@@ -133,15 +136,11 @@ def _run(
     for step in recipe.steps:
         kind = dtype if step is recipe.steps[-1] else np.dtype(np.float32)
         view = _ArrayTensor(recipe, step, tensor, slots)
-        slots[step.name], sums = view.result(_arguments(step, tensor, depth), kind)
-        stats[step.name] = Stats.of(view.size, view.branches, sums)
+        slots[step.name], sums = view.result(step.at(tensor, depth), kind)
+        stats[step.name] = Stats.of(view.size, step.branches, sums)
     last = recipe.steps[-1].name
     check_overflow(tensor, stats[last], dtype)
     return slots[last], stats
-
-
-def _arguments(step: Step, tensor: str, depth: float) -> Mapping[str, Any]:
-    return step.arguments
 
 
 class _ArrayTensor:
@@ -153,7 +152,7 @@ class _ArrayTensor:
         self.has_base, self.compat = step.base is not None, recipe.compat
         self.keys = keys(recipe, step, tensor)
         named = {p.name: step.arguments[p.name] for p in step.method.parameters.values() if p.about.model}
-        flat = {name: _as_rows(slots[name]) for name in step.models}
+        flat = {name: _as_rows(slots[name]) for name in step.reads}
         models = {name: flat[model] for name, model in named.items() if model is not None}
         base = None if step.base is None else flat[step.base]
         self._block = passes.block(base, [flat[name] for name in step.branches], models)

@@ -25,8 +25,8 @@ from bmjax.config import UserError, read_text
 from bmjax.weights.atomic import replacing, write_atomic
 
 __all__ = [
-    "DTYPES", "DTYPE_NAMES", "Checkpoint", "Reader", "SharedWriter", "TensorInfo", "Writer", "listing", "open_checkpoint", "read_header",
-    "replacing", "write_atomic",
+    "DTYPES", "DTYPE_NAMES", "Checkpoint", "Reader", "SharedWriter", "TensorInfo", "Writer", "listing",
+    "open_checkpoint", "read_header", "replacing", "write_atomic",
 ]  # fmt: skip
 
 DTYPES: dict[str, np.dtype] = {

@@ -34,13 +34,13 @@ class Block(NamedTuple):
     base: None for a method without one. branches: the other models. models: those that parameters name (`rebase`).
     start: uint32 [2], high and low half of the first entry's index in the flattened tensor.
 
-    There may be more rows than the tensor has, 0 in every model: a kernel gives 0 or false there, or it does not matter.
+    There may be more rows than the tensor has, 0 in every model: a kernel gives 0 or false there.
     """
 
-    base: Array
+    base: Any
     branches: Sequence[Array]
     models: Mapping[str, Array]
-    start: Array
+    start: Any
 
 
 Masks = Sequence[Array]
@@ -66,8 +66,9 @@ class Tensor(Protocol):
     """One tensor of every model. A pass takes a kernel, numbers (run-time inputs of the compiled kernel: scalars,
     sequences of them, what `rows`, `masks` and `order_statistics` gave) and keywords (compiled in).
 
-    size: entries. branches: how many models beside the base. has_base: whether there is one. keys: uint32 [branches, 2] for `random_bits`, fixed by
-    seed, tensor and model. compat: 'mergekit' where the recipe asks for that tool's arithmetic.
+    size: entries. branches: how many models beside the base. has_base: whether there is one. keys: uint32 [branches,
+    2] for `random_bits`, fixed by seed, tensor and model. compat: 'mergekit' where the recipe asks for that tool's
+    arithmetic.
     """
 
     size: int

@@ -1,6 +1,7 @@
 """Model stock: how far to go from the base to the mean of the models, from the angle between them."""
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -27,20 +28,21 @@ def model_stock(
     spread = sum(share**2 for share in part)
     if filter_wise:
         return t.map(_by_row, part, spread)
-    ratio = _ratio(np, products(t, "base"), spread)
-    return t.map(_towards, [float(ratio) * share for share in part])
+    ratio = _ratio(products(t, "base"), spread)
+    return t.map(_towards, [ratio * share for share in part])
 
 
-def _ratio(xp: object, gram: np.ndarray, spread: float) -> np.ndarray:
+def _ratio(gram: np.ndarray, spread: float) -> float:
     lengths = np.sqrt(np.diag(gram))
     pairs = [(i, j) for i in range(len(lengths)) for j in range(i + 1, len(lengths))]
     norms = [lengths[i] * lengths[j] for i, j in pairs]
-    return _projection(np, [gram[i, j] for i, j in pairs], norms, spread)
+    return float(_projection(np, [gram[i, j] for i, j in pairs], norms, spread))
 
 
-def _projection(xp, dots, norms, spread):  # type: ignore[no-untyped-def]
+def _projection(xp: Any, dots: Sequence[Any], norms: Sequence[Any], spread: Any) -> Any:
     """The ratio from the products of all pairs of changes and of their lengths: numpy or jax.numpy arrays."""
-    cosines = [xp.where(n > 0, xp.clip(d / xp.where(n > 0, n, 1.0), -1.0, 1.0), 0.0) for d, n in zip(dots, norms)]
+    pairs = zip(dots, norms, strict=True)
+    cosines = [xp.where(n > 0, xp.clip(d / xp.where(n > 0, n, 1.0), -1.0, 1.0), 0.0) for d, n in pairs]
     cosine = add(cosines) / len(cosines)
     divisor = cosine + spread * (1.0 - cosine)
     some = xp.abs(divisor) > 1e-6 * spread

@@ -3,14 +3,18 @@
 from typing import Annotated
 
 from bmjax.merge.methods.lazy import Array
-from bmjax.merge.methods.method import About, Block, Merged, Tensor, method
+from bmjax.merge.methods.method import About, Block, Merged, Numbers, Tensor, method
 
 
 @method("passthrough", base="unused", branches=(1, 1))
-def passthrough(t: Tensor, *, scale: Annotated[float, About("factor of the model's values")] = 1.0) -> Merged:
+def passthrough(
+    t: Tensor,
+    *,
+    scale: Annotated[Numbers, About("factor of the model's values", each=True)] = 1.0,  # type: ignore[assignment]
+) -> Merged:
     """scale * model: to stack layers, convert a type or rename a step's result, without a change at scale 1."""
     return t.map(_scaled, scale)
 
 
 def _scaled(x: Block, scale: Array) -> tuple[Array, None]:
-    return scale * x.branches[0], None
+    return scale[0] * x.branches[0], None

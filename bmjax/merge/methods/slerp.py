@@ -101,7 +101,7 @@ def _mix(x: Block, factors: Array) -> tuple[Array, None]:
     return x.base + (factors[0] * x.base + factors[1] * delta), None
 
 
-def _mix_pair(x: Block, factors: Array, *, against: str) -> tuple[Array, None]:
+def _mix_pair(x: Block, factors: Any, *, against: str) -> tuple[Array, None]:
     u, _, difference = _pair(x, against)
     return x.branches[0] + (factors[0] * u + factors[1] * difference), None
 

@@ -4,7 +4,8 @@ Every mean is a combination of the models, so its factors follow from the models
 pass for those, one for the combination.
 """
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -43,7 +44,7 @@ def multislerp(
     return t.map(_combine, list(factors), against="base" if t.has_base else "none")
 
 
-def _check_karcher(parameters: dict[str, Numbers]) -> None:
+def _check_karcher(parameters: Mapping[str, Any]) -> None:
     if any(w < 0 for w in parameters["weight"]):
         raise UserError("weight: a Karcher mean needs weights of at least 0")
     weights_sum(parameters)
@@ -76,7 +77,7 @@ def karcher(
     for _ in range(max_iter):
         cosine = np.clip(unit @ mean, -1.0, 1.0)
         angle = np.arccos(cosine)
-        # log_m(u) = (angle / sin angle) (u - cosine m); at an angle of nothing, and opposite to m, no direction is best.
+        # log_m(u) = (angle / sin angle) (u - cosine m); opposite to m no direction is best.
         turn = np.where((angle > 1e-12) & (angle < np.pi - 1e-9), angle / np.where(angle > 0, np.sin(angle), 1.0), 0.0)
         turn = np.where(angle <= 1e-12, 1.0, turn) * along
         step = turn - (turn @ cosine) * mean

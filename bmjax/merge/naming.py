@@ -1,0 +1,67 @@
+"""What the names of a Hugging Face checkpoint's tensors say, whatever the architecture."""
+
+import functools
+import re
+from typing import NamedTuple
+
+_LAYER = re.compile(r"\.([0-9]{1,5})\.")
+_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings|shared|embeddings)\.weight")
+_HEAD = re.compile(
+    r"(.*\.)?(lm_head|embed_out|output_layer|lm_head\.decoder|predictions\.decoder|vocab_projector)\.(weight|bias)"
+    r"|output\.(weight|bias)"
+)
+_BUFFER = re.compile(r"(^|\.)(inv_freq|position_ids|(attn|attention)\.(masked_)?bias)$")
+_FIRST = re.compile(r"emb|wte|wpe|shared\.weight|layernorm_pre|ln_pre|patch")
+
+
+class Layer(NamedTuple):
+    """`model.layers.3.mlp.up_proj.weight` is tensor `mlp.up_proj.weight` of layer 3 in the stack `model.layers`."""
+
+    stack: str
+    number: int
+    tensor: str
+
+    @property
+    def name(self) -> str:
+        """The whole name."""
+        return f"{self.stack}.{self.number}.{self.tensor}"
+
+
+@functools.lru_cache(2**16)
+def layer(name: str) -> Layer | None:
+    """The layer a tensor belongs to: its number is the first in the name. None for embeddings, norms and heads."""
+    found = _LAYER.search(name)
+    return None if found is None else Layer(name[: found.start()], int(found[1]), name[found.end() :])
+
+
+def depth(number: int, layers: int) -> float:
+    """How deep a layer lies, from 0 for the first to 1 for the last; 1 for an only layer. (As mergekit: tensors of no
+    layer count as depth 0.)"""
+    return number / (layers - 1) if layers > 1 else 1.0
+
+
+@functools.lru_cache(2**16)
+def is_head(name: str) -> bool:
+    """Whether the tensor turns hidden states into a token's score: a row for each token."""
+    return _HEAD.fullmatch(name) is not None
+
+
+def is_embedding(name: str) -> bool:
+    """Whether the tensor holds the tokens' input vectors: a row for each token."""
+    return layer(name) is None and not is_head(name) and _EMBEDDING.search(name) is not None
+
+
+@functools.lru_cache(2**16)
+def is_vocabulary(name: str) -> bool:
+    """Whether the tensor has a row for each token."""
+    return is_embedding(name) or is_head(name)
+
+
+def is_buffer(name: str) -> bool:
+    """Whether loaders compute the tensor themselves, so that a checkpoint may lack it."""
+    return _BUFFER.search(name) is not None
+
+
+def is_before_layers(name: str) -> bool:
+    """Whether a tensor of no layer stands before them (an embedding) and not after (a norm, a head)."""
+    return not is_head(name) and _FIRST.search(name) is not None
