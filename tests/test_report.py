@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from bmjax.merge.recipe import read_recipe
-from bmjax.merge.steps import TensorStats
+from bmjax.merge.steps import Stats
 from bmjax.merge.steps import report as merge_report
 from bmjax.report import markdown_table, summary_table, write_report
 from bmjax.report.figures import spread
@@ -142,9 +142,9 @@ def write_merge_report(path: Path, name: str, layers: int, rng: np.random.Genera
     recipe = read_recipe(RECIPES[name] | {"sources": {n: n for n in ("backbone", *DOMAINS)}})
     names = ["model.embed_tokens.weight", "model.norm.weight"]
     names += [f"model.layers.{i}.{part}.weight" for i in range(layers) for part in ("self_attn.q_proj", "mlp.up_proj")]
-    tensors = []
+    tensors: dict[str, dict[str, Stats]] = {}
     for tensor in sorted(names):
-        steps = []
+        tensors[tensor] = {}
         for step in recipe.steps:
             size, selects = len(step.branches), step.method.name == "arcee_fusion"
             frozen = "embed" in tensor
@@ -152,11 +152,10 @@ def write_merge_report(path: Path, name: str, layers: int, rng: np.random.Genera
             delta = 8 * rng.uniform(0.02, 0.04, size)
             if name == "linear":
                 delta[0] = 0.0
-            steps.append({
-                "kept": kept * (0 if frozen and selects else 1), "delta": delta * (0 if frozen else 1),
-                "reference": np.float32(8.0), "moved": np.float32(0.1),
-            })  # fmt: skip
-        tensors.append(TensorStats(tensor, 4096, {"steps": steps}))
+            tensors[tensor][step.name] = Stats(
+                4096, step.branches, np.diag((delta * (0 if frozen else 1)) ** 2), 64.0, 0.01, 0.0,
+                4096 * kept * (0 if frozen and selects else 1),
+            )  # fmt: skip
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps({"recipe": dict(recipe.text), **merge_report(recipe, tensors)}))
 

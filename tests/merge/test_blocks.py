@@ -50,9 +50,9 @@ def test_frankenmerge_slices():
     (step,) = recipe.steps
     assert recipe.inputs == ("a", "b") and recipe.donor == "a" and step.branches == ("a", "b")
     first, second = step.slices
-    assert (first.ranges, first.layers, first.step.at("x", 0.0)) == ({"a": (0, 3)}, 3, {"scale": 1.0})
+    assert (first.ranges, first.layers, first.step.at("x", 0.0)) == ({"a": (0, 3)}, 3, {"scale": (1.0,)})
     assert (second.ranges, second.layers) == ({"b": (1, 5)}, 4)
-    assert second.step.at("model.layers.3.self_attn.o_proj.weight", 0.5) == {"scale": 0.0}
+    assert second.step.at("model.layers.3.self_attn.o_proj.weight", 0.5) == {"scale": (0.0,)}
     assert "residual_weight has no effect" in recipe.notes[0]
 
 
