@@ -16,7 +16,7 @@ import xxhash
 
 from bmjax.config import UserError
 from bmjax.merge import passes
-from bmjax.merge.methods.method import Block, Kernel, Merged, Sorted
+from bmjax.merge.methods.method import Block, Kernel, Merged, Ranked
 
 CHUNK = 2**20  # entries
 COLUMNS = 1024  # of a tensor whose rows do not matter
@@ -268,9 +268,11 @@ class View:
             return number.at(where)
         if isinstance(number, Masks):
             return number.at(where, x)
-        if isinstance(number, Sorted):
-            arrays = passes.values(number.kernel, ())(x, self.numbers(number.numbers, where, x))
-            return [np.sort(np.asarray(array), axis=-1) for array in arrays]
+        if isinstance(number, Ranked):
+            arrays = passes.values(number.values, ())(x, [])
+            places = passes.values(number.places, ())(x, self.numbers(number.numbers, where, x))
+            ordered = [np.sort(np.asarray(array), axis=-1) for array in arrays]
+            return [passes.lookup()(o, p) for o, p in zip(ordered, places, strict=True)]
         if isinstance(number, np.ndarray) and number.dtype == np.uint32:
             return number
         return np.asarray(number, np.float32)

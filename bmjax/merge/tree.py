@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding
 
 from bmjax.config import UserError, nearest
 from bmjax.merge import naming, passes
-from bmjax.merge.methods.method import Kernel, Merged, Sorted, find
+from bmjax.merge.methods.method import Kernel, Merged, Ranked, find
 from bmjax.merge.quantile import order_statistics
 from bmjax.merge.recipe import Recipe, Step, read_recipe
 from bmjax.merge.steps import Stats, TensorStats, check_overflow, keys, report
@@ -169,9 +169,10 @@ class _ArrayTensor:
         return [self._number(number) for number in numbers]
 
     def _number(self, number: Any) -> Any:
-        if isinstance(number, Sorted):
-            arrays = passes.values(number.kernel, ())(self._block, self._numbers(number.numbers))
-            return [_sort_rows(array) for array in arrays]
+        if isinstance(number, Ranked):
+            arrays = passes.values(number.values, ())(self._block, [])
+            places = passes.values(number.places, ())(self._block, self._numbers(number.numbers))
+            return [passes.lookup()(_sort_rows(a), p) for a, p in zip(arrays, places, strict=True)]
         if isinstance(number, jax.Array) or (isinstance(number, np.ndarray) and number.dtype == np.uint32):
             return number
         if isinstance(number, list) and any(isinstance(x, jax.Array) for x in number):

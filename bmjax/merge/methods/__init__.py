@@ -1,6 +1,6 @@
 """Merge methods, one file a family. Importing this package registers them all."""
 
-from bmjax.merge.methods import (  # noqa: F401  # noqa: F401
+from bmjax.merge.methods import (  # noqa: F401
     arcee_fusion,
     linear,
     model_stock,

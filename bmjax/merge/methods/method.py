@@ -55,10 +55,12 @@ class Merged(NamedTuple):
     static: Mapping[str, Any]
 
 
-class Sorted(NamedTuple):
-    """As an argument of a pass: each array that the kernel gives, every row of it sorted."""
+class Ranked(NamedTuple):
+    """As an argument of a pass: `values` gives arrays whose rows are sorted, `places` for each a place in its row for
+    every entry (int32), and the pass gets what stands there. numbers: for `places`."""
 
-    kernel: Kernel
+    values: Kernel
+    places: Kernel
     numbers: Sequence[Any] = ()
 
 
