@@ -74,6 +74,30 @@ def _fuse(x: Block, kl: Array, limits: Array, lambda_: Array, *, combine: str) -
     return combined(x, masks, lambda_, combine=combine), masks
 
 
+def three_importances(x: Block) -> list[Array]:
+    """The importances of the first branch's entries: as they are, and as the textbook's KL gives them in float32 and in
+    bfloat16 (every operation rounded to it)."""
+    (delta, *_) = deltas(x)
+    exact = jnp.abs(delta) * row_kl(x.base, delta)
+    textbook = jnp.abs(delta) * _kl_textbook(x.base, delta)
+    low, change = x.base.astype(jnp.bfloat16), delta.astype(jnp.bfloat16)
+    rounded = jnp.abs(change) * _kl_textbook(low, change)
+    return [exact, textbook, rounded.astype(jnp.float32)]
+
+
+def agreement(importances: list[np.ndarray]) -> tuple[tuple[int, int], ...]:
+    """For all but the first: how many entries its mask and the first one's both keep, and how many either does, each
+    mask from its own quartiles."""
+    if not importances:
+        return ()
+    masks = []
+    for values in importances:
+        ranks = [rank(q, values.size) for q in (0.25, 0.5, 0.75)]
+        q1, median, q3 = np.partition(values, ranks, axis=None)[ranks]
+        masks.append(values >= median + np.float32(1.5) * (q3 - q1))
+    return tuple((int(np.sum(masks[0] & m)), int(np.sum(masks[0] | m))) for m in masks[1:])
+
+
 def _decreases(x: Block) -> list[Array]:
     return [-delta for delta in deltas(x)]
 
