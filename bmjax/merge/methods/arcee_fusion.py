@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 
-from bmjax.merge.methods.lazy import Array, jnp
+from bmjax.merge.methods.lazy import Array, jnp, lax
 from bmjax.merge.methods.method import About, Block, Masks, Merged, Rebase, Tensor, add, deltas, method
 from bmjax.merge.quantile import rank
 
@@ -76,13 +76,19 @@ def _fuse(x: Block, kl: Array, limits: Array, lambda_: Array, *, combine: str) -
 
 def three_importances(x: Block) -> list[Array]:
     """The importances of the first branch's entries: as they are, and as the textbook's KL gives them in float32 and in
-    bfloat16 (every operation rounded to it)."""
-    (delta, *_) = deltas(x)
+    bfloat16 (every operation's result rounded to it)."""
+    delta, *_ = deltas(x)
     exact = jnp.abs(delta) * row_kl(x.base, delta)
     textbook = jnp.abs(delta) * _kl_textbook(x.base, delta)
-    low, change = x.base.astype(jnp.bfloat16), delta.astype(jnp.bfloat16)
-    rounded = jnp.abs(change) * _kl_textbook(low, change)
-    return [exact, textbook, rounded.astype(jnp.float32)]
+
+    def rounded(a: Array) -> Array:
+        return lax.reduce_precision(a, exponent_bits=8, mantissa_bits=7)
+
+    base, branch = rounded(x.base), rounded(x.base + delta)
+    p, q = (rounded(rounded(_softmax(model)[0]) + EPSILON) for model in (branch, base))
+    terms = rounded(p * rounded(jnp.log(rounded(p / q))))
+    kl = rounded(jnp.sum(terms, axis=-1, keepdims=True))
+    return [exact, textbook, rounded(jnp.abs(rounded(branch - base)) * kl)]
 
 
 def agreement(importances: list[np.ndarray]) -> tuple[tuple[int, int], ...]:
