@@ -168,8 +168,7 @@ class Stream:
             return sources[key]
 
         step = node.step
-        named = {p.name: node.arguments[p.name] for p in step.method.parameters.values() if p.about.model}
-        models = {name: get(model) for name, model in named.items() if model is not None}
+        models = {name: get(model) for name, model in step.named.items()}
         base = None if step.base is None else get(step.base)
         branches = [get(name) for name in step.branches]
         random, compat = keys(self.recipe, step, node.name), self.recipe.compat

@@ -40,7 +40,8 @@ def merge_trees(
     """One merge: (merged parameters, report).
 
     parameters: the method's, by recipe name with a trailing underscore for `lambda_`; a per-model one is a number, or
-    a sequence in the order of the branches. `rebase` is a parameter tree. See `run_steps` for the rest.
+    a sequence in the order of the branches. `rebase` is a parameter tree, `importance` a sequence of them. See
+    `run_steps` for the rest.
     """
     named = dict(branches) if isinstance(branches, Mapping) else {f"branch {i}": b for i, b in enumerate(branches)}
     models: dict[str, Tree] = dict(named)
@@ -52,6 +53,9 @@ def merge_trees(
         name = argument.rstrip("_")
         if isinstance(value, Mapping):
             models[name], block["parameters"][name] = value, name
+        elif isinstance(value, (list, tuple)) and all(isinstance(tree, Mapping) for tree in value):
+            for i, (entry, tree) in enumerate(zip(entries, value, strict=True)):
+                models[f"{name} {i}"], entry["parameters"][name] = tree, f"{name} {i}"
         elif isinstance(value, (list, tuple)):
             if len(value) != len(named):
                 raise UserError(f"{name}: {len(value)} values for {len(named)} models; give one a model")
@@ -104,7 +108,7 @@ def merge_arrays(
 ) -> tuple[jax.Array, np.ndarray]:
     """One tensor, in the Hugging Face layout: (merged, float32, and the share of entries taken of each branch).
 
-    parameters: as in `merge_trees`; `rebase` is an array.
+    parameters: as in `merge_trees`; `rebase` is an array, `importance` one a branch.
     """
     names = [f"branch {i}" for i in range(len(branches))]
     slots = {**dict(zip(names, map(jnp.asarray, branches), strict=True))}
@@ -114,7 +118,11 @@ def merge_arrays(
         slots["base"], block["base_model"] = jnp.asarray(base), "base"
     for argument, value in parameters.items():
         name = argument.rstrip("_")
-        if find(method).parameter(name).about.model:
+        about = find(method).parameter(name).about
+        if about.model and about.each:
+            for i, (entry, array) in enumerate(zip(entries, value, strict=True)):
+                slots[f"{name} {i}"], entry["parameters"][name] = jnp.asarray(array), f"{name} {i}"
+        elif about.model:
             slots[name], block["parameters"][name] = jnp.asarray(value), name
         elif isinstance(value, (list, tuple)):
             for entry, number in zip(entries, value, strict=True):
@@ -151,9 +159,8 @@ class _ArrayTensor:
         self.size, self.branches = math.prod(self._shape), len(step.branches)
         self.has_base, self.compat = step.base is not None, recipe.compat
         self.keys = keys(recipe, step, tensor)
-        named = {p.name: step.arguments[p.name] for p in step.method.parameters.values() if p.about.model}
         flat = {name: _as_rows(slots[name]) for name in step.reads}
-        models = {name: flat[model] for name, model in named.items() if model is not None}
+        models = {name: flat[model] for name, model in step.named.items()}
         base = None if step.base is None else flat[step.base]
         self._block = passes.block(base, [flat[name] for name in step.branches], models)
 

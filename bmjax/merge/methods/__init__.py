@@ -2,6 +2,7 @@
 
 from bmjax.merge.methods import (  # noqa: F401
     arcee_fusion,
+    fisher,
     linear,
     model_stock,
     nearswap,

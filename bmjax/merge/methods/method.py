@@ -31,7 +31,8 @@ class Block(NamedTuple):
     """Some rows of one tensor: what a kernel sees. Arrays are float32 [rows, columns] in the Hugging Face layout (the
     last axis is the row, in_features of a matrix; a vector is one row).
 
-    base: None for a method without one. branches: the other models. models: those that parameters name (`rebase`).
+    base: None for a method without one. branches: the other models. models: those that parameters name (`rebase`; of a
+    parameter with one for each branch, `name.0`, `name.1`, ...).
     start: uint32 [2], high and low half of the first entry's index in the flattened tensor.
 
     There may be more rows than the tensor has, 0 in every model: a kernel gives 0 or false there.
@@ -184,8 +185,7 @@ class Method:
 
     def merge(self, tensor: Tensor, arguments: Mapping[str, Any]) -> Merged:
         """The method on one tensor; arguments by recipe name, numbers of `each` parameters as a tuple."""
-        rows = self.parameters.values()
-        return self.passes(tensor, **{p.argument: arguments[p.name] for p in rows if not p.about.model})
+        return self.passes(tensor, **{p.argument: arguments[p.name] for p in self.parameters.values()})
 
 
 METHODS: dict[str, Method] = {}
@@ -229,7 +229,7 @@ def _table(function: Callable[..., Merged]) -> dict[str, Parameter]:
         if typing.get_origin(hint) is not Annotated:
             raise TypeError(f"{function.__name__}: parameter {argument} needs Annotated[type, About(...)]")
         kind, about = typing.get_args(hint)
-        kind = float if about.each else str if about.model else kind
+        kind = str if about.model else float if about.each else kind
         name = argument.rstrip("_")
         rows[name] = Parameter(name, argument, kind, given.default, about)
     return rows
