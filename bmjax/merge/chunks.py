@@ -11,6 +11,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import jax
 import numpy as np
 import xxhash
 
@@ -137,6 +138,7 @@ class Job:
 
     def __init__(self, shape: Sequence[int], by_row: bool, pool: Executor, memory: int) -> None:
         self.geometry, self.pool, self.memory = Geometry.of(shape, by_row), pool, memory
+        self.vector = len(shape) <= 1
         self.keep = False
         self._kept: dict[tuple[Source, int], np.ndarray] = {}
 
@@ -224,7 +226,7 @@ class View:
     ) -> None:  # fmt: skip
         """base, branches, models: each a Source or the View of an earlier step. prepare: the method's passes."""
         self.step, self.job = step, job
-        self.size, self.branches = job.geometry.size, len(branches)
+        self.size, self.vector, self.branches = job.geometry.size, job.vector, len(branches)
         self.has_base, self.keys, self.compat = base is not None, keys, compat
         self._base, self._branches, self._models = base, list(branches), dict(models)
         self._prepare = prepare
@@ -316,6 +318,18 @@ class View:
             return np.asarray(run(x, self.numbers(numbers, where, x)))[..., : where.rows.stop - where.rows.start, :]
 
         return Rows(np.concatenate(self.job.each(work), axis=-2))
+
+    def whole(self, kernel: Kernel, *numbers: Any, **static: Any) -> Rows:
+        g = self.job.geometry
+        blocks = self.job.each(lambda where: self.block(where, {}))
+        arrays = [
+            np.concatenate([np.asarray(a) for a in parts])[: g.rows]
+            for parts in zip(*(jax.tree.leaves(tuple(x[:3])) for x in blocks), strict=True)
+        ]
+        base, branches, models = jax.tree.unflatten(jax.tree.structure(tuple(blocks[0][:3])), arrays)
+        x = passes.block(base, branches, models)
+        run = passes.values(kernel, passes.static(static))
+        return Rows(np.asarray(run(x, [np.asarray(number, np.float32) for number in numbers])))
 
     def masks(self, kernel: Kernel, *numbers: Any, **static: Any) -> Masks:
         return Masks(self, kernel, numbers, passes.static(static))

@@ -157,6 +157,7 @@ class _ArrayTensor:
     def __init__(self, recipe: Recipe, step: Step, tensor: str, slots: Mapping[str, jax.Array]) -> None:
         self._step, self._shape = step, slots[step.branches[0]].shape
         self.size, self.branches = math.prod(self._shape), len(step.branches)
+        self.vector = len(self._shape) <= 1
         self.has_base, self.compat = step.base is not None, recipe.compat
         self.keys = keys(recipe, step, tensor)
         flat = {name: _as_rows(slots[name]) for name in step.reads}
@@ -200,6 +201,9 @@ class _ArrayTensor:
         return passes.column_sums(kernel, passes.static(static))(self._block, self._numbers(numbers))
 
     def rows(self, kernel: Kernel, *numbers: Any, **static: Any) -> Any:
+        return passes.values(kernel, passes.static(static))(self._block, self._numbers(numbers))
+
+    def whole(self, kernel: Kernel, *numbers: Any, **static: Any) -> Any:
         return passes.values(kernel, passes.static(static))(self._block, self._numbers(numbers))
 
     def masks(self, kernel: Kernel, *numbers: Any, **static: Any) -> Any:

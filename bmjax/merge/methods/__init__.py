@@ -9,6 +9,7 @@ from bmjax.merge.methods import (  # noqa: F401
     passthrough,
     ram,
     sce,
+    singular,
     slerp,
     spherical,
     task_arithmetic,

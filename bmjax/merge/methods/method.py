@@ -69,12 +69,13 @@ class Tensor(Protocol):
     """One tensor of every model. A pass takes a kernel, numbers (run-time inputs of the compiled kernel: scalars,
     sequences of them, what `rows`, `masks` and `order_statistics` gave) and keywords (compiled in).
 
-    size: entries. branches: how many models beside the base. has_base: whether there is one. keys: uint32 [branches,
-    2] for `random_bits`, fixed by seed, tensor and model. compat: 'mergekit' where the recipe asks for that tool's
-    arithmetic.
+    size: entries. vector: whether it has one dimension at most. branches: how many models beside the base. has_base:
+    whether there is one. keys: uint32 [branches, 2] for `random_bits`, fixed by seed, tensor and model. compat:
+    'mergekit' where the recipe asks for that tool's arithmetic.
     """
 
     size: int
+    vector: bool
     branches: int
     has_base: bool
     keys: np.ndarray
@@ -94,6 +95,10 @@ class Tensor(Protocol):
 
     def rows(self, kernel: Kernel, *numbers: Any, **static: Any) -> Any:
         """What the kernel gives for every row, an array [..., rows, 1]: a number for later passes."""
+
+    def whole(self, kernel: Kernel, *numbers: Any, **static: Any) -> Any:
+        """What the kernel gives for all rows at once, [rows, columns]: a number for later passes, which see their rows
+        of it. The one pass whose memory grows with the tensor, for what cannot be had in parts."""
 
     def masks(self, kernel: Kernel, *numbers: Any, **static: Any) -> Any:
         """The bool arrays that the kernel gives: a number for later passes, which see a list."""
