@@ -228,6 +228,7 @@ class View:
         self.step, self.job = step, job
         self.size, self.vector, self.branches = job.geometry.size, job.vector, len(branches)
         self.has_base, self.keys, self.compat = base is not None, keys, compat
+        self.rounded_to = step.dtype
         self._base, self._branches, self._models = base, list(branches), dict(models)
         self._prepare = prepare
         self._merged: Merged | None = None

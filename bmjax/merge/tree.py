@@ -158,7 +158,7 @@ class _ArrayTensor:
         self._step, self._shape = step, slots[step.branches[0]].shape
         self.size, self.branches = math.prod(self._shape), len(step.branches)
         self.vector = len(self._shape) <= 1
-        self.has_base, self.compat = step.base is not None, recipe.compat
+        self.has_base, self.compat, self.rounded_to = step.base is not None, recipe.compat, step.dtype
         self.keys = keys(recipe, step, tensor)
         flat = {name: _as_rows(slots[name]) for name in step.reads}
         models = {name: flat[model] for name, model in step.named.items()}

@@ -7,6 +7,7 @@ import yaml
 from bmjax.merge.engine import merge
 from bmjax.merge.methods.arcee_fusion import agreement, three_importances
 from bmjax.merge.passes import block
+from bmjax.weights.safetensors import open_checkpoint
 from tests.merge.reference import BF16, fusion_mask, hf_dir, jaccard, real_sized, softmax
 
 
@@ -70,6 +71,26 @@ def mask(importance):
     ordered = np.sort(importance, axis=None)
     q1, median, q3 = (ordered[int(np.floor(q * (ordered.size - 1)))] for q in (0.25, 0.5, 0.75))
     return importance >= median + 1.5 * (q3 - q1)
+
+
+def test_compat_takes_the_other_tools_mask(tmp_path, monkeypatch):
+    """In the type that `dtype` names: what its arithmetic keeps, of bfloat16 files."""
+    monkeypatch.chdir(tmp_path)
+    base, (branch,) = real_sized((256, 1024), 7, delta_rms=6e-4)
+    base, branch = base.astype(BF16), branch.astype(BF16)
+    for name, tensor in {"base": base, "a": branch}.items():
+        hf_dir(tmp_path / name, {"w": tensor})
+    recipe = {"merge_method": "arcee_fusion", "base_model": "base", "models": ["a"], "compat": "mergekit"}
+    b, w = base.astype(np.float32), branch.astype(np.float32)
+    for dtype, kind in (("bfloat16", BF16), ("float32", np.float32)):
+        report = merge({**recipe, "dtype": dtype}, f"out-{dtype}")
+        importance = textbook(b, w, kind)
+        expected = mask(importance) & (b != w)
+        found = open_checkpoint(tmp_path / f"out-{dtype}").read("w").astype(np.float32) != b
+        # In float32 the KL is rounding noise that any other order of a sum changes.
+        assert dtype == "float32" or jaccard(found, expected) > 0.9
+        assert jaccard(found, fusion_mask(b, w)) < 0.9
+        assert report["total"]["merged"]["models"]["a"]["kept"] == pytest.approx(found.mean(), abs=1e-6)
 
 
 def test_how_far_the_textbooks_masks_are_off(models, tmp_path, monkeypatch):

@@ -71,7 +71,7 @@ class Tensor(Protocol):
 
     size: entries. vector: whether it has one dimension at most. branches: how many models beside the base. has_base:
     whether there is one. keys: uint32 [branches, 2] for `random_bits`, fixed by seed, tensor and model. compat:
-    'mergekit' where the recipe asks for that tool's arithmetic.
+    'mergekit' where the recipe asks for that tool's arithmetic; rounded_to: the type it then computes in.
     """
 
     size: int
@@ -80,6 +80,7 @@ class Tensor(Protocol):
     has_base: bool
     keys: np.ndarray
     compat: str | None
+    rounded_to: str | None
 
     def sums(self, kernel: Kernel, *numbers: Any, **static: Any) -> np.ndarray:
         """The sum over all entries of each array that the kernel gives: float64 [K], rows summed in float32."""
