@@ -23,19 +23,23 @@ class Exact(NamedTuple):
 
 
 def exact(method, base, branches, **parameters):
-    """The merge of one tensor in float64."""
-    base = None if base is None else base.astype(np.float64)
-    branches = [x.astype(np.float64) for x in branches]
-    if parameters.get("rebase") is not None:
-        parameters["rebase"] = parameters["rebase"].astype(np.float64)
+    """The merge of one tensor in float64. Rows are its last axis; a vector is one row, and so is a number."""
+    shape = branches[0].shape
+
+    def rows(x):
+        return None if x is None else x.astype(np.float64).reshape(-1, shape[-1] if shape else 1)
+
+    base, branches = rows(base), [rows(x) for x in branches]
+    if "rebase" in parameters:
+        parameters["rebase"] = rows(parameters["rebase"])
     n = len(branches)
     for name in EACH:
         if name in parameters:
             parameters[name] = np.broadcast_to(np.asarray(parameters[name], np.float64), n)
     found = FORMULAS[method](base, branches, **parameters)
-    if isinstance(found, Exact):
-        return found
-    return Exact(found, np.zeros(found.shape, bool), [1.0] * n)
+    if not isinstance(found, Exact):
+        found = Exact(found, np.zeros(found.shape, bool), [1.0] * n)
+    return Exact(found.value.reshape(shape), found.unsure.reshape(shape), found.kept)
 
 
 EACH = ("weight", "density", "gamma", "scale")
@@ -87,7 +91,7 @@ def slerp(base, xs, t=0.5):
 def nuslerp(base, xs, weight=(1.0, 1.0), nuslerp_flatten=True, nuslerp_row_wise=False, compat=None):
     t = weight[1] / (weight[0] + weight[1])
     rows = nuslerp_row_wise != (compat == "mergekit")
-    axis = None if nuslerp_flatten else -1 if rows else tuple(range(xs[0].ndim - 1))
+    axis = None if nuslerp_flatten or len(xs[0]) == 1 else -1 if rows else 0
     if base is None:
         return arc(*xs, t, axis)
     return base + arc(xs[0] - base, xs[1] - base, t, axis)
@@ -143,7 +147,7 @@ def karcher(base, xs, weight=None, max_iter=10, tol=1e-5):
 def model_stock(base, xs, weight=None, filter_wise=False):
     part = np.ones(len(xs)) if weight is None else weight
     part = part / np.sum(part)
-    flat = base.reshape(1, -1) if not filter_wise else base.reshape(-1, base.shape[-1] if base.ndim else 1)
+    flat = base if filter_wise else base.reshape(1, -1)
     d = [x.reshape(flat.shape) - flat for x in xs]
     cosines = []
     for i in range(len(d)):
@@ -179,8 +183,7 @@ def weighted(base, changes, masks, unsure, *, weight, lambda_, normalize, elect,
         terms = terms * masks
     total = terms.sum(0)
     if normalize:
-        shape = (-1,) + (1,) * base.ndim
-        divisor = (weight.reshape(shape) * masks).sum(0) if elect else np.sum(weight)
+        divisor = (weight[:, None, None] * masks).sum(0) if elect else np.sum(weight)
         total = total / np.where(divisor == 0, 1.0, divisor)
     kept = [float(k.mean()) for k in masks]
     return Exact(base + lambda_ * total, unsure, kept)
@@ -293,9 +296,8 @@ def della(elect, normalize_default):
         changes = task_vectors(base, xs, rebase)
         masks, unsure = [], np.zeros(base.shape, bool)
         for d, p, e, u in zip(changes, density, epsilon, randoms(base.shape, n, seed, tensor, models), strict=True):
-            size = np.abs(d).reshape(-1, d.shape[-1] if d.ndim else 1)
-            rank = np.stack([np.searchsorted(np.sort(row), row) for row in size]).reshape(d.shape)
-            chance = p - e + 2 * e * rank / max(1, size.shape[1] - 1) if 0 < p < 1 else np.full(d.shape, p)
+            rank = np.stack([np.searchsorted(np.sort(row), row) for row in np.abs(d)])
+            chance = p - e + 2 * e * rank / max(1, d.shape[1] - 1) if 0 < p < 1 else np.full(d.shape, p)
             masks.append((u < chance) & (d != 0))
             unsure |= (np.abs(u - chance) < 1e-7) & (d != 0)
         return weighted(
@@ -321,7 +323,7 @@ def sce(base, xs, select_topk=1.0, int8_mask=False, rebase=None):
     summed = d.sum(0)
     unsure = unsure | near(summed, 0.0, np.abs(d).sum(0))
     agree = (d != 0) & (np.sign(d) == np.where(summed >= 0, 1, -1))
-    share = share.reshape(-1, *[1] * base.ndim) * agree
+    share = share[:, None, None] * agree
     divisor = share.sum(0)
     merged = base + (share * d).sum(0) / np.where(divisor > 0, divisor, 1.0)
     return Exact(merged, unsure, [float(a.mean()) for a in agree])
@@ -350,11 +352,11 @@ def arcee_fusion(base, xs, lambda_=1.0, combine="mean", importance="row", rebase
     for d in changes:
         score = -d
         if importance == "row":
-            b = np.atleast_1d(base).astype(np.longdouble)
+            b = base.astype(np.longdouble)
             p, q = softmax(b + d) + np.longdouble(EPSILON), softmax(b) + np.longdouble(EPSILON)
             divergence = np.sum(p * np.log(p / q), axis=-1, keepdims=True)
-            shifted = d.max(-1, keepdims=True) == d.min(-1, keepdims=True) if d.ndim else True
-            score = (np.abs(d) * np.where(shifted, 0, divergence)).astype(np.float64).reshape(d.shape)
+            shifted = d.max(-1, keepdims=True) == d.min(-1, keepdims=True)  # which the softmax does not see
+            score = (np.abs(d) * np.where(shifted, 0, divergence)).astype(np.float64)
         ordered = np.sort(score, axis=None)
         low, middle, high = (ordered[int(share * (ordered.size - 1))] for share in (0.25, 0.5, 0.75))
         limit = middle + 1.5 * (high - low)
