@@ -243,10 +243,10 @@ def sparse(elect, select, normalize_default, rescale_default=False):
     return formula
 
 
-def uniform(shape, branch, seed=0, tensor="", model=None):
+def uniform(shape, seed, tensor, model, start=0):
     """The 24 random bits of every entry as a number in [0, 1): a hash of the entry's index with a key, itself the
-    first eight bytes of the SHA-256 of seed, tensor and model."""
-    text = "\0".join([str(seed), tensor, model or f"branch {branch}"])
+    first eight bytes of the SHA-256 of seed, tensor and model. start: the first entry's index."""
+    text = f"{seed}\0{tensor}\0{model}"
     low_key, high_key = np.frombuffer(hashlib.sha256(text.encode()).digest()[:8], "<u4")
 
     def mix(x):
@@ -254,14 +254,14 @@ def uniform(shape, branch, seed=0, tensor="", model=None):
         x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
         return x ^ (x >> np.uint32(16))
 
-    index = np.arange(int(np.prod(shape)), dtype=np.uint64)
+    index = np.uint64(start) + np.arange(int(np.prod(shape)), dtype=np.uint64)
     low, high = (index & np.uint64(0xFFFFFFFF)).astype(np.uint32), (index >> np.uint64(32)).astype(np.uint32)
     bits = mix(mix(low ^ low_key) + mix(high ^ high_key))
     return ((bits >> np.uint32(8)) / 2.0**24).reshape(shape)
 
 
 def randoms(shape, n, seed, tensor, models):
-    return [uniform(shape, i, seed, tensor, models[i] if models else None) for i in range(n)]
+    return [uniform(shape, seed, tensor, models[i] if models else f"branch {i}") for i in range(n)]
 
 
 def dare(elect):
