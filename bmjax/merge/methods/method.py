@@ -191,7 +191,9 @@ class Method:
 
     def merge(self, tensor: Tensor, arguments: Mapping[str, Any]) -> Merged:
         """The method on one tensor; arguments by recipe name, numbers of `each` parameters as a tuple."""
-        return self.passes(tensor, **{p.argument: arguments[p.name] for p in self.parameters.values()})
+        # An input that is not finite is an error of the engine's, which names it; not a warning of the arithmetic's.
+        with np.errstate(all="ignore"):
+            return self.passes(tensor, **{p.argument: arguments[p.name] for p in self.parameters.values()})
 
 
 METHODS: dict[str, Method] = {}
