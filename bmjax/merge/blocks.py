@@ -1,6 +1,7 @@
 """One block of a recipe as a checked, frozen step: its models, its layers, its parameters from all levels."""
 
 import inspect
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -151,9 +152,8 @@ class _Builder:
         common = [part.parameters, block.parameters] if part else [block.parameters]
         base_model = (part and part.base_model) or block.base_model
         names = [entry.model for entry in entries]
-        for name in names:
-            if names.count(name) > 1:
-                raise UserError(f"model '{name}' is listed twice; list it once")
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            raise UserError(f"model '{twice[0]}' is listed twice; list it once")
         base = None
         if method.base == "required" and base_model is None:
             raise UserError(f"{method.name} needs 'base_model': the model that changes are measured against")
