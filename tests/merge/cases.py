@@ -90,3 +90,7 @@ def assert_near(merged, expected, inputs):
     wrong = np.abs(merged - expected.value) > ROUNDINGS * size
     assert expected.unsure.mean() <= 1e-3
     assert not np.any(wrong & ~expected.unsure)
+
+
+# Those with tests of their own: test_fisher.py, test_singular.py.
+APART = {"fisher", "isotropic", "tsv"}

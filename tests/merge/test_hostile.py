@@ -750,6 +750,8 @@ def test_no_method_merges_what_is_not_finite(method, root, capsys):
     about = METHODS[method]
     names = ["math", "code"][: about.branches[1] or 2]
     values = {"merge_method": method, "models": names, **({"base_model": "base"} if about.base == "required" else {})}
+    if method == "fisher":
+        values["parameters"] = {"importance": "code"}
     for model in [*names, *(["base"] if about.base == "required" else [])]:
         for place, value in ((5, np.nan), (-1, np.inf)):
             arguments = prepared(root, Case(spoil(model, UP, place, value), values, ()))

@@ -6,7 +6,7 @@ import pytest
 from bmjax.config import UserError
 from bmjax.merge.methods import METHODS
 from bmjax.merge.tree import merge_arrays
-from tests.merge.cases import CASES, SHAPE, assert_near, has_base, label, method_of
+from tests.merge.cases import APART, CASES, SHAPE, assert_near, has_base, label, method_of
 from tests.merge.formulas import exact
 from tests.merge.reference import heavy_tailed, jaccard, leaf, real_sized
 
@@ -183,7 +183,9 @@ def test_select_topk():
     np.testing.assert_array_equal(few, BASE)
 
 
-WEIGHTED = [name for name, method in METHODS.items() if "weight" in method.parameters and name != "nuslerp"]
+WEIGHTED = [
+    name for name, method in METHODS.items() if "weight" in method.parameters and name not in APART | {"nuslerp"}
+]
 KEPT = {"ties": {"density": 0.5}, **{name: {"density": 0.5, "rescale": False} for name in SPARSE if name != "ties"}}
 
 
@@ -212,7 +214,9 @@ def test_opposite_changes_of_equal_weight_elect_plus(method):
     np.testing.assert_array_equal(merged, base + np.abs(branch - base))
 
 
-@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if "rebase" in method.parameters])
+@pytest.mark.parametrize(
+    "method", [name for name, method in METHODS.items() if "rebase" in method.parameters and name not in APART]
+)
 def test_rebase(method):
     """Changes are measured from another model and added to the base."""
     origin, base, branches = BASE, BRANCHES[2], BRANCHES[:2]
