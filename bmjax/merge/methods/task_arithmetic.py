@@ -177,8 +177,9 @@ def della(
     """DELLA, arXiv 2406.11617: an entry of a change is kept with a probability that rises with the rank of its
     magnitude in its row, linearly from density - epsilon to density + epsilon; then the elected signs of ties.
 
-    Entries of equal magnitude have the rank of the first of them. The kept ones are scaled to the change's L1 norm
-    (over the tensor), as mergekit does; the paper divides each by its probability.
+    Entries of equal magnitude have the rank of the first of them; one alone in its row is kept with probability
+    density. The kept ones are scaled to the change's L1 norm (over the tensor), as mergekit does; the paper divides
+    each by its probability.
     """
     return _della(t, weight, density, epsilon, lambda_, elect=True, normalize=normalize, rescale=rescale)
 
@@ -323,9 +324,10 @@ def _by_rank(x: Block, ordered: Sequence[Array], density: Array, epsilon: Array,
     masks = []
     for b, size in enumerate(magnitudes(x)):
         m = size.shape[-1]
-        excess = random_bits(x, keys[b]) - (density[b] - epsilon[b])
+        spread = epsilon[b] if m > 1 else 0.0 * epsilon[b]  # one entry alone has no rank
+        excess = random_bits(x, keys[b]) - (density[b] - spread)
         # The rank at which the probability passes u; the +1 makes it "larger than", m means never.
-        step = 2.0 * epsilon[b] / max(1, m - 1)
+        step = 2.0 * spread / max(1, m - 1)
         above = jnp.floor(excess / jnp.where(step > 0, step, 1.0))
         least = jnp.where(step > 0, jnp.clip(above + 1.0, 0.0, m), m).astype(jnp.int32)
         least = jnp.where(excess < 0, 0, least)
