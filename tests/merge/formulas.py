@@ -297,7 +297,8 @@ def della(elect, normalize_default):
         masks, unsure = [], np.zeros(base.shape, bool)
         for d, p, e, u in zip(changes, density, epsilon, randoms(base.shape, n, seed, tensor, models), strict=True):
             rank = np.stack([np.searchsorted(np.sort(row), row) for row in np.abs(d)])
-            chance = p - e + 2 * e * rank / max(1, d.shape[1] - 1) if 0 < p < 1 else np.full(d.shape, p)
+            ranked = 0 < p < 1 and d.shape[1] > 1
+            chance = p - e + 2 * e * rank / (d.shape[1] - 1) if ranked else np.full(d.shape, p)
             masks.append((u < chance) & (d != 0))
             unsure |= (np.abs(u - chance) < 1e-7) & (d != 0)
         return weighted(

@@ -177,8 +177,9 @@ def della(
     """DELLA, arXiv 2406.11617: an entry of a change is kept with a probability that rises with the rank of its
     magnitude in its row, linearly from density - epsilon to density + epsilon; then the elected signs of ties.
 
-    Entries of equal magnitude have the rank of the first of them. The kept ones are scaled to the change's L1 norm
-    (over the tensor), as mergekit does; the paper divides each by its probability.
+    Entries of equal magnitude have the rank of the first of them; one alone in its row is kept with probability
+    density. The kept ones are scaled to the change's L1 norm (over the tensor), as mergekit does; the paper divides
+    each by its probability.
     """
     return _della(t, weight, density, epsilon, lambda_, elect=True, normalize=normalize, rescale=rescale)
 
@@ -326,8 +327,9 @@ def _least_ranks(x: Block, density: Array, epsilon: Array, keys: Array) -> list[
     least = []
     for b, branch in enumerate(x.branches):
         m = branch.shape[-1]
-        excess = random_bits(x, keys[b]) - (density[b] - epsilon[b])
-        step = 2.0 * epsilon[b] / max(1, m - 1)
+        spread = epsilon[b] if m > 1 else 0.0 * epsilon[b]  # one entry alone has no rank
+        excess = random_bits(x, keys[b]) - (density[b] - spread)
+        step = 2.0 * spread / max(1, m - 1)
         above = jnp.floor(excess / jnp.where(step > 0, step, 1.0)) + 1.0
         found = jnp.where(step > 0, jnp.clip(above, 0.0, m), m).astype(jnp.int32)
         least.append(jnp.where(excess < 0, 0, found))

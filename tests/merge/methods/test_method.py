@@ -11,8 +11,8 @@ from bmjax.merge.recipe import read_recipe
 from bmjax.merge.steps import keys
 from bmjax.merge.tree import merge_arrays
 from tests.merge.cases import SHAPE
-from tests.merge.formulas import uniform
-from tests.merge.reference import leaf, real_sized
+from tests.merge.formulas import exact, uniform
+from tests.merge.reference import heavy_tailed, leaf, real_sized
 
 SIZE = SHAPE[0] * SHAPE[1]
 
@@ -92,3 +92,12 @@ def test_the_chance_of_della_rises_with_the_rank():
     score = (kept - chance) / np.sqrt(chance * (1 - chance) / (20 * SHAPE[0]))
     assert np.abs(score).max() < 4.5
     assert np.std(score) == pytest.approx(1, abs=0.15)
+
+
+def test_della_of_rows_of_one_entry():
+    """Where nothing has a rank, each is kept with probability density."""
+    base, branches = heavy_tailed((20_000, 1), 4, branches=2)
+    merged, kept = merge_arrays("della_linear", base, branches, density=0.3, epsilon=0.3, rescale=False)
+    np.testing.assert_allclose(kept, 0.3, atol=4.5 * np.sqrt(0.3 * 0.7 / 20_000))
+    expected = exact("della_linear", base, branches, density=0.3, epsilon=0.3, rescale=False)
+    np.testing.assert_allclose(merged, expected.value, rtol=3e-7, atol=1e-8)
