@@ -134,9 +134,10 @@ def _merge(recipe: Recipe, options: argparse.Namespace, settings: dict[str, Any]
     from tqdm import tqdm
 
     from bmjax.merge.engine import merge
-    from bmjax.parallel.start import use_own_threads
+    from bmjax.parallel.start import keep_compiled_programs, use_own_threads
 
     use_own_threads()
+    keep_compiled_programs()
     start, last = time.perf_counter(), 0
     bar = tqdm(unit="B", unit_scale=True, desc="merge", disable=options.quiet or not sys.stderr.isatty(), leave=False)
 

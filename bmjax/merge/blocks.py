@@ -48,8 +48,19 @@ class Step:
         if self.slices:
             return tuple(dict.fromkeys(name for part in self.slices for name in part.step.reads))
         base = () if self.base is None else (self.base,)
-        named = [self.arguments[p.name] for p in self.method.parameters.values() if p.about.model]
-        return tuple(dict.fromkeys([*base, *self.branches, *(name for name in named if name is not None)]))
+        return tuple(dict.fromkeys([*base, *self.branches, *self.named.values()]))
+
+    @property
+    def named(self) -> dict[str, str]:
+        """The models that parameters name, by what the method calls them: `rebase`, `importance.0`."""
+        found: dict[str, str] = {}
+        for p in self.method.parameters.values():
+            value = self.arguments.get(p.name) if p.about.model else None
+            if isinstance(value, tuple):
+                found |= {f"{p.name}.{b}": name for b, name in enumerate(value)}
+            elif value is not None:
+                found[p.name] = value
+        return found
 
     @property
     def values(self) -> Iterator[tuple[str | None, Value]]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from bmjax.merge.card import write_card
 from bmjax.merge.journal import Journal, clear
 from bmjax.merge.places import check_space, check_target, locate, tokenizer_directory
 from bmjax.merge.plan import plan
@@ -107,6 +108,7 @@ def merge(
         if recipe.chat_template is not None:
             write_chat_template(folder, recipe.chat_template)
         (folder / REPORT).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_card(folder, recipe, result)
         journal.close(remove=True)
     return result
 

@@ -418,7 +418,10 @@ class SharedWriter:
         self.files.append(path)
         if os.fstat(fd).st_size != size:
             os.ftruncate(fd, 0)
-            os.posix_fallocate(fd, 0, size)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(fd, 0, size)
+            else:
+                os.ftruncate(fd, size)
         _write_at(fd, memoryview(header), 0)
         sizes = {name: math.prod(shape) * dtype.itemsize for name, dtype, shape in tensors}
         self._at |= {name: (fd, offset, sizes[name]) for name, offset in offsets.items()}

@@ -7,10 +7,16 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
+from bmjax.merge.tree import merge_arrays
 from bmjax.model.spec import Qwen2Config, table
 
 EPSILON = 1e-8
 BF16 = ml_dtypes.bfloat16
+
+
+def leaf(method, base, branches, **parameters):
+    """What the method makes of one tensor, as a numpy array."""
+    return np.asarray(merge_arrays(method, base, branches, **parameters)[0])
 
 
 def softmax(x):

@@ -36,12 +36,13 @@ def sce(
 
 
 def _variance(x: Block) -> list[Array]:
-    """The population variance of an entry over the models."""
-    changes = deltas(x)
-    mean = add(changes) / len(changes)
-    # Equal changes vary by nothing, whatever their mean was rounded to.
-    vary = add([(change != changes[0]).astype(jnp.int32) for change in changes]) > 0
-    return [jnp.where(vary, add([(change - mean) ** 2 for change in changes]) / len(changes), 0.0)]
+    """The variance of an entry over the models, times the square of their number: the sum of (a - b)^2 over all pairs.
+
+    Unlike squares of differences from a mean, these are exact for models stored in bfloat16, most of whose entries
+    vary exactly as much as many others; rounding must not tell those apart.
+    """
+    pairs = [(a, b) for i, a in enumerate(x.branches) for b in x.branches[i + 1 :]]
+    return [add([(a - b) ** 2 for a, b in pairs]) if pairs else jnp.zeros_like(x.branches[0])]
 
 
 def _varied(x: Block) -> list[Array]:

@@ -41,7 +41,7 @@ def multislerp(
     directed = mean >= eps and mean > 0
     length = float(weights @ lengths)
     factors = along * length / np.where(lengths > 0, lengths, 1.0) / mean if directed else weights
-    return t.map(_combine, list(factors), against="base" if t.has_base else "none")
+    return _combination(t, factors, "base" if t.has_base else "none")
 
 
 def _check_karcher(parameters: Mapping[str, Any]) -> None:
@@ -67,7 +67,7 @@ def karcher(
     weights = np.asarray(weight, np.float64) / sum(weight)
     some = lengths > 0
     if not some.any():
-        return t.map(_combine, [1.0] * t.branches, against="none")
+        return _combination(t, np.ones(t.branches), "none")
     along = np.where(some, weights, 0.0)
     along = along / along.sum() if along.sum() > 0 else some / some.sum()
     mean = along.copy()
@@ -87,7 +87,7 @@ def karcher(
         mean = np.cos(length) * mean + np.sin(length) / length * step
         mean = mean / np.sqrt(mean @ unit @ mean)
     factors = mean * float(weights @ lengths) / np.where(some, lengths, 1.0)
-    return t.map(_combine, list(np.where(some, factors, 0.0)), against="none")
+    return _combination(t, np.where(some, factors, 0.0), "none")
 
 
 def products(t: Tensor, against: str) -> np.ndarray:
@@ -95,7 +95,14 @@ def products(t: Tensor, against: str) -> np.ndarray:
     found = t.sums(_products, against=against)
     gram = np.zeros((t.branches, t.branches))
     gram[np.triu_indices(t.branches)] = found
-    return gram + np.triu(gram, 1).T
+    gram = gram + np.triu(gram, 1).T
+    if against == "none":
+        # Of the first model and the others' differences from it: their products' float32 rounding would be larger than
+        # the angles between models that are near each other.
+        whole = np.eye(t.branches)
+        whole[:, 0] = 1.0
+        gram = whole @ gram @ whole.T
+    return gram
 
 
 def _unit(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -111,14 +118,21 @@ def _vectors(x: Block, against: str) -> list[Array]:
 
 def _products(x: Block, *, against: str) -> list[Array]:
     vectors = _vectors(x, against)
+    if against == "none":
+        vectors = [vectors[0], *(v - vectors[0] for v in vectors[1:])]
     return [u * v for i, u in enumerate(vectors) for v in vectors[i:]]
 
 
-def _combine(x: Block, factors: Array, *, against: str) -> tuple[Array, None]:
+def _combination(t: Tensor, factors: np.ndarray, against: str) -> Merged:
+    # By how much the factors exceed 1 is taken in float64: rounded to float32, they may add up to one rounding more.
+    return t.map(_combine, list(factors), float(factors.sum()) - 1.0, against=against)
+
+
+def _combine(x: Block, factors: Array, excess: Array, *, against: str) -> tuple[Array, None]:
     vectors = _vectors(x, against)
     if against == "base":
         return x.base + add([f * v for f, v in zip(factors, vectors, strict=True)]), None
     # In differences from the first, so that an entry on which all agree loses no bit to the factors' rounding.
     first = vectors[0]
-    total = add([f * (v - first) for f, v in zip(factors[1:], vectors[1:], strict=True)]) if len(vectors) > 1 else 0.0
-    return first + ((add(list(factors)) - 1.0) * first + total), None
+    changes = [f * (v - first) for f, v in zip(factors[1:], vectors[1:], strict=True)]
+    return first + add([excess * first, *changes]), None

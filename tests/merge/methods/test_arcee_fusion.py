@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from bmjax.merge.methods import arcee_fusion
-from tests.merge.reference import BF16, EPSILON, fuse, fusion_mask, heavy_tailed, jaccard, real_sized, softmax
+from bmjax.merge.tree import merge_arrays
+from tests.merge.reference import BF16, EPSILON, fuse, fusion_mask, heavy_tailed, jaccard, leaf, real_sized, softmax
 
 module = importlib.import_module("bmjax.merge.methods.arcee_fusion")
 
@@ -26,7 +26,7 @@ def test_mask_at_the_changes_of_fine_tuning(name):
     shape, weight_rms, delta_rms, stored = REAL[name]
     base, (branch,) = real_sized(shape, 1, weight_rms, delta_rms)
     base, branch = base.astype(stored), branch.astype(stored)
-    merged, kept = arcee_fusion(base, [branch])
+    merged, kept = merge_arrays("arcee_fusion", base, [branch])
     exact = fusion_mask(base, branch)
     changed = base.astype(np.float32) != branch.astype(np.float32)
     assert jaccard(np.asarray(merged != base.astype(np.float32)) & changed, exact) >= 0.999
@@ -38,7 +38,7 @@ def test_mask_at_the_changes_of_fine_tuning(name):
 @pytest.mark.parametrize("shape", [SHAPE, (96,), (3, 8, 50)])
 def test_mask_on_heavy_tails(seed, shape):
     base, (branch,) = heavy_tailed(shape, seed)
-    np.testing.assert_array_equal(arcee_fusion(base, [branch]).leaf, fuse(base, branch).astype(np.float32))
+    np.testing.assert_array_equal(leaf("arcee_fusion", base, [branch]), fuse(base, branch).astype(np.float32))
 
 
 @pytest.mark.parametrize("delta_rms", [1e-5, 1e-4, 1e-3, 0.01, 0.1, 1.0, 30.0])
@@ -64,13 +64,13 @@ def test_extreme_values_stay_finite():
     branch = (base + 100 * rng.standard_t(1, SHAPE)).astype(np.float32)
     found = module.row_kl(base, branch - base)
     assert np.all(np.isfinite(found)) and np.all(found >= 0)
-    assert np.all(np.isfinite(arcee_fusion(base, [branch]).leaf))
+    assert np.all(np.isfinite(leaf("arcee_fusion", base, [branch])))
 
 
 @pytest.mark.parametrize("shape", [(), (5,), SHAPE])
 def test_nothing_changed(shape):
     base = np.asarray(heavy_tailed(SHAPE, 5)[0].ravel()[: int(np.prod(shape))]).reshape(shape)
-    merged, kept = arcee_fusion(base, [base, base])
+    merged, kept = merge_arrays("arcee_fusion", base, [base, base])
     np.testing.assert_array_equal(merged, base)
     np.testing.assert_array_equal(kept, [0, 0])
 
@@ -79,7 +79,7 @@ def test_nothing_changed(shape):
 def test_rows_of_one_element_take_the_new_value(shape):
     """Their softmax is 1 whatever the value: every importance is 0 and reaches the threshold 0."""
     base, branch = np.full(shape, 0.5, np.float32), np.full(shape, 0.7, np.float32)
-    merged, kept = arcee_fusion(base, [branch])
+    merged, kept = merge_arrays("arcee_fusion", base, [branch])
     np.testing.assert_array_equal(merged, branch)
     assert kept[0] == 1
 
@@ -88,14 +88,14 @@ def test_constant_and_shifted_rows():
     base, (branch,) = real_sized(SHAPE, 6)
     base[:5] = 0.25
     branch[:5] = 0.375  # constant rows, shifted: softmax and so importance do not change
-    merged = np.asarray(arcee_fusion(base, [branch]).leaf)
+    merged = leaf("arcee_fusion", base, [branch])
     np.testing.assert_array_equal(merged[:5], base[:5])
     np.testing.assert_array_equal(merged, fuse(base, branch).astype(np.float32))
 
 
 def test_kept_entries_are_the_branch_bit_for_bit():
     base, (branch,) = real_sized(SHAPE, 7, weight_rms=1.0, delta_rms=0.3)
-    merged = np.asarray(arcee_fusion(base, [branch]).leaf)
+    merged = leaf("arcee_fusion", base, [branch])
     assert np.all((merged == base) | (merged == branch))
 
 
@@ -104,7 +104,7 @@ def test_kept_entries_are_the_branch_bit_for_bit():
 def test_symmetric_form(combine, scale):
     base, branches = heavy_tailed(SHAPE, 8, branches=3)
     branches[1] = (base + 1.3 * (branches[0] - base)).astype(np.float32)  # so that masks overlap
-    merged, kept = arcee_fusion(base, branches, combine=combine, lambda_=scale)
+    merged, kept = merge_arrays("arcee_fusion", base, branches, combine=combine, lambda_=scale)
     masks = np.stack([fusion_mask(base, b) for b in branches])
     assert (masks.sum(0) >= 2).any()
     deltas = np.stack([b.astype(np.float64) - base for b in branches])
@@ -119,13 +119,13 @@ def test_unchanged_branch_does_not_dilute_the_mean():
     base, (branch,) = heavy_tailed(SHAPE, 9)
     sparse = base.copy()
     sparse[0, :3] += 0.5  # most importances are 0, and so is the threshold
-    merged = np.asarray(arcee_fusion(base, [branch, sparse]).leaf)[1:]
-    np.testing.assert_array_equal(merged, np.asarray(arcee_fusion(base, [branch]).leaf)[1:])
+    merged = leaf("arcee_fusion", base, [branch, sparse])[1:]
+    np.testing.assert_array_equal(merged, leaf("arcee_fusion", base, [branch])[1:])
 
 
 def test_rebase():
     backbone, (math, code) = heavy_tailed(SHAPE, 10, branches=2)
-    merged = np.asarray(arcee_fusion(math, [code], rebase=backbone).leaf)
+    merged = leaf("arcee_fusion", math, [code], rebase=backbone)
     np.testing.assert_allclose(merged, fuse(math, code, origin=backbone), atol=3e-7)
     mask = fusion_mask(math, code, origin=backbone)
     np.testing.assert_array_equal(merged[~mask], math[~mask])
@@ -133,5 +133,5 @@ def test_rebase():
 
 def test_deterministic():
     base, (branch,) = real_sized(SHAPE, 11)
-    one, two = (np.asarray(arcee_fusion(base, [branch]).leaf) for _ in range(2))
+    one, two = (leaf("arcee_fusion", base, [branch]) for _ in range(2))
     assert one.tobytes() == two.tobytes()

@@ -1,8 +1,7 @@
 import numpy as np
 import pytest
 
-from bmjax.merge.methods import nearswap
-from tests.merge.reference import heavy_tailed, real_sized
+from tests.merge.reference import heavy_tailed, leaf, real_sized
 
 
 @pytest.mark.parametrize("t", [0.0, 1e-4, 5e-3, 10.0])
@@ -13,12 +12,12 @@ def test_equals_float64(make, t):
     with np.errstate(divide="ignore", invalid="ignore"):
         share = np.clip(np.nan_to_num(np.float64(np.float32(t)) / np.abs(b - a), nan=1.0), 0, 1)
     size = np.maximum(np.abs(base), np.abs(branch))
-    assert np.max(np.abs(np.asarray(nearswap(base, [branch], t=t).leaf) - (a + share * (b - a))) / size) < 2e-7
+    assert np.max(np.abs(leaf("nearswap", base, [branch], t=t) - (a + share * (b - a))) / size) < 2e-7
 
 
 def test_a_near_value_is_taken_bit_for_bit_and_none_moves_further_than_t():
     base, (branch,) = heavy_tailed((40, 30), 2)
-    merged = np.asarray(nearswap(base, [branch], t=0.01).leaf)
+    merged = leaf("nearswap", base, [branch], t=0.01)
     near = np.abs(branch - base) <= np.float32(0.01)
     assert 0.2 < near.mean() < 0.9
     np.testing.assert_array_equal(merged[near], branch[near])

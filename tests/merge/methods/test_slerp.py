@@ -1,8 +1,7 @@
 import numpy as np
 import pytest
 
-from bmjax.merge.methods import slerp
-from tests.merge.reference import heavy_tailed, real_sized
+from tests.merge.reference import heavy_tailed, leaf, real_sized
 
 
 def exact(base, branch, t):
@@ -16,7 +15,7 @@ def exact(base, branch, t):
 @pytest.mark.parametrize("make", [heavy_tailed, real_sized])
 def test_equals_float64(make, t):
     base, (branch,) = make((64, 96), 1)
-    merged = np.asarray(slerp(base, [branch], t=t).leaf)
+    merged = leaf("slerp", base, [branch], t=t)
     rms = np.sqrt(np.mean(base.astype(np.float64) ** 2))
     np.testing.assert_allclose(merged, exact(base, branch, t), rtol=3e-7, atol=1e-6 * rms)
 
@@ -24,25 +23,25 @@ def test_equals_float64(make, t):
 def test_models_far_apart_in_direction_and_length():
     rng = np.random.default_rng(2)
     base, branch = rng.standard_normal((2, 20, 30)).astype(np.float32)
-    merged = np.asarray(slerp(base, [5 * branch], t=0.25).leaf)
+    merged = leaf("slerp", base, [5 * branch], t=0.25)
     np.testing.assert_allclose(merged, exact(base, 5 * branch, 0.25), atol=3e-6)
 
 
 def test_the_ends_are_the_models_and_equal_models_stay():
     base, (branch,) = heavy_tailed((33, 7), 3)
-    np.testing.assert_array_equal(slerp(base, [branch], t=0.0).leaf, base)
-    np.testing.assert_allclose(slerp(base, [branch], t=1.0).leaf, branch, rtol=1e-6, atol=1e-8)
-    np.testing.assert_array_equal(slerp(base, [base], t=0.4).leaf, base)
+    np.testing.assert_array_equal(leaf("slerp", base, [branch], t=0.0), base)
+    np.testing.assert_allclose(leaf("slerp", base, [branch], t=1.0), branch, rtol=1e-6, atol=1e-8)
+    np.testing.assert_array_equal(leaf("slerp", base, [base], t=0.4), base)
 
 
 @pytest.mark.parametrize("sign", [-1.0, 0.0])
 def test_opposite_and_zero_tensors_are_mixed_along_the_line(sign):
     base, _ = heavy_tailed((5, 9), 4)
-    merged = np.asarray(slerp(base, [(sign * base).astype(np.float32)], t=0.25).leaf)
+    merged = leaf("slerp", base, [(sign * base).astype(np.float32)], t=0.25)
     np.testing.assert_allclose(merged, (0.75 + 0.25 * sign) * base, rtol=1e-6, atol=1e-7)
 
 
 def test_one_element_and_a_vector():
-    np.testing.assert_allclose(slerp(np.float32([2.0]), [np.float32([4.0])], t=0.5).leaf, [3.0], rtol=1e-6)
+    np.testing.assert_allclose(leaf("slerp", np.float32([2.0]), [np.float32([4.0])], t=0.5), [3.0], rtol=1e-6)
     base, (branch,) = heavy_tailed((17,), 5)
-    np.testing.assert_allclose(slerp(base, [branch], t=0.3).leaf, exact(base, branch, 0.3), rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(leaf("slerp", base, [branch], t=0.3), exact(base, branch, 0.3), rtol=1e-6, atol=1e-7)

@@ -1,8 +1,7 @@
 import numpy as np
 import pytest
 
-from bmjax.merge.methods import task_arithmetic
-from tests.merge.reference import BF16, heavy_tailed, real_sized
+from tests.merge.reference import BF16, heavy_tailed, leaf, real_sized
 
 
 @pytest.mark.parametrize("make", [heavy_tailed, real_sized])
@@ -11,22 +10,22 @@ from tests.merge.reference import BF16, heavy_tailed, real_sized
 def test_equals_float64(make, normalize, scale):
     base, branches = make((64, 96), 1, branches=3)
     weights = (1.0, 0.5, 0.25)
-    merged = task_arithmetic(base, branches, weight=weights, normalize=normalize, lambda_=scale)
+    merged = leaf("task_arithmetic", base, branches, weight=weights, normalize=normalize, lambda_=scale)
     b = base.astype(np.float64)
     change = sum(w * (x.astype(np.float64) - b) for w, x in zip(weights, branches, strict=True))
     exact = b + scale * (change / sum(weights) if normalize else change)
     size = np.max(np.abs([base, *branches]), axis=0)
-    assert np.max(np.abs(merged.leaf - exact) / size) < 4e-7
+    assert np.max(np.abs(merged - exact) / size) < 4e-7
 
 
 def test_no_change_is_the_base():
     base, _ = heavy_tailed((33, 7), 2)
-    np.testing.assert_array_equal(task_arithmetic(base, [base, base], lambda_=0.7).leaf, base)
+    np.testing.assert_array_equal(leaf("task_arithmetic", base, [base, base], lambda_=0.7), base)
 
 
 def test_rebase_adds_a_task_vector_to_another_model():
     backbone, (math, code) = heavy_tailed((40, 30), 3, branches=2)
-    merged = task_arithmetic(math, [code], rebase=backbone).leaf
+    merged = leaf("task_arithmetic", math, [code], rebase=backbone)
     exact = math.astype(np.float64) + (code.astype(np.float64) - backbone)
     np.testing.assert_allclose(merged, exact, rtol=0, atol=3e-7)
 
@@ -34,6 +33,6 @@ def test_rebase_adds_a_task_vector_to_another_model():
 def test_bfloat16_is_rounded_once():
     base, branches = real_sized((200, 300), 4, branches=2, delta_rms=5e-4)
     base, *branches = (m.astype(BF16) for m in (base, *branches))
-    merged = np.asarray(task_arithmetic(base, branches, lambda_=0.5).leaf).astype(BF16)
+    merged = leaf("task_arithmetic", base, branches, lambda_=0.5).astype(BF16)
     exact = base.astype(np.float64) + 0.5 * sum(x.astype(np.float64) - base.astype(np.float64) for x in branches)
     assert np.mean(merged == exact.astype(BF16)) >= 0.999
