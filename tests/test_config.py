@@ -1,6 +1,7 @@
 """What a user gets wrong in a config is one line that names the key, what was found and the fix."""
 
 import os
+import time
 from typing import Literal
 
 import pytest
@@ -147,10 +148,31 @@ def test_what_is_no_config_is_refused_at_once(tmp_path):
         assert problem(path) == f"{path}: not a regular file"
     loop = tmp_path / "loop.yaml"
     loop.symlink_to(loop)
-    assert problem(loop).startswith(f"{loop}: no such file")
+    assert problem(loop) == f"{loop}: no such file, only a link that leads nowhere"
     large = tmp_path / "large.yaml"
     large.write_text("a: 1\n" * 60_000)
     assert problem(large) == f"{large}: more than 262144 characters; refused, is it the right file?"
+    os.truncate(large, 10**11)  # a hole, which is not read
+    assert problem(large) == f"{large}: more than 262144 characters; refused, is it the right file?"
+
+
+def test_half_a_character_and_a_set_are_refused():
+    for text in ('a: "x\\uD800"', '"\\uDFFF": 1', "- ['\\', \"\\uD83D\"]"):
+        with pytest.raises(UserError, match=r"^x: line 1: .* is no text: half a character"):
+            parse_yaml_documents(text, "x")
+    assert parse_yaml_documents('"\\U0001F600 é"', "x") == ["😀 é"]
+    with pytest.raises(UserError, match="not valid YAML"):
+        parse_yaml_documents("!!set {b, a}", "x")
+    with pytest.raises(UserError, match="expected key=value"):
+        Outer.read({"steps": 1}, ["\udcff=1"])
+
+
+def test_nobody_waits_for_a_hint_about_endless_words():
+    word = "".join(chr(0x4E00 + i % 500) for i in range(50_000))
+    start = time.monotonic()
+    assert nearest(word, [word + "a"]).startswith("; known here: ")
+    assert nearest("stepz", [word, "steps"]) == "; did you mean 'steps'?"
+    assert time.monotonic() - start < 1
 
 
 @pytest.mark.parametrize(

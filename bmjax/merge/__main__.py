@@ -108,8 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        line = UserError(f"{disk_error(error)}; nothing was written")
-        print(f"bmjax: error: {line}", file=sys.stderr)
+        print(f"bmjax: error: {UserError(disk_error(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("bmjax: interrupted; OUT is as it was, and the same command goes on with the merge", file=sys.stderr)

@@ -18,6 +18,7 @@ from bmjax.merge.steps import Stats, TensorStats
 from bmjax.weights.safetensors import SharedWriter
 
 NAME = "merge_journal.jsonl"
+_KEYS = {"name", "digest", "block", "sources", "stats"}
 
 
 def digest(blocks: Iterable[bytes]) -> str:
@@ -57,11 +58,14 @@ class Journal:
             self._tensors[line["name"]] = line
 
     def _lines(self) -> list[Any]:
-        """The lines that are whole; a kill may have cut off the last one."""
+        """The lines that are whole; a kill may have cut off the last one, a machine's fall have put anything there."""
         found: list[Any] = []
         with contextlib.suppress(OSError, ValueError):
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                found.append(json.loads(line))
+            for line in self.path.read_bytes().split(b"\n"):
+                entry = json.loads(line)
+                if not isinstance(entry, dict) or (found and not entry.keys() >= _KEYS):
+                    break
+                found.append(entry)
         # What follows a line that is cut off would not be read next time.
         if found:
             self.path.write_text("".join(json.dumps(line) + "\n" for line in found), encoding="utf-8")

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from bmjax.config import UserError, nearest
+from bmjax.config import UserError, is_text, nearest
 from bmjax.merge.recipe import Recipe
 
 _UNITS = {"B": 1} | {f"{prefix}{kind}": base ** (i + 1)
@@ -85,6 +85,8 @@ def tokenizer_directory(recipe: Recipe, *, download: bool = True) -> list[Path]:
 
 def check_target(target: Path, inputs: Iterable[Path], overwrite: bool) -> None:
     """UserError unless `target` may be written: not an input, around one or in one, and empty unless `overwrite`."""
+    if not is_text(str(target)):
+        raise UserError(f"{ascii(str(target))[:80]}: its name is no Unicode text; choose another output directory")
     try:
         os.stat(target)
     except FileNotFoundError:

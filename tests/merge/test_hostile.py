@@ -28,7 +28,7 @@ from safetensors.numpy import save
 from bmjax.merge.__main__ import main
 from bmjax.merge.methods import METHODS
 
-SECONDS = 10  # of a case, on a busy machine; nearly all take milliseconds
+SECONDS = 20  # of a case, on a machine busy with others; nearly all take milliseconds
 ALLOCATED = 100 * 2**20
 GB = 10**9
 EMBEDDING, UP, NORM, HEAD = (
@@ -502,7 +502,7 @@ text("alias bomb", "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
 text("merge bomb", "m0: &m0 {a: 1}\n" + "".join(
     f"m{i}: &m{i}\n  <<: [{', '.join([f'*m{i - 1}'] * 9)}]\n" for i in range(1, 9)), "recipe.yaml")  # fmt: skip
 text("anchor of itself", "a: &a [*a]\n", "contains itself")
-text("deep", "a: " + "[" * 5000, "nested too deeply")
+text("deep", "a: " + "[" * 1500, "nested too deeply")
 text("of 300 KB", "# " + "x" * 300_000, "refused")
 for tag in ("!!python/object/apply:os.mkdir ['pwned']", "!!python/name:os.system", "!!python/object:os.Popen {}",
             "!!python/module:os", "!!python/tuple [1, 2]", "!include /etc/passwd"):  # fmt: skip
@@ -514,12 +514,12 @@ text("set", "merge_method: linear\nmodels: !!set {math, code}\n", "not valid YAM
 text("number of 100000 digits", f"{HEAD_OF}seed: {'9' * 100_000}\n", "a number of 100000 characters")
 text("hexadecimal number", f"{HEAD_OF}seed: 0x{'f' * 300}\n", "seed")
 case(
-    "recipe 30000 models",
+    "recipe 15000 models",
     None,
-    f"merge_method: linear\nmodels: [{', '.join(f'm{i}' for i in range(30_000))}]\n",
-    "m0: no",
+    f"merge_method: linear\nmodels: [{', '.join(f'm{i}' for i in range(15_000))}]\n",
+    "m0: no such model",
 )
-text("one model 30000 times", f"merge_method: linear\nmodels: [{'math, ' * 30_000}]\n", "'math' is listed twice")
+text("one model 15000 times", f"merge_method: linear\nmodels: [{'math, ' * 15_000}]\n", "'math' is listed twice")
 text("giant names", "".join(f"{key}: {{? {''.join(chr(0x4E00 + i % 500) for i in range(40_000))}{key} : x}}\n"
                             for key in ("sources", "parameters")) + HEAD_OF, "unknown parameter")  # fmt: skip
 case("recipe a pipe", pipe("recipe.yaml"), None, "recipe.yaml", "not a regular file")
@@ -652,6 +652,7 @@ case("out a link to an input", link("l", "math"), LINEAR, "the input math", out=
 case("out beside through a link", link("l", "."), LINEAR, "the input math", out="l/math", options=("--overwrite",))
 case("model a link to out", link("l", "math"), {**LINEAR, "models": ["l", "code"]}, "the input l", out="math",
      options=("--overwrite",))  # fmt: skip
+recipe("out no text", LINEAR, "no Unicode text", out="o\udcff")
 recipe("out around the inputs", LINEAR, "contains", out=".", options=("--overwrite",))
 recipe("out inside an input", LINEAR, "math/merged", "inside the input math", out="math/merged")
 recipe("out deep inside an input", LINEAR, "inside the input math", out="math/a/b")
@@ -763,7 +764,7 @@ def test_no_method_merges_what_is_not_finite(method, root, capsys):
 
 @pytest.mark.parametrize(
     "name", ["weights a pipe", "recipe a pipe", "pickle named safetensors", "recipe alias bomb", "giant config",
-             "header length 100 GB and there", "index absolute", "out a link to an input"],
+             "header length 100 GB and there", "index absolute", "out a link to an input", "float64 beyond float32"],
 )  # fmt: skip
 def test_as_a_command_in_little_memory(name, root):
     one = CASES[name]

@@ -99,6 +99,10 @@ def test_the_target_is_empty_and_no_input(tmp_path):
     check_target(full, [model], overwrite=True)
     for target, overwrite, message in (
         (model, True, "contains"),
+        (model / "merged", True, "inside the input"),
+        (model / "deep" / "merged", False, "inside the input"),
+        (other / "thesis.tex" / "out", False, "Not a directory; choose another output directory"),
+        (tmp_path / "o\udcff", False, "no Unicode text"),
         (tmp_path / "runs", True, "contains"),
         (tmp_path / "link", True, "contains"),
         (full, False, "exists and is not empty; choose another output directory, or add --overwrite"),

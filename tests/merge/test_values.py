@@ -82,6 +82,9 @@ BAD = {
     "empty filter": ([{"filter": "", "value": 1}], "t: filter: expected a part of tensor names, found ''"),
     "both": ([{"filter": "a", "regex": "b", "value": 1}], "'filter' and 'regex' stand in one entry"),
     "bad regex": ([{"regex": "(", "value": 1}], "t: regex '(' is not one: missing ), unterminated subpattern"),
+    "a regex that hangs": ([{"regex": r"(\w+\.?)+!", "value": 1}], r"t: regex '(\w+\.?)+!' could take for ever"),
+    "a regex of many stars": ([{"regex": ".*" * 5, "value": 1}], "at most 4 of * + ? {}"),
+    "a regex of many choices": ([{"regex": "(a|b)" * 7, "value": 1}], "6 groups"),
     "long regex": ([{"regex": "a" * (MAX_PATTERN + 1), "value": 1}], "regex: 201 characters, at most 200"),
 }
 
@@ -92,6 +95,15 @@ def test_bad_values(name):
     with pytest.raises(UserError) as error:
         value(given)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [r"layers\.(0|1|2|[3-9]|1[0-5])\.(?:mlp|self_attn)?", r"^model\.layers\.\d+\..*\+*?[*+?{]\(\)\*\+$",
+     r"(?i)(?P<x>up|down)_proj\.weight", r"\d{1,2}\.mlp"],
+)  # fmt: skip
+def test_what_a_filters_regex_needs_is_allowed(pattern):
+    value([{"regex": pattern, "value": 1}, {"value": 0}])
 
 
 def test_where_depth_must_not_matter_a_list_is_refused():

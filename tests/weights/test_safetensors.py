@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import ml_dtypes
@@ -17,6 +18,8 @@ import safetensors.numpy
 from bmjax.config import UserError
 from bmjax.weights.safetensors import (
     DTYPES,
+    Reader,
+    SharedWriter,
     Writer,
     open_checkpoint,
     replacing,
@@ -149,6 +152,137 @@ def test_the_writer_holds_callers_to_the_plan(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+# Reader and SharedWriter
+
+
+def plan_of(tensors: dict[str, np.ndarray]) -> list[tuple[str, np.dtype, tuple[int, ...]]]:
+    return [(name, value.dtype, value.shape) for name, value in tensors.items()]
+
+
+@pytest.mark.parametrize("shard_bytes", [5e9, 60])
+def test_a_shared_writer_writes_as_the_other_does(tmp_path: Path, shard_bytes: float) -> None:
+    """Parts of all tensors in any order from several threads: the same files."""
+    tensors = random_tensors(3)
+    write_all(tmp_path / "one", tensors, shard_bytes)
+    (tmp_path / "two").mkdir()
+    writer = SharedWriter(tmp_path / "two", plan_of(tensors), shard_bytes)
+    parts = [(name, i) for name, value in tensors.items() for i in range(value.size)]
+    np.random.default_rng(0).shuffle(parts)
+
+    def write(part: tuple[str, str]) -> None:
+        name, i = part[0], int(part[1])
+        flat = tensors[name].reshape(-1)
+        writer.write(str(name), i * flat.itemsize, flat[i : i + 1])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, parts))
+    for name, value in tensors.items():
+        writer.flush(name)
+        out = np.empty_like(value)
+        writer.read(name, 0, out)
+        assert same_bits(out, value)
+    writer.finish()
+    files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two")]
+    assert files[0] == files[1]
+    assert {path.name for path in writer.files} == files[1].keys() - {"model.safetensors.index.json"}
+
+
+def test_a_shared_writer_goes_on_with_its_files(tmp_path: Path) -> None:
+    plan = [("a", np.dtype(np.float32), (1000,)), ("b", np.dtype(np.float32), (1000,))]
+    first = SharedWriter(tmp_path, plan)
+    assert (tmp_path / "model.safetensors").stat().st_size > 8000, "the space is not taken at the start"
+    first.write("a", 400, np.ones(100, np.float32))
+    first.close()
+    first.close()
+    second = SharedWriter(tmp_path, plan)
+    out = np.empty(102, np.float32)
+    second.read("a", 396, out)
+    assert out.tolist() == [0.0] + [1.0] * 100 + [0.0]
+    second.close()
+    # Of another size: not the file that was begun.
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 9000)
+    third = SharedWriter(tmp_path, plan)
+    third.read("a", 396, out)
+    assert not out.any()
+    third.finish()
+    assert open_checkpoint(tmp_path).read("b").shape == (1000,)
+
+
+def test_a_shared_writer_stays_within_the_tensor(tmp_path: Path) -> None:
+    writer = SharedWriter(tmp_path, [("a", np.dtype(np.float32), (4,)), ("b", np.dtype(np.float32), (4,))])
+    for start in (4, 16, 100):
+        with pytest.raises(ValueError, match="a: bytes"):
+            writer.write("a", start, np.ones(4, np.float32))
+    writer.write("a", 0, np.ones(4, np.float32))
+    writer.write("a", 16, np.ones(0, np.float32))
+    writer.finish()
+    assert open_checkpoint(tmp_path).read("b").tolist() == [0, 0, 0, 0]
+
+
+def test_a_shared_writer_of_nothing(tmp_path: Path) -> None:
+    SharedWriter(tmp_path, [("empty", np.dtype(np.float32), (0, 4))]).finish()
+    assert open_checkpoint(tmp_path).tensors["empty"].shape == (0, 4)
+
+
+def test_a_shared_writer_leaves_no_file_open_when_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    allocate = os.posix_fallocate
+
+    def full(fd: int, offset: int, length: int) -> None:
+        calls.append(fd)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        allocate(fd, offset, length)
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space"):
+        SharedWriter(tmp_path, [(name, np.dtype(np.float32), (100,)) for name in "abc"], 400)
+    assert len(calls) == 2
+    for fd in calls:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)
+
+
+def test_a_reader_reads_parts_from_many_threads(tmp_path: Path) -> None:
+    tensors = {name: np.arange(1000, dtype=np.float32).astype(ml_dtypes.bfloat16) + i for i, name in enumerate("abcd")}
+    write_all(tmp_path, tensors, 4000)
+    checkpoint, reader = open_checkpoint(tmp_path), Reader()
+    for info in checkpoint.tensors.values():
+        reader.advise(info)
+
+    def read(start: int) -> bool:
+        name = "abcd"[start % 4]
+        out = np.empty(min(37, 1000 - start), ml_dtypes.bfloat16)
+        reader.read(checkpoint.tensors[name], start, out)
+        return same_bits(out, tensors[name][start : start + 37])
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(read, range(0, 1000, 3)))
+    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    reader.close()
+    if before:
+        assert len(os.listdir("/proc/self/fd")) == before - 2, "a file was opened more than once"
+    reader.close()
+
+
+def test_a_reader_of_a_file_that_changes(tmp_path: Path) -> None:
+    write_all(tmp_path, {"x": np.ones(1000, np.float32)})
+    info, path = open_checkpoint(tmp_path).tensors["x"], tmp_path / "model.safetensors"
+    reader = Reader()
+    os.truncate(path, 2000)
+    with pytest.raises(UserError, match=r"model.safetensors: ended at byte 2000; it was cut off while being read"):
+        reader.read(info, 0, np.empty(1000, np.float32))
+    reader.close()
+    path.unlink()
+    with pytest.raises(UserError, match=r"model.safetensors: cannot open: No such file"):
+        reader.read(info, 0, np.empty(1, np.float32))
+    os.mkfifo(path)
+    with pytest.raises(UserError, match="not a regular file"):
+        reader.read(info, 0, np.empty(1, np.float32))
+
+
 # Malformed files
 
 
@@ -205,6 +339,7 @@ BAD_FILES = {
     "metadata_number": (raw_file({"__metadata__": {"format": 1}, **GOOD}, b"\0" * 12), "__metadata__"),
     "huge_number": (raw_file(b'{"a": {"dtype": "F32", "shape": [' + b"9" * 5000 + b'], "data_offsets": [0, 8]}}'),
                     "not valid JSON"),
+    "half_a_character": (raw_file({"\ud800": entry([2], 0, 8)}, b"\0" * 8), "no text"),
     "newline_in_name": (raw_file({"a\nb": entry([3], 0, 8)}, b"\0" * 8), "a\\\\nb"),
 }  # fmt: skip
 
@@ -251,6 +386,7 @@ BAD_INDEXES = {
     "swapped": ({"a": "two.safetensors", "b": "one.safetensors"}, r"lacks 1 tensor \(b\)"),
     "unlisted": ({"b": "both.safetensors"}, r"holds 1 tensor \(a\)"),
     "other_file": ({"a": "notes.txt"}, "notes.txt: "),
+    "half_a_character": ({"a": "\ud800.safetensors"}, "same directory"),
 }  # fmt: skip
 
 
@@ -297,6 +433,11 @@ def test_only_regular_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a regular file"):
         open_checkpoint(tmp_path)
     path.rmdir()
+    for to, message in (("nothing", "No such file"), (path.name, "symbolic links")):
+        path.symlink_to(to)
+        with pytest.raises(UserError, match=f"model.safetensors: cannot open: .*{message}"):
+            open_checkpoint(tmp_path)
+        path.unlink()
     (tmp_path / "blob").write_bytes(raw_file(GOOD, b"\0" * 12))
     path.symlink_to("blob")  # as the hub's cache lays models out
     assert set(open_checkpoint(tmp_path).tensors) == {"a", "b"}
