@@ -22,6 +22,7 @@ MAX_YAML_NODES = 100_000
 MAX_YAML_CHARACTERS = 256 * 1024  # a second or two of parsing; what is larger is not a config
 MAX_LINE = 1000  # characters of an error
 MAX_NUMBER = 400  # characters; no digits in an error message or a sum take seconds
+MAX_WORD = 200  # characters of a word that is looked for among others: more take minutes
 
 
 class UserError(Exception):
@@ -112,9 +113,24 @@ def _number(loader: _Loader, node: yaml.ScalarNode) -> Any:
     return loader.construct_yaml_int(node) if whole else loader.construct_yaml_float(node)
 
 
+def _text(loader: _Loader, node: yaml.ScalarNode) -> str:
+    if not is_text(node.value):
+        raise UserError(f"line {node.start_mark.line + 1}: {ascii(node.value)[:60]} is no text: half a character")
+    return node.value
+
+
+def is_text(value: str) -> bool:
+    """Whether `value` is Unicode text: escapes of YAML and JSON, and bytes of file names, can make halves of
+    characters, which no file takes."""
+    return not any("\ud800" <= c <= "\udfff" for c in value)
+
+
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _no_duplicates)
+_Loader.add_constructor("tag:yaml.org,2002:str", _text)
 _Loader.add_constructor("tag:yaml.org,2002:int", _number)
 _Loader.add_constructor("tag:yaml.org,2002:float", _number)
+# A set would be taken for a list, in an order that changes from run to run.
+_Loader.add_constructor("tag:yaml.org,2002:set", yaml.SafeLoader.construct_undefined)
 
 
 def _expanded_size(node: yaml.Node, sizes: dict[int, int]) -> int:
@@ -172,11 +188,15 @@ def read_text(path: str | Path, limit: int | None = None) -> str:
         if path.is_dir():
             raise UserError(f"{path}: is a directory, expected a file")
         if not path.exists():
+            if path.is_symlink():
+                raise UserError(f"{path}: no such file, only a link that leads nowhere")
             near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")], n=1)
             hint = f"; did you mean {path.parent / near[0]}?" if near else ""
             raise UserError(f"{path}: no such file{hint}")
         if not path.is_file():
             raise UserError(f"{path}: not a regular file")
+        if limit is not None and path.stat().st_size > 4 * limit:
+            raise UserError(f"{path}: more than {limit} characters; refused, is it the right file?")
         with open(path, encoding="utf-8") as file:
             text = file.read() if limit is None else file.read(limit + 1)
     except UnicodeDecodeError:
@@ -209,9 +229,9 @@ def _plain_copy(value: Any) -> Any:
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, sign, text = override.partition("=")
-    if not sign or not key.strip():
-        raise UserError(f"'{override}': expected key=value or key.sub=value")
-    parsed = parse_yaml_documents(text, f"override '{override}'") or [None]
+    if not sign or not key.strip() or not is_text(key):
+        raise UserError(f"'{override[:MAX_WORD]}': expected key=value or key.sub=value")
+    parsed = parse_yaml_documents(text, f"override '{override[:MAX_WORD]}'") or [None]
     *parents, last = key.strip().split(".")
     block: Any = values
     for parent in parents:
@@ -240,7 +260,8 @@ _EXPECTED = {
 
 def nearest(word: str, known: Sequence[str]) -> str:
     """A hint: `; did you mean 'x'?`, or the known words when none is near."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    short = [name for name in known if len(name) <= MAX_WORD]
+    near = difflib.get_close_matches(word, short, n=1, cutoff=0.6) if len(word) <= MAX_WORD else []
     if near:
         return f"; did you mean '{near[0]}'?"
     return f"; known here: {', '.join(sorted(known))}" if known else ""

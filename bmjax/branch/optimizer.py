@@ -68,6 +68,17 @@ def adamw(rows: tuple[Param, ...], beta1: float, beta2: float, eps: float, weigh
     return optax.chain(*parts)
 
 
+def importances(moments: Any, frozen: Any, beta2: float) -> dict[str, Any]:
+    """The running mean of every parameter's squared gradient, Adam's second moment without its bias towards 0; 0 for
+    frozen ones. An estimate of the Fisher information's diagonal that training has at hand.
+
+    moments: the state of `adamw`. frozen: the frozen parameters.
+    """
+    (adam,) = (part for part in moments if hasattr(part, "nu"))
+    bias = 1.0 - beta2 ** max(1, int(adam.count))
+    return join(jax.tree.map(lambda nu: nu / bias, adam.nu), jax.tree.map(jnp.zeros_like, frozen))
+
+
 def global_norm(tree: Any) -> jax.Array:
     """Root of the sum of squares over all leaves, float32."""
     return jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)))

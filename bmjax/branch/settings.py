@@ -55,6 +55,9 @@ class Training(Settings):
     export_dtype: Literal["bfloat16", "float16", "float32"] | None = Field(
         None, description="of hf/; null: as the student was stored"
     )
+    importances: bool = Field(
+        False, description="also write DIR/importances: what the fisher merge weighs this branch's parameters by"
+    )
     log_every: int = Field(1, ge=1, description="steps between lines in the log; metrics.jsonl has every step")
     wandb: str | None = Field(None, description="project name: also log to Weights & Biases (needs the wandb extra)")
 

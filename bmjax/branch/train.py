@@ -49,7 +49,19 @@ def _total_steps(settings: TrainSettings, loader: Loader) -> int:
 
 def _fingerprint(settings: TrainSettings, student: Path, digest: str) -> dict[str, str]:
     """What a checkpoint must share with the run that resumes from it, by the key to blame."""
-    ignored = {"output", "student", "data", "save_every", "keep", "log_every", "wandb", "mesh", "export_dtype", "remat"}
+    ignored = {
+        "output",
+        "student",
+        "data",
+        "save_every",
+        "keep",
+        "log_every",
+        "wandb",
+        "mesh",
+        "export_dtype",
+        "remat",
+        "importances",
+    }
     keys = {key: str(value) for key, value in settings.model_dump().items() if key not in ignored}
     return {**keys, "data": digest, "student": _student_digest(student)}
 
@@ -100,7 +112,7 @@ def train(settings: TrainSettings, log: Log = write_line) -> dict[str, Any]:
     loader = Loader(dataset, settings.seq_len, settings.batch, settings.packing, settings.shuffle, settings.seed)
     steps = _total_steps(settings, loader)
     expected = _fingerprint(settings, student, dataset.digest) | {"steps": str(steps)}
-    finished = _finished(output, expected)
+    finished = _finished(output, expected, settings.importances)
     if finished:
         log(f"{output}: already trained, {finished['steps']} steps")
         return finished
@@ -124,6 +136,9 @@ def train(settings: TrainSettings, log: Log = write_line) -> dict[str, Any]:
         dtype = np.dtype(settings.export_dtype) if settings.export_dtype else None
         eos = _end_tokens(student, config, tokenizer, template)
         _export(output, student, state, dtype, template if settings.template else None, eos)
+        if settings.importances:
+            found = optimizer.importances(state["moments"], state["frozen"], settings.beta2)
+            hf.save_hf(output / "importances", found, read_hf_config(student), dtype=np.dtype(np.float32))
     result = {"hf": str(output / "hf"), "steps": steps, "fingerprint": expected, **summary}
     write_atomic(output / "result.json", json.dumps(result, indent=1))
     log(f"{output / 'hf'}: written, loss {summary['loss']:.4f} after {steps} steps and {summary['tokens']:,} tokens")
@@ -155,9 +170,11 @@ def _check_divides(settings: Training, mesh: Mesh) -> None:
         raise UserError(f"seq_len: {settings.seq_len} is not a multiple of mesh context = {mesh.shape['context']}")
 
 
-def _finished(output: Path, expected: dict[str, str]) -> dict[str, Any] | None:
+def _finished(output: Path, expected: dict[str, str], importances: bool) -> dict[str, Any] | None:
     path = output / "result.json"
     if not path.exists() or not (output / "hf" / "config.json").exists():
+        return None
+    if importances and not (output / "importances" / "config.json").exists():
         return None
     result = json.loads(path.read_text())
     _check_same(result["fingerprint"], expected, output)

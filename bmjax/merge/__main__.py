@@ -3,6 +3,7 @@
 import argparse
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -107,10 +108,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        print(f"bmjax: error: {disk_error(error)}; nothing was written", file=sys.stderr)
+        line = UserError(f"{disk_error(error)}; nothing was written")
+        print(f"bmjax: error: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("bmjax: interrupted; nothing was written", file=sys.stderr)
+        print("bmjax: interrupted; OUT is as it was, and the same command goes on with the merge", file=sys.stderr)
         return 130
     return 0
 
@@ -133,9 +135,10 @@ def _merge(recipe: Recipe, options: argparse.Namespace, settings: dict[str, Any]
     from tqdm import tqdm
 
     from bmjax.merge.engine import merge
-    from bmjax.parallel.start import use_own_threads
+    from bmjax.parallel.start import keep_compiled_programs, use_own_threads
 
     use_own_threads()
+    keep_compiled_programs()
     start, last = time.perf_counter(), 0
     bar = tqdm(unit="B", unit_scale=True, desc="merge", disable=options.quiet or not sys.stderr.isatty(), leave=False)
 
@@ -149,7 +152,9 @@ def _merge(recipe: Recipe, options: argparse.Namespace, settings: dict[str, Any]
         if not options.quiet:
             tqdm.write(f"bmjax: note: {line}", file=sys.stderr)
 
-    with bar:
+    with bar, warnings.catch_warnings():
+        # What is not finite is said once, in words.
+        warnings.simplefilter("ignore", RuntimeWarning)
         report = merge(recipe, options.out, options.overwrite, log=log, progress=progress, **settings)
     if options.quiet:
         return

@@ -1,6 +1,7 @@
 """One block of a recipe as a checked, frozen step: its models, its layers, its parameters from all levels."""
 
 import inspect
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,8 +48,19 @@ class Step:
         if self.slices:
             return tuple(dict.fromkeys(name for part in self.slices for name in part.step.reads))
         base = () if self.base is None else (self.base,)
-        named = [self.arguments[p.name] for p in self.method.parameters.values() if p.about.model]
-        return tuple(dict.fromkeys([*base, *self.branches, *(name for name in named if name is not None)]))
+        return tuple(dict.fromkeys([*base, *self.branches, *self.named.values()]))
+
+    @property
+    def named(self) -> dict[str, str]:
+        """The models that parameters name, by what the method calls them: `rebase`, `importance.0`."""
+        found: dict[str, str] = {}
+        for p in self.method.parameters.values():
+            value = self.arguments.get(p.name) if p.about.model else None
+            if isinstance(value, tuple):
+                found |= {f"{p.name}.{b}": name for b, name in enumerate(value)}
+            elif value is not None:
+                found[p.name] = value
+        return found
 
     @property
     def values(self) -> Iterator[tuple[str | None, Value]]:
@@ -140,9 +152,8 @@ class _Builder:
         common = [part.parameters, block.parameters] if part else [block.parameters]
         base_model = (part and part.base_model) or block.base_model
         names = [entry.model for entry in entries]
-        for name in names:
-            if names.count(name) > 1:
-                raise UserError(f"model '{name}' is listed twice; list it once")
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            raise UserError(f"model '{twice[0]}' is listed twice; list it once")
         base = None
         if method.base == "required" and base_model is None:
             raise UserError(f"{method.name} needs 'base_model': the model that changes are measured against")

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from bmjax.merge.places import check_space, check_target, locate, size_text
+from bmjax.merge.places import check_space, check_target, locate, size_text, tokenizer_directory
 from bmjax.merge.plan import Plan, plan
 from bmjax.merge.recipe import Recipe, Step
 from bmjax.weights.safetensors import Checkpoint, open_checkpoint
@@ -27,7 +27,7 @@ def check(
     """
     target = Path(output)
     directories = {name: locate(recipe, name, download=False) for name in recipe.inputs}
-    check_target(target, directories.values(), overwrite)
+    check_target(target, [*directories.values(), *tokenizer_directory(recipe, download=False)], overwrite)
     models = {name: open_checkpoint(directory) for name, directory in directories.items()}
     planned = plan(recipe, models)
     written = sum(math.prod(node.shape) * node.dtype.itemsize for node in planned.nodes)

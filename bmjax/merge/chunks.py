@@ -11,12 +11,14 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import jax
 import numpy as np
 import xxhash
 
 from bmjax.config import UserError
 from bmjax.merge import passes
-from bmjax.merge.methods.method import Block, Kernel, Merged, Sorted
+from bmjax.merge.methods.method import Block, Kernel, Merged, Ranked
+from bmjax.merge.recipe import Step
 
 CHUNK = 2**20  # entries
 COLUMNS = 1024  # of a tensor whose rows do not matter
@@ -136,6 +138,7 @@ class Job:
 
     def __init__(self, shape: Sequence[int], by_row: bool, pool: Executor, memory: int) -> None:
         self.geometry, self.pool, self.memory = Geometry.of(shape, by_row), pool, memory
+        self.vector = len(shape) <= 1
         self.keep = False
         self._kept: dict[tuple[Source, int], np.ndarray] = {}
 
@@ -218,14 +221,14 @@ class View:
     """One step of a recipe on one tensor: the `Tensor` of a method, over chunks."""
 
     def __init__(
-        self, name: str, job: Job, base: Any, branches: Sequence[Any], names: Sequence[str],
-        models: Mapping[str, Any], keys: np.ndarray, compat: str | None, prepare: Callable[["View"], Merged],
+        self, step: Step, job: Job, base: Any, branches: Sequence[Any], models: Mapping[str, Any], keys: np.ndarray,
+        compat: str | None, prepare: Callable[["View"], Merged],
     ) -> None:  # fmt: skip
-        """base, branches, models: each a Source or the View of an earlier step. names: of the branches. prepare: the
-        method's passes."""
-        self.name, self.names, self.job = name, names, job
-        self.size, self.branches = job.geometry.size, len(branches)
+        """base, branches, models: each a Source or the View of an earlier step. prepare: the method's passes."""
+        self.step, self.job = step, job
+        self.size, self.vector, self.branches = job.geometry.size, job.vector, len(branches)
         self.has_base, self.keys, self.compat = base is not None, keys, compat
+        self.rounded_to = step.dtype
         self._base, self._branches, self._models = base, list(branches), dict(models)
         self._prepare = prepare
         self._merged: Merged | None = None
@@ -252,7 +255,7 @@ class View:
         if self not in memo:
             merged = self._merged
             if merged is None:
-                raise RuntimeError(f"step '{self.name}' is read before it is prepared")
+                raise RuntimeError(f"step '{self.step.name}' is read before it is prepared")
             x = self.block(where, memo)
             run = passes.leaves(merged.kernel, passes.static(merged.static), dtype)
             leaf, kept = run(x, self.numbers(merged.numbers, where, x))
@@ -268,9 +271,11 @@ class View:
             return number.at(where)
         if isinstance(number, Masks):
             return number.at(where, x)
-        if isinstance(number, Sorted):
-            arrays = passes.values(number.kernel, ())(x, self.numbers(number.numbers, where, x))
-            return [np.sort(np.asarray(array), axis=-1) for array in arrays]
+        if isinstance(number, Ranked):
+            arrays = passes.values(number.values, ())(x, [])
+            places = passes.values(number.places, ())(x, self.numbers(number.numbers, where, x))
+            ordered = [np.sort(np.asarray(array), axis=-1) for array in arrays]
+            return [passes.lookup()(o, p) for o, p in zip(ordered, places, strict=True)]
         if isinstance(number, np.ndarray) and number.dtype == np.uint32:
             return number
         return np.asarray(number, np.float32)
@@ -315,6 +320,18 @@ class View:
 
         return Rows(np.concatenate(self.job.each(work), axis=-2))
 
+    def whole(self, kernel: Kernel, *numbers: Any, **static: Any) -> Rows:
+        g = self.job.geometry
+        blocks = self.job.each(lambda where: self.block(where, {}))
+        arrays = [
+            np.concatenate([np.asarray(a) for a in parts])[: g.rows]
+            for parts in zip(*(jax.tree.leaves(tuple(x[:3])) for x in blocks), strict=True)
+        ]
+        base, branches, models = jax.tree.unflatten(jax.tree.structure(tuple(blocks[0][:3])), arrays)
+        x = passes.block(base, branches, models)
+        run = passes.values(kernel, passes.static(static))
+        return Rows(np.asarray(run(x, [np.asarray(number, np.float32) for number in numbers])))
+
     def masks(self, kernel: Kernel, *numbers: Any, **static: Any) -> Masks:
         return Masks(self, kernel, numbers, passes.static(static))
 
@@ -350,11 +367,22 @@ class View:
             pass
         return search.result
 
+    def values_of_rows(self, kernel: Kernel, entries: int) -> list[np.ndarray]:
+        """What a kernel gives for about `entries` entries in whole rows over the tensor; nothing for a smaller one."""
+        g = self.job.geometry
+        rows = max(1, entries // g.columns)
+        if g.rows < rows:
+            return []
+        where = Sample((2 * np.arange(rows) + 1) * g.rows // (2 * rows), np.zeros(rows, np.int64), g.columns)
+        return [np.asarray(array) for array in passes.values(kernel, ())(self.block(where, {}), [])]
+
     def _sample(self) -> Sample:
+        """Of one size for all tensors, because each is a compilation: rows come again, at other columns, where there
+        are few of them."""
         g = self.job.geometry
         whole = g.size // g.columns
-        rows = min(whole, SAMPLE // 32 if self._stored else max(1, 2 * SAMPLE // g.columns))
-        width = min(g.columns, max(1, SAMPLE // rows)) if self._stored else g.columns
+        width = min(g.columns, 32) if self._stored else g.columns
+        rows = max(1, SAMPLE // width) if self._stored else max(1, 2 * SAMPLE // width)
         picked = (2 * np.arange(rows) + 1) * whole // (2 * rows)
         first = np.arange(rows) * 7919 * width % (g.columns - width + 1)
         return Sample(picked, first, width)

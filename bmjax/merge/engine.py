@@ -17,13 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from bmjax.merge.journal import Journal
-from bmjax.merge.places import check_space, check_target, locate
+from bmjax.merge.card import write_card
+from bmjax.merge.journal import Journal, clear
+from bmjax.merge.places import check_space, check_target, locate, tokenizer_directory
 from bmjax.merge.plan import plan
 from bmjax.merge.recipe import Recipe, read_recipe
 from bmjax.merge.steps import report
 from bmjax.merge.stream import Progress, Stream
 from bmjax.merge.tokens import write_chat_template
+from bmjax.merge.vocabulary import Vocabulary
 from bmjax.model.spec import read_hf_config
 from bmjax.version import __version__
 from bmjax.weights.atomic import resuming
@@ -70,19 +72,22 @@ def merge(
     say = log or (lambda line: None)
     directories = {name: locate(recipe, name) for name in recipe.inputs}
     target = Path(output)
-    check_target(target, directories.values(), overwrite)
+    check_target(target, [*directories.values(), *tokenizer_directory(recipe)], overwrite)
     models = {name: open_checkpoint(directory) for name, directory in directories.items()}
     donor = models[recipe.donor]
     planned = plan(recipe, models)
     for line in (*recipe.notes, *planned.notes):
         say(line)
     rows = [(node.name, node.dtype, node.shape) for node in planned.nodes]
-    check_space(target, sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in rows))
+    beside = sum(path.stat().st_size for path in _side_files(donor.directory))
+    check_space(target, beside + sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in rows))
     with resuming(target) as folder, contextlib.ExitStack() as stack:
-        journal = Journal(folder, _fingerprint(recipe, models, rows, shard_bytes))
+        journal = Journal(folder, _fingerprint(recipe, models, planned.vocabulary, rows, shard_bytes))
         stack.callback(journal.close)
         writer = SharedWriter(folder, rows, shard_bytes)
         stack.callback(writer.close)
+        # What was killed while it copied the donor's files may have left others than those of now.
+        clear(folder, [*writer.files, journal.path])
         journal.check(writer, rows)
         stream = Stream(recipe, models, writer, journal, memory)
         stack.callback(stream.close)
@@ -103,13 +108,20 @@ def merge(
         if recipe.chat_template is not None:
             write_chat_template(folder, recipe.chat_template)
         (folder / REPORT).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_card(folder, recipe, result)
         journal.close(remove=True)
     return result
 
 
-def _fingerprint(recipe: Recipe, models: Mapping[str, Checkpoint], rows: Plan, shard_bytes: float) -> dict[str, Any]:
+def _fingerprint(
+    recipe: Recipe, models: Mapping[str, Checkpoint], tokens: Vocabulary | None, rows: Plan, shard_bytes: float
+) -> dict[str, Any]:
     """What must be the same for an unfinished merge to go on."""
     files = {info.file for model in models.values() for info in model.tensors.values()}
+    if tokens is not None:
+        # Which rows belong together.
+        folders = [*(model.directory for model in models.values()), tokens.source]
+        files |= {path for folder in folders for path in _side_files(folder)}
     state = {str(file): [(found := file.stat()).st_size, found.st_mtime_ns] for file in sorted(files)}
     written = [[name, dtype.name, list(shape)] for name, dtype, shape in rows]
     plain = [recipe.text, recipe.seed, recipe.compat, state, written, shard_bytes, version("jax"), __version__]
@@ -127,12 +139,17 @@ def _source(recipe: Recipe, name: str, model: Checkpoint, journal: Journal) -> d
     }
 
 
+def _side_files(donor: Path) -> list[Path]:
+    """The files beside the weights that the result gets."""
+    named = [donor / name for name in SIDE_FILES]
+    return [path for path in (*named, *sorted((donor / "additional_chat_templates").glob("*"))) if path.is_file()]
+
+
 def _copy_side_files(donor: Path, folder: Path, types: set[np.dtype], changes: Mapping[str, Any]) -> None:
-    for name in SIDE_FILES:
-        if (donor / name).is_file():
-            shutil.copyfile(donor / name, folder / name)
-    if (donor / "additional_chat_templates").is_dir():
-        shutil.copytree(donor / "additional_chat_templates", folder / "additional_chat_templates")
+    for path in _side_files(donor):
+        copy = folder / path.relative_to(donor)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
     if not (folder / "config.json").exists():
         return
     # A loader takes the type from the config: it must be the one that was written.

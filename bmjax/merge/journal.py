@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -29,19 +30,27 @@ def block_digest(data: np.ndarray) -> bytes:
     return xxhash.xxh3_128_digest(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
 
 
+def clear(folder: Path, keep: Sequence[Path] = ()) -> None:
+    """Removes what is in a folder but for the files in `keep`."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path not in keep:
+            path.unlink()
+
+
 class Journal:
     """One line a finished tensor: its statistics, its checksum and those of what it was made of."""
 
     def __init__(self, folder: Path, fingerprint: Mapping[str, Any]) -> None:
         """Goes on with what `folder` holds of a merge with this fingerprint; clears it of anything else."""
-        self._path, self._lock = folder / NAME, threading.Lock()
+        self.path, self._lock = folder / NAME, threading.Lock()
         self._tensors: dict[str, dict[str, Any]] = {}
         lines = self._lines()
         if lines[:1] != [dict(fingerprint)]:
-            for path in folder.iterdir():
-                path.unlink()
+            clear(folder)
             lines = []
-        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
         if not lines:
             self._write(fingerprint)
         for line in lines[1:]:
@@ -51,11 +60,11 @@ class Journal:
         """The lines that are whole; a kill may have cut off the last one."""
         found: list[Any] = []
         with contextlib.suppress(OSError, ValueError):
-            for line in self._path.read_text(encoding="utf-8").splitlines():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
                 found.append(json.loads(line))
         # What follows a line that is cut off would not be read next time.
         if found:
-            self._path.write_text("".join(json.dumps(line) + "\n" for line in found), encoding="utf-8")
+            self.path.write_text("".join(json.dumps(line) + "\n" for line in found), encoding="utf-8")
         return found
 
     def _write(self, line: Mapping[str, Any]) -> None:
@@ -104,4 +113,4 @@ class Journal:
         """Lets go of the file; `remove`: the merge is complete."""
         self._file.close()
         if remove:
-            os.unlink(self._path)
+            os.unlink(self.path)

@@ -12,6 +12,7 @@ from bmjax.merge.recipe import Slice, Step
 from bmjax.weights.safetensors import Checkpoint, TensorInfo
 
 _SAMPLED_ROWS = 16
+_ROW_BYTES = 2**20  # of an embedding's row, at most; what has larger ones is not read to find out
 
 
 class Origin(NamedTuple):
@@ -117,6 +118,8 @@ class Layout:
             return False
         one, other = checkpoint.tensors[embedding], checkpoint.tensors[head]
         if (one.shape, one.dtype) != (other.shape, other.dtype) or not one.shape or not one.nbytes:
+            return False
+        if one.nbytes // one.shape[0] > _ROW_BYTES:
             return False
         rows = np.unique(np.linspace(0, one.shape[0] - 1, _SAMPLED_ROWS).astype(int)).tolist()
         pairs = ([checkpoint.read(name, (slice(row, row + 1),)) for name in (embedding, head)] for row in rows)

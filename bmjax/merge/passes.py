@@ -48,7 +48,7 @@ def row_sums(kernel: Kernel, keywords: Static) -> Callable[..., jax.Array]:
     def run(x: Block, numbers: Sequence[Any]) -> jax.Array:
         return _sum_rows(kernel(_float32(x), *numbers, **dict(keywords)))
 
-    return _compiled(run)
+    return _compiled(run, reorder=True)
 
 
 @functools.cache
@@ -59,6 +59,17 @@ def largest(kernel: Kernel, keywords: Static) -> Callable[..., jax.Array]:
         return jnp.max(kernel(_float32(x), *numbers, **dict(keywords)))
 
     return _compiled(run, reorder=True)
+
+
+@functools.cache
+def lookup() -> Callable[..., jax.Array]:
+    """(values [rows, columns], places) -> the values at those places of their rows."""
+
+    # A program of its own, because inside a loop with other work a lookup keeps that from being vector code.
+    def run(ordered: jax.Array, places: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(ordered, places, axis=-1, mode="clip")
+
+    return _compiled(run)
 
 
 @functools.cache

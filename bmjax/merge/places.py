@@ -1,5 +1,8 @@
 """Where a merge reads and writes: model directories, hub models, the output directory, and sizes in words."""
 
+import contextlib
+import errno
+import os
 import re
 import shutil
 from collections.abc import Iterable
@@ -19,6 +22,12 @@ def locate(recipe: Recipe, name: str, *, download: bool = True, weights: bool = 
     """
     text, revision = recipe.path(name), recipe.revision(name)
     path = Path(text).expanduser()
+    try:
+        with contextlib.suppress(ValueError):  # a zero byte
+            os.stat(path)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise UserError(f"model '{name[:80]}...': {error.strerror}") from None
     if path.is_dir():
         if revision is not None:
             raise UserError(f"model '{name}': {text} is a directory, which has no revisions; remove @{revision}")
@@ -66,13 +75,29 @@ def _hub(text: str, revision: str | None, download: bool, weights: bool) -> Path
         ) from None
 
 
+def tokenizer_directory(recipe: Recipe, *, download: bool = True) -> list[Path]:
+    """The directory that nothing but the tokenizer comes from, if there is one."""
+    source = None if recipe.tokenizer is None else recipe.tokenizer.source
+    if source in (None, "base", "union", *recipe.inputs):
+        return []
+    return [locate(recipe, str(source), download=download, weights=False)]
+
+
 def check_target(target: Path, inputs: Iterable[Path], overwrite: bool) -> None:
-    """UserError unless `target` may be written: not an input nor around one, and empty unless `overwrite`."""
+    """UserError unless `target` may be written: not an input, around one or in one, and empty unless `overwrite`."""
+    try:
+        os.stat(target)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise UserError(f"{target}: {error.strerror}; choose another output directory") from None
     resolved = target.resolve()
     for directory in inputs:
         source = Path(directory).resolve()
         if source == resolved or resolved in source.parents:
             raise UserError(f"{target}: is (or contains) the input {directory}; choose another output directory")
+        if source in resolved.parents:
+            raise UserError(f"{target}: is inside the input {directory}; choose another output directory")
     if not target.exists():
         return
     if not target.is_dir():

@@ -94,6 +94,9 @@ def plan(recipe: Recipe, models: Mapping[str, Checkpoint]) -> Plan:
     Raises UserError, one line, where models do not fit together: a weight that one lacks, other shapes or types, a
     layer range beyond the last layer, a parameter without a value for some tensor.
     """
+    for name, model in models.items():
+        if not model.tensors:
+            raise UserError(f"model '{name}': holds no tensor")
     layout, donor, last = Layout(recipe.steps, models), recipe.donor, recipe.steps[-1]
     tokens = None if recipe.tokenizer is None else _vocabulary(recipe, recipe.tokenizer, layout)
     planner = _Planner(recipe, layout, tokens)
@@ -101,7 +104,7 @@ def plan(recipe: Recipe, models: Mapping[str, Checkpoint]) -> Plan:
     planner.check_missing()
     nodes = tuple(node for node in planned if node is not None)
     if not nodes:
-        raise UserError(f"model '{donor}': holds no tensor")
+        raise UserError(f"step '{last.name}': its result would hold no tensor, by the names of those in '{donor}'")
     stacks = layout.layers(last.name)
     count = max(stacks.values()) if len(stacks) == 1 else 0
     changes, notes = config_changes(
@@ -258,8 +261,9 @@ class _Planner:
     def check_missing(self) -> None:
         """Raises UserError where an input lacks a weight that is needed."""
         for model, names in self._missing.items():
+            other = "another model" if model == self.recipe.donor else f"'{self.recipe.donor}'"
             raise UserError(
-                f"model '{model}' lacks {listing(list(dict.fromkeys(names)))} that '{self.recipe.donor}' has; "
+                f"model '{model}' lacks {listing(list(dict.fromkeys(names)))} that {other} has; "
                 "only models of one architecture can be merged"
             )
 

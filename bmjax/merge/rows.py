@@ -5,9 +5,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from bmjax.config import UserError
 from bmjax.merge.layout import Layout
 from bmjax.merge.recipe import Recipe
-from bmjax.merge.vocabulary import Vocabulary
+from bmjax.merge.vocabulary import MAX_ROWS, Vocabulary
 from bmjax.weights.safetensors import TensorInfo
 
 Other = tuple[str, str, np.ndarray]  # model, tensor, for every row of the result the row of that, -1 for none
@@ -25,8 +26,11 @@ class TokenRows:
     def of(self, model: str, result: str) -> tuple[np.ndarray | None, tuple[Other, ...]]:
         """The rows of an input for the tensor `result`, None for all as they are; what stands in for those it lacks."""
         if (model, result) not in self._of:
-            own = self._rows(model, result)
             has = (self.layout.shape(model, result) or (0,))[0]
+            if self.tokens is None and has == self._wanted(result):
+                self._of[model, result] = (None, ())
+                return None, ()
+            own = self._rows(model, result)
             same = len(own) == has and bool(np.array_equal(own, np.arange(has)))
             self._of[model, result] = (None, ()) if same else (own, self._stand_ins(model, result))
             if not same and self.tokens is None:
@@ -45,11 +49,16 @@ class TokenRows:
     def _rows(self, model: str, result: str) -> np.ndarray:
         """For every row of the result the model's row, -1 where it has none."""
         if (model, result) not in self._own:
-            has = (self.layout.shape(model, result) or (0,))[0]
+            has, wanted = (self.layout.shape(model, result) or (0,))[0], self._wanted(result)
+            if max(has, wanted) > MAX_ROWS:
+                raise UserError(
+                    f"tensor '{result}' has {has} rows in model '{model}', the result {wanted}; rows of tokens are put "
+                    f"in order up to {MAX_ROWS}"
+                )
             if self.tokens is not None:
                 rows = self.tokens.rows(model, has)
             else:
-                rows = np.arange(self._wanted(result), dtype=np.int64)
+                rows = np.arange(wanted, dtype=np.int64)
                 rows[has:] = -1
             self._own[model, result] = rows
         return self._own[model, result]

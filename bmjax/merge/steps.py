@@ -16,7 +16,8 @@ from bmjax.merge.recipe import Recipe, Step
 class Stats:
     """One step on one tensor of `size` entries and the models `branches`. products: of the models' changes with each
     other, float64 [branches, branches]. reference, moved: squared norms of the base and of the result's change from it.
-    conflicts: entries that one model raised and another lowered. kept: entries that each model's change went into."""
+    conflicts: entries that one model raised and another lowered. kept: entries that each model's change went into.
+    agreement: of a sample of an arcee fusion's mask, see `arcee_fusion.agreement`, for float32 and bfloat16."""
 
     size: int
     branches: tuple[str, ...]
@@ -25,6 +26,7 @@ class Stats:
     moved: float
     conflicts: float
     kept: np.ndarray
+    agreement: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def of(cls, size: int, branches: Sequence[str], sums: np.ndarray) -> "Stats":
@@ -44,13 +46,21 @@ class Stats:
         return {
             "size": self.size, "branches": list(self.branches), "products": self.products.tolist(),
             "reference": self.reference, "moved": self.moved, "conflicts": self.conflicts, "kept": self.kept.tolist(),
+            "agreement": self.agreement,
         }  # fmt: skip
 
     @classmethod
     def read(cls, plain: Mapping[str, Any]) -> "Stats":
         """The inverse of `plain`."""
         arrays = {key: np.array(plain[key], np.float64) for key in ("products", "kept")}
-        return cls(**{**plain, **arrays, "branches": tuple(plain["branches"])})
+        return cls(
+            **{
+                **plain,
+                **arrays,
+                "branches": tuple(plain["branches"]),
+                "agreement": tuple((int(both), int(either)) for both, either in plain["agreement"]),
+            }
+        )
 
 
 TensorStats = Mapping[str, Stats]
@@ -73,8 +83,9 @@ def check_overflow(tensor: str, stats: Stats, dtype: Any) -> None:
 
 def report(recipe: Recipe, tensors: Mapping[str, TensorStats]) -> dict[str, Any]:
     """What a merge did: `tensors`, `layers` and `total`, each {step: {reference_norm, moved_norm, sign_conflicts,
-    cosines: {"a, b": x}, models: {name: {kept, delta_norm}}}}. tensors: by name, the statistics of each step. `kept`
-    and `sign_conflicts` are shares of entries."""
+    cosines: {"a, b": x}, models: {name: {kept, delta_norm}}}}. `kept` and `sign_conflicts` are shares of entries. An
+    arcee fusion has mask_jaccard_of_textbook, too: how much the masks of the textbook's formula in float32 and bfloat16
+    agree with the exact one, on a sample. tensors: by name, the statistics of each step."""
     groups: dict[str, list[TensorStats]] = {}
     for name, stats in tensors.items():
         groups.setdefault(layer_of(name), []).append(stats)
@@ -107,6 +118,7 @@ def _summary(recipe: Recipe, tensors: Sequence[TensorStats]) -> dict[str, Any]:
             "cosines": {
                 f"{a}, {b}": cosine(stats, a, b) for i, a in enumerate(step.branches) for b in step.branches[i + 1 :]
             },
+            **_agreement(stats),
             "models": {
                 name: {
                     "kept": sum(float(s.kept[s.branches.index(name)]) for s in stats if name in s.branches) / size,
@@ -116,6 +128,14 @@ def _summary(recipe: Recipe, tensors: Sequence[TensorStats]) -> dict[str, Any]:
             },
         }
     return summary
+
+
+def _agreement(stats: Sequence[Stats]) -> dict[str, Any]:
+    found = [s.agreement for s in stats if s.agreement]
+    if not found:
+        return {}
+    shares = [sum(a[i][0] for a in found) / max(1, sum(a[i][1] for a in found)) for i in range(2)]
+    return {"mask_jaccard_of_textbook": dict(zip(("float32", "bfloat16"), shares, strict=True)), "sampled": len(found)}
 
 
 def cosine(stats: Sequence[Stats], a: str, b: str) -> float:

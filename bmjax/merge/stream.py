@@ -6,14 +6,16 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from bmjax.config import UserError
 from bmjax.merge import passes
-from bmjax.merge.chunks import CHUNK, Chunk, Job, NotFiniteError, Source, View, totals
+from bmjax.merge.chunks import CHUNK, SAMPLE, Chunk, Job, NotFiniteError, Source, View, totals
 from bmjax.merge.journal import Journal, block_digest, digest
+from bmjax.merge.methods.arcee_fusion import agreement, three_importances
 from bmjax.merge.plan import Node
 from bmjax.merge.recipe import Recipe
 from bmjax.merge.rows import row_reader
@@ -21,6 +23,7 @@ from bmjax.merge.steps import Stats, TensorStats, check_overflow, keys
 from bmjax.weights.safetensors import Checkpoint, Reader, SharedWriter, TensorInfo
 
 FLUSH_BYTES = 2**27
+SAMPLED = 24  # tensors
 Progress = Callable[[int, int, str], None]
 
 
@@ -39,6 +42,7 @@ class Stream:
         self._flusher = ThreadPoolExecutor(1, "merge-flush")
         self._memory = memory // (2 * self._tensors)
         self._files = Reader()
+        self._sampled: set[str] = set()
         self._done, self._unflushed, self._lock, self._stop = 0, 0, threading.Lock(), threading.Event()
 
     def close(self) -> None:
@@ -66,6 +70,9 @@ class Stream:
                 progress(self._done, total, node.name)
             return stats
 
+        # Where the masks of formulas are compared: some matrices, over all depths.
+        matrices = [node.name for node in nodes if len(node.shape) == 2]
+        self._sampled = set(matrices[:: max(1, len(matrices) // SAMPLED)])
         waiting = sorted(nodes, key=lambda node: -math.prod(node.shape))
         with ThreadPoolExecutor(self._tensors, "merge-tensor") as drivers:
             try:
@@ -114,14 +121,16 @@ class Stream:
             return block_digest(leaf), [np.concatenate([totals(rows) for rows in pair]) for pair in sums]
 
         chunks = job.each(write)
-        stats = {
-            view.name: Stats.of(view.size, view.names, np.sum([sums[i] for _, sums in chunks], axis=0))
-            for i, view in enumerate(views)
-        }
+        stats = {}
+        for i, view in enumerate(views):
+            found = Stats.of(view.size, view.step.branches, np.sum([sums[i] for _, sums in chunks], axis=0))
+            if node.name in self._sampled and view.step.method.name == "arcee_fusion":
+                found = replace(found, agreement=agreement(view.values_of_rows(three_importances, SAMPLE // 2)))
+            stats[view.step.name] = found
         if not all(np.isfinite(s.products).all() and np.isfinite(s.reference) for s in stats.values()):
             for source in sources:
                 source.check(job.geometry)
-        check_overflow(node.name, stats[top.name], node.dtype)
+        check_overflow(node.name, stats[top.step.name], node.dtype)
         checksums: dict[str, dict[str, str]] = {}
         for source in sources:
             seen = digest(source.digests[i] for i in sorted(source.digests))
@@ -159,14 +168,13 @@ class Stream:
             return sources[key]
 
         step = node.step
-        named = {p.name: node.arguments[p.name] for p in step.method.parameters.values() if p.about.model}
-        models = {name: get(model) for name, model in named.items() if model is not None}
+        models = {name: get(model) for name, model in step.named.items()}
         base = None if step.base is None else get(step.base)
         branches = [get(name) for name in step.branches]
         random, compat = keys(self.recipe, step, node.name), self.recipe.compat
         prepare = functools.partial(step.method.merge, arguments=node.arguments)
         # After those of the steps it reads, so that they are prepared in this order.
-        views[id(node)] = View(step.name, job, base, branches, step.branches, models, random, compat, prepare)
+        views[id(node)] = View(step, job, base, branches, models, random, compat, prepare)
         return views[id(node)]
 
     def _copy(self, node: Node, infos: Mapping[tuple[str, str], TensorInfo]) -> TensorStats:

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding
 
 from bmjax.config import UserError, nearest
 from bmjax.merge import naming, passes
-from bmjax.merge.methods.method import Kernel, Merged, Sorted, find
+from bmjax.merge.methods.method import Kernel, Merged, Ranked, find
 from bmjax.merge.quantile import order_statistics
 from bmjax.merge.recipe import Recipe, Step, read_recipe
 from bmjax.merge.steps import Stats, TensorStats, check_overflow, keys, report
@@ -40,7 +40,8 @@ def merge_trees(
     """One merge: (merged parameters, report).
 
     parameters: the method's, by recipe name with a trailing underscore for `lambda_`; a per-model one is a number, or
-    a sequence in the order of the branches. `rebase` is a parameter tree. See `run_steps` for the rest.
+    a sequence in the order of the branches. `rebase` is a parameter tree, `importance` a sequence of them. See
+    `run_steps` for the rest.
     """
     named = dict(branches) if isinstance(branches, Mapping) else {f"branch {i}": b for i, b in enumerate(branches)}
     models: dict[str, Tree] = dict(named)
@@ -52,6 +53,9 @@ def merge_trees(
         name = argument.rstrip("_")
         if isinstance(value, Mapping):
             models[name], block["parameters"][name] = value, name
+        elif isinstance(value, (list, tuple)) and all(isinstance(tree, Mapping) for tree in value):
+            for i, (entry, tree) in enumerate(zip(entries, value, strict=True)):
+                models[f"{name} {i}"], entry["parameters"][name] = tree, f"{name} {i}"
         elif isinstance(value, (list, tuple)):
             if len(value) != len(named):
                 raise UserError(f"{name}: {len(value)} values for {len(named)} models; give one a model")
@@ -104,7 +108,7 @@ def merge_arrays(
 ) -> tuple[jax.Array, np.ndarray]:
     """One tensor, in the Hugging Face layout: (merged, float32, and the share of entries taken of each branch).
 
-    parameters: as in `merge_trees`; `rebase` is an array.
+    parameters: as in `merge_trees`; `rebase` is an array, `importance` one a branch.
     """
     names = [f"branch {i}" for i in range(len(branches))]
     slots = {**dict(zip(names, map(jnp.asarray, branches), strict=True))}
@@ -114,7 +118,11 @@ def merge_arrays(
         slots["base"], block["base_model"] = jnp.asarray(base), "base"
     for argument, value in parameters.items():
         name = argument.rstrip("_")
-        if find(method).parameter(name).about.model:
+        about = find(method).parameter(name).about
+        if about.model and about.each:
+            for i, (entry, array) in enumerate(zip(entries, value, strict=True)):
+                slots[f"{name} {i}"], entry["parameters"][name] = jnp.asarray(array), f"{name} {i}"
+        elif about.model:
             slots[name], block["parameters"][name] = jnp.asarray(value), name
         elif isinstance(value, (list, tuple)):
             for entry, number in zip(entries, value, strict=True):
@@ -149,11 +157,11 @@ class _ArrayTensor:
     def __init__(self, recipe: Recipe, step: Step, tensor: str, slots: Mapping[str, jax.Array]) -> None:
         self._step, self._shape = step, slots[step.branches[0]].shape
         self.size, self.branches = math.prod(self._shape), len(step.branches)
-        self.has_base, self.compat = step.base is not None, recipe.compat
+        self.vector = len(self._shape) <= 1
+        self.has_base, self.compat, self.rounded_to = step.base is not None, recipe.compat, step.dtype
         self.keys = keys(recipe, step, tensor)
-        named = {p.name: step.arguments[p.name] for p in step.method.parameters.values() if p.about.model}
         flat = {name: _as_rows(slots[name]) for name in step.reads}
-        models = {name: flat[model] for name, model in named.items() if model is not None}
+        models = {name: flat[model] for name, model in step.named.items()}
         base = None if step.base is None else flat[step.base]
         self._block = passes.block(base, [flat[name] for name in step.branches], models)
 
@@ -169,9 +177,10 @@ class _ArrayTensor:
         return [self._number(number) for number in numbers]
 
     def _number(self, number: Any) -> Any:
-        if isinstance(number, Sorted):
-            arrays = passes.values(number.kernel, ())(self._block, self._numbers(number.numbers))
-            return [_sort_rows(array) for array in arrays]
+        if isinstance(number, Ranked):
+            arrays = passes.values(number.values, ())(self._block, [])
+            places = passes.values(number.places, ())(self._block, self._numbers(number.numbers))
+            return [passes.lookup()(_sort_rows(a), p) for a, p in zip(arrays, places, strict=True)]
         if isinstance(number, jax.Array) or (isinstance(number, np.ndarray) and number.dtype == np.uint32):
             return number
         if isinstance(number, list) and any(isinstance(x, jax.Array) for x in number):
@@ -192,6 +201,9 @@ class _ArrayTensor:
         return passes.column_sums(kernel, passes.static(static))(self._block, self._numbers(numbers))
 
     def rows(self, kernel: Kernel, *numbers: Any, **static: Any) -> Any:
+        return passes.values(kernel, passes.static(static))(self._block, self._numbers(numbers))
+
+    def whole(self, kernel: Kernel, *numbers: Any, **static: Any) -> Any:
         return passes.values(kernel, passes.static(static))(self._block, self._numbers(numbers))
 
     def masks(self, kernel: Kernel, *numbers: Any, **static: Any) -> Any:

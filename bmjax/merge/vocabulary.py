@@ -17,6 +17,9 @@ import numpy as np
 from bmjax.config import UserError, read_text
 from bmjax.merge.tokens import TokenizerPlan
 
+MAX_ROWS = 2**24  # of tokens; an array as long is made for every model
+MAX_TOKENIZER_BYTES = 2**28  # the largest have 40 million
+
 
 @dataclass(frozen=True)
 class Vocabulary:
@@ -97,6 +100,8 @@ def _load(directory: Path) -> Any:
     if path.is_file():
         from tokenizers import Tokenizer
 
+        if path.stat().st_size > MAX_TOKENIZER_BYTES:
+            raise UserError(f"{path}: more than {MAX_TOKENIZER_BYTES} bytes; refused, is it the right file?")
         try:
             return Tokenizer.from_file(str(path))
         except Exception as error:
@@ -134,6 +139,9 @@ def vocabulary(plan: TokenizerPlan, donor: str, directories: Mapping[str, Path],
     size = max(rows.get(source, 0), 1 + max(tokens.values(), default=0))
     multiple = plan.pad_to_multiple_of or 1
     size = -(-size // multiple) * multiple
+    if size > MAX_ROWS:
+        what = "the ids of its tokens" if multiple == 1 else f"pad_to_multiple_of {multiple}"
+        raise UserError(f"{directories[source]}: the tokenizer: {what}: the result would have {size} rows of tokens")
     rules = dict(_rules(plan, tokens, ids, rows))
     nowhere = sum(
         1 for token, i in tokens.items()

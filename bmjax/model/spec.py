@@ -12,6 +12,8 @@ from typing import Any
 
 from bmjax.config import UserError, read_text
 
+MAX_CONFIG_CHARACTERS = 2**24  # the largest, with a label for each of 20,000 classes, have a million
+
 
 @dataclass(frozen=True)
 class Rope:
@@ -120,9 +122,11 @@ def read_hf_config(directory: str | Path) -> dict[str, Any]:
     """DIR/config.json as a dictionary; a UserError when it is missing or is not a JSON object."""
     path = Path(directory) / "config.json"
     try:
-        config = json.loads(read_text(path))
+        config = json.loads(read_text(path, MAX_CONFIG_CHARACTERS))
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
+    except RecursionError:
+        raise UserError(f"{path}: not valid JSON: nested too deeply") from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(config).__name__}")
     return config

@@ -71,30 +71,40 @@ def replacing(target: str | Path, overwrite: bool = True) -> Iterator[Path]:
 @contextlib.contextmanager
 def resuming(target: str | Path) -> Iterator[Path]:
     """As `replacing`, but the directory has a name of its own, `.NAME.partial`, and what a killed or interrupted
-    process wrote there is still in it. After a UserError or an OSError it is removed.
+    process wrote there is still in it. After a UserError or an OSError it is removed, and so are parents that were
+    made for it.
 
     UserError when another process is writing it.
     """
     named, target = Path(target), Path(target).resolve()
     partial, aside = target.parent / f".{target.name}.partial", target.parent / f".{target.name}.replaced"
     try:
+        made = [parent for parent in target.parents if not parent.exists()]
         target.parent.mkdir(parents=True, exist_ok=True)
         _clear_leftovers(target)
-        if aside.is_dir() and not target.exists():
-            aside.rename(target)
-        shutil.rmtree(aside, ignore_errors=True)
         partial.mkdir(exist_ok=True)
-        lock = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
+        lock = os.open(partial, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{named}: another process is writing it; wait for it, or stop it") from None
+                # The one who had it may have renamed or removed it meanwhile.
+                mine = os.path.samestat(os.fstat(lock), os.stat(partial))
+            except (BlockingIOError, FileNotFoundError):
+                mine = False
+            if not mine:
+                raise UserError(f"{named}: another process is writing it; wait for it, or stop it")
             try:
+                # From here on nobody else is between the two renames.
+                if aside.is_dir() and not target.exists():
+                    aside.rename(target)
+                shutil.rmtree(aside, ignore_errors=True)
                 yield partial
                 _take_place(partial, target, aside)
             except (UserError, OSError):
                 shutil.rmtree(partial, ignore_errors=True)
+                for parent in made:
+                    with contextlib.suppress(OSError):
+                        parent.rmdir()
                 raise
         finally:
             os.close(lock)

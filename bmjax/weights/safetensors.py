@@ -21,7 +21,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from bmjax.config import UserError, read_text
+from bmjax.config import UserError, is_text, read_text
 from bmjax.weights.atomic import replacing, write_atomic
 
 __all__ = [
@@ -40,6 +40,7 @@ DTYPES: dict[str, np.dtype] = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+MAX_INDEX_CHARACTERS = 2**25  # that of 90,000 tensors has 9 million
 MAX_DIMENSIONS = 32
 BOUNCE_BYTES = 16 * 2**20
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -111,9 +112,10 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(f"{directory}: {'not a' if directory.exists() else 'no such'} directory")
-    if (directory / SINGLE).exists():
+    # Links that lead nowhere are there, too.
+    if os.path.lexists(directory / SINGLE):
         return Checkpoint(directory, read_header(directory / SINGLE))
-    if (directory / INDEX).exists():
+    if os.path.lexists(directory / INDEX):
         return Checkpoint(directory, _read_shards(directory))
     names = sorted(path.name for path in directory.iterdir())
     shards = [name for name in names if name.endswith(".safetensors")]
@@ -128,7 +130,7 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
 def _read_shards(directory: Path) -> dict[str, TensorInfo]:
     path = directory / INDEX
     try:
-        index = json.loads(read_text(path), object_pairs_hook=_unique)
+        index = json.loads(read_text(path, MAX_INDEX_CHARACTERS), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON: {_short(error)}") from None
     mapping = index.get("weight_map") if isinstance(index, dict) else None
@@ -136,7 +138,7 @@ def _read_shards(directory: Path) -> dict[str, TensorInfo]:
         raise UserError(f"{path}: 'weight_map' must map tensor names to files, found {_short(mapping)}")
     by_file: dict[str, list[str]] = {}
     for name, file in mapping.items():
-        if not isinstance(file, str) or not file or file in (".", "..") or re.search(r"[/\\\0]", file):
+        if not isinstance(file, str) or not file or file in (".", "..") or re.search(r"[/\\\0\ud800-\udfff]", file):
             raise UserError(
                 f"{path}: tensor {_short(name)} is said to be in {_short(file)}; "
                 "expected the name of a file in the same directory"
@@ -192,6 +194,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 def _tensor(path: Path, name: str, entry: Any, data: int) -> TensorInfo:
     where = f"{path}: tensor {_short(name)}"
+    if not is_text(name):
+        raise UserError(f"{where}: its name is no text: half a character")
     if not isinstance(entry, dict):
         raise UserError(f"{where}: expected dtype, shape and data_offsets, found {_short(entry)}")
     dtype: Any = entry.get("dtype")
@@ -414,7 +418,10 @@ class SharedWriter:
         self.files.append(path)
         if os.fstat(fd).st_size != size:
             os.ftruncate(fd, 0)
-            os.posix_fallocate(fd, 0, size)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(fd, 0, size)
+            else:
+                os.ftruncate(fd, size)
         _write_at(fd, memoryview(header), 0)
         sizes = {name: math.prod(shape) * dtype.itemsize for name, dtype, shape in tensors}
         self._at |= {name: (fd, offset, sizes[name]) for name, offset in offsets.items()}

@@ -178,6 +178,28 @@ def test_frozen_parameters_keep_their_bytes_in_the_stored_dtype(train_file, tmp_
             assert (after[key] == before[key]) == frozen, key
 
 
+def test_importances_are_the_running_mean_of_squared_gradients(student, train_file, tmp_path):
+    """Over two steps at a rate of 0, where it is the same weights' gradients: transformers' and torch's."""
+    output, freeze = tmp_path / "run", ["final_norm/*"]
+    plain = {"steps": 2, "learning_rate": 0.0, "clip": 0.0, "freeze": freeze}
+    run(student, train_file, output, **plain)
+    assert not (output / "importances").exists()
+    run(student, train_file, output, importances=True, **plain)  # a finished run only adds them
+    model, squares = reference_model(student), []
+    documents = tokenized(student, sums(8))
+    for step in range(2):
+        batch = collate(documents[4 * step : 4 * step + 4])
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
+        model.zero_grad()
+        loss.backward()
+        squares.append({name: p.grad.numpy() ** 2 for name, p in model.named_parameters()})
+    for name, found in weights(output / "importances").items():
+        mean = (0.95 * 0.05 * squares[0][name] + 0.05 * squares[1][name]) / (1 - 0.95**2)
+        expected = 0.0 if name == "model.norm.weight" else mean
+        np.testing.assert_allclose(found, expected, rtol=1e-2, atol=1e-4 * np.max(mean), err_msg=name)
+
+
 def test_bf16_compute_is_near_float32(student, train_file, fifty, tmp_path):
     run(student, train_file, tmp_path / "run", steps=50, compute_dtype="bfloat16", save_every=1000)
     ours, theirs = losses(tmp_path / "run"), losses(fifty[0])

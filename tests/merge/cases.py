@@ -4,7 +4,7 @@ import numpy as np
 
 from bmjax.merge.methods import METHODS
 
-SHAPE = (128, 384)  # of most tests, because each shape is a compilation
+SHAPE = (120, 384)  # of most tests, because each shape is a compilation
 # No few multiples of these add up to zero or to half a step of bfloat16, where rounding alone would decide.
 THREE = (0.6131, 0.3719, 0.2347)
 OPPOSED = (0.7313, -0.4127, 0.2719)

@@ -10,7 +10,11 @@ COUNT = "from bmjax.parallel.start import use_cpu_cores; use_cpu_cores(); import
 
 
 def output(code: str, **environment: str) -> str:
-    clean = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+    clean = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "JAX_COMPILATION_CACHE_DIR")
+    }
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=clean | environment
     )
@@ -45,3 +49,32 @@ def test_a_large_freed_block_is_not_cleared_again() -> None:
     start = "from bmjax.parallel.start import use_cpu_cores; use_cpu_cores()"
     assert int(output(code.format(start=start), JAX_PLATFORMS="cpu")) < 100
     assert int(output(code.format(start=""), JAX_PLATFORMS="cpu")) > 100  # the test can tell them apart
+
+
+COMPILE = (
+    "from bmjax.parallel.start import keep_compiled_programs; keep_compiled_programs()\n"
+    "import jax, numpy as np\n"
+    "print(jax.jit(lambda x: x * 3 + 1)(np.float32(2)))\n"
+)
+
+
+def test_compiled_programs_are_kept_for_the_next_process(tmp_path) -> None:
+    assert output(COMPILE, JAX_PLATFORMS="cpu", XDG_CACHE_HOME=str(tmp_path)) == "7.0"
+    kept = {path: path.read_bytes() for path in tmp_path.rglob("*-cache")}
+    assert kept and all("bmjax" in path.parts for path in kept)
+    # One that a killed process left half-written is compiled again, without a word.
+    for path, data in kept.items():
+        path.write_bytes(data[: len(data) // 2])
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], capture_output=True, text=True, check=True,
+        env={**{k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"},
+             "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path), "XLA_FLAGS": ""},
+    )  # fmt: skip
+    assert (done.stdout.strip(), done.stderr) == ("7.0", "")
+
+
+def test_without_a_place_for_them_nothing_is_kept(tmp_path) -> None:
+    (tmp_path / "file").touch()
+    assert output(COMPILE, JAX_PLATFORMS="cpu", XDG_CACHE_HOME=str(tmp_path / "file")) == "7.0"
+    assert output(COMPILE, JAX_PLATFORMS="cpu", XDG_CACHE_HOME=str(tmp_path), JAX_COMPILATION_CACHE_DIR="") == "7.0"
+    assert not list(tmp_path.rglob("*-cache"))

@@ -1,13 +1,15 @@
 """Merge methods, one file a family. Importing this package registers them all."""
 
-from bmjax.merge.methods import (  # noqa: F401  # noqa: F401
+from bmjax.merge.methods import (  # noqa: F401
     arcee_fusion,
+    fisher,
     linear,
     model_stock,
     nearswap,
     passthrough,
     ram,
     sce,
+    singular,
     slerp,
     spherical,
     task_arithmetic,

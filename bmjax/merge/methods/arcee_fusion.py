@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 
-from bmjax.merge.methods.lazy import Array, jnp
+from bmjax.merge.methods.lazy import Array, jnp, lax
 from bmjax.merge.methods.method import About, Block, Masks, Merged, Rebase, Tensor, add, deltas, method
 from bmjax.merge.quantile import rank
 
@@ -43,10 +43,13 @@ def arcee_fusion(
         # The KL is one positive factor of the whole tensor: it changes no entry's place.
         found = t.order_statistics(_decreases, [quartiles] * t.branches)
         return t.map(_fuse_signed, _limits(found), lambda_, combine=combine)
-    form = "textbook" if t.compat == "mergekit" else "small" if t.largest(_largest_change) <= SMALL else "any"
+    if t.compat == "mergekit":
+        form = "bfloat16" if t.rounded_to == "bfloat16" else "textbook"
+    else:
+        form = "small" if t.largest(_largest_change) <= SMALL else "any"
     kl = t.rows(row_kls, form=form)
-    found = t.order_statistics(importances, [quartiles] * t.branches, kl)
-    return t.map(_fuse, kl, _limits(found), lambda_, combine=combine)
+    found = t.order_statistics(importances, [quartiles] * t.branches, kl, form=form)
+    return t.map(_fuse, kl, _limits(found), lambda_, combine=combine, form=form)
 
 
 def _limits(found: list[np.ndarray]) -> list[float]:
@@ -62,16 +65,40 @@ def _largest_change(x: Block) -> Array:
     return jnp.maximum(0.0, functools.reduce(jnp.maximum, [jnp.abs(delta) for delta in deltas(x)]))
 
 
-def importances(x: Block, kl: Array) -> list[Array]:
+def importances(x: Block, kl: Array, *, form: str) -> list[Array]:
     """|change| * KL of its row for every branch."""
-    return [jnp.abs(delta) * k for delta, k in zip(deltas(x), kl, strict=True)]
+    cut = _bfloat16 if form == "bfloat16" else lambda a: a
+    return [cut(jnp.abs(cut(delta)) * k) for delta, k in zip(deltas(x), kl, strict=True)]
 
 
-def _fuse(x: Block, kl: Array, limits: Array, lambda_: Array, *, combine: str) -> tuple[Array, Masks]:
+def _fuse(x: Block, kl: Array, limits: Array, lambda_: Array, *, combine: str, form: str) -> tuple[Array, Masks]:
     changes = deltas(x)
     # An entry that did not change has no change to keep.
-    masks = [(i >= limits[b]) & (changes[b] != 0) for b, i in enumerate(importances(x, kl))]
+    masks = [(i >= limits[b]) & (changes[b] != 0) for b, i in enumerate(importances(x, kl, form=form))]
     return combined(x, masks, lambda_, combine=combine), masks
+
+
+def three_importances(x: Block) -> list[Array]:
+    """The importances of the first branch's entries: as they are, and as the textbook's KL gives them in float32 and in
+    bfloat16 (every operation's result rounded to it)."""
+    delta, *_ = deltas(x)
+    exact = jnp.abs(delta) * row_kl(x.base, delta)
+    textbook = jnp.abs(delta) * _kl_textbook(x.base, delta)
+    rounded = _bfloat16(jnp.abs(_bfloat16(delta)) * _kl_bfloat16(x.base, delta))
+    return [exact, textbook, rounded]
+
+
+def agreement(importances: list[np.ndarray]) -> tuple[tuple[int, int], ...]:
+    """For all but the first: how many entries its mask and the first one's both keep, and how many either does, each
+    mask from its own quartiles."""
+    if not importances:
+        return ()
+    masks = []
+    for values in importances:
+        ranks = [rank(q, values.size) for q in (0.25, 0.5, 0.75)]
+        q1, median, q3 = np.partition(values, ranks, axis=None)[ranks]
+        masks.append(values >= median + np.float32(1.5) * (q3 - q1))
+    return tuple((int(np.sum(masks[0] & m)), int(np.sum(masks[0] | m))) for m in masks[1:])
 
 
 def _decreases(x: Block) -> list[Array]:
@@ -107,10 +134,11 @@ def row_kl(base: Array, delta: Array, *, form: str = "any") -> Array:
 
     because P - Q sums to zero, and every term is >= 0. P - Q = q * expm1(t) with q = softmax(base) and
     t = delta - log1p(sum(q * expm1(delta))). form: "small" is for |delta| <= 0.02 everywhere, "any" for any delta,
-    "textbook" the textbook's.
+    "textbook" the textbook's, "bfloat16" that with every operation's result rounded to bfloat16.
     """
-    kl = {"small": _kl_small, "any": _kl_any, "textbook": _kl_textbook}[form](base, delta)
-    if form == "textbook":
+    kinds = {"small": _kl_small, "any": _kl_any, "textbook": _kl_textbook, "bfloat16": _kl_bfloat16}
+    kl = kinds[form](base, delta)
+    if form in ("textbook", "bfloat16"):
         return kl
     # The softmax does not see a shift of the whole row; without this its KL would be rounding noise instead of 0.
     shifted = jnp.max(delta, axis=-1, keepdims=True) == jnp.min(delta, axis=-1, keepdims=True)
@@ -160,3 +188,15 @@ def _kl_textbook(base: Array, delta: Array) -> Array:
     """sum(P * log(P / Q)), which cancels: the arithmetic of mergekit, for `compat: mergekit`."""
     p, q = _softmax(base + delta)[0] + EPSILON, _softmax(base)[0] + EPSILON
     return jnp.sum(p * jnp.log(p / q), axis=-1, keepdims=True)
+
+
+def _kl_bfloat16(base: Array, delta: Array) -> Array:
+    """The textbook's form with every operation's result rounded to bfloat16: what mergekit does in that type."""
+    cut = _bfloat16
+    p, q = (cut(cut(_softmax(cut(model))[0]) + EPSILON) for model in (base + delta, base))
+    return cut(jnp.sum(cut(p * cut(jnp.log(cut(p / q)))), axis=-1, keepdims=True))
+
+
+def _bfloat16(a: Array) -> Array:
+    """`a` rounded to bfloat16, where the compiler may not keep more."""
+    return lax.reduce_precision(a, exponent_bits=8, mantissa_bits=7)

@@ -31,7 +31,8 @@ class Block(NamedTuple):
     """Some rows of one tensor: what a kernel sees. Arrays are float32 [rows, columns] in the Hugging Face layout (the
     last axis is the row, in_features of a matrix; a vector is one row).
 
-    base: None for a method without one. branches: the other models. models: those that parameters name (`rebase`).
+    base: None for a method without one. branches: the other models. models: those that parameters name (`rebase`; of a
+    parameter with one for each branch, `name.0`, `name.1`, ...).
     start: uint32 [2], high and low half of the first entry's index in the flattened tensor.
 
     There may be more rows than the tensor has, 0 in every model: a kernel gives 0 or false there.
@@ -55,10 +56,12 @@ class Merged(NamedTuple):
     static: Mapping[str, Any]
 
 
-class Sorted(NamedTuple):
-    """As an argument of a pass: each array that the kernel gives, every row of it sorted."""
+class Ranked(NamedTuple):
+    """As an argument of a pass: `values` gives arrays whose rows are sorted, `places` for each a place in its row for
+    every entry (int32), and the pass gets what stands there. numbers: for `places`."""
 
-    kernel: Kernel
+    values: Kernel
+    places: Kernel
     numbers: Sequence[Any] = ()
 
 
@@ -66,16 +69,18 @@ class Tensor(Protocol):
     """One tensor of every model. A pass takes a kernel, numbers (run-time inputs of the compiled kernel: scalars,
     sequences of them, what `rows`, `masks` and `order_statistics` gave) and keywords (compiled in).
 
-    size: entries. branches: how many models beside the base. has_base: whether there is one. keys: uint32 [branches,
-    2] for `random_bits`, fixed by seed, tensor and model. compat: 'mergekit' where the recipe asks for that tool's
-    arithmetic.
+    size: entries. vector: whether it has one dimension at most. branches: how many models beside the base. has_base:
+    whether there is one. keys: uint32 [branches, 2] for `random_bits`, fixed by seed, tensor and model. compat:
+    'mergekit' where the recipe asks for that tool's arithmetic; rounded_to: the type it then computes in.
     """
 
     size: int
+    vector: bool
     branches: int
     has_base: bool
     keys: np.ndarray
     compat: str | None
+    rounded_to: str | None
 
     def sums(self, kernel: Kernel, *numbers: Any, **static: Any) -> np.ndarray:
         """The sum over all entries of each array that the kernel gives: float64 [K], rows summed in float32."""
@@ -91,6 +96,10 @@ class Tensor(Protocol):
 
     def rows(self, kernel: Kernel, *numbers: Any, **static: Any) -> Any:
         """What the kernel gives for every row, an array [..., rows, 1]: a number for later passes."""
+
+    def whole(self, kernel: Kernel, *numbers: Any, **static: Any) -> Any:
+        """What the kernel gives for all rows at once, [rows, columns]: a number for later passes, which see their rows
+        of it. The one pass whose memory grows with the tensor, for what cannot be had in parts."""
 
     def masks(self, kernel: Kernel, *numbers: Any, **static: Any) -> Any:
         """The bool arrays that the kernel gives: a number for later passes, which see a list."""
@@ -182,10 +191,9 @@ class Method:
 
     def merge(self, tensor: Tensor, arguments: Mapping[str, Any]) -> Merged:
         """The method on one tensor; arguments by recipe name, numbers of `each` parameters as a tuple."""
-        rows = self.parameters.values()
         # An input that is not finite is an error of the engine's, which names it; not a warning of the arithmetic's.
         with np.errstate(all="ignore"):
-            return self.passes(tensor, **{p.argument: arguments[p.name] for p in rows if not p.about.model})
+            return self.passes(tensor, **{p.argument: arguments[p.name] for p in self.parameters.values()})
 
 
 METHODS: dict[str, Method] = {}
@@ -229,7 +237,7 @@ def _table(function: Callable[..., Merged]) -> dict[str, Parameter]:
         if typing.get_origin(hint) is not Annotated:
             raise TypeError(f"{function.__name__}: parameter {argument} needs Annotated[type, About(...)]")
         kind, about = typing.get_args(hint)
-        kind = float if about.each else str if about.model else kind
+        kind = str if about.model else float if about.each else kind
         name = argument.rstrip("_")
         rows[name] = Parameter(name, argument, kind, given.default, about)
     return rows

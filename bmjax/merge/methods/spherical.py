@@ -95,7 +95,14 @@ def products(t: Tensor, against: str) -> np.ndarray:
     found = t.sums(_products, against=against)
     gram = np.zeros((t.branches, t.branches))
     gram[np.triu_indices(t.branches)] = found
-    return gram + np.triu(gram, 1).T
+    gram = gram + np.triu(gram, 1).T
+    if against == "none":
+        # Of the first model and the others' differences from it: their products' float32 rounding would be larger than
+        # the angles between models that are near each other.
+        whole = np.eye(t.branches)
+        whole[:, 0] = 1.0
+        gram = whole @ gram @ whole.T
+    return gram
 
 
 def _unit(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -111,6 +118,8 @@ def _vectors(x: Block, against: str) -> list[Array]:
 
 def _products(x: Block, *, against: str) -> list[Array]:
     vectors = _vectors(x, against)
+    if against == "none":
+        vectors = [vectors[0], *(v - vectors[0] for v in vectors[1:])]
     return [u * v for i, u in enumerate(vectors) for v in vectors[i:]]
 
 

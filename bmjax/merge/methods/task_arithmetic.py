@@ -22,9 +22,9 @@ from bmjax.merge.methods.method import (
     Masks,
     Merged,
     Numbers,
+    Ranked,
     Rebase,
     Scale,
-    Sorted,
     Tensor,
     Weight,
     add,
@@ -313,27 +313,37 @@ def _della(
 ) -> Merged:  # fmt: skip
     # At density 0 and 1 nothing is left to chance.
     spread = [e if 0 < d < 1 else 0.0 for d, e in zip(density, epsilon, strict=True)]
-    masks = t.masks(_by_rank, Sorted(magnitudes), density, spread, t.keys)
+    at = Ranked(magnitudes, _places, (density, spread, t.keys))
+    masks = t.masks(_by_rank, at, density, spread, t.keys)
     scales = _scales(t.sums(_norm_pairs, masks)) if rescale else [1.0] * t.branches
     return t.map(_consensus, masks, weight, scales, lambda_, elect=elect, normalize=normalize)
 
 
-def _by_rank(x: Block, ordered: Sequence[Array], density: Array, epsilon: Array, keys: Array) -> Masks:
-    """An entry with random number u is kept where u < density - epsilon + 2 epsilon rank / (m - 1), so where its rank
-    is at least a certain number j, so where it is larger than the row's j-th smallest magnitude."""
-    masks = []
-    for b, size in enumerate(magnitudes(x)):
-        m = size.shape[-1]
+def _least_ranks(x: Block, density: Array, epsilon: Array, keys: Array) -> list[Array]:
+    """The least rank that keeps an entry; m, the row's length, where none does.
+
+    An entry with random number u is kept where u < density - epsilon + 2 epsilon rank / (m - 1).
+    """
+    least = []
+    for b, branch in enumerate(x.branches):
+        m = branch.shape[-1]
         spread = epsilon[b] if m > 1 else 0.0 * epsilon[b]  # one entry alone has no rank
         excess = random_bits(x, keys[b]) - (density[b] - spread)
-        # The rank at which the probability passes u; the +1 makes it "larger than", m means never.
         step = 2.0 * spread / max(1, m - 1)
-        above = jnp.floor(excess / jnp.where(step > 0, step, 1.0))
-        least = jnp.where(step > 0, jnp.clip(above + 1.0, 0.0, m), m).astype(jnp.int32)
-        least = jnp.where(excess < 0, 0, least)
-        at = jnp.take_along_axis(ordered[b], jnp.maximum(least - 1, 0), axis=-1, mode="clip")
-        masks.append(((least == 0) | ((least < m) & (size > at))) & (size > 0))
-    return masks
+        above = jnp.floor(excess / jnp.where(step > 0, step, 1.0)) + 1.0
+        found = jnp.where(step > 0, jnp.clip(above, 0.0, m), m).astype(jnp.int32)
+        least.append(jnp.where(excess < 0, 0, found))
+    return least
+
+
+def _places(x: Block, density: Array, epsilon: Array, keys: Array) -> list[Array]:
+    return [jnp.maximum(least - 1, 0) for least in _least_ranks(x, density, epsilon, keys)]
+
+
+def _by_rank(x: Block, at: Sequence[Array], density: Array, epsilon: Array, keys: Array) -> Masks:
+    """An entry has rank j or more where it is larger than the row's j-th smallest magnitude."""
+    triples = zip(magnitudes(x), at, _least_ranks(x, density, epsilon, keys), strict=True)
+    return [((j == 0) | ((j < m.shape[-1]) & (m > limit))) & (m > 0) for m, limit, j in triples]
 
 
 def _consensus(

@@ -21,9 +21,12 @@ DATA = {
 }
 
 
+ELSEWHERE = {"fisher", "isotropic", "tsv"}  # formulas of their own, in test_fisher.py and test_singular.py
+
+
 def test_every_method_has_a_formula_and_cases():
-    assert FORMULAS.keys() == METHODS.keys()
-    assert {method_of(case) for case in CASES} == METHODS.keys()
+    assert FORMULAS.keys() == METHODS.keys() - ELSEWHERE
+    assert {method_of(case) for case in CASES} == FORMULAS.keys()
 
 
 @pytest.mark.parametrize("data", DATA)
