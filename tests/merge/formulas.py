@@ -1,4 +1,4 @@
-"""Every merge method as a float64 NumPy formula, written from its paper and its docstring, not from its code.
+"""The merge methods as float64 NumPy formulas, written from their papers and docstrings, not from their code.
 
 `exact(method, base, branches, **parameters)` takes what `bmjax.merge.tree.merge_arrays` takes.
 """
@@ -25,6 +25,8 @@ class Exact(NamedTuple):
 def exact(method, base, branches, **parameters):
     """The merge of one tensor in float64. Rows are its last axis; a vector is one row, and so is a number."""
     shape = branches[0].shape
+    if method == "nuslerp" and len(shape) < 2:
+        parameters["nuslerp_flatten"] = True
 
     def rows(x):
         return None if x is None else x.astype(np.float64).reshape(-1, shape[-1] if shape else 1)
@@ -91,7 +93,7 @@ def slerp(base, xs, t=0.5):
 def nuslerp(base, xs, weight=(1.0, 1.0), nuslerp_flatten=True, nuslerp_row_wise=False, compat=None):
     t = weight[1] / (weight[0] + weight[1])
     rows = nuslerp_row_wise != (compat == "mergekit")
-    axis = None if nuslerp_flatten or len(xs[0]) == 1 else -1 if rows else 0
+    axis = None if nuslerp_flatten else -1 if rows else 0
     if base is None:
         return arc(*xs, t, axis)
     return base + arc(xs[0] - base, xs[1] - base, t, axis)

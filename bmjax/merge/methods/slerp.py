@@ -41,19 +41,16 @@ def nuslerp(
     arc between their changes from it, added to the base.
 
     Angles as in slerp. A row (in_features of a matrix) is the last axis; the other tool's `nuslerp_row_wise: true`
-    takes columns, which `compat: mergekit` reproduces. A tensor of one row is one vector either way.
+    takes columns, which `compat: mergekit` reproduces. A tensor of one dimension is one vector either way.
     """
     at = weight[1] / sum(weight)
     against = "base" if t.has_base else "none"
     if nuslerp_flatten:
         factors = _factors(t.sums(_pair_products, against=against), at)
         return t.map(_mix_pair, factors, against=against)
-    if nuslerp_row_wise != (t.compat == "mergekit"):
+    if t.vector or nuslerp_row_wise != (t.compat == "mergekit"):
         return t.map(_mix_rows, at, against=against)
-    products = t.columns(_pair_products, against=against)
-    if products.shape[-1] == t.size:
-        return t.map(_mix_rows, at, against=against)
-    return t.map(_mix_columns, products, at, against=against)
+    return t.map(_mix_columns, t.columns(_pair_products, against=against), at, against=against)
 
 
 def _products(x: Block) -> list[Array]:

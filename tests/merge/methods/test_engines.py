@@ -16,19 +16,15 @@ from bmjax.model.spec import Param
 from tests.merge.cases import CASES, SHAPE, has_base, label, method_of
 from tests.merge.reference import heavy_tailed, hf_dir, real_sized
 
-# Not a whole number of chunks: of rows where a method needs them whole, else of entries.
-BY_ROW = (101, 384)
-MODELS = {
-    shape: dict(zip(("base", "a", "b", "c"), [base, *branches], strict=True))
-    for shape in (SHAPE, BY_ROW)
-    for base, branches in [real_sized(shape, 31, delta_rms=5e-4, branches=3)]
-}
+BASE, BRANCHES = real_sized(SHAPE, 31, delta_rms=5e-4, branches=3)
+MODELS = dict(zip(("base", "a", "b", "c"), [BASE, *BRANCHES], strict=True))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small_chunks():
+    """Not a whole number of them in a tensor, be they of its rows or of its entries."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunks, "CHUNK", 4096)
+        patch.setattr(chunks, "CHUNK", 8192)
         patch.setattr(chunks, "COLUMNS", 200)
         patch.setattr(chunks, "SAMPLE", 2048)
         yield
@@ -37,10 +33,7 @@ def small_chunks():
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    return {
-        shape: {name: str(hf_dir(root / f"{shape[0]}" / name, {"w": w})) for name, w in models.items()}
-        for shape, models in MODELS.items()
-    }
+    return {name: str(hf_dir(root / name, {"w": w})) for name, w in MODELS.items()}
 
 
 def recipe_of(case, sources):
@@ -77,11 +70,11 @@ def assert_last_bits(merged, whole):
 
 @pytest.mark.parametrize("case", CASES, ids=label)
 def test_files_in_chunks_equal_whole_arrays(case, directories, tmp_path):
-    shape = BY_ROW if METHODS[method_of(case)].by_row else SHAPE
-    assert chunks.Geometry.of(shape, METHODS[method_of(case)].by_row).count > 10
-    recipe = recipe_of(case, directories[shape])
-    models = {name: {"w": w} for name, w in MODELS[shape].items()}
-    params, report = run_steps(recipe, models, [Param(("w",), shape, ("rows", "columns"), "w", "normal")])
+    geometry = chunks.Geometry.of(SHAPE, METHODS[method_of(case)].by_row)
+    assert geometry.count == 8 and geometry.entries(7)[1] < geometry.height(7) * geometry.columns
+    recipe = recipe_of(case, directories)
+    models = {name: {"w": w} for name, w in MODELS.items()}
+    params, report = run_steps(recipe, models, [Param(("w",), SHAPE, ("rows", "columns"), "w", "normal")])
     whole, (step,) = np.asarray(params["w"]), recipe.steps
     on_disk = merge(recipe, tmp_path / "out")
     merged = load_file(tmp_path / "out/model.safetensors")["w"]
@@ -114,7 +107,7 @@ PASSES = [
 def test_eight_devices_equal_one(case):
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("rows", "columns"))
     placed = NamedSharding(mesh, PartitionSpec("rows", "columns"))
-    base, *branches = list(MODELS[SHAPE].values())[: case[1] + 1]
+    base, *branches = list(MODELS.values())[: case[1] + 1]
     base = base if has_base(case) else None
     one, kept = merge_arrays(method_of(case), base, branches, **case[2])
     base, branches = jax.device_put((base, branches), placed)
@@ -151,10 +144,9 @@ FIRST = {method_of(case): case for case in reversed(CASES)}
 @pytest.mark.parametrize("method", FIRST)
 def test_a_number_that_is_none_is_an_error_that_names_model_and_tensor(method, value, directories, tmp_path):
     case = FIRST[method]
-    shape = BY_ROW if METHODS[method].by_row else SHAPE
-    broken = MODELS[shape]["a"].copy()
+    broken = MODELS["a"].copy()
     broken[77, 123] = value
-    sources = {**directories[shape], "a": str(hf_dir(tmp_path / "a", {"w": broken}))}
+    sources = {**directories, "a": str(hf_dir(tmp_path / "a", {"w": broken}))}
     with pytest.raises(UserError, match="model 'a': tensor 'w' holds NaN or infinity"):
         merge(recipe_of(case, sources), tmp_path / "out")
     assert not (tmp_path / "out").exists()
