@@ -127,7 +127,7 @@ class Stream:
             if node.name in self._sampled and view.step.method.name == "arcee_fusion":
                 found = replace(found, agreement=agreement(view.values_of_rows(three_importances, SAMPLE // 2)))
             stats[view.step.name] = found
-        if not all(np.isfinite(s.products).all() and np.isfinite(s.reference) for s in stats.values()):
+        if not all(np.isfinite([*s.products.flat, s.reference, s.moved]).all() for s in stats.values()):
             for source in sources:
                 source.check(job.geometry)
         check_overflow(node.name, stats[top.step.name], node.dtype)

@@ -3,6 +3,7 @@
 A case makes something wrong in a folder with the models base, math and code, and says what the line must hold.
 """
 
+import inspect
 import json
 import os
 import pickle
@@ -747,12 +748,20 @@ def test_refused_in_one_line_with_nothing_written(name, root, capsys):
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 @pytest.mark.parametrize("method", METHODS)
-def test_no_method_merges_what_is_not_finite(method, root, capsys):
+def test_no_method_merges_what_is_not_finite(method, root, capsys, monkeypatch):
     about = METHODS[method]
     names = ["math", "code"][: about.branches[1] or 2]
-    values = {"merge_method": method, "models": names, **({"base_model": "base"} if about.base == "required" else {})}
-    if method == "fisher":
-        values["parameters"] = {"importance": "code"}
+    values: dict[str, Any] = {
+        "merge_method": method,
+        "models": list(names),
+        **({"base_model": "base"} if about.base == "required" else {}),
+    }
+    needed = [p.name for p in about.parameters.values() if p.default is inspect.Parameter.empty]
+    if needed:  # a model of importances
+        monkeypatch.setitem(MODELS, "sure", {name: np.abs(value) for name, value in MODELS["base"].items()})
+        write_model(root / "sure", MODELS["sure"])
+        values["parameters"] = dict.fromkeys(needed, "sure")
+        names.append("sure")
     for model in [*names, *(["base"] if about.base == "required" else [])]:
         for place, value in ((5, np.nan), (-1, np.inf)):
             arguments = prepared(root, Case(spoil(model, UP, place, value), values, ()))

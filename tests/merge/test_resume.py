@@ -257,14 +257,17 @@ def entries(root: Path) -> list[dict]:
     return [json.loads(line) for line in (root / JOURNAL).read_text().splitlines()[1:]]
 
 
-@pytest.mark.parametrize("after", [1, 9])
-def test_only_what_is_missing_is_made(models, written, after):
-    expected = reference(models)
-    interrupt(after)
+ARCEE = {"merge_method": "arcee_fusion", "base_model": "base", "models": ["math"]}
+
+
+@pytest.mark.parametrize("recipe, after", [(TIES, 1), (TIES, 9), (ARCEE, 9), (ARCEE, len(BASE))])
+def test_only_what_is_missing_is_made(models, written, recipe, after):
+    expected = reference(models, recipe)
+    interrupt(after, recipe)
     done = {line["name"] for line in entries(models)}
     assert len(done) >= after
     written.clear()
-    merge(TIES, "out")
+    merge(recipe, "out")
     assert written == set(BASE) - done
     assert snapshot(models / "out") == expected
     assert hidden(models) == []
