@@ -47,11 +47,6 @@ def _ordered(bits: Array) -> Array:
     return jnp.where(bits < 0, bits ^ np.int32(0x7FFFFFFF), bits)
 
 
-def count(mask: Array) -> Array:
-    """The number of true elements, int32, exactly."""
-    return _counts(-mask.astype(jnp.int32), jnp.zeros(1, jnp.int32))[0]
-
-
 def _counts(bits: Array, limits: Array) -> Array:
     """How many elements are below each of `limits` [R], int32 [R]."""
     return lax.platform_dependent(jnp.atleast_1d(bits), limits, cpu=_counts_by_rows, default=_counts_at_once)
