@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bmjax.merge.methods.lazy import Array, jnp, lax
+from bmjax.merge.lazy import Array, jnp, lax
 
 MAX_ELEMENTS = 2**31 - 1
 

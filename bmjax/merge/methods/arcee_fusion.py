@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 
-from bmjax.merge.methods.lazy import Array, jnp, lax
+from bmjax.merge.lazy import Array, jnp, lax
 from bmjax.merge.methods.method import About, Block, Masks, Merged, Rebase, Tensor, add, deltas, method
 from bmjax.merge.quantile import rank
 

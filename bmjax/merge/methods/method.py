@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Protocol
 import numpy as np
 
 from bmjax.config import UserError, nearest
-from bmjax.merge.methods.lazy import Array, jnp, lax
+from bmjax.merge.lazy import Array, jnp, lax
 
 
 class Block(NamedTuple):

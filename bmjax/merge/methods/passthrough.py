@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from bmjax.merge.methods.lazy import Array
+from bmjax.merge.lazy import Array
 from bmjax.merge.methods.method import About, Block, Merged, Numbers, Tensor, method
 
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from bmjax.merge.methods.lazy import Array, jnp
+from bmjax.merge.lazy import Array, jnp
 from bmjax.merge.methods.method import About, Block, Masks, Merged, Tensor, add, deltas, method
 
 Threshold = Annotated[float, About("a change up to this size is none", least=0)]

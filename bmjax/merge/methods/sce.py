@@ -4,7 +4,7 @@ from typing import Annotated
 
 import numpy as np
 
-from bmjax.merge.methods.lazy import Array, jnp
+from bmjax.merge.lazy import Array, jnp
 from bmjax.merge.methods.method import About, Block, Masks, Merged, Rebase, Tensor, add, deltas, method
 from bmjax.merge.methods.task_arithmetic import Unused
 

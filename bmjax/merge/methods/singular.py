@@ -7,7 +7,7 @@ three models).
 from collections.abc import Sequence
 from typing import Annotated
 
-from bmjax.merge.methods.lazy import Array, jnp
+from bmjax.merge.lazy import Array, jnp
 from bmjax.merge.methods.method import About, Block, Merged, Rebase, Scale, Tensor, Weight, add, deltas, method
 
 Share = Annotated[float, About("share of the rank that all models together get", least=0, most=1)]

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from bmjax.merge.methods.lazy import Array, jnp
+from bmjax.merge.lazy import Array, jnp
 from bmjax.merge.methods.linear import weights_sum
 from bmjax.merge.methods.method import About, Block, Merged, Numbers, Tensor, deltas, method
 

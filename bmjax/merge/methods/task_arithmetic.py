@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from bmjax.config import UserError
-from bmjax.merge.methods.lazy import Array, jnp
+from bmjax.merge.lazy import Array, jnp
 from bmjax.merge.methods.linear import weights_sum
 from bmjax.merge.methods.method import (
     About,
