@@ -54,6 +54,7 @@ FILTERED = [{"filter": "mlp", "value": 0.9}, {"filter": "self_attn", "value": [0
 LERP = "mergekit takes the straight line where cos > 0.9995, as between fine-tunes; the arc differs by angle²/8"
 UNIFORM = "mergekit's weights become uniform where the mean squares of the changes sum to less than 1e-6"
 ROWS = "mergekit's nuslerp_row_wise takes columns (dim 0), and its absence rows"
+ANGLES = "mergekit's float32 cosines cannot tell norms of angles below 3e-4 apart, and steps along the rounding"
 NOISE = "mergekit's KL cancels in float32, so its mask is partly noise"
 EXACT = (
     Row("linear", case("linear", WEIGHT, base=False)),
@@ -69,7 +70,7 @@ EXACT = (
     Row("multislerp", case("multislerp", WEIGHT)),
     Row("multislerp without base", case("multislerp", WEIGHT, base=False)),
     Row("multislerp, normalize_weights: false", case("multislerp", WEIGHT, normalize_weights=False)),
-    Row("karcher", case("karcher", base=False)),
+    Row("karcher", case("karcher", base=False), ANGLES, ("fine-tuned",)),
     Row("task_arithmetic", case("task_arithmetic", WEIGHT)),
     Row("task_arithmetic, normalize, lambda 0.7", case("task_arithmetic", OPPOSED, normalize=True, **{"lambda": 0.7})),
     Row("ties", case("ties", HALF)),

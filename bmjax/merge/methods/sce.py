@@ -29,7 +29,8 @@ def sce(
     if select_topk < 1:
         (varied,) = t.counts(_varied)
         k = int(select_topk * varied)
-        limit = float(t.order_statistics(_variance, [[t.size - k]])[0][0]) if k else np.inf
+        # Compilers round a sum of squares this way or that: a little below, or the last entry itself would be left out.
+        limit = float(t.order_statistics(_variance, [[t.size - k]])[0][0]) * (1.0 - 2.0**-20) if k else np.inf
     squares = t.sums(_selected_squares, limit)
     weight = squares / squares.sum() if squares.sum() > 0 else np.full(t.branches, 1.0 / t.branches)
     return t.map(_erase, limit, list(weight))
