@@ -119,6 +119,12 @@ def _text(loader: _Loader, node: yaml.ScalarNode) -> str:
     return node.value
 
 
+def _refused(loader: _Loader, node: yaml.Node) -> None:
+    raise yaml.constructor.ConstructorError(
+        None, None, f"could not determine a constructor for the tag {node.tag!r}", node.start_mark
+    )
+
+
 def is_text(value: str) -> bool:
     """Whether `value` is Unicode text: escapes of YAML and JSON, and bytes of file names, can make halves of
     characters, which no file takes."""
@@ -130,7 +136,7 @@ _Loader.add_constructor("tag:yaml.org,2002:str", _text)
 _Loader.add_constructor("tag:yaml.org,2002:int", _number)
 _Loader.add_constructor("tag:yaml.org,2002:float", _number)
 # A set would be taken for a list, in an order that changes from run to run.
-_Loader.add_constructor("tag:yaml.org,2002:set", yaml.SafeLoader.construct_undefined)
+_Loader.add_constructor("tag:yaml.org,2002:set", _refused)
 
 
 def _expanded_size(node: yaml.Node, sizes: dict[int, int]) -> int:
