@@ -41,10 +41,6 @@ SIDE_FILES = (
 )
 REPORT = "merge_report.json"
 MEMORY = 2**30
-_MAY_DIFFER = {
-    "_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "pad_token_id", "torch_dtype",
-    "transformers_version", "use_cache",
-}  # fmt: skip
 
 
 def merge(

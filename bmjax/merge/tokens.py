@@ -131,6 +131,17 @@ def chat_template(text: str | None) -> str | None:
     return _NAMED[text].read_text(encoding="utf-8").rstrip("\n")
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a tokenizer's file, or a UserError."""
+    try:
+        found = json.loads(read_text(path))
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return found
+
+
 def write_chat_template(folder: Path, template: str) -> None:
     """Makes `template` the chat template of the tokenizer in `folder`, in place of whatever it has."""
     (folder / "chat_template.json").unlink(missing_ok=True)
@@ -138,11 +149,6 @@ def write_chat_template(folder: Path, template: str) -> None:
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         return
-    try:
-        config = json.loads(read_text(path))
-    except (ValueError, RecursionError):
-        config = None
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: expected a JSON object")
+    config = read_object(path)
     if config.pop("chat_template", None) is not None:
         path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from bmjax.config import UserError, read_text
-from bmjax.merge.tokens import TokenizerPlan
+from bmjax.config import UserError
+from bmjax.merge.tokens import TokenizerPlan, read_object
 
 MAX_ROWS = 2**24  # of tokens; an array as long is made for every model
 MAX_TOKENIZER_BYTES = 2**28  # the largest have 40 million
@@ -69,7 +69,7 @@ class Vocabulary:
         new = {token.content: backend.token_to_id(token.content) for token in self.added}
         _update(folder / "added_tokens.json", new)
         config = folder / "tokenizer_config.json"
-        if config.is_file() and isinstance(old := _read(config).get("added_tokens_decoder"), dict):
+        if config.is_file() and isinstance(old := read_object(config).get("added_tokens_decoder"), dict):
             entries = {str(new[token.content]): _entry(token) for token in self.added}
             _update(config, {"added_tokens_decoder": old | entries})
 
@@ -79,19 +79,11 @@ def _entry(token: Any) -> dict[str, Any]:
     return {key: getattr(token, key) for key in keys}
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(read_text(path))
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return found
-
-
 def _update(path: Path, values: Mapping[str, Any]) -> None:
     if path.is_file():
-        path.write_text(json.dumps({**_read(path), **values}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        path.write_text(
+            json.dumps({**read_object(path), **values}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
 
 
 def _load(directory: Path) -> Any:

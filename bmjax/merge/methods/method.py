@@ -260,6 +260,11 @@ def add(arrays: Sequence[Array]) -> Array:
     return functools.reduce(lambda a, b: a + b, arrays)
 
 
+def moved(x: Block, factors: Array) -> tuple[Array, None]:
+    """The kernel of base + sum(factor * change)."""
+    return x.base + add([f * d for f, d in zip(factors, deltas(x), strict=True)]), None
+
+
 def magnitudes(x: Block) -> list[Array]:
     """|change| of every branch."""
     return [jnp.abs(delta) for delta in deltas(x)]

@@ -7,7 +7,7 @@ import numpy as np
 
 from bmjax.merge.lazy import Array, jnp
 from bmjax.merge.methods.linear import shares, weights_sum
-from bmjax.merge.methods.method import About, Block, Merged, Numbers, Tensor, add, deltas, method
+from bmjax.merge.methods.method import About, Block, Merged, Numbers, Tensor, add, deltas, method, moved
 from bmjax.merge.methods.spherical import products
 
 
@@ -29,7 +29,7 @@ def model_stock(
     if filter_wise:
         return t.map(_by_row, part, spread)
     ratio = _ratio(products(t, "base"), spread)
-    return t.map(_towards, [ratio * share for share in part])
+    return t.map(moved, [ratio * share for share in part])
 
 
 def _ratio(gram: np.ndarray, spread: float) -> float:
@@ -47,10 +47,6 @@ def _projection(xp: Any, dots: Sequence[Any], norms: Sequence[Any], spread: Any)
     divisor = cosine + spread * (1.0 - cosine)
     some = xp.abs(divisor) > 1e-6 * spread
     return xp.where(some, cosine / xp.where(some, divisor, 1.0), 0.0)
-
-
-def _towards(x: Block, factors: Array) -> tuple[Array, None]:
-    return x.base + add([f * d for f, d in zip(factors, deltas(x), strict=True)]), None
 
 
 def _by_row(x: Block, part: Array, spread: Array) -> tuple[Array, None]:

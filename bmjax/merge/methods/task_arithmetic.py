@@ -31,6 +31,7 @@ from bmjax.merge.methods.method import (
     deltas,
     magnitudes,
     method,
+    moved,
     random_bits,
 )  # fmt: skip
 
@@ -56,7 +57,7 @@ def task_arithmetic(
     rebase: Rebase = None,
 ) -> Merged:
     """base + lambda * sum(weight * (model - base)): task arithmetic, arXiv 2212.04089."""
-    return t.map(_plain, _factors(weight, lambda_, normalize))
+    return t.map(moved, _factors(weight, lambda_, normalize))
 
 
 @method("ties", base="required", branches=(1, None))
@@ -211,10 +212,6 @@ def _factors(weight: Sequence[float], lambda_: float, normalize: bool) -> list[f
     """What each change is multiplied by, in float64."""
     divisor = sum(weight) if normalize else 1.0
     return [lambda_ * w / divisor for w in weight]
-
-
-def _plain(x: Block, factors: Array) -> tuple[Array, None]:
-    return x.base + add([f * d for f, d in zip(factors, deltas(x), strict=True)]), None
 
 
 def _kept(t: Tensor, density: Sequence[float]) -> list[int]:
