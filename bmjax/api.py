@@ -126,11 +126,22 @@ def save(model: Model, output: str | Path) -> Path:
     return Path(output)
 
 
-def merge(recipe: str | Path | Mapping[str, Any], output: str | Path, overwrite: bool = False) -> dict[str, Any]:
-    """Merge Hugging Face directories as `recipe` (YAML path or dict) says; returns the report."""
+def merge(
+    recipe: str | Path | Mapping[str, Any], output: str | Path, overwrite: bool = False, **options: Any
+) -> dict[str, Any]:
+    """Merge Hugging Face directories as `recipe` (YAML path or dict) says; returns the report.
+
+    options: further ones of `bmjax.merge.engine.merge`, or of `bmjax.calibrate.run.merge` for merges that look at data.
+    """
+    from bmjax.calibrate.settings import is_calibrated
+
+    if is_calibrated(recipe):
+        from bmjax.calibrate.run import merge as calibrated_merge
+
+        return calibrated_merge(recipe, output, overwrite, **options)
     from bmjax.merge import engine
 
-    return engine.merge(recipe, output, overwrite)
+    return engine.merge(recipe, output, overwrite, **options)
 
 
 def train(settings: str | Path | Mapping[str, Any], *overrides: str) -> dict[str, Any]:

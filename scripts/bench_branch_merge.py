@@ -69,6 +69,36 @@ def table(reports: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def mean_score(report: dict[str, Any], model: str, key: str) -> float:
+    """A model's mean over domains."""
+    scores = report["models"][model]["scores"]
+    return mean(scores[domain][key] for domain in scores)
+
+
+def way(report: dict[str, Any], model: str, key: str) -> float:
+    """Share of the way from the backbone to the mixture that a model went, by the mean over domains."""
+    start, end = (mean_score(report, name, key) for name in ("backbone", "mixture"))
+    return (mean_score(report, model, key) - start) / (end - start)
+
+
+def closed(reports: list[dict[str, Any]]) -> list[str]:
+    """The share of the way to the mixture that each merge closes, with the tokens it took beside the branches'."""
+    names = [model for model in reports[0]["models"] if model.startswith("merge/")]
+    lines = []
+    for model in names:
+        extra = [
+            (r["models"][model]["tokens"] - min(r["models"][n]["tokens"] for n in names))
+            / r["models"]["mixture"]["tokens"]
+            for r in reports
+        ]
+        shares = "; ".join(f"{key} {interval([way(r, model, key) for r in reports], 3)}" for key in measured(reports))
+        lines.append(f"{model}: {shares}; extra tokens {mean(extra):.1%} of the mixture's")
+    for key in measured(reports):
+        best = max(names, key=lambda model: mean(way(r, model, key) for r in reports))
+        lines.append(f"closest by {key}: {best}, {interval([way(r, best, key) for r in reports], 3)} of the way")
+    return lines
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5, help="how many seeds (0, 1, ...)")
@@ -96,6 +126,8 @@ def main() -> int:
     for name in measured(reports):
         wins = sum(better_everywhere(r, "merged", name) for r in reports)
         print(f"merged beats the backbone in every domain by {name} in {wins} of {len(reports)} seeds")
+    print("\nshare of the way from the backbone to the mixture, of the means over domains:")
+    print("\n".join(closed(reports)))
     write_atomic(Path(arguments.output) / "bench.json", json.dumps(reports))
     return 0
 

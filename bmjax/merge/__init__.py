@@ -1,4 +1,4 @@
-"""The merge phase: branches become one model. `bmjax.merge(recipe, output)` is `bmjax.merge.engine.merge`."""
+"""The merge phase: branches become one model. `bmjax.merge(recipe, output)` is `bmjax.api.merge`."""
 
 import sys
 import types
@@ -8,7 +8,7 @@ from typing import Any
 class _CallablePackage(types.ModuleType):
     # The Python contract calls `bmjax.merge(...)`, and this package has that name: once imported, it answers the call.
     def __call__(self, *arguments: Any, **options: Any) -> dict[str, Any]:
-        from bmjax.merge.engine import merge
+        from bmjax.api import merge
 
         return merge(*arguments, **options)
 

@@ -7,7 +7,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from bmjax.config import DISK_ERRORS, UserError, disk_error
+from bmjax.calibrate.settings import CalibratedRecipe, CalibrationSettings, is_calibrated
+from bmjax.config import DISK_ERRORS, UserError, describe, disk_error
 from bmjax.merge.check import check
 from bmjax.merge.methods import METHODS
 from bmjax.merge.places import parse_size
@@ -73,6 +74,12 @@ def _methods() -> str:
             default = "none" if p.default is None else str(p.default).lower()
             title = f"{p.name}{'*' if p.about.each else ''}: {default}"
             lines.append(f"      {title:<18} {p.expected}. {p.about.text[:1].upper()}{p.about.text[1:]}.")
+    lines += ["", "  learned, regmean: base_model and 1 or more models, each with `data:` (rows of its domain)"]
+    lines += [
+        "    Merges that look at data: student = base + sum of coefficient * contribution, the coefficients learned",
+        "    by gradient descent through the merge and the model. regmean: not learned, all 1. All in memory.",
+    ]
+    lines += [f"      {line}" for line in describe(CalibrationSettings)]
     return "\n".join(lines)
 
 
@@ -118,6 +125,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     seed = [] if options.seed is None else [f"seed={options.seed}"]
+    if is_calibrated(options.recipe, options.overrides):
+        _calibrated(options, [*options.overrides, *seed])
+        return
     recipe = read_recipe(options.recipe, [*options.overrides, *seed])
     settings: dict[str, Any] = {"shard_bytes": parse_size(options.shard_size, "--shard-size")}
     if options.memory is not None:
@@ -127,6 +137,43 @@ def _run(options: argparse.Namespace) -> None:
             print(line)
     else:
         _merge(recipe, options, settings)
+
+
+def _calibrated(options: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """A merge that looks at data."""
+    recipe = CalibratedRecipe.read(options.recipe, overrides)
+    size = parse_size(options.shard_size, "--shard-size")
+    if options.memory is not None:
+        raise UserError(f"--memory: {recipe.merge_method} holds all its models in memory; leave it out")
+    from bmjax.calibrate import run
+
+    if options.check:
+        base, directories = run.check(recipe, options.out, options.overwrite)
+        for path in (base, *directories):
+            print(f"reads {path}")
+        for entry in recipe.models:
+            print(f"reads {entry.data} for '{entry.model}'")
+        print(f"writes {options.out}; all models are in memory at once, and are run on the data")
+        return
+    from bmjax.parallel.start import use_cpu_cores
+
+    use_cpu_cores()
+
+    def log(line: str) -> None:
+        if not options.quiet:
+            print(f"bmjax: note: {line}", file=sys.stderr)
+
+    start = time.perf_counter()
+    report = run.merge(recipe, options.out, options.overwrite, shard_bytes=size, log=log)
+    if options.quiet:
+        return
+    for stage, losses in report["held_out_loss"].items():
+        each = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
+        print(f"held-out loss, {stage}{' (kept)' if stage == report['kept'] else ''}: {each}")
+    for name, model in report["total"]["merged"]["models"].items():
+        print(f"mean coefficient of {name}: {model['coefficient']:.2f}")
+    tokens = ", ".join(f"{purpose} {count:,}" for purpose, count in report["tokens"].items())
+    print(f"{options.out}: written; tokens: {tokens}; {time.perf_counter() - start:.1f} s")
 
 
 def _merge(recipe: Recipe, options: argparse.Namespace, settings: dict[str, Any]) -> None:

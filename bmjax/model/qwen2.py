@@ -176,7 +176,7 @@ class Qwen2(nn.Module):
             kv = (cache.k, cache.v)
         layer = nn.remat(Layer, prevent_cse=False) if self.remat == "full" else Layer
         stack = nn.scan(
-            layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.num_layers,
+            layer, variable_axes={"params": 0, "grams": 0}, split_rngs={"params": True}, length=c.num_layers,
             in_axes=(nn.broadcast, 0 if windows is not None else nn.broadcast, 0),
             unroll=min(self.unroll, c.num_layers),
         )  # fmt: skip

@@ -19,6 +19,8 @@ from typing import Any
 from bmjax.branch.metrics import Log, write_line
 from bmjax.branch.settings import Training, TrainSettings
 from bmjax.branch.train import check, train
+from bmjax.calibrate.run import merge as calibrated_merge
+from bmjax.calibrate.settings import CalibratedRecipe, is_calibrated
 from bmjax.config import UserError, nearest
 from bmjax.evaluate.run import evaluate
 from bmjax.evaluate.settings import EvalSettings, TaskSettings
@@ -262,7 +264,11 @@ class _Run:
     def _check_recipe(self, name: str, recipe: dict[str, Any]) -> None:
         known = ["backbone", *self.domains]
         try:
-            inputs = read_recipe(self._with_sources(recipe, name)).inputs
+            if is_calibrated(recipe):
+                calibrated = CalibratedRecipe.read(self._with_rows(recipe, name))
+                inputs = (calibrated.base_model, *calibrated.names)
+            else:
+                inputs = read_recipe(self._with_sources(recipe, name)).inputs
         except UserError as error:
             message = str(error).removeprefix("recipe: ")
             raise UserError(message if message.startswith("merges.") else f"merges.{name}: {message}") from None
@@ -270,14 +276,34 @@ class _Run:
             if model not in known:
                 raise UserError(f"merges.{name}: no model is named '{model}'{nearest(model, known)}")
 
+    def _with_rows(self, recipe: dict[str, Any], name: str) -> dict[str, Any]:
+        """A recipe that looks at data, with each domain's training rows where it gives none, and the run's seed."""
+        models = recipe.get("models")
+        if isinstance(models, list):
+            entries = [{"model": entry} if isinstance(entry, str) else entry for entry in models]
+            models = [{"data": str(self._rows(entry["model"], "train")), **entry}
+                      if isinstance(entry, dict) and entry.get("model") in self.domains else entry
+                      for entry in entries]  # fmt: skip
+        seed = recipe.get("seed", 0)
+        seed = seed + self.settings.seed if isinstance(seed, int) else seed
+        parameters = recipe.get("parameters") or {}
+        if isinstance(parameters, dict):
+            parameters = {"template": self.settings.template, **parameters}
+        return self._with_sources(recipe, name) | {"models": models, "seed": seed, "parameters": parameters}
+
     def _merge(self, name: str) -> None:
-        recipe = self._with_sources(self.settings.merges[name], name)
+        recipe = self.settings.merges[name]
+        calibrated = is_calibrated(recipe)
         after = [f"branch/{domain}" for domain in self.domains]
         if self.settings.student is None:
             after.append("backbone")
 
         def work() -> None:
-            engine.merge(recipe, self.directory / "merges" / name / "hf", overwrite=True)
+            output = self.directory / "merges" / name / "hf"
+            if calibrated:
+                calibrated_merge(self._with_rows(recipe, name), output, overwrite=True, log=self.log)
+            else:
+                engine.merge(self._with_sources(recipe, name), output, overwrite=True)
 
         self.stages.run(f"merge/{name}", [self.settings.merges[name], *self._given()], after, [f"merges/{name}"], work)
 
@@ -332,7 +358,7 @@ class _Run:
                 "hf": os.path.relpath(hf.resolve_model(self._hf(name)), self.directory),
                 "metrics": f"{self._relative(name)}/metrics.jsonl" if own else None,
                 "merge_report": f"{self._relative(name)}/hf/{engine.REPORT}" if is_merge else None,
-                "tokens": tokens.get(name, together if is_merge else 0),
+                "tokens": tokens.get(name, together + self._calibration_tokens(name) if is_merge else 0),
                 "move": self._summary(name)["move"] if name in trained else None,
                 "scores": score,
             }
@@ -350,6 +376,11 @@ class _Run:
             "versions": {"bmjax": __version__, "python": platform.python_version()} | {p: version(p) for p in PACKAGES},
             "config": self.settings.model_dump(mode="json"),
         }
+
+    def _calibration_tokens(self, model: str) -> int:
+        """The tokens that a merge read beside the branches' training."""
+        report = json.loads((self.directory / self._relative(model) / "hf" / engine.REPORT).read_text())
+        return sum(report.get("tokens", {}).values())
 
     def _selection(self, domain: str) -> dict[str, Any]:
         return json.loads((self.directory / "teach" / domain / "counts.json").read_text())

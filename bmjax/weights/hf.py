@@ -143,13 +143,15 @@ def _hf_tensor(leaf: jax.Array, layer: Any, dtype: Any, transposed: bool) -> jax
 def save_hf(
     directory: str | Path, params: Mapping[str, Any], hf_config: Mapping[str, Any], *, side_files: Path | None = None,
     tokenizer: Any = None, dtype: Any = None, shard_bytes: float = 5e9, eos: Sequence[int] | None = None,
+    texts: Mapping[str, str] | None = None,
 ) -> None:  # fmt: skip
     """Write a Hugging Face directory that transformers loads, replacing `directory` once all of it is on disk.
 
     params: nested dictionary of arrays (sharded ones of this process too). hf_config: what config.json holds; its
     dtype key is set to what is stored. side_files: a directory whose tokenizer, chat template and generation config
     are copied; tokenizer: a transformers tokenizer to save instead of the one in side_files. dtype None: every leaf's
-    own. eos: the end tokens to name in place of those of hf_config and the generation config.
+    own. eos: the end tokens to name in place of those of hf_config and the generation config. texts: further files by
+    name.
     Raises UserError for a directory that holds something else than a model, a full disk, parameters that
     do not fit the config.
     """
@@ -173,6 +175,8 @@ def save_hf(
             sizes[kept.name] += int(np.prod(shape))
         _write_json(temporary / "config.json", _with_dtype(hf_config, sizes.most_common(1)[0][0]))
         _write_side_files(temporary, hf_config, side_files, tokenizer)
+        for name, text in (texts or {}).items():
+            (temporary / name).write_text(text, encoding="utf-8")
         if eos is not None:
             path = temporary / "generation_config.json"
             _write_json(path, json.loads(read_text(path)) | {"eos_token_id": list(eos)})

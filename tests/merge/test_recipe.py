@@ -2,6 +2,8 @@ from pathlib import Path
 
 import pytest
 
+from bmjax.calibrate.settings import METHODS as CALIBRATED
+from bmjax.calibrate.settings import CalibratedRecipe, is_calibrated
 from bmjax.config import UserError
 from bmjax.merge.recipe import read_recipe
 from bmjax.merge.tokens import TokenizerPlan, TokenRow
@@ -153,6 +155,10 @@ def test_notes():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_worked_recipes_are_valid(path):
+    if is_calibrated(path):
+        calibrated = CalibratedRecipe.read(path)
+        assert {calibrated.base_model, *calibrated.names} == set(calibrated.sources)
+        return
     recipe = read_recipe(path)
     assert set(recipe.inputs) <= set(recipe.sources)
 
@@ -160,7 +166,7 @@ def test_the_worked_recipes_are_valid(path):
 def test_there_is_a_worked_recipe_for_every_method():
     from bmjax.merge.methods import METHODS
 
-    assert METHODS.keys() <= {path.stem for path in CONFIGS}
+    assert METHODS.keys() | set(CALIBRATED) <= {path.stem for path in CONFIGS}
 
 
 BAD = {

@@ -40,7 +40,7 @@ def test_report_json_holds_every_model_and_stage(finished):
     directory, report = finished
     assert json.loads((directory / "report.json").read_text()) == json.loads(json.dumps(report))
     assert list(report["models"]) == [
-        "backbone", "branch/math", "branch/code", "merge/linear", "merge/fusion", "merged", "mixture",
+        "backbone", "branch/math", "branch/code", "merge/linear", "merge/fusion", "merge/learned", "merged", "mixture",
     ]  # fmt: skip
     for model in report["models"].values():
         assert (directory / model["hf"] / "model.safetensors").exists()

@@ -1,0 +1,1 @@
+"""Merges that look at data: RegMean, Fisher from a calibration set, learned coefficients, joint steps afterwards."""

@@ -1,0 +1,157 @@
+"""Each model's contribution to a mean of the changes; their sum is the mean.
+
+changes: change / N. regmean: the solution of min_W sum_b |X_b (W - change_b)|^2 (arXiv 2212.09849, applied to changes),
+model b's part of it (sum_j G_j)^-1 G_b change_b with G_b = X_b^T X_b, for every matrix; changes / N for the rest.
+fisher: F_b change_b / sum_j F_j with mean squared gradients F (arXiv 2111.09832), each over its mean in the tensor.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bmjax.calibrate.data import Arrays, Calibration
+from bmjax.calibrate.settings import CalibrationSettings
+from bmjax.model import qwen2, spec
+from bmjax.model.spec import Param, Qwen2Config, get, unflatten
+
+Tree = dict[str, Any]
+# Linear layers that read the same input: it is looked at once.
+SAME_INPUT = {"k": "q", "v": "q", "up": "gate"}
+
+
+def contributions(
+    config: Qwen2Config, base: Tree, branches: Sequence[Tree], calibration: Calibration, settings: CalibrationSettings
+) -> list[Tree]:
+    """One tree a branch, float32, placed as the branch's leaves are."""
+    rows = spec.table(config)
+    dtype = jnp.dtype(settings.compute_dtype)
+    plain = [_plain(base, branch, len(branches)) for branch in branches]
+    if settings.along == "changes":
+        return plain
+    if settings.along == "fisher":
+        own = [squares(config, b, calibration.rows(i, settings.rows, "squares"), dtype, settings.remat)
+               for i, b in enumerate(branches)]  # fmt: skip
+        return _by_squares(rows, plain, own)
+    found = [grams(config, b, calibration.rows(i, settings.rows, "grams"), dtype) for i, b in enumerate(branches)]
+    out: list[list[tuple[tuple[str, ...], Any]]] = [[] for _ in branches]
+    for row in rows:
+        leaves = [get(tree, row.path) for tree in plain]
+        if not _reads_hidden(row):
+            parts = leaves
+        else:
+            own_grams = [f[SAME_INPUT.get(row.path[-2], row.path[-2])] for f in found]
+            parts = _regmean(leaves, own_grams, settings.off_diagonal, settings.ridge)
+        for tree, part in zip(out, parts, strict=True):
+            tree.append((row.path, part))
+    return [unflatten(tree) for tree in out]
+
+
+@jax.jit
+def _plain(base: Tree, branch: Tree, count: int) -> Tree:
+    return jax.tree.map(lambda w, b: (w.astype(jnp.float32) - b.astype(jnp.float32)) / count, branch, base)
+
+
+def _reads_hidden(row: Param) -> bool:
+    return row.stacked and row.path[-1] == "kernel"
+
+
+def _regmean(leaves: Sequence[jax.Array], own: Sequence[np.ndarray], off_diagonal: float, ridge: float) -> list[Any]:
+    """Contributions [L, in, out] of a matrix, by Gram matrices [L, in, in]; in float64, layer by layer."""
+    parts = [np.empty(leaf.shape, np.float32) for leaf in leaves]
+    for layer in range(leaves[0].shape[0]):
+        scaled = [off_diagonal * g[layer] + (1 - off_diagonal) * np.diag(np.diag(g[layer])) for g in own]
+        total = np.sum(scaled, axis=0)
+        total += (ridge * np.trace(total) / len(total) or 1e-30) * np.eye(len(total))
+        changes = [len(leaves) * np.asarray(leaf[layer], np.float64) for leaf in leaves]
+        right = np.concatenate([g @ c for g, c in zip(scaled, changes, strict=True)], axis=1)
+        solved = np.split(np.linalg.solve(total, right), len(leaves), axis=1)
+        for part, one in zip(parts, solved, strict=True):
+            part[layer] = one
+    return [jax.device_put(part, leaf.sharding) for part, leaf in zip(parts, leaves, strict=True)]
+
+
+def grams(config: Qwen2Config, params: Tree, batches: Iterator[Arrays], dtype: Any) -> dict[str, np.ndarray]:
+    """Mean of x x^T over the real tokens' inputs x of the linear layers, by name (q, o, gate, down): [L, in, in]."""
+    run, total, count = _grams(config, np.dtype(dtype).name), None, 0.0
+    for tokens, segments, _ in batches:
+        own = jax.tree.map(lambda a: np.asarray(a, np.float64), run(params, tokens, segments))
+        total = own if total is None else jax.tree.map(np.add, total, own)
+        count += float(jnp.sum(segments > 0))
+    assert total is not None  # a loader has a row at least
+    layers = total["layers"]
+    return {name: layers[part][name]["input"] / count for part in layers for name in layers[part]}
+
+
+@lru_cache(maxsize=8)
+def _grams(config: Qwen2Config, dtype: str) -> Any:
+    def run(params: Tree, tokens: jax.Array, segments: jax.Array) -> Any:
+        real = (segments > 0).astype(jnp.float32)[..., None]
+
+        def look(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+            module = context.module
+            if isinstance(module, qwen2.Linear) and context.method_name == "__call__" and module.name not in SAME_INPUT:
+                x = args[0].astype(jnp.float32) * real
+                own = jnp.einsum("bti,btj->ij", x, x, preferred_element_type=jnp.float32)
+                module.sow("grams", "input", own, reduce_fn=lambda old, new: old + new, init_fn=lambda: 0.0)
+            return call(*args, **kwargs)
+
+        model = qwen2.Qwen2(config, jnp.dtype(dtype))
+        own = jax.tree.map(lambda a: a.astype(dtype), qwen2.trunk(params))
+        with nn.intercept_methods(look):
+            _, found = model.apply(
+                {"params": own}, tokens, segments, qwen2.default_positions(segments), mutable=["grams"]
+            )
+        return found["grams"]
+
+    return jax.jit(run)
+
+
+def squares(config: Qwen2Config, params: Tree, batches: Iterator[Arrays], dtype: Any, remat: str) -> Tree:
+    """Sum over packed rows of the squared gradient of each row's summed loss: the empirical Fisher information's
+    diagonal but for a factor, float32, as `params`."""
+    run, total = _squares(config, np.dtype(dtype).name, remat), None
+    for tokens, segments, mask in batches:
+        total = run(params, tokens, segments, mask, total)
+    assert total is not None
+    return total
+
+
+@lru_cache(maxsize=8)
+def _squares(config: Qwen2Config, dtype: str, remat: str) -> Any:
+    def nats(params: Tree, tokens: jax.Array, segments: jax.Array, mask: jax.Array) -> jax.Array:
+        own = jax.tree.map(lambda a: a.astype(dtype), params)
+        return qwen2.loss_sum(config, own, tokens, mask, segments, dtype=jnp.dtype(dtype), remat=remat)[0]
+
+    def run(params: Tree, tokens: jax.Array, segments: jax.Array, mask: jax.Array, total: Tree | None) -> Tree:
+        def one(carry: Tree, row: tuple[jax.Array, ...]) -> tuple[Tree, None]:
+            own = jax.grad(nats)(params, *(a[None] for a in row))
+            return jax.tree.map(lambda c, g: c + jnp.square(g.astype(jnp.float32)), carry, own), None
+
+        start = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), params) if total is None else total
+        return jax.lax.scan(one, start, (tokens, segments, mask))[0]
+
+    return jax.jit(run)
+
+
+def _by_squares(rows: Sequence[Param], plain: Sequence[Tree], own: Sequence[Tree]) -> list[Tree]:
+    out: list[list[tuple[tuple[str, ...], jax.Array]]] = [[] for _ in plain]
+    for row in rows:
+        axes = tuple(range(1, len(row.shape))) if row.stacked else None
+        parts = _weighted([get(t, row.path) for t in plain], [get(t, row.path) for t in own], axes)
+        for tree, part in zip(out, parts, strict=True):
+            tree.append((row.path, part))
+    return [unflatten(tree) for tree in out]
+
+
+def _weighted(plain: list[jax.Array], own: list[jax.Array], axes: tuple[int, ...] | None) -> list[jax.Array]:
+    means = [jnp.mean(f, axis=axes, keepdims=True) for f in own]
+    shares = [f / jnp.where(m > 0, m, 1.0) for f, m in zip(own, means, strict=True)]
+    total = sum(shares)
+    some = total > 0
+    return [jnp.where(some, len(plain) * s / jnp.where(some, total, 1.0), 1.0) * p
+            for s, p in zip(shares, plain, strict=True)]  # fmt: skip

@@ -1,0 +1,124 @@
+"""Coefficients learned by gradient descent through the merge and the model, and joint steps after it.
+
+student = base + sum_b coefficient_b * contribution_b; one coefficient for each branch and output row (or tensor). The
+loss is the mean over domains of nats a target token.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from bmjax.calibrate.contributions import Tree
+from bmjax.calibrate.data import Calibration
+from bmjax.calibrate.settings import CalibrationSettings
+from bmjax.model import loss, qwen2, spec
+from bmjax.model.spec import Param, Qwen2Config, unflatten
+
+BETAS = (0.9, 0.95)
+
+
+def coefficients(config: Qwen2Config, start: float, per: str) -> Tree:
+    """One branch's, float32, of shapes that broadcast over the parameters: an output row is a kernel's last axis."""
+    return unflatten([(row.path, jnp.full(_shape(row, per), start, jnp.float32)) for row in spec.table(config)])
+
+
+def _shape(row: Param, per: str) -> tuple[int, ...]:
+    kept = (0,) if row.stacked else ()
+    if per == "row" and row.is_matrix:
+        kept = (*kept, len(row.shape) - (1 if row.transposed else 2))
+    return tuple(size if axis in kept else 1 for axis, size in enumerate(row.shape))
+
+
+@jax.jit
+def merged(base: Tree, parts: Sequence[Tree], factors: Sequence[Tree]) -> Tree:
+    """base + sum of factor * part, float32."""
+
+    def one(b: jax.Array, *rest: jax.Array) -> jax.Array:
+        own = zip(rest[: len(parts)], rest[len(parts) :], strict=True)
+        return b.astype(jnp.float32) + sum(part * factor for part, factor in own)
+
+    return jax.tree.map(one, base, *parts, *factors)
+
+
+def _nats(
+    config: Qwen2Config, params: Tree, batch: Sequence[jax.Array], domains: int, dtype: str, remat: str
+) -> jax.Array:
+    """Mean over domains of nats a target token; the batch's rows are those of one domain after another."""
+    tokens, segments, mask = batch
+    own = jax.tree.map(lambda a: a.astype(dtype), params)
+    hidden = qwen2.hidden(config, own, tokens, segments, dtype=jnp.dtype(dtype), remat=remat)
+    labels, targets = loss.next_token_targets(tokens, mask, segments)
+    by_domain = targets.reshape(domains, -1)
+    counts = jnp.maximum(jnp.sum(by_domain, axis=1, keepdims=True), 1.0)
+    weights = (by_domain / counts / domains).reshape(targets.shape)
+    return loss.cross_entropy_sum(hidden, qwen2.head_weight(config, own), labels, weights)
+
+
+@lru_cache(maxsize=8)
+def _judge(config: Qwen2Config, dtype: str) -> Any:
+    return jax.jit(lambda params, batch: _nats(config, params, batch, 1, dtype, "none"))
+
+
+def held_out_losses(config: Qwen2Config, params: Tree, calibration: Calibration, dtype: str) -> list[float]:
+    """Nats a target token of each domain's held-out documents."""
+    return [float(_judge(config, dtype)(params, batch)) for batch in calibration.judged()]
+
+
+@lru_cache(maxsize=8)
+def _coefficient_step(config: Qwen2Config, domains: int, dtype: str, remat: str) -> Any:
+    tx = optax.scale_by_adam(*BETAS)
+
+    def step(factors: Any, moments: Any, base: Tree, parts: Any, batch: Any, rate: jax.Array) -> tuple[Any, Any]:
+        def nats(own: Any) -> jax.Array:
+            return _nats(config, merged(base, parts, own), batch, domains, dtype, remat)
+
+        updates, moments = tx.update(jax.grad(nats)(factors), moments)
+        return jax.tree.map(lambda k, u: k - rate * u, factors, updates), moments
+
+    return tx, jax.jit(step, donate_argnums=(0, 1))
+
+
+def learn(
+    config: Qwen2Config, base: Tree, parts: Sequence[Tree], calibration: Calibration, settings: CalibrationSettings
+) -> list[Tree]:
+    """The branches' coefficients after `settings.steps` steps of Adam."""
+    factors = [coefficients(config, settings.start, settings.per) for _ in parts]
+    tx, step = _coefficient_step(config, len(parts), settings.compute_dtype, settings.remat)
+    moments = tx.init(factors)
+    for number in range(settings.steps):
+        batch = calibration.joint(number, "learning")
+        rate = settings.learning_rate * (1 - number / settings.steps)
+        factors, moments = step(factors, moments, base, parts, batch, np.float32(rate))
+    return factors
+
+
+@lru_cache(maxsize=8)
+def _polish_step(config: Qwen2Config, domains: int, dtype: str, remat: str) -> Any:
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(*BETAS))
+
+    def step(params: Tree, moments: Any, moving: Tree, batch: Any, rate: jax.Array) -> tuple[Tree, Any]:
+        own = jax.grad(lambda p: _nats(config, p, batch, domains, dtype, remat))(params)
+        own = jax.tree.map(lambda g, m: jnp.where(m, g, 0.0), own, moving)
+        updates, moments = tx.update(own, moments)
+        return jax.tree.map(lambda p, u: p - rate * u, params, updates), moments
+
+    return tx, jax.jit(step)
+
+
+def polish(
+    config: Qwen2Config, params: Tree, parts: Sequence[Tree], calibration: Calibration, settings: CalibrationSettings
+) -> Tree:
+    """`settings.polish` joint steps of Adam from `params` on; leaves that no branch changed stay as they are."""
+    moving = jax.tree.map(lambda *own: jnp.stack([jnp.any(part != 0) for part in own]).any(), *parts)
+    tx, step = _polish_step(config, len(parts), settings.compute_dtype, settings.remat)
+    moments = tx.init(params)
+    for number in range(settings.polish):
+        batch = calibration.joint(settings.steps + number, "polishing")
+        rate = settings.polish_rate * (1 - number / settings.polish)
+        params, moments = step(params, moments, moving, batch, np.float32(rate))
+    return params
