@@ -40,7 +40,7 @@ class CalibrationSettings(Settings):
     steps: int = Field(32, ge=0, description="of Adam on the coefficients; 0: they stay as they start")
     batch: int = Field(2, ge=1, description="packed rows of each domain a step")
     learning_rate: float = Field(0.1, ge=0, description="of the coefficients, falling to 0 along a straight line")
-    polish: int = Field(0, ge=0, description="steps of AdamW on all weights that the models changed, after the merge")
+    polish: int = Field(0, ge=0, description="steps of Adam on all weights that the models changed, after the merge")
     polish_rate: float = Field(2e-4, ge=0, description="learning rate of those, falling to 0 along a straight line")
     documents: int = Field(2000, ge=2, description="at most so many documents of each domain, drawn by the seed")
     held_out: int = Field(
