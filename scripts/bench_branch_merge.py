@@ -59,7 +59,7 @@ def table(reports: list[dict[str, Any]]) -> str:
             by_domain = [[r["models"][model]["scores"][d][key] for r in reports] for d in domains]
             cells += [interval(values, digits) for values in by_domain]
             means = [mean(column) for column in zip(*by_domain, strict=True)]
-            starts = [mean(r["models"]["backbone"]["scores"][d][key] for d in domains) for r in reports]
+            starts = [mean_score(r, "backbone", key) for r in reports]
             gains = [own - start for own, start in zip(means, starts, strict=True)]  # paired: seeds differ more
             cells += [interval(means, digits), "-" if model == "backbone" else interval(gains, digits)]
         cells.append(f"{mean(r['models'][model]['tokens'] for r in reports):,.0f}")
@@ -81,16 +81,17 @@ def way(report: dict[str, Any], model: str, key: str) -> float:
     return (mean_score(report, model, key) - start) / (end - start)
 
 
+def beside(models: dict[str, Any], merge: str) -> int:
+    """The tokens that a merge took beside the branches' training."""
+    return models[merge]["tokens"] - sum(own["tokens"] for name, own in models.items() if name.startswith("branch/"))
+
+
 def closed(reports: list[dict[str, Any]]) -> list[str]:
     """The share of the way to the mixture that each merge closes, with the tokens it took beside the branches'."""
     names = [model for model in reports[0]["models"] if model.startswith("merge/")]
     lines = []
     for model in names:
-        extra = [
-            (r["models"][model]["tokens"] - min(r["models"][n]["tokens"] for n in names))
-            / r["models"]["mixture"]["tokens"]
-            for r in reports
-        ]
+        extra = [beside(r["models"], model) / r["models"]["mixture"]["tokens"] for r in reports]
         shares = "; ".join(f"{key} {interval([way(r, model, key) for r in reports], 3)}" for key in measured(reports))
         lines.append(f"{model}: {shares}; extra tokens {mean(extra):.1%} of the mixture's")
     for key in measured(reports):

@@ -17,7 +17,7 @@ import numpy as np
 from bmjax.calibrate.data import Arrays, Calibration
 from bmjax.calibrate.settings import CalibrationSettings
 from bmjax.model import qwen2, spec
-from bmjax.model.spec import Param, Qwen2Config, get, unflatten
+from bmjax.model.spec import Qwen2Config, get, unflatten
 
 Tree = dict[str, Any]
 # Linear layers that read the same input: it is looked at once.
@@ -28,36 +28,31 @@ def contributions(
     config: Qwen2Config, base: Tree, branches: Sequence[Tree], calibration: Calibration, settings: CalibrationSettings
 ) -> list[Tree]:
     """One tree a branch, float32, placed as the branch's leaves are."""
-    rows = spec.table(config)
     dtype = jnp.dtype(settings.compute_dtype)
     plain = [_plain(base, branch, len(branches)) for branch in branches]
     if settings.along == "changes":
         return plain
     if settings.along == "fisher":
-        own = [squares(config, b, calibration.rows(i, settings.rows, "squares"), dtype, settings.remat)
-               for i, b in enumerate(branches)]  # fmt: skip
-        return _by_squares(rows, plain, own)
-    found = [grams(config, b, calibration.rows(i, settings.rows, "grams"), dtype) for i, b in enumerate(branches)]
-    out: list[list[tuple[tuple[str, ...], Any]]] = [[] for _ in branches]
-    for row in rows:
+        found = [squares(config, b, calibration.rows(i, settings.rows, "squares"), dtype, settings.remat)
+                 for i, b in enumerate(branches)]  # fmt: skip
+    else:
+        found = [grams(config, b, calibration.rows(i, settings.rows, "grams"), dtype) for i, b in enumerate(branches)]
+    by_row = []
+    for row in spec.table(config):
         leaves = [get(tree, row.path) for tree in plain]
-        if not _reads_hidden(row):
-            parts = leaves
-        else:
-            own_grams = [f[SAME_INPUT.get(row.path[-2], row.path[-2])] for f in found]
-            parts = _regmean(leaves, own_grams, settings.off_diagonal, settings.ridge)
-        for tree, part in zip(out, parts, strict=True):
-            tree.append((row.path, part))
-    return [unflatten(tree) for tree in out]
+        if settings.along == "fisher":
+            axes = tuple(range(1, len(row.shape))) if row.stacked else None
+            leaves = _weighted(leaves, [get(tree, row.path) for tree in found], axes)
+        elif row.stacked and row.path[-1] == "kernel":
+            name = SAME_INPUT.get(row.path[-2], row.path[-2])
+            leaves = _regmean(leaves, [own[name] for own in found], settings.off_diagonal, settings.ridge)
+        by_row.append([(row.path, leaf) for leaf in leaves])
+    return [unflatten(list(branch)) for branch in zip(*by_row, strict=True)]
 
 
 @jax.jit
 def _plain(base: Tree, branch: Tree, count: int) -> Tree:
     return jax.tree.map(lambda w, b: (w.astype(jnp.float32) - b.astype(jnp.float32)) / count, branch, base)
-
-
-def _reads_hidden(row: Param) -> bool:
-    return row.stacked and row.path[-1] == "kernel"
 
 
 def _regmean(leaves: Sequence[jax.Array], own: Sequence[np.ndarray], off_diagonal: float, ridge: float) -> list[Any]:
@@ -138,17 +133,8 @@ def _squares(config: Qwen2Config, dtype: str, remat: str) -> Any:
     return jax.jit(run)
 
 
-def _by_squares(rows: Sequence[Param], plain: Sequence[Tree], own: Sequence[Tree]) -> list[Tree]:
-    out: list[list[tuple[tuple[str, ...], jax.Array]]] = [[] for _ in plain]
-    for row in rows:
-        axes = tuple(range(1, len(row.shape))) if row.stacked else None
-        parts = _weighted([get(t, row.path) for t in plain], [get(t, row.path) for t in own], axes)
-        for tree, part in zip(out, parts, strict=True):
-            tree.append((row.path, part))
-    return [unflatten(tree) for tree in out]
-
-
 def _weighted(plain: list[jax.Array], own: list[jax.Array], axes: tuple[int, ...] | None) -> list[jax.Array]:
+    """Contributions by squared gradients `own`, each over its mean along `axes`; the plain ones where all are 0."""
     means = [jnp.mean(f, axis=axes, keepdims=True) for f in own]
     shares = [f / jnp.where(m > 0, m, 1.0) for f, m in zip(own, means, strict=True)]
     total = sum(shares)

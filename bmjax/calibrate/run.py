@@ -49,44 +49,44 @@ def merge(
         calibration = data.read(recipe, tokenizer, config.vocab_size, base_directory, mesh)
         base = hf.load_params(base_directory, config, mesh, dtype=np.float32)
         branches = [hf.load_params(directory, config, mesh, dtype=np.float32) for directory in directories]
-        for name, tree in zip([recipe.base_model, *recipe.names], [base, *branches], strict=True):
+        for name, tree in zip(recipe.inputs, [base, *branches], strict=True):
             _check_finite(name, tree, config)
         parts = contributions(config, base, branches, calibration, p)
         del branches
         factors = [coefficients(config, p.start, p.per) for _ in parts]
-        params = merged(base, parts, factors)
-        candidates = {"start": params}
-        losses = {"base": held_out_losses(config, base, calibration, p.compute_dtype)}
-        losses["start"] = held_out_losses(config, params, calibration, p.compute_dtype)
-        kept = "start"
-        for stage in ("learned", "polished"):
-            if not (p.steps if stage == "learned" else p.polish):
-                continue
-            if stage == "learned":
-                found = learn(config, base, parts, calibration, p)
-                candidate = merged(base, parts, found)
-            else:
-                candidate = polish(config, candidates[kept], parts, calibration, p)
+        params, kept = merged(base, parts, factors), "start"
+        losses = {stage: held_out_losses(config, tree, calibration, p.compute_dtype)
+                  for stage, tree in (("base", base), (kept, params))}  # fmt: skip
+
+        def better(stage: str, candidate: Tree) -> bool:
             losses[stage] = held_out_losses(config, candidate, calibration, p.compute_dtype)
-            if np.mean(losses[stage]) < np.mean(losses[kept]):
-                candidates, kept = {stage: candidate}, stage
-                factors = found if stage == "learned" else factors
-            else:  # also where it is not a number
-                log(f"{stage}: held-out loss {np.mean(losses[stage]):.4f} is not below {np.mean(losses[kept]):.4f} "
-                    f"({kept}); not kept")  # fmt: skip
+            one, other = np.mean(losses[stage]), np.mean(losses[kept])
+            if one < other:
+                return True
+            log(f"{stage}: held-out loss {one:.4f} is not below {other:.4f} ({kept}); not kept")  # NaN is not, either
+            return False
+
+        if p.steps:
+            found = learn(config, base, parts, calibration, p)
+            candidate = merged(base, parts, found)
+            if better("learned", candidate):
+                params, factors, kept = candidate, found, "learned"
+        if p.polish:
+            candidate = polish(config, params, parts, calibration, p)
+            if better("polished", candidate):
+                params, kept = candidate, "polished"
         report = {
             "recipe": recipe.model_dump(mode="json", exclude_defaults=True),
             "seed": recipe.seed,
-            "sources": {name: {"directory": recipe.sources.get(name, name)}
-                        for name in (recipe.base_model, *recipe.names)},
+            "sources": {name: {"directory": recipe.sources.get(name, name)} for name in recipe.inputs},
             "held_out_loss": {stage: dict(zip(recipe.names, own, strict=True)) for stage, own in losses.items()},
             "kept": kept,
             "tokens": calibration.tokens,
             "versions": {package: version(package) for package in ("jax", "numpy")},
-            **_summaries(recipe, config, base, candidates[kept], parts, factors),
+            **_summaries(recipe, config, base, params, parts, factors),
         }  # fmt: skip
         hf.save_hf(
-            output, candidates[kept], read_hf_config(base_directory), side_files=base_directory,
+            output, params, read_hf_config(base_directory), side_files=base_directory,
             dtype=np.dtype(jnp.dtype(recipe.dtype)) if recipe.dtype else hf.stored_dtype(base_directory),
             shard_bytes=shard_bytes, texts={REPORT: json.dumps(report, indent=1) + "\n"},
         )  # fmt: skip
@@ -95,7 +95,7 @@ def merge(
 
 def check(recipe: CalibratedRecipe, output: str | Path, overwrite: bool) -> tuple[Path, list[Path]]:
     """The base's and the branches' directories, once what their configs say fits together; else UserError."""
-    base, *directories = [hf.resolve_model(recipe.sources.get(n, n)) for n in (recipe.base_model, *recipe.names)]
+    base, *directories = [hf.resolve_model(recipe.sources.get(n, n)) for n in recipe.inputs]
     check_target(Path(output), [base, *directories], overwrite)
     expected = Qwen2Config.from_dir(base)
     if recipe.parameters.seq_len > expected.max_length:

@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from bmjax.config import Settings, read_yaml
+from bmjax.config import Settings, UserError, read_yaml
 
 METHODS = ("learned", "regmean")
 
@@ -89,6 +89,11 @@ class CalibratedRecipe(Settings):
         """The branches' names in order."""
         return [entry.model for entry in self.models]
 
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """All models that are read, the base first."""
+        return (self.base_model, *self.names)
+
 
 def is_calibrated(source: Any, overrides: Sequence[str] = ()) -> bool:
     """Whether a recipe (YAML path or mapping) is one of these, by its method's name; False where it cannot be read."""
@@ -96,8 +101,6 @@ def is_calibrated(source: Any, overrides: Sequence[str] = ()) -> bool:
     if text is not None:
         return text in METHODS
     if isinstance(source, (str, Path)):
-        from bmjax.config import UserError
-
         try:
             source = read_yaml(source)
         except UserError:

@@ -175,6 +175,7 @@ class Qwen2(nn.Module):
             ctx = Context(cos, sin, segment_ids_BT, cache.valid_BS, cache.next_slot)
             kv = (cache.k, cache.v)
         layer = nn.remat(Layer, prevent_cse=False) if self.remat == "full" else Layer
+        # grams: what bmjax.calibrate sows in the linear layers; empty otherwise.
         stack = nn.scan(
             layer, variable_axes={"params": 0, "grams": 0}, split_rngs={"params": True}, length=c.num_layers,
             in_axes=(nn.broadcast, 0 if windows is not None else nn.broadcast, 0),

@@ -265,10 +265,9 @@ class _Run:
         known = ["backbone", *self.domains]
         try:
             if is_calibrated(recipe):
-                calibrated = CalibratedRecipe.read(self._with_rows(recipe, name))
-                inputs = (calibrated.base_model, *calibrated.names)
+                inputs = CalibratedRecipe.read(self._with_data(recipe, name)).inputs
             else:
-                inputs = read_recipe(self._with_sources(recipe, name)).inputs
+                inputs = read_recipe(self._with_data(recipe, name)).inputs
         except UserError as error:
             message = str(error).removeprefix("recipe: ")
             raise UserError(message if message.startswith("merges.") else f"merges.{name}: {message}") from None
@@ -276,8 +275,11 @@ class _Run:
             if model not in known:
                 raise UserError(f"merges.{name}: no model is named '{model}'{nearest(model, known)}")
 
-    def _with_rows(self, recipe: dict[str, Any], name: str) -> dict[str, Any]:
-        """A recipe that looks at data, with each domain's training rows where it gives none, and the run's seed."""
+    def _with_data(self, recipe: dict[str, Any], name: str) -> dict[str, Any]:
+        """The recipe with its sources; one that looks at data with each domain's training rows where it gives none,
+        and with the run's seed and template."""
+        if not is_calibrated(recipe):
+            return self._with_sources(recipe, name)
         models = recipe.get("models")
         if isinstance(models, list):
             entries = [{"model": entry} if isinstance(entry, str) else entry for entry in models]
@@ -292,18 +294,17 @@ class _Run:
         return self._with_sources(recipe, name) | {"models": models, "seed": seed, "parameters": parameters}
 
     def _merge(self, name: str) -> None:
-        recipe = self.settings.merges[name]
-        calibrated = is_calibrated(recipe)
+        recipe = self._with_data(self.settings.merges[name], name)
         after = [f"branch/{domain}" for domain in self.domains]
         if self.settings.student is None:
             after.append("backbone")
 
         def work() -> None:
             output = self.directory / "merges" / name / "hf"
-            if calibrated:
-                calibrated_merge(self._with_rows(recipe, name), output, overwrite=True, log=self.log)
+            if is_calibrated(recipe):
+                calibrated_merge(recipe, output, overwrite=True, log=self.log)
             else:
-                engine.merge(self._with_sources(recipe, name), output, overwrite=True)
+                engine.merge(recipe, output, overwrite=True)
 
         self.stages.run(f"merge/{name}", [self.settings.merges[name], *self._given()], after, [f"merges/{name}"], work)
 

@@ -157,7 +157,7 @@ def test_notes():
 def test_the_worked_recipes_are_valid(path):
     if is_calibrated(path):
         calibrated = CalibratedRecipe.read(path)
-        assert {calibrated.base_model, *calibrated.names} == set(calibrated.sources)
+        assert set(calibrated.inputs) == set(calibrated.sources)
         return
     recipe = read_recipe(path)
     assert set(recipe.inputs) <= set(recipe.sources)
