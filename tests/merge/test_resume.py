@@ -79,6 +79,8 @@ def start(root: Path, *options: str, out: str = "out") -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "bmjax.merge", "recipe.yaml", out, "--quiet", "--shard-size", "8MB", *options],
         cwd=root, env={**os.environ, "PYTHONPATH": paths}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        # Tests that a script runs in the background would hand down that SIGINT is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 
