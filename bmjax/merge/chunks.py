@@ -105,7 +105,7 @@ def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An empty array that JAX can take over without a copy: its address is a multiple of 64."""
     nbytes = math.prod(shape) * dtype.itemsize
     raw = np.empty(nbytes + 64, np.uint8)
-    offset = -raw.ctypes.data % 64
+    offset = -raw.__array_interface__["data"][0] % 64  # a tenth of the time of raw.ctypes.data
     return raw[offset : offset + nbytes].view(dtype).reshape(shape)
 
 
@@ -293,14 +293,8 @@ class View:
     def counts(self, kernel: Kernel, *numbers: Any, **static: Any) -> list[int]:
         return [int(total) for total in self.sums(kernel, *numbers, **static)]
 
-    def largest(self, kernel: Kernel, *numbers: Any, **static: Any) -> float:
-        run = passes.largest(kernel, passes.static(static))
-
-        def work(where: Chunk) -> float:
-            x = self.block(where, {})
-            return float(run(x, self.numbers(numbers, where, x)))
-
-        return max(self.job.each(work))
+    def highest(self, rows: Rows, index: int) -> float:
+        return float(np.max(rows.array[index]))
 
     def columns(self, kernel: Kernel, *numbers: Any, **static: Any) -> Any:
         run = passes.column_sums(kernel, passes.static(static))
@@ -311,8 +305,8 @@ class View:
 
         return np.sum(self.job.each(work), axis=0).astype(np.float32)
 
-    def rows(self, kernel: Kernel, *numbers: Any, **static: Any) -> Rows:
-        run = passes.values(kernel, passes.static(static))
+    def rows(self, kernel: Kernel, *numbers: Any, reorder: bool = False, **static: Any) -> Rows:
+        run = passes.values(kernel, passes.static(static), reorder)
 
         def work(where: Chunk) -> np.ndarray:
             x = self.block(where, {})

@@ -31,13 +31,13 @@ def block(base: Any, branches: Sequence[Any], models: Mapping[str, Any], start: 
 
 
 @functools.cache
-def values(kernel: Kernel, keywords: Static) -> Callable[..., Any]:
-    """(block, numbers) -> what the kernel gives."""
+def values(kernel: Kernel, keywords: Static, reorder: bool = False) -> Callable[..., Any]:
+    """(block, numbers) -> what the kernel gives. reorder: its sums may be taken in any order."""
 
     def run(x: Block, numbers: Sequence[Any]) -> Any:
         return kernel(_float32(x), *numbers, **dict(keywords))
 
-    return _compiled(run)
+    return _compiled(run, reorder)
 
 
 @functools.cache
@@ -47,16 +47,6 @@ def row_sums(kernel: Kernel, keywords: Static) -> Callable[..., jax.Array]:
 
     def run(x: Block, numbers: Sequence[Any]) -> jax.Array:
         return _sum_rows(kernel(_float32(x), *numbers, **dict(keywords)))
-
-    return _compiled(run, reorder=True)
-
-
-@functools.cache
-def largest(kernel: Kernel, keywords: Static) -> Callable[..., jax.Array]:
-    """(block, numbers) -> the largest entry of the array that the kernel gives."""
-
-    def run(x: Block, numbers: Sequence[Any]) -> jax.Array:
-        return jnp.max(kernel(_float32(x), *numbers, **dict(keywords)))
 
     return _compiled(run, reorder=True)
 

@@ -194,14 +194,14 @@ class _ArrayTensor:
     def counts(self, kernel: Kernel, *numbers: Any, **static: Any) -> list[int]:
         return [int(n) for n in self.sums(kernel, *numbers, **static)]
 
-    def largest(self, kernel: Kernel, *numbers: Any, **static: Any) -> float:
-        return float(passes.largest(kernel, passes.static(static))(self._block, self._numbers(numbers)))
+    def highest(self, rows: Any, index: int) -> float:
+        return float(jnp.max(rows[index]))
 
     def columns(self, kernel: Kernel, *numbers: Any, **static: Any) -> Any:
         return passes.column_sums(kernel, passes.static(static))(self._block, self._numbers(numbers))
 
-    def rows(self, kernel: Kernel, *numbers: Any, **static: Any) -> Any:
-        return passes.values(kernel, passes.static(static))(self._block, self._numbers(numbers))
+    def rows(self, kernel: Kernel, *numbers: Any, reorder: bool = False, **static: Any) -> Any:
+        return passes.values(kernel, passes.static(static), reorder)(self._block, self._numbers(numbers))
 
     def whole(self, kernel: Kernel, *numbers: Any, **static: Any) -> Any:
         return passes.values(kernel, passes.static(static))(self._block, self._numbers(numbers))

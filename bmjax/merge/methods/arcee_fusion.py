@@ -1,16 +1,15 @@
 """Arcee fusion: keep the changes that matter, entry by entry. The merge of TinyR1 (arXiv 2503.04872)."""
 
-import functools
 from typing import Annotated, Literal
 
 import numpy as np
 
 from bmjax.merge.lazy import Array, jnp, lax
 from bmjax.merge.methods.method import About, Block, Masks, Merged, Rebase, Tensor, add, deltas, method
-from bmjax.merge.quantile import rank
+from bmjax.merge.quantile import add_each, rank
 
 EPSILON = 1e-8
-SMALL = 0.02
+SMALL, NEAR = 0.02, 20.0
 
 
 @method("arcee_fusion", base="required", branches=(1, None), by_row=True)
@@ -43,11 +42,13 @@ def arcee_fusion(
         # The KL is one positive factor of the whole tensor: it changes no entry's place.
         found = t.order_statistics(_decreases, [quartiles] * t.branches)
         return t.map(_fuse_signed, _limits(found), lambda_, combine=combine)
+    form = "small"
     if t.compat == "mergekit":
         form = "bfloat16" if t.rounded_to == "bfloat16" else "textbook"
-    else:
-        form = "small" if t.largest(_largest_change) <= SMALL else "any"
-    kl = t.rows(row_kls, form=form)
+    kl = t.rows(row_kls, form=form, reorder=form == "small")
+    if form == "small" and any(t.highest(kl, t.branches + b) > 0 for b in range(t.branches)):
+        form = "any"
+        kl = t.rows(row_kls, form=form)
     found = t.order_statistics(importances, [quartiles] * t.branches, kl, form=form)
     return t.map(_fuse, kl, _limits(found), lambda_, combine=combine, form=form)
 
@@ -57,18 +58,18 @@ def _limits(found: list[np.ndarray]) -> list[float]:
 
 
 def row_kls(x: Block, *, form: str) -> Array:
-    """KL of every branch's rows, [branches, rows, 1]."""
+    """KL of every branch's rows, [branches, rows, 1]; for the form "small" twice as many: then how many entries of each
+    branch's rows are beyond that form's limits."""
+    if form == "small":
+        pairs = [_kl_small(x.base, delta) for delta in deltas(x)]
+        return jnp.stack([*(kl for kl, _ in pairs), *(beyond for _, beyond in pairs)])
     return jnp.stack([row_kl(x.base, delta, form=form) for delta in deltas(x)])
-
-
-def _largest_change(x: Block) -> Array:
-    return jnp.maximum(0.0, functools.reduce(jnp.maximum, [jnp.abs(delta) for delta in deltas(x)]))
 
 
 def importances(x: Block, kl: Array, *, form: str) -> list[Array]:
     """|change| * KL of its row for every branch."""
     cut = _bfloat16 if form == "bfloat16" else lambda a: a
-    return [cut(jnp.abs(cut(delta)) * k) for delta, k in zip(deltas(x), kl, strict=True)]
+    return [cut(jnp.abs(cut(delta)) * kl[b]) for b, delta in enumerate(deltas(x))]
 
 
 def _fuse(x: Block, kl: Array, limits: Array, lambda_: Array, *, combine: str, form: str) -> tuple[Array, Masks]:
@@ -133,24 +134,38 @@ def row_kl(base: Array, delta: Array, *, form: str = "any") -> Array:
         KL = sum(Q * g(x)),   g(x) = (1 + x) * log1p(x) - x,
 
     because P - Q sums to zero, and every term is >= 0. P - Q = q * expm1(t) with q = softmax(base) and
-    t = delta - log1p(sum(q * expm1(delta))). form: "small" is for |delta| <= 0.02 everywhere, "any" for any delta,
-    "textbook" the textbook's, "bfloat16" that with every operation's result rounded to bfloat16.
+    t = delta - log1p(sum(q * expm1(delta))). form: "small" is for |delta| <= 0.02 and |base| <= 20 everywhere, "any"
+    for any values, "textbook" the textbook's, "bfloat16" that with every operation's result rounded to bfloat16.
     """
-    kinds = {"small": _kl_small, "any": _kl_any, "textbook": _kl_textbook, "bfloat16": _kl_bfloat16}
+    if form == "small":
+        return _kl_small(base, delta)[0]
+    kinds = {"any": _kl_any, "textbook": _kl_textbook, "bfloat16": _kl_bfloat16}
     kl = kinds[form](base, delta)
-    if form in ("textbook", "bfloat16"):
+    if form != "any":
         return kl
     # The softmax does not see a shift of the whole row; without this its KL would be rounding noise instead of 0.
     shifted = jnp.max(delta, axis=-1, keepdims=True) == jnp.min(delta, axis=-1, keepdims=True)
     return jnp.where(shifted, 0.0, kl)
 
 
-def _kl_small(base: Array, delta: Array) -> Array:
-    """For |delta| <= SMALL everywhere: polynomials, exact to float32, in place of transcendental functions."""
-    q, _ = _softmax(base)
-    t = delta - jnp.log1p(jnp.sum(q * _expm1_series(delta), axis=-1, keepdims=True))
+def _kl_small(base: Array, delta: Array) -> tuple[Array, Array]:
+    """KL for |delta| <= SMALL and |base| <= NEAR everywhere, and how many entries of each row are beyond.
+
+    Polynomials, exact to float32, in place of transcendental functions; no largest entry to be found first; and sums of
+    floats only, all at once, for which the CPU's compiler has vector code. So a row is gone through twice.
+    """
+    e = jnp.exp(base)
+    uneven = jnp.abs(delta - delta[..., :1])
+    beyond = jnp.where((jnp.abs(base) > NEAR) | (jnp.abs(delta) > SMALL), 1.0, 0.0)
+    arrays = [e, e * _expm1_series(delta), uneven, beyond]
+    sums = lax.reduce(arrays, [np.float32(0)] * 4, lambda x, y: list(add_each(x, y)), (base.ndim - 1,))
+    total, grown, uneven, beyond = (a[..., None] for a in sums)
+    t = delta - jnp.log1p(grown / total)
+    q = e * (1.0 / total)
     x = q * _expm1_series(t) / (q + EPSILON)
-    return jnp.sum((q + EPSILON) * _g_series(x), axis=-1, keepdims=True)
+    kl = jnp.sum((q + EPSILON) * _g_series(x), axis=-1, keepdims=True)
+    # As in `row_kl`: a shift of the whole row.
+    return jnp.where(uneven == 0, 0.0, kl), beyond
 
 
 def _kl_any(base: Array, delta: Array) -> Array:

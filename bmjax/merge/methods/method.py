@@ -88,14 +88,15 @@ class Tensor(Protocol):
     def counts(self, kernel: Kernel, *numbers: Any, **static: Any) -> list[int]:
         """How many entries of each bool array that the kernel gives are true, exactly."""
 
-    def largest(self, kernel: Kernel, *numbers: Any, **static: Any) -> float:
-        """The largest entry of the non-negative array that the kernel gives."""
-
     def columns(self, kernel: Kernel, *numbers: Any, **static: Any) -> Any:
         """The sum over rows of each array: a number for later passes, float32 [K, 1, columns]."""
 
-    def rows(self, kernel: Kernel, *numbers: Any, **static: Any) -> Any:
-        """What the kernel gives for every row, an array [..., rows, 1]: a number for later passes."""
+    def rows(self, kernel: Kernel, *numbers: Any, reorder: bool = False, **static: Any) -> Any:
+        """What the kernel gives for every row, an array [..., rows, 1]: a number for later passes. reorder: its sums
+        may be taken in any order, as in all passes that only sum; twice as fast where rows are long."""
+
+    def highest(self, rows: Any, index: int) -> float:
+        """The largest of what `rows` gave at `index` of its first axis."""
 
     def whole(self, kernel: Kernel, *numbers: Any, **static: Any) -> Any:
         """What the kernel gives for all rows at once, [rows, columns]: a number for later passes, which see their rows

@@ -55,7 +55,19 @@ def test_row_divergences(delta_rms):
 def test_both_paths_agree_where_they_meet():
     base, (branch,) = real_sized(SHAPE, 3, 0.3, 4e-3)
     delta = branch - base
-    np.testing.assert_allclose(module._kl_small(base, delta), module._kl_any(base, delta), rtol=1e-5)
+    found, beyond = module._kl_small(base, delta)
+    assert not beyond.any()
+    np.testing.assert_allclose(found, module._kl_any(base, delta), rtol=1e-5)
+
+
+@pytest.mark.parametrize("change", [4e-3, 1e-3])
+def test_one_large_entry_takes_the_tensor_to_the_form_for_any_values(change):
+    """A weight of 25 where its exponential would drown the row's others, or a change of 0.03."""
+    base, (branch,) = real_sized(SHAPE, 3, 0.3, change)
+    base[3, 5], branch[3, 5] = (25.0, 25.5) if change == 4e-3 else (0.1, 0.13)
+    _, beyond = module._kl_small(base, branch - base)
+    np.testing.assert_array_equal(np.flatnonzero(beyond), [3])
+    np.testing.assert_array_equal(leaf("arcee_fusion", base, [branch]), fuse(base, branch).astype(np.float32))
 
 
 def test_extreme_values_stay_finite():
