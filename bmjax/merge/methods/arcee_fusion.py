@@ -46,7 +46,7 @@ def arcee_fusion(
     if t.compat == "mergekit":
         form = "bfloat16" if t.rounded_to == "bfloat16" else "textbook"
     kl = t.rows(row_kls, form=form, reorder=form == "small")
-    if form == "small" and any(t.highest(kl, t.branches + b) > 0 for b in range(t.branches)):
+    if form == "small" and t.highest(kl, -1) > 0:
         form = "any"
         kl = t.rows(row_kls, form=form)
     found = t.order_statistics(importances, [quartiles] * t.branches, kl, form=form)
@@ -58,11 +58,11 @@ def _limits(found: list[np.ndarray]) -> list[float]:
 
 
 def row_kls(x: Block, *, form: str) -> Array:
-    """KL of every branch's rows, [branches, rows, 1]; for the form "small" twice as many: then how many entries of each
-    branch's rows are beyond that form's limits."""
+    """KL of every branch's rows, [branches, rows, 1]; for the form "small" one more: how many entries of each row are
+    beyond that form's limits, over all branches."""
     if form == "small":
-        pairs = [_kl_small(x.base, delta) for delta in deltas(x)]
-        return jnp.stack([*(kl for kl, _ in pairs), *(beyond for _, beyond in pairs)])
+        kls, beyond = zip(*(_kl_small(x.base, delta) for delta in deltas(x)), strict=True)
+        return jnp.stack([*kls, add(beyond)])
     return jnp.stack([row_kl(x.base, delta, form=form) for delta in deltas(x)])
 
 
@@ -134,11 +134,9 @@ def row_kl(base: Array, delta: Array, *, form: str = "any") -> Array:
         KL = sum(Q * g(x)),   g(x) = (1 + x) * log1p(x) - x,
 
     because P - Q sums to zero, and every term is >= 0. P - Q = q * expm1(t) with q = softmax(base) and
-    t = delta - log1p(sum(q * expm1(delta))). form: "small" is for |delta| <= 0.02 and |base| <= 20 everywhere, "any"
-    for any values, "textbook" the textbook's, "bfloat16" that with every operation's result rounded to bfloat16.
+    t = delta - log1p(sum(q * expm1(delta))). form: "any" is this for any values (`_kl_small` for small ones),
+    "textbook" the textbook's, "bfloat16" that with every operation's result rounded to bfloat16.
     """
-    if form == "small":
-        return _kl_small(base, delta)[0]
     kinds = {"any": _kl_any, "textbook": _kl_textbook, "bfloat16": _kl_bfloat16}
     kl = kinds[form](base, delta)
     if form != "any":
