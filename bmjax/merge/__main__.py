@@ -1,7 +1,6 @@
 """`python -m bmjax.merge RECIPE OUT [key=value ...]`, which is also `bmjax merge`."""
 
 import argparse
-import gc
 import sys
 import time
 import warnings
@@ -215,7 +214,6 @@ def _merge(recipe: Recipe, options: argparse.Namespace, settings: dict[str, Any]
 
 
 if __name__ == "__main__":
-    code = main()
-    # All is written: what the interpreter would take apart piece by piece, for half a second, goes with the process.
-    gc.freeze()
-    sys.exit(code)
+    from bmjax.__main__ import run
+
+    run(main)

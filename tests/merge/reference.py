@@ -29,8 +29,12 @@ def fusion_mask(base, branch, origin=None):
     b, w = base.astype(np.float64), branch.astype(np.float64)
     if origin is not None:
         w = b + (w - origin.astype(np.float64))
-    p, q = softmax(w) + EPSILON, softmax(b) + EPSILON
-    importance = np.abs(w - b) * np.sum(p * np.log(p / q), axis=-1, keepdims=True)
+    importance = np.abs(w - b)
+    size = max(1, 2**24 // b.shape[-1])  # rows at a time, for whole embeddings
+    rows = [slice(None)] if b.ndim < 2 else [slice(i, i + size) for i in range(0, len(b), size)]
+    for at in rows:
+        p, q = softmax(w[at]) + EPSILON, softmax(b[at]) + EPSILON
+        importance[at] *= np.sum(p * np.log(p / q), axis=-1, keepdims=True)
     ordered = np.sort(importance.ravel())
     q1, median, q3 = (ordered[int(np.floor(share * (ordered.size - 1)))] for share in (0.25, 0.5, 0.75))
     return (importance >= median + 1.5 * (q3 - q1)) & (w != b)

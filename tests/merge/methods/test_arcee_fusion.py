@@ -3,9 +3,25 @@ import importlib
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
+from bmjax.merge.engine import merge
+from bmjax.merge.recipe import read_recipe
 from bmjax.merge.tree import merge_arrays
-from tests.merge.reference import BF16, EPSILON, fuse, fusion_mask, heavy_tailed, jaccard, leaf, real_sized, softmax
+from bmjax.parallel.mesh import make_mesh
+from bmjax.weights.safetensors import open_checkpoint
+from tests.merge.reference import (
+    BF16,
+    EPSILON,
+    fuse,
+    fusion_mask,
+    heavy_tailed,
+    hf_dir,
+    jaccard,
+    leaf,
+    real_sized,
+    softmax,
+)
 
 module = importlib.import_module("bmjax.merge.methods.arcee_fusion")
 
@@ -32,6 +48,31 @@ def test_mask_at_the_changes_of_fine_tuning(name):
     assert jaccard(np.asarray(merged != base.astype(np.float32)) & changed, exact) >= 0.999
     assert kept[0] == pytest.approx(exact.mean(), abs=1e-4)
     assert 0.02 < kept[0] < 0.3
+
+
+@pytest.fixture(scope="module")
+def embedding():
+    """Qwen2.5-0.5B's embedding, that of a branch, and the exact mask."""
+    base, (branch,) = real_sized((151_936, 896), 5)
+    base, branch = base.astype(BF16), branch.astype(BF16)
+    return base, branch, fusion_mask(base, branch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["files", "mesh"])
+def test_mask_of_a_whole_embedding(where, embedding, tmp_path):
+    base, branch, exact = embedding
+    if where == "files":
+        key = "model.embed_tokens.weight"
+        sources = {n: str(hf_dir(tmp_path / n, {key: t})) for n, t in {"base": base, "branch": branch}.items()}
+        recipe = {"merge_method": "arcee_fusion", "base_model": "base", "models": ["branch"], "sources": sources}
+        merge(read_recipe(recipe), tmp_path / "out")
+        merged = open_checkpoint(tmp_path / "out").read(key)
+    else:
+        placed = NamedSharding(make_mesh({"fsdp": 4, "tensor": 2}), PartitionSpec("fsdp", "tensor"))
+        merged, _ = merge_arrays("arcee_fusion", *jax.device_put((base, [branch]), placed))
+        assert len(merged.sharding.device_set) == 8
+    assert jaccard(np.asarray(merged, np.float32) != base.astype(np.float32), exact) >= 0.999
 
 
 @pytest.mark.parametrize("seed", range(3))
