@@ -199,18 +199,20 @@ class Rows:
 
 
 class Masks:
-    """Bool arrays that a kernel gives, kept as bits between passes where memory allows, else computed again."""
+    """Bool arrays that a kernel gives, kept as bits between passes where memory allows, else computed again.
 
-    def __init__(self, view: "View", kernel: Kernel, numbers: Sequence[Any], keywords: passes.Static) -> None:
-        self._view, self._kernel, self._numbers, self._keywords = view, kernel, numbers, keywords
+    It does not hold its view, which holds it: all that is kept of a tensor would wait for the garbage collector.
+    """
+
+    def __init__(self, keep: bool, kernel: Kernel, numbers: Sequence[Any], keywords: passes.Static) -> None:
+        self._keep, self._kernel, self._numbers, self._keywords = keep, kernel, numbers, keywords
         self._kept: dict[int, tuple[np.ndarray, tuple[int, ...]]] = {}
-        self._keep = view.branches * view.size // 8 <= view.job.memory
 
-    def at(self, where: Where, x: Block) -> list[np.ndarray]:
+    def at(self, view: "View", where: Where, x: Block) -> list[np.ndarray]:
         if isinstance(where, Chunk) and where.index in self._kept:
             bits, shape = self._kept[where.index]
             return list(np.unpackbits(bits, count=math.prod(shape)).view(np.bool_).reshape(shape))
-        found = passes.values(self._kernel, self._keywords)(x, self._view.numbers(self._numbers, where, x))
+        found = passes.values(self._kernel, self._keywords)(x, view.numbers(self._numbers, where, x))
         masks = np.stack([np.asarray(mask) for mask in found])
         if self._keep and isinstance(where, Chunk):
             self._kept[where.index] = (np.packbits(masks), masks.shape)
@@ -270,7 +272,7 @@ class View:
         if isinstance(number, Rows):
             return number.at(where)
         if isinstance(number, Masks):
-            return number.at(where, x)
+            return number.at(self, where, x)
         if isinstance(number, Ranked):
             arrays = passes.values(number.values, ())(x, [])
             places = passes.values(number.places, ())(x, self.numbers(number.numbers, where, x))
@@ -327,7 +329,8 @@ class View:
         return Rows(np.asarray(run(x, [np.asarray(number, np.float32) for number in numbers])))
 
     def masks(self, kernel: Kernel, *numbers: Any, **static: Any) -> Masks:
-        return Masks(self, kernel, numbers, passes.static(static))
+        keep = self.branches * self.size // 8 <= self.job.memory
+        return Masks(keep, kernel, numbers, passes.static(static))
 
     def map(self, kernel: Kernel, *numbers: Any, **static: Any) -> Merged:
         return Merged(kernel, numbers, static)

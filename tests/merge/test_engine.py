@@ -1,6 +1,8 @@
+import gc
 import json
 import os
 import shutil
+import weakref
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from safetensors.numpy import load_file
 
 import bmjax.merge as package
 from bmjax.config import UserError
+from bmjax.merge import stream
 from bmjax.merge.__main__ import main
 from bmjax.merge.engine import merge
 from bmjax.merge.methods import METHODS
@@ -44,6 +47,26 @@ def test_pairwise_fusion_of_directories(models):
     assert 0.01 < report["total"]["merged"]["models"]["math"]["kept"] < 0.3
     assert (models / "out/tokenizer.json").read_bytes() == (models / "science/tokenizer.json").read_bytes()
     assert (models / "out/config.json").read_bytes() == (models / "science/config.json").read_bytes()
+
+
+@pytest.mark.parametrize("method", ["della", "arcee_fusion", "ties", "model_stock"])
+def test_what_is_kept_of_a_tensor_goes_with_it(method, models, monkeypatch):
+    """Without a garbage collector: its inputs would wait for that, gigabytes of them."""
+    jobs = []
+
+    class Watched(stream.Job):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            jobs.append(weakref.ref(self))
+
+    monkeypatch.setattr(stream, "Job", Watched)
+    gc.disable()
+    try:
+        merge({"merge_method": method, "base_model": "science", "models": ["math", "code"]}, "out")
+        assert len(jobs) == len(MODELS["math"])
+        assert not any(job() for job in jobs)
+    finally:
+        gc.enable()
 
 
 def test_the_papers_two_steps_take_the_last_base(models):
