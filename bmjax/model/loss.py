@@ -2,12 +2,20 @@
 
 loss = sum over target tokens / count of target tokens; this module returns the sum and the count, and only the
 training step divides, once, over all microbatches and devices.
+
+On a mesh every device has its own tokens and, along `tensor`, its own part of the vocabulary; the head is gathered over
+`fsdp` once, not for every chunk, and its gradient is reduce-scattered once.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from bmjax.parallel.mesh import fitting_spec
 
 CHUNK_ELEMENTS = 2**26  # logits held at once: 256 MiB in float32
 
@@ -33,100 +41,163 @@ def cross_entropy_sum(h_BTD: jax.Array, w_DV: jax.Array, labels_BT: jax.Array, m
     The gradient of the sum is computed together with it, chunk by chunk, and scaled in the backward pass, so
     logits are neither kept nor computed twice. The logits' cotangent is rounded to the dtype of `h`, so that
     the two backward products run in it (float32 operands would be upcast silently). Where logits are too many
-    for one chunk, each row's targets are moved to its front, and chunks without any target are skipped.
+    for one chunk, a device's targets are moved to the front of its tokens, and chunks without any target are skipped.
     """
-    return _sum(h_BTD, w_DV, labels_BT, mask_BT.astype(jnp.float32))
+    return _sum(h_BTD, w_DV, jnp.asarray(labels_BT), jnp.asarray(mask_BT, jnp.float32))
 
 
-def _pieces(shape: tuple[int, ...], vocab: int) -> int:
-    """How many pieces the rows are cut into along their length: the least power of two that keeps a piece small."""
-    rows, length = shape
+class _Split(NamedTuple):
+    """How the mesh axes split the work. tokens: axes that split the tokens; vocab, embed: the head's axis, or None."""
+
+    tokens: tuple[str, ...] = ()
+    vocab: str | None = None
+    embed: str | None = None
+
+
+def _on_mesh(function: Any, h_BTD: jax.Array, w_DV: jax.Array, y_BT: jax.Array, m_BT: jax.Array, head: bool) -> Any:
+    """`function` of every device's part, with the sums over devices made: (loss, dh, dw or None), or the loss alone
+    where `function` gives that."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function(_Split(), h_BTD, w_DV, y_BT, m_BT, head)
+    h_spec = fitting_spec(mesh, ("batch", "length", None), h_BTD.shape)
+    w_spec = fitting_spec(mesh, ("embed", "vocab"), w_DV.shape)
+    tokens = tuple(axis for part in h_spec if part for axis in ((part,) if isinstance(part, str) else part))
+    split = _Split(tokens, w_spec[1], w_spec[0])
+
+    def local(h: jax.Array, w: jax.Array, y: jax.Array, m: jax.Array) -> Any:
+        if split.embed:
+            w = lax.all_gather(w, split.embed, axis=0, tiled=True)
+        found = function(split, h, w, y, m, head)
+        if not isinstance(found, tuple):
+            return lax.psum(found, tokens) if tokens else found
+        loss, dh, dw = found
+        if split.vocab:
+            dh = lax.psum(dh, split.vocab)
+        return lax.psum(loss, tokens) if tokens else loss, dh, _reduced(split, dw) if head else jnp.float32(0)
+
+    both = function is _chunks_with_gradients
+    place, token_spec = PartitionSpec(), PartitionSpec(*h_spec[:2])
+    run = jax.shard_map(
+        local, in_specs=(h_spec, w_spec, token_spec, token_spec),
+        out_specs=(place, h_spec, w_spec if head else place) if both else place, check_vma=False,
+    )  # fmt: skip
+    return run(h_BTD, w_DV, y_BT, m_BT)
+
+
+def _reduced(split: _Split, dw: jax.Array) -> jax.Array:
+    """A head's gradient summed over the devices with other tokens; each keeps its own part of it."""
+    others = tuple(axis for axis in split.tokens if axis != split.embed)
+    if others:
+        dw = lax.psum(dw, others)
+    if split.embed is None:
+        return dw
+    if split.embed in split.tokens:
+        # The barrier keeps it in the loop over microbatches: XLA fails at moving it out (libtpu 0.0.42).
+        return lax.optimization_barrier(lax.psum_scatter(dw, split.embed, scatter_dimension=0, tiled=True))
+    size = dw.shape[0] // lax.axis_size(split.embed)
+    return lax.dynamic_slice_in_dim(dw, lax.axis_index(split.embed) * size, size)
+
+
+def _pieces(tokens: int, vocab: int) -> int:
+    """How many chunks the tokens are cut into: the least power of two that keeps one small."""
     pieces = 1
-    while pieces * 2 <= length and rows * -(-length // pieces) * vocab > CHUNK_ELEMENTS:
+    while pieces * 2 <= tokens and -(-tokens // pieces) * vocab > CHUNK_ELEMENTS:
         pieces *= 2
     return pieces
 
 
-def _targets_first(mask_BT: jax.Array) -> jax.Array:
-    """The order of each row's tokens that puts its targets first, int32 [B, T]."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and mesh.shape.get("context", 1) > 1:  # moving tokens along a split row would gather it
-        return jnp.broadcast_to(jnp.arange(mask_BT.shape[1]), mask_BT.shape)
-    return jnp.argsort(mask_BT <= 0, axis=1, stable=True)
+def _cut(arrays: Sequence[jax.Array], m_N: jax.Array, pieces: int) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """(order that puts targets first, the arrays [N, ...] in it, padded with zeros, as [pieces, n, ...])."""
+    order = jnp.argsort(m_N <= 0, stable=True)
+
+    def cut(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x[order], [(0, -len(x) % pieces)] + [(0, 0)] * (x.ndim - 1))
+        return x.reshape(pieces, -1, *x.shape[1:])
+
+    return order, tuple(cut(x) for x in arrays)
 
 
-def _cut(x_BT: jax.Array, order_BT: jax.Array, pieces: int) -> jax.Array:
-    """[B, T, ...] in order, padded with zeros, as [pieces, B, t, ...]."""
-    index = order_BT.reshape(order_BT.shape + (1,) * (x_BT.ndim - 2))
-    x = jnp.take_along_axis(x_BT, index, axis=1)
-    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % pieces)] + [(0, 0)] * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(x.shape[0], pieces, -1, *x.shape[2:]), 1, 0)
+def _piece(split: _Split, h: jax.Array, w: jax.Array, y: jax.Array, m: jax.Array) -> Any:
+    """(loss, e = exp(logits - top), what dz multiplies e with, which local token of the vocabulary is the label)."""
+    z_NV = jnp.einsum("nd,dv->nv", h, w, preferred_element_type=jnp.float32)
+    top = jnp.max(z_NV, axis=-1, keepdims=True)
+    if split.vocab:
+        top = lax.pmax(top, split.vocab)
+        y = y - lax.axis_index(split.vocab) * w.shape[1]
+    e_NV = jnp.exp(z_NV - top)
+    total = jnp.sum(e_NV, axis=-1, keepdims=True)
+    picked = jnp.take_along_axis(z_NV, jnp.clip(y, 0, w.shape[1] - 1)[:, None], axis=-1)[:, 0]
+    if split.vocab:
+        picked = jnp.where((y >= 0) & (y < w.shape[1]), picked, 0.0)
+        total, picked = lax.psum((total, picked), split.vocab)
+    loss = jnp.sum((jnp.log(total[:, 0]) + top[:, 0] - picked) * m)
+    return loss, e_NV, m[:, None] / total, y
 
 
-def _join(x_PBt: jax.Array, order_BT: jax.Array) -> jax.Array:
-    """What `_cut` cut, [B, T, D], each token at its place again."""
-    x = jnp.moveaxis(x_PBt, 0, 1)
-    x = x.reshape(x.shape[0], -1, x.shape[3])
-    return jnp.take_along_axis(x, jnp.argsort(order_BT, axis=1)[:, :, None], axis=1)
+def _flat(h: jax.Array, y: jax.Array, m: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    return h.reshape(-1, h.shape[-1]), y.reshape(-1), m.reshape(-1)
 
 
-def _piece(h: jax.Array, w: jax.Array, y: jax.Array, m: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    z_BTV = jnp.einsum("btd,dv->btv", h, w, preferred_element_type=jnp.float32)
-    top = jnp.max(z_BTV, axis=-1, keepdims=True)
-    e_BTV = jnp.exp(z_BTV - top)
-    total = jnp.sum(e_BTV, axis=-1, keepdims=True)
-    picked = jnp.take_along_axis(z_BTV, y[..., None], axis=-1)[..., 0]
-    loss = jnp.sum((jnp.log(total[..., 0]) + top[..., 0] - picked) * m)
-    return loss, e_BTV, m[..., None] / total
+def _chunks(split: _Split, h: jax.Array, w: jax.Array, y: jax.Array, m: jax.Array, head: bool) -> jax.Array:
+    """The loss of a device's tokens."""
+    h, y, m = _flat(h, y, m)
+    pieces = _pieces(len(y), w.shape[1])
+    if pieces == 1:
+        return _piece(split, h, w, y, m)[0]
+
+    def body(total: jax.Array, xs: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        h, y, m = xs
+        return total + lax.cond(jnp.any(m > 0), lambda: _piece(split, h, w, y, m)[0], lambda: jnp.float32(0)), None
+
+    return lax.scan(body, jnp.float32(0), _cut((h, y, m), m, pieces)[1])[0]
+
+
+def _gradients(split: _Split, h: jax.Array, w: jax.Array, y: jax.Array, m: jax.Array, head: bool) -> Any:
+    """(loss, dh, dw) of a chunk; dw float32, None unless the head is trained. dh: of the local vocabulary."""
+    loss, e_NV, scale, y = _piece(split, h, w, y, m)
+    hot = jnp.arange(w.shape[1]) == y[:, None]
+    dz = (e_NV * scale - jnp.where(hot, m[:, None], 0.0)).astype(h.dtype)
+    dh = jnp.einsum("nv,dv->nd", dz, w, preferred_element_type=jnp.float32).astype(h.dtype)
+    return loss, dh, jnp.einsum("nd,nv->dv", h, dz, preferred_element_type=jnp.float32) if head else None
+
+
+def _chunks_with_gradients(
+    split: _Split, h_BTD: jax.Array, w: jax.Array, y: jax.Array, m: jax.Array, head: bool
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """(loss, dh, dw) of a device's tokens."""
+    h, y, m = _flat(h_BTD, y, m)
+    pieces = _pieces(len(y), w.shape[1])
+    if pieces == 1:
+        loss, dh, dw = _gradients(split, h, w, y, m, head)
+        return loss, dh.reshape(h_BTD.shape), dw
+
+    def body(carry: Any, xs: tuple[jax.Array, ...]) -> Any:
+        h, y, m = xs
+
+        def nothing() -> Any:
+            return jnp.float32(0), jnp.zeros_like(h), jnp.zeros(w.shape, jnp.float32) if head else None
+
+        found = lax.cond(jnp.any(m > 0), lambda: _gradients(split, h, w, y, m, head), nothing)
+        loss, dh, dw = found
+        return jax.tree.map(jnp.add, carry, (loss, dw)), dh
+
+    order, cut = _cut((h, y, m), m, pieces)
+    start = (jnp.float32(0), jnp.zeros(w.shape, jnp.float32) if head else None)
+    (loss, dw), dh = lax.scan(body, start, cut)
+    dh = dh.reshape(-1, h.shape[1])[jnp.argsort(order)]
+    return loss, dh.reshape(h_BTD.shape), dw
 
 
 @jax.custom_vjp
 def _sum(h_BTD: jax.Array, w_DV: jax.Array, y_BT: jax.Array, m_BT: jax.Array) -> jax.Array:
-    pieces = _pieces(y_BT.shape, w_DV.shape[1])
-    if pieces == 1:
-        return _piece(h_BTD, w_DV, y_BT, m_BT)[0]
-
-    def body(total: jax.Array, xs: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        h, y, m = xs
-        return total + jax.lax.cond(jnp.any(m > 0), lambda: _piece(h, w_DV, y, m)[0], lambda: jnp.float32(0)), None
-
-    order = _targets_first(m_BT)
-    return jax.lax.scan(body, jnp.float32(0), tuple(_cut(a, order, pieces) for a in (h_BTD, y_BT, m_BT)))[0]
-
-
-def _with_gradients(h: jax.Array, w: jax.Array, y: jax.Array, m: jax.Array, head: bool):
-    """(loss, dh, dw); dw float32, None unless the head is trained."""
-    loss, e_BTV, scale = _piece(h, w, y, m)
-    hot = jnp.arange(w.shape[1]) == y[..., None]
-    dz = (e_BTV * scale - jnp.where(hot, m[..., None], 0.0)).astype(h.dtype)
-    dh = jnp.einsum("btv,dv->btd", dz, w, preferred_element_type=jnp.float32).astype(h.dtype)
-    return loss, dh, jnp.einsum("btd,btv->dv", h, dz, preferred_element_type=jnp.float32) if head else None
+    return _on_mesh(_chunks, h_BTD, w_DV, y_BT, m_BT, False)
 
 
 def _forward(h_BTD: Any, w_DV: Any, y_BT: Any, m_BT: Any):
     head = w_DV.perturbed  # a frozen head needs no gradient: a third of the products
-    h_BTD, w_DV, y_BT, m_BT = h_BTD.value, w_DV.value, y_BT.value, m_BT.value
-    pieces = _pieces(y_BT.shape, w_DV.shape[1])
-    if pieces == 1:
-        loss, dh, dw = _with_gradients(h_BTD, w_DV, y_BT, m_BT, head)
-        return loss, (dh, dw.astype(w_DV.dtype) if head else None)
-
-    def body(carry: Any, xs: tuple[jax.Array, ...]):
-        h, y, m = xs
-
-        def work() -> Any:
-            return _with_gradients(h, w_DV, y, m, head)
-
-        def nothing() -> Any:
-            return jnp.float32(0), jnp.zeros_like(h), jnp.zeros(w_DV.shape, jnp.float32) if head else None
-
-        loss, dh, dw = jax.lax.cond(jnp.any(m > 0), work, nothing)
-        return jax.tree.map(jnp.add, carry, (loss, dw)), dh
-
-    order = _targets_first(m_BT)
-    start = (jnp.float32(0), jnp.zeros(w_DV.shape, jnp.float32) if head else None)
-    (loss, dw), dh = jax.lax.scan(body, start, tuple(_cut(a, order, pieces) for a in (h_BTD, y_BT, m_BT)))
-    return loss, (_join(dh, order), dw.astype(w_DV.dtype) if head else None)
+    loss, dh, dw = _on_mesh(_chunks_with_gradients, h_BTD.value, w_DV.value, y_BT.value, m_BT.value, head)
+    return loss, (dh, dw.astype(w_DV.value.dtype) if head else None)
 
 
 def _backward(saved: tuple[jax.Array, jax.Array | None], g: jax.Array):

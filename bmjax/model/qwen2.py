@@ -13,7 +13,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from bmjax.config import UserError
-from bmjax.model import attention, loss, ops, rope, spec
+from bmjax.model import loss, ops, rope, spec
+from bmjax.model.attention import cached_attention, causal_attention
+from bmjax.model.embedding import lookup
+from bmjax.model.how import How
 from bmjax.model.spec import Param, Qwen2Config
 from bmjax.parallel.mesh import constrain, sharding
 
@@ -85,6 +88,7 @@ class Linear(nn.Module):
 
 class Attention(nn.Module):
     config: Qwen2Config
+    how: How
 
     @nn.compact
     def __call__(
@@ -101,9 +105,7 @@ class Attention(nn.Module):
         k = rope.rotate(project("k", c.num_kv_heads), ctx.cos, ctx.sin)
         v = project("v", c.num_kv_heads)
         if kv is None:
-            # A query block reads all keys before it: gathered over `context` here, once.
-            k, v = (constrain(a, "batch", None, "kv_heads", None) for a in (k, v))
-            out = attention.causal_attention(q, k, v, ctx.segment_ids_BT, window)
+            out = causal_attention(q, k, v, ctx.segment_ids_BT, window, self.how)
         else:
             assert ctx.start is not None and ctx.valid_BS is not None  # they come with the cache
             place = (layer, jnp.int32(0), jnp.int32(0), ctx.start, jnp.int32(0))
@@ -112,7 +114,7 @@ class Attention(nn.Module):
                 for old, new in zip(kv, (k, v), strict=True)
             )
             k, v = (jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False) for cache in kv)
-            out = attention.cached_attention(q, k, v, ctx.valid_BS, ctx.start, window)
+            out = cached_attention(q, k, v, ctx.valid_BS, ctx.start, window)
         out = out.reshape(B, T, c.num_heads * c.head_dim)
         return Linear(c, "layers/attention/o", name="o")(out), kv
 
@@ -132,6 +134,7 @@ class MLP(nn.Module):
 
 class Layer(nn.Module):
     config: Qwen2Config
+    how: How
 
     @nn.compact
     def __call__(
@@ -139,7 +142,7 @@ class Layer(nn.Module):
     ) -> tuple[tuple[jax.Array, Any], None]:
         x_BTD, kv = carry  # the whole cache is carried, so that a step writes its slots in place
         normed = RMSNorm(self.config, "layers/attention_norm", name="attention_norm")(x_BTD)
-        out, kv = Attention(self.config, name="attention")(normed, ctx, window, layer, kv)
+        out, kv = Attention(self.config, self.how, name="attention")(normed, ctx, window, layer, kv)
         x_BTD = constrain(x_BTD + out, "batch", "length", None)
         normed = RMSNorm(self.config, "layers/mlp_norm", name="mlp_norm")(x_BTD)
         x_BTD = constrain(x_BTD + MLP(self.config, name="mlp")(normed), "batch", "length", None)
@@ -150,13 +153,14 @@ class Qwen2(nn.Module):
     """Tokens to final hidden states [B, T, D]; `head_weight` turns those into logits.
 
     dtype: of activations. remat: 'full' recomputes each layer in the backward pass, 'none' keeps everything.
-    unroll: layers per scan iteration (a small model on a CPU is faster with all of them).
+    unroll: layers per scan iteration (a small model on a CPU is faster with all of them). how: of attention.
     """
 
     config: Qwen2Config
     dtype: Any = jnp.float32
     remat: str = "none"
     unroll: int = 1
+    how: How = How()
 
     @nn.compact
     def __call__(
@@ -164,7 +168,7 @@ class Qwen2(nn.Module):
     ) -> tuple[jax.Array, Cache | None]:
         c = self.config
         embedding_VD = _Embedding(c, name="embed")()
-        x_BTD = constrain(jnp.take(embedding_VD, tokens_BT, axis=0).astype(self.dtype), "batch", "length", None)
+        x_BTD = constrain(lookup(embedding_VD, tokens_BT).astype(self.dtype), "batch", "length", None)
         cos, sin = rope.tables(c.rope, c.head_dim, c.max_length, positions_BT)
         windows = None
         if c.uses_windows:
@@ -181,7 +185,7 @@ class Qwen2(nn.Module):
             in_axes=(nn.broadcast, 0 if windows is not None else nn.broadcast, 0),
             unroll=min(self.unroll, c.num_layers),
         )  # fmt: skip
-        (x_BTD, kv), _ = stack(c, name="layers")((x_BTD, kv), ctx, windows, jnp.arange(c.num_layers))
+        (x_BTD, kv), _ = stack(c, self.how, name="layers")((x_BTD, kv), ctx, windows, jnp.arange(c.num_layers))
         if cache is not None:
             cache = cache._replace(k=kv[0], v=kv[1], next_slot=cache.next_slot + tokens_BT.shape[1])
         return RMSNorm(c, "final_norm", name="final_norm")(x_BTD), cache
@@ -228,13 +232,14 @@ def trunk(params: Params) -> Params:
 def hidden(
     config: Qwen2Config, params: Params, tokens_BT: jax.Array, segment_ids_BT: jax.Array | None = None,
     positions_BT: jax.Array | None = None, *, dtype: Any = jnp.float32, remat: str = "none", unroll: int = 1,
+    how: How = How(),
 ) -> jax.Array:  # fmt: skip
     """Final hidden states [B, T, D] in `dtype`. segment_ids: int32 1.. per document, 0 = padding; default all 1."""
     if segment_ids_BT is None:
         segment_ids_BT = jnp.ones_like(tokens_BT)
     if positions_BT is None:
         positions_BT = default_positions(segment_ids_BT)
-    model = Qwen2(config, dtype, remat, unroll)
+    model = Qwen2(config, dtype, remat, unroll, how)
     return model.apply({"params": trunk(params)}, tokens_BT, segment_ids_BT, positions_BT)[0]
 
 
@@ -251,10 +256,12 @@ def logits(
 def loss_sum(
     config: Qwen2Config, params: Params, tokens_BT: jax.Array, loss_mask_BT: jax.Array,
     segment_ids_BT: jax.Array | None = None, positions_BT: jax.Array | None = None, *,
-    dtype: Any = jnp.float32, remat: str = "none", unroll: int = 1,
+    dtype: Any = jnp.float32, remat: str = "none", unroll: int = 1, how: How = How(),
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Summed next-token loss in nats over targets with mask 1, and their number; both float32 scalars."""
-    h_BTD = hidden(config, params, tokens_BT, segment_ids_BT, positions_BT, dtype=dtype, remat=remat, unroll=unroll)
+    h_BTD = hidden(
+        config, params, tokens_BT, segment_ids_BT, positions_BT, dtype=dtype, remat=remat, unroll=unroll, how=how
+    )
     labels, mask = loss.next_token_targets(tokens_BT, loss_mask_BT, segment_ids_BT)
     nats = loss.cross_entropy_sum(h_BTD, head_weight(config, params).astype(dtype), labels, mask)
     return nats, jnp.sum(mask)

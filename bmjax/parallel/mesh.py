@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from bmjax.config import UserError
@@ -55,7 +56,9 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
         fixed = len(devices)
     if fixed > len(devices):
         raise UserError(f"mesh: sizes {sizes} need {fixed} devices, there are {len(devices)}; make a size smaller")
-    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:fixed])
+    # A TPU slice's links may serve two axes: the shape of the mesh need not be that of the slice.
+    placed = mesh_utils.create_device_mesh(shape, devices[:fixed], allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:

@@ -36,26 +36,47 @@ def test_sum_and_gradients(monkeypatch, elements):
     np.testing.assert_allclose(total, 3 * want, rtol=1e-5)
     np.testing.assert_allclose(dh, 3 * want_dh, atol=1e-4)
     np.testing.assert_allclose(dw, 3 * want_dw, atol=1e-4)
-    assert (loss._pieces((2, 32), 50) > 1) == (elements == 1000)
+    assert (loss._pieces(64, 50) > 1) == (elements == 1000)
     alone = jax.jit(lambda h, w: loss.cross_entropy_sum(h, w, labels, mask))(h, w)
     np.testing.assert_allclose(alone, want, rtol=1e-5)
 
 
 @pytest.mark.parametrize("length", [31, 32])
-@pytest.mark.parametrize("mesh", [{"data": 2}, {"context": 2}])
-def test_chunks_on_a_mesh_and_of_odd_lengths(monkeypatch, length, mesh):
-    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 1000)
+@pytest.mark.parametrize("elements", [2**25, 400])
+@pytest.mark.parametrize(
+    "mesh",
+    [{"data": 2}, {"context": 2}, {"fsdp": 4, "tensor": 2}, {"data": 2, "context": 2, "tensor": 2}, {"tensor": 8}],
+)
+def test_any_mesh(monkeypatch, length, elements, mesh):
+    """Where it divides tokens, vocabulary and width, and where it does not."""
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", elements)
     rng = np.random.default_rng(1)
     h, w = rng.normal(size=(2, length, 16)).astype(np.float32), rng.normal(size=(16, 50)).astype(np.float32)
     labels, mask = rng.integers(0, 50, (2, length)), (rng.random((2, length)) < 0.4).astype(np.float32)
+    mask[0, : length // 2] = 0
+
+    def total(h, w):
+        return 2.0 * loss.cross_entropy_sum(h, w, labels, mask)
+
     with jax.set_mesh(make_mesh(mesh)):
-        total, (dh, dw) = jax.jit(jax.value_and_grad(lambda h, w: loss.cross_entropy_sum(h, w, labels, mask), (0, 1)))(
-            h, w
-        )
+        got, (dh, dw) = jax.jit(jax.value_and_grad(total, (0, 1)))(h, w)
+        alone = jax.jit(total)(h, w)
+        frozen = jax.jit(jax.grad(total))(h, w)
     want, want_dh, want_dw = reference(h, w, labels, mask)
-    np.testing.assert_allclose(total, want, rtol=1e-5)
-    np.testing.assert_allclose(dh, want_dh, atol=1e-4)
-    np.testing.assert_allclose(dw, want_dw, atol=1e-4)
+    np.testing.assert_allclose([got, alone], 2 * want, rtol=1e-5)
+    np.testing.assert_allclose(dh, 2 * want_dh, atol=1e-4)
+    np.testing.assert_allclose(frozen, 2 * want_dh, atol=1e-4)
+    np.testing.assert_allclose(dw, 2 * want_dw, atol=1e-4)
+
+
+def test_memory_does_not_grow_with_tokens_times_vocabulary():
+    """One row of 32,768 tokens, 152,064 words: temporaries beside the gradients, of one row's logits in float32."""
+    length, vocab, width = 32_768, 152_064, 64
+    h, w = jax.ShapeDtypeStruct((1, length, width), jnp.bfloat16), jax.ShapeDtypeStruct((width, vocab), jnp.bfloat16)
+    labels, mask = jax.ShapeDtypeStruct((1, length), jnp.int32), jax.ShapeDtypeStruct((1, length), jnp.float32)
+    step = jax.jit(jax.value_and_grad(loss.cross_entropy_sum, (0, 1)))
+    memory = step.lower(h, w, labels, mask).compile().memory_analysis()
+    assert memory.temp_size_in_bytes <= length * vocab * 4 / 20
 
 
 def test_a_frozen_head_costs_no_gradient_of_its_own():

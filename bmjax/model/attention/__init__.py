@@ -1,0 +1,67 @@
+"""Causal attention over packed rows: one function, whatever the device and however rows and heads are spread.
+
+A token sees the tokens of its own segment at or before its place in the row, and no further back than the
+sliding window. Packed == unpacked, exactly: nothing else enters a row's softmax.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from bmjax.config import UserError
+from bmjax.model.attention import rows, splash, tiles
+from bmjax.model.attention.contexts import spread
+from bmjax.model.how import How
+
+
+def causal_attention(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array,
+    window: jax.Array | None = None, how: How = How(),
+) -> jax.Array:  # fmt: skip
+    """Attention [B, T, N, H] within segments of packed rows, on the mesh in scope.
+
+    segment_ids: int32, equal within a document. window: int32 scalar, how many tokens back (the own one included)
+    are seen, None for all; it may be traced, so that layers of both kinds share one scan. Raises UserError where
+    splash is asked for and can't.
+    """
+    backend = how.backend
+    if backend == "auto":
+        backend = "splash" if jax.default_backend() == "tpu" and not splash.refuses(q_BTNH, window) else "xla"
+    if backend == "splash" and (reason := splash.refuses(q_BTNH, window)):
+        raise UserError(f"attention: splash {reason}; use auto or xla")
+    kernel = splash.Splash(how.interpret) if backend == "splash" else _XLA
+    return spread(kernel, how.context, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, window)
+
+
+class _XLA:
+    """Whole rows of keys for short rows, tiles for others."""
+
+    @staticmethod
+    def whole(q_BTNH, k_BTKH, v_BTKH, segments_BT, window) -> jax.Array:
+        if q_BTNH.shape[1] <= rows.LONGEST:
+            return rows.attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, window)
+        return tiles.attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, segments_BT, 0, window)[0]
+
+    @staticmethod
+    def part(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, start, window) -> tuple[jax.Array, jax.Array]:
+        return tiles.attention(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, start, window)
+
+
+def cached_attention(
+    q_BTNH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    valid_BS: jax.Array,
+    start: jax.Array | int,
+    window: jax.Array | None = None,
+) -> jax.Array:
+    """Attention [B, T, N, H] of T new tokens, written at slots start..start+T-1 of a cache, to its valid slots."""
+    B, T, N, H = q_BTNH.shape
+    K, S = k_BKSH.shape[1:3]
+    q_slot, k_slot = start + jnp.arange(T)[:, None], jnp.arange(S)[None, :]
+    causal_TS = k_slot <= q_slot
+    if window is not None:
+        causal_TS &= q_slot - k_slot < window
+    q_BKRH = (q_BTNH * H**-0.5).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, N // K * T, H)
+    weights = jax.nn.softmax(rows.scores(q_BKRH, k_BKSH, causal_TS & valid_BS[:, None, :]), axis=-1)
+    out_BKRH = jnp.einsum("bkrs,bksh->bkrh", weights.astype(v_BKSH.dtype), v_BKSH)
+    return out_BKRH.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)

@@ -1,0 +1,180 @@
+"""Causal attention in tiles, in plain XLA: for long rows where no kernel of the device is at hand.
+
+FlashAttention (arXiv 2205.14135) as loops over tiles of queries and of keys: nothing of the size of T x T is ever
+built, and a tile is only visited where some query of it sees some key of it, so packed rows of short documents cost
+what their documents cost. Every row of the batch goes by itself, since each has its documents elsewhere.
+Letters: R = G * t rows of one key/value head's G query heads in a tile, H head size, s keys of a tile.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+MASKED = -1e30  # finite, so that a query with nothing to see stays free of NaN
+QUERIES, KEYS = 256, 512  # of a tile
+# Segments of padding: equal to no document's, nor to each other.
+NO_QUERY, NO_KEY = -1, -2
+
+einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def attention(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, q_segments_BT: jax.Array, k_segments_BS: jax.Array,
+    start: jax.Array | int = 0, window: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """(out [B, T, N, H], lse [B, T, N] float32): softmax over what each query sees, and the log of its sum.
+
+    A query sees the keys of its own segment at or before its place, and within the window. start: the place of
+    the first query, counted from the first key; may be negative, may be traced. A query with nothing to see gives 0
+    and an lse of -1e30. Both results can be differentiated.
+    """
+    B, T, N, H = q_BTNH.shape
+    S, K = k_BSKH.shape[1:3]
+    tile, keys = min(QUERIES, T), min(KEYS, S)
+    q = _pad((q_BTNH * H**-0.5).astype(q_BTNH.dtype).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4), 3, tile)
+    k, v = (_pad(x.transpose(0, 2, 1, 3), 2, keys) for x in (k_BSKH, v_BSKH))
+    q_segments = _pad(q_segments_BT, 1, tile, NO_QUERY)
+    k_segments = _pad(k_segments_BS, 1, keys, NO_KEY)
+    window = jnp.int32(2**30) if window is None else window
+    out, lse = _attention((tile, keys), q, k, v, q_segments, k_segments, jnp.int32(start), window)
+    out = out[:, :, :, :T].transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    return out, lse[:, :, :, :T].transpose(0, 3, 1, 2).reshape(B, T, N)
+
+
+def _pad(x: jax.Array, axis: int, multiple: int, value: int = 0) -> jax.Array:
+    widths = [(0, -size % multiple if i == axis else 0) for i, size in enumerate(x.shape)]
+    return jnp.pad(x, widths, constant_values=value) if any(after for _, after in widths) else x
+
+
+def visits(
+    tiles: tuple[int, int], q_segments_BT: jax.Array, k_segments_BS: jax.Array, start: jax.Array, window: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The first tile of keys that each tile of queries has to visit and the one after the last: int32 [B, tiles]."""
+    tile, keys = tiles
+    q = q_segments_BT.reshape(len(q_segments_BT), -1, 1, tile)
+    k = k_segments_BS.reshape(len(k_segments_BS), 1, -1, keys)
+    first = start + tile * jnp.arange(q.shape[1])[:, None]
+    key = keys * jnp.arange(k.shape[2])
+    near = (key < first + tile) & (key + keys > first - window + 1)
+    # By their smallest and largest segments: exact where documents lie one after another, never too few otherwise.
+    together = (q.min(-1) <= k.max(-1)) & (q.max(-1) >= k.min(-1))
+    needed = near & together
+    count = k.shape[2]
+    low = jnp.argmax(needed, axis=-1)
+    high = count - jnp.argmax(needed[..., ::-1], axis=-1)
+    some = jnp.any(needed, axis=-1)
+    return jnp.where(some, low, 0).astype(jnp.int32), jnp.where(some, high, 0).astype(jnp.int32)
+
+
+def _slice(x: jax.Array, b: jax.Array, start: jax.Array, size: int, axis: int) -> jax.Array:
+    """Row b of x, `size` from `start` on along `axis`."""
+    starts = [jnp.int32(0)] * x.ndim
+    starts[0], starts[axis] = b, start
+    sizes = (1, *(size if i == axis else n for i, n in enumerate(x.shape[1:], 1)))
+    return jax.lax.dynamic_slice(x, starts, sizes)[0]
+
+
+class _Grid:
+    """The tiles of one call, and what a pair of them sees of each other."""
+
+    def __init__(self, tiles: tuple[int, int], q_segments: jax.Array, k_segments: jax.Array, start, window) -> None:
+        self.tile, self.keys = tiles
+        self.q_segments, self.k_segments, self.start, self.window = q_segments, k_segments, start, window
+        low, high = visits(tiles, q_segments, k_segments, start, window)
+        self.rows, self.count = low.shape
+        index = jnp.arange(self.rows * self.count, dtype=jnp.int32)
+        self.each = (index // self.count, index % self.count, low.reshape(-1), high.reshape(-1))
+
+    def scores(self, q_KRH: jax.Array, k_KsH: jax.Array, b: jax.Array, i: jax.Array, j: jax.Array) -> jax.Array:
+        """Masked scores, float32 [K, R, s]."""
+        query = self.start + i * self.tile + jnp.arange(self.tile)[:, None]
+        key = j * self.keys + jnp.arange(self.keys)[None, :]
+        mine = _slice(self.q_segments, b, i * self.tile, self.tile, 1)
+        theirs = _slice(self.k_segments, b, j * self.keys, self.keys, 1)
+        allowed = (key <= query) & (query - key < self.window) & (mine[:, None] == theirs[None, :])
+        s = einsum("krh,ksh->krs", q_KRH, k_KsH)
+        K, R, _ = s.shape
+        s = jnp.where(allowed, s.reshape(K, R // self.tile, self.tile, self.keys), MASKED)
+        return s.reshape(K, R, self.keys)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(tiles, q_BKGTH, k_BKSH, v_BKSH, q_segments, k_segments, start, window):
+    return _forward(tiles, q_BKGTH, k_BKSH, v_BKSH, q_segments, k_segments, start, window)[0]
+
+
+def _forward(tiles, q_BKGTH, k_BKSH, v_BKSH, q_segments, k_segments, start, window):
+    B, K, G, T, H = q_BKGTH.shape
+    grid = _Grid(tiles, q_segments, k_segments, start, window)
+    R = G * grid.tile
+
+    def tile(_, place):
+        b, i, low, high = place
+        q = _slice(q_BKGTH, b, i * grid.tile, grid.tile, 3).reshape(K, R, H)
+
+        def visit(j, carry):
+            top, total, out = carry
+            k, v = (_slice(x, b, j * grid.keys, grid.keys, 2) for x in (k_BKSH, v_BKSH))
+            s = grid.scores(q, k, b, i, j)
+            new = jnp.maximum(top, jnp.max(s, axis=-1, keepdims=True))
+            p = jnp.exp(s - new)
+            scale = jnp.exp(top - new)
+            out = out * scale + einsum("krs,ksh->krh", p.astype(v.dtype), v)
+            return new, total * scale + jnp.sum(p, axis=-1, keepdims=True), out
+
+        begin = (jnp.full((K, R, 1), MASKED), jnp.zeros((K, R, 1)), jnp.zeros((K, R, H)))
+        top, total, out = jax.lax.fori_loop(low, high, visit, begin)
+        # Where nothing was seen, all of it was masked alike: the sums are of no meaning.
+        seen = top > 0.5 * MASKED
+        out = jnp.where(seen, out / jnp.where(seen, total, 1.0), 0.0)
+        lse = jnp.where(seen, top + jnp.log(jnp.where(seen, total, 1.0)), MASKED)
+        return None, (out.reshape(K, G, grid.tile, H).astype(q.dtype), lse.reshape(K, G, grid.tile))
+
+    _, (out, lse) = jax.lax.scan(tile, None, grid.each)
+    out = out.reshape(B, -1, K, G, grid.tile, H).transpose(0, 2, 3, 1, 4, 5).reshape(B, K, G, T, H)
+    lse = lse.reshape(B, -1, K, G, grid.tile).transpose(0, 2, 3, 1, 4).reshape(B, K, G, T)
+    return (out, lse), (q_BKGTH, k_BKSH, v_BKSH, q_segments, k_segments, start, window, out, lse)
+
+
+def _backward(tiles, saved, cotangents):
+    q_BKGTH, k_BKSH, v_BKSH, q_segments, k_segments, start, window, out_BKGTH, lse_BKGT = saved
+    d_out_BKGTH, d_lse_BKGT = cotangents
+    B, K, G, T, H = q_BKGTH.shape
+    grid = _Grid(tiles, q_segments, k_segments, start, window)
+    R, dtype = G * grid.tile, q_BKGTH.dtype
+    # d s = p * (d p - delta), with the cotangent of the log-sum in delta.
+    delta_BKGT = jnp.sum(d_out_BKGTH.astype(jnp.float32) * out_BKGTH.astype(jnp.float32), axis=-1) - d_lse_BKGT
+
+    def tile(carry, place):
+        b, i, low, high = place
+        q, do = (_slice(x, b, i * grid.tile, grid.tile, 3).reshape(K, R, H) for x in (q_BKGTH, d_out_BKGTH))
+        do = do.astype(dtype)
+        lse, delta = (_slice(x, b, i * grid.tile, grid.tile, 3).reshape(K, R, 1) for x in (lse_BKGT, delta_BKGT))
+
+        def visit(j, carry):
+            dq, dk_BKSH, dv_BKSH = carry
+            k, v = (_slice(x, b, j * grid.keys, grid.keys, 2) for x in (k_BKSH, v_BKSH))
+            s = grid.scores(q, k, b, i, j)
+            p = jnp.where(s > 0.5 * MASKED, jnp.exp(s - lse), 0.0)
+            ds = (p * (einsum("krh,ksh->krs", do, v) - delta)).astype(dtype)
+            at = (b, jnp.int32(0), j * grid.keys, jnp.int32(0))
+
+            def added(whole, part):
+                old = jax.lax.dynamic_slice(whole, at, (1, *part.shape))
+                return jax.lax.dynamic_update_slice(whole, old + part[None], at)
+
+            dv_BKSH = added(dv_BKSH, einsum("krs,krh->ksh", p.astype(dtype), do))
+            dk_BKSH = added(dk_BKSH, einsum("krs,krh->ksh", ds, q))
+            return dq + einsum("krs,ksh->krh", ds, k), dk_BKSH, dv_BKSH
+
+        dq, *sums = jax.lax.fori_loop(low, high, visit, (jnp.zeros((K, R, H)), *carry))
+        return tuple(sums), dq.reshape(K, G, grid.tile, H).astype(dtype)
+
+    zeros = jnp.zeros(k_BKSH.shape, jnp.float32)
+    (dk, dv), dq = jax.lax.scan(tile, (zeros, zeros), grid.each)
+    dq = dq.reshape(B, -1, K, G, grid.tile, H).transpose(0, 2, 3, 1, 4, 5).reshape(B, K, G, T, H)
+    return dq, dk.astype(k_BKSH.dtype), dv.astype(v_BKSH.dtype), None, None, None, None
+
+
+_attention.defvjp(_forward, _backward)

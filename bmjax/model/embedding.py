@@ -1,0 +1,98 @@
+"""The embedding's lookup on a mesh: tokens travel to the table's parts, never the table.
+
+A device holds a part of the vocabulary (along `tensor`) and of the width (along `fsdp`). It looks up its part of the
+width for the rows of all devices along `fsdp`, and they exchange width for rows; backward the same way round, so the
+table's gradient is made where the table's part is.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from bmjax.parallel.mesh import fitting_spec
+
+
+class _Split(NamedTuple):
+    """vocab, embed: the mesh axis that splits the table's rows, its columns, or None. tokens: axes that split those."""
+
+    vocab: str | None
+    embed: str | None
+    tokens: tuple[str, ...]
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether devices with other columns have other rows of tokens, too."""
+        return self.embed is not None and self.embed in self.tokens
+
+
+def lookup(embedding_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+    """Rows of the table [B, T, D], in its dtype, on the mesh in scope. The gradient is summed in float32."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return jnp.take(embedding_VD, tokens_BT, axis=0)
+    return _lookup(embedding_VD, tokens_BT)
+
+
+def _specs(table_shape: tuple[int, ...], tokens_shape: tuple[int, ...]) -> tuple[_Split, Any, Any]:
+    mesh = jax.sharding.get_abstract_mesh()
+    table = fitting_spec(mesh, ("vocab", "embed"), table_shape)
+    tokens = fitting_spec(mesh, ("batch", "length"), tokens_shape)
+    names = tuple(axis for part in tokens if part for axis in ((part,) if isinstance(part, str) else part))
+    return _Split(table[0], table[1], names), table, tokens
+
+
+def _places(split: _Split, size: int, tokens: jax.Array) -> jax.Array:
+    """Rows of the local table for the tokens that are looked up here; `size`, one too many, for those of others."""
+    if split.exchanges:
+        tokens = lax.all_gather(tokens, split.embed, axis=0, tiled=True)
+    if split.vocab is None:
+        return tokens
+    tokens = tokens - lax.axis_index(split.vocab) * size
+    return jnp.where((tokens >= 0) & (tokens < size), tokens, size)
+
+
+@jax.custom_vjp
+def _lookup(embedding_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+    return _forward(embedding_VD, tokens_BT)[0]
+
+
+def _forward(embedding_VD: jax.Array, tokens_BT: jax.Array):
+    split, table_spec, token_spec = _specs(embedding_VD.shape, tokens_BT.shape)
+
+    def local(table: jax.Array, tokens: jax.Array) -> jax.Array:
+        places = _places(split, len(table), tokens)
+        x = jnp.take(table, places, axis=0, mode="fill", fill_value=0)
+        if split.vocab:
+            x = lax.psum(x, split.vocab)  # exact: all but one are 0
+        if split.exchanges:
+            return lax.all_to_all(x, split.embed, split_axis=0, concat_axis=2, tiled=True)
+        return lax.all_gather(x, split.embed, axis=2, tiled=True) if split.embed else x
+
+    out_spec = PartitionSpec(*token_spec, None)
+    run = jax.shard_map(local, in_specs=(table_spec, token_spec), out_specs=out_spec, check_vma=False)
+    return run(embedding_VD, tokens_BT), (embedding_VD, tokens_BT)
+
+
+def _backward(saved: Any, dx_BTD: jax.Array):
+    embedding_VD, tokens_BT = saved
+    split, table_spec, token_spec = _specs(embedding_VD.shape, tokens_BT.shape)
+
+    def local(table: jax.Array, tokens: jax.Array, dx: jax.Array) -> jax.Array:
+        places = _places(split, len(table), tokens)
+        if split.exchanges:
+            dx = lax.all_to_all(dx, split.embed, split_axis=2, concat_axis=0, tiled=True)
+        elif split.embed:
+            dx = lax.dynamic_slice_in_dim(dx, lax.axis_index(split.embed) * table.shape[1], table.shape[1], axis=2)
+        sums = jnp.zeros(table.shape, jnp.float32).at[places].add(dx.astype(jnp.float32), mode="drop")
+        others = tuple(axis for axis in split.tokens if axis != split.embed)
+        return (lax.psum(sums, others) if others else sums).astype(table.dtype)
+
+    dx_spec = PartitionSpec(*token_spec, None)
+    run = jax.shard_map(local, in_specs=(table_spec, token_spec, dx_spec), out_specs=table_spec, check_vma=False)
+    return run(embedding_VD, tokens_BT, dx_BTD), None
+
+
+_lookup.defvjp(_forward, _backward)

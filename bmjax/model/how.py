@@ -1,0 +1,19 @@
+"""How attention is computed: names for settings, without JAX."""
+
+from typing import Literal, NamedTuple
+
+Backend = Literal["auto", "splash", "xla"]
+Spread = Literal["auto", "ulysses", "gather", "ring"]
+
+
+class How(NamedTuple):
+    """Every choice gives the same values.
+
+    backend: splash (Pallas kernels of TPUs), xla (any device), auto: splash on a TPU where the rows fit it.
+    context: how a row that is split over the mesh axis `context` is put together, see `model.attention.contexts`.
+    interpret: run kernels without their device, slowly, to test them.
+    """
+
+    backend: Backend = "auto"
+    context: Spread = "auto"
+    interpret: bool = False
