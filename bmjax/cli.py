@@ -1,5 +1,6 @@
 """The commands: parse and call, no logic."""
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ usage: bmjax COMMAND CONFIG [key=value ...]      e.g. bmjax run configs/demo.yam
   collect CONFIG              ask a teacher (any OpenAI-compatible endpoint) for reasoning traces
   select CONFIG               keep the traces worth training on, and say why the others were dropped
   train CONFIG                fine-tune a student on a dataset (a branch, the mixture, a backbone)
+  plan CONFIG --topology v5p:4x4x4   compile a training for TPUs that are not there: does it fit, how fast at most
   merge RECIPE OUT            merge Hugging Face directories; the same as python -m bmjax.merge
   convert SRC DST --to hf|orbax   Hugging Face directory to Orbax checkpoint of parameters, and back
   eval CONFIG                 accuracy with 95% intervals and held-out loss of a model
@@ -133,8 +135,10 @@ def _dispatch(arguments: list[str]) -> int:
         return merge_main(rest)
     if command == "convert":
         return _convert(rest)
+    if command == "plan":
+        return _plan(rest)
     if command not in CALLS:
-        raise UserError(f"unknown command '{command}'{nearest(command, [*CALLS, 'merge', 'convert'])}")
+        raise UserError(f"unknown command '{command}'{nearest(command, [*CALLS, 'merge', 'convert', 'plan'])}")
     kind = _settings_of(command)
     if "-h" in rest or "--help" in rest:
         print(_help(command, kind), end="")
@@ -173,6 +177,57 @@ def _help(command: str, kind: type[Settings]) -> str:
         f"examples:\n{examples}\n"
         f"keys of CONFIG (YAML), with defaults; nested keys are overridden as a.b=value:\n{keys}\n"
     )
+
+
+PLAN_HELP = """usage: bmjax plan CONFIG --topology CHIP:SHAPE [--search] [--json] [key=value ...]
+
+Compiles the real training step of a train config for a TPU slice that is not there (v5p:4x4x4, v6e:16x16, v5e:4x4), and
+says whether it fits, GiB a chip by kind, FLOPs, what each mesh axis sends, and the least time a step can take. The
+student is a directory, or a published Qwen2.5 or DeepSeek-R1-Distill-Qwen by its name; its weights are not needed.
+
+  --search     try meshes and microbatches, and print the best that fits
+  --json       print one JSON object: fits, chips, hbm_gib, gib_per_chip, flops_per_step, step_seconds_bound,
+               tokens_per_second_bound, collective_bytes (of a chip a step, by mesh axis), compile_seconds, ...
+
+examples:
+  bmjax plan configs/tinyr1_32b_math.yaml --topology v5p:4x4x4
+  bmjax plan configs/tinyr1_32b_math.yaml --topology v6e:16x16 seq_len=32768
+"""
+
+
+def _plan(rest: list[str]) -> int:
+    if "-h" in rest or "--help" in rest:
+        print(PLAN_HELP, end="")
+        return 0
+    topology, rest = _option(rest, "--topology")
+    flags = {word for word in rest if word in ("--search", "--json")}
+    rest = [word for word in rest if word not in flags]
+    unknown = [word for word in rest if word.startswith("-")]
+    if unknown:
+        raise UserError(f"unknown option '{unknown[0]}'; see bmjax plan --help")
+    if not rest or "=" in rest[0]:
+        raise UserError("bmjax plan: the CONFIG file is missing; see bmjax plan --help")
+    if topology is None:
+        raise UserError("bmjax plan: --topology is missing, for instance --topology v5p:4x4x4")
+    from bmjax.branch.settings import TrainSettings
+
+    settings = TrainSettings.read(rest[0], rest[1:])
+    from bmjax.branch import plan
+
+    config = plan.student_config(settings.student)
+    if "--search" in flags:
+        found, overrides = plan.search(settings, config, topology, log=lambda line: print(line, file=sys.stderr))
+        settings = settings.model_copy(update=overrides)
+    else:
+        found, overrides = plan.plan(settings, config, topology), {}
+    if "--json" in flags:
+        print(json.dumps({**found.to_json(), **({"overrides": overrides} if overrides else {})}))
+        return 0
+    for line in plan.lines(found, settings):
+        print(line)
+    if overrides:
+        print("with", *(f"{key}={json.dumps(value)}" for key, value in overrides.items()))
+    return 0
 
 
 CONVERT_HELP = """usage: bmjax convert SRC DST --to hf|orbax

@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from bmjax.config import Settings
+from bmjax.model.how import Backend, Spread
 
 MeshSizes = dict[str, int]
 
@@ -44,6 +45,14 @@ class Training(Settings):
     )
     remat: Literal["full", "none"] = Field(
         "full", description="full: recompute each layer in the backward pass; none: keep activations"
+    )
+    attention: Backend = Field(
+        "auto", description="splash: a TPU's Pallas kernels; xla: any device; auto: splash on a TPU where it can"
+    )
+    context_parallel: Spread = Field(
+        "auto",
+        description="rows split over mesh context: ulysses exchanges heads for tokens, gather keys and values, ring "
+        "passes them on; auto: ulysses where heads suffice, else ring",
     )
     freeze: list[str] = Field(
         [], description="parameters that stay as they are, e.g. [embed/*]; shell patterns on names like layers/mlp/*"

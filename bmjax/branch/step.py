@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bmjax.branch import optimizer
 from bmjax.model import qwen2, spec
+from bmjax.model.how import How
 from bmjax.model.spec import Qwen2Config
 from bmjax.parallel.mesh import sharding
 
@@ -29,6 +30,7 @@ class StepPlan:
     compute_dtype: str
     remat: str
     unroll: int
+    how: How
     track_move: bool
     mesh: Mesh
 
@@ -53,6 +55,21 @@ def init_state(plan: StepPlan, params: qwen2.Params) -> dict[str, Any]:
         # The step donates the parameters; the start needs buffers of its own.
         state["start"] = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)(train)
     return state
+
+
+def abstract_state(plan: StepPlan, params: qwen2.Params) -> dict[str, Any]:
+    """What `init_state` gives, of shapes with shardings (jax.ShapeDtypeStruct) instead of arrays: nothing is held."""
+    trained, frozen = plan.rows
+    train = optimizer.pick(params, trained)
+    shardings = jax.tree.map(lambda a: a.sharding, train)
+    shapes = jax.eval_shape(plan.adamw.init, train)
+    moments = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+        shapes,
+        _moment_shardings(plan, shardings, train),
+    )
+    state = {"params": train, "frozen": optimizer.pick(params, frozen), "moments": moments}
+    return state | ({"start": train} if plan.track_move else {})
 
 
 def _moment_shardings(plan: StepPlan, shardings: Any, train: Any) -> Any:
@@ -87,8 +104,9 @@ def make_step(plan: StepPlan) -> Any:
         params = jax.tree.map(lambda a: a.astype(dtype), optimizer.join(train, frozen))
         tokens, segments, mask = batch
         return qwen2.loss_sum(
-            plan.config, params, tokens, mask, segments, dtype=dtype, remat=plan.remat, unroll=plan.unroll
-        )
+            plan.config, params, tokens, mask, segments, dtype=dtype, remat=plan.remat, unroll=plan.unroll,
+            how=plan.how,
+        )  # fmt: skip
 
     gradient = jax.value_and_grad(nats, has_aux=True)
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from bmjax.branch.settings import Training, TrainSettings
 from bmjax.branch.step import StepPlan, all_params, init_state, make_step, place_batch
 from bmjax.config import UserError
 from bmjax.model import spec
+from bmjax.model.attention import splash
+from bmjax.model.how import How
 from bmjax.model.spec import Qwen2Config, read_hf_config
 from bmjax.parallel.mesh import make_mesh
 from bmjax.weights import hf
@@ -32,11 +35,16 @@ def _unroll(config: Qwen2Config) -> int:
 
 def step_plan(settings: Training, config: Qwen2Config, mesh: Mesh) -> StepPlan:
     """What the compiled step depends on."""
+    on_tpu = mesh.devices.flat[0].platform == "tpu"
+    if settings.attention == "splash" and not on_tpu:
+        raise UserError("attention: splash runs on TPUs, and there are none; use auto or xla")
+    fits = not config.uses_windows and settings.seq_len % splash.LANES == 0
+    backend = settings.attention if settings.attention != "auto" else "splash" if on_tpu and fits else "xla"
     return StepPlan(
         config=config, freeze=tuple(settings.freeze), accumulate=settings.accumulate, beta1=settings.beta1,
         beta2=settings.beta2, eps=settings.eps, weight_decay=settings.weight_decay, clip=settings.clip,
         compute_dtype=settings.compute_dtype, remat=settings.remat, unroll=_unroll(config),
-        track_move=settings.track_move, mesh=mesh,
+        how=How(backend, settings.context_parallel), track_move=settings.track_move, mesh=mesh,
     )  # fmt: skip
 
 
@@ -60,6 +68,8 @@ def _fingerprint(settings: TrainSettings, student: Path, digest: str) -> dict[st
         "mesh",
         "export_dtype",
         "remat",
+        "attention",
+        "context_parallel",
         "importances",
     }
     keys = {key: str(value) for key, value in settings.model_dump().items() if key not in ignored}
@@ -145,26 +155,33 @@ def train(settings: TrainSettings, log: Log = write_line) -> dict[str, Any]:
     return result
 
 
-def check(settings: Training, config: Qwen2Config) -> Mesh:
-    """The mesh of a training, once everything that can be known before it begins is found right; else UserError."""
+def check(settings: Training, config: Qwen2Config, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh of a training over `devices` (default: those at hand), once everything that can be known before it
+    begins is found right; else UserError."""
     check_wandb(settings.wandb)
     if settings.seq_len > config.max_length:
         raise UserError(
             f"seq_len: {settings.seq_len} is more than the student's context of {config.max_length} tokens; lower it"
         )
-    mesh = make_mesh(settings.mesh)
-    _check_divides(settings, mesh)
+    mesh = make_mesh(settings.mesh, devices)
+    _check_divides(settings, config, mesh)
     optimizer.split_frozen(spec.table(config), settings.freeze)
     return mesh
 
 
-def _check_divides(settings: Training, mesh: Mesh) -> None:
+def _check_divides(settings: Training, config: Qwen2Config, mesh: Mesh) -> None:
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = settings.batch // settings.accumulate
     if rows % ways:
         raise UserError(
             f"batch: {settings.batch} rows / accumulate {settings.accumulate} = {rows} a microbatch, not a multiple of "
             f"mesh data x fsdp = {ways}; change batch, accumulate or mesh"
+        )
+    heads = mesh.shape["tensor"] * (mesh.shape["context"] if settings.context_parallel == "ulysses" else 1)
+    if config.num_heads % heads:
+        raise UserError(
+            f"mesh: the student's {config.num_heads} attention heads cannot be shared by {heads} devices along "
+            f"{'tensor x context' if heads != mesh.shape['tensor'] else 'tensor'}; change mesh"
         )
     if settings.packing and settings.seq_len % mesh.shape["context"]:
         raise UserError(f"seq_len: {settings.seq_len} is not a multiple of mesh context = {mesh.shape['context']}")

@@ -9,7 +9,8 @@ import torch
 
 from bmjax.branch.step import StepPlan, all_params, init_state, make_step, place_batch
 from bmjax.model import spec
-from bmjax.parallel.mesh import make_mesh, sharding
+from bmjax.model.how import How
+from bmjax.parallel.mesh import AXES, make_mesh, sharding
 from tests.model.reference import build
 
 B, T, RATE = 8, 48, 1e-3
@@ -30,7 +31,7 @@ def plan(config, **changes) -> StepPlan:
     # Adam with a tiny eps turns rounding of a gradient near 0 into a whole step; this eps shows real differences only.
     base = StepPlan(
         config=config, freeze=(), accumulate=1, beta1=0.9, beta2=0.95, eps=1e-4, weight_decay=0.1, clip=1.0,
-        compute_dtype="float32", remat="none", unroll=1, track_move=True, mesh=make_mesh({}),
+        compute_dtype="float32", remat="none", unroll=1, how=How(), track_move=True, mesh=make_mesh({}),
     )  # fmt: skip
     return replace(base, **changes)
 
@@ -90,12 +91,29 @@ def test_accumulation_changes_nothing(once, batch):
     near(once, run(plan(config, accumulate=4), params, batch), atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "sizes, accumulate", [({"data": 2, "fsdp": 2, "tensor": 2}, 2), ({"fsdp": 4, "context": 2}, 1)]
-)
-def test_a_mesh_of_eight_changes_nothing_nor_does_accumulation_on_it(once, batch, sizes, accumulate):
+@pytest.fixture(scope="module")
+def tied(batch):
+    _, config, params = build("mha_tied")
+    return run(plan(config), params, batch)
+
+
+MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 2, 2, 2), (2, 2, 1, 2), (1, 1, 8, 1), (1, 1, 4, 2)]
+
+
+@pytest.mark.parametrize("model", ["gqa_untied", pytest.param("mha_tied", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sizes", MESHES)
+def test_a_mesh_of_eight_changes_nothing(once, tied, batch, model, sizes):
+    """(data, fsdp, context, tensor); where heads do not suffice for context, the ring is tested, too."""
+    _, config, params = build(model)
+    mesh = make_mesh(dict(zip(AXES, sizes, strict=True)))
+    found = run(plan(config, mesh=mesh, remat="full"), params, batch)
+    near(once if model == "gqa_untied" else tied, found, atol=1e-5)
+
+
+def test_accumulation_on_a_mesh_changes_nothing(once, batch):
     _, config, params = build("gqa_untied")
-    near(once, run(plan(config, mesh=make_mesh(sizes), accumulate=accumulate, remat="full"), params, batch), atol=1e-5)
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    near(once, run(plan(config, mesh=mesh, accumulate=2, remat="full"), params, batch), atol=1e-5)
 
 
 def test_bf16_compute_is_near_and_keeps_float32_weights(once, batch):

@@ -1,0 +1,74 @@
+"""TPU chips and slices: what their makers' data sheets say, and topologies of chips that are not there."""
+
+import importlib.util
+import math
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from bmjax.config import UserError, nearest
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One chip. hbm_gib: what XLA's compiler lets a program use. flops: dense bfloat16 peak a second. hbm_bandwidth,
+    link_bandwidth: bytes a second, the latter what it sends over all its links. price: US$ an hour on demand."""
+
+    hbm_gib: float
+    flops: float
+    hbm_bandwidth: float
+    link_bandwidth: float
+    price: float
+
+
+# cloud.google.com/tpu/docs/system-architecture-tpu-vm and /pricing; links: jax-ml.github.io/scaling-book/tpus.
+CHIPS = {
+    "v4": Chip(31.75, 275e12, 1.23e12, 270e9, 3.22),
+    "v5e": Chip(15.75, 197e12, 0.82e12, 180e9, 1.20),
+    "v5p": Chip(95.74, 459e12, 2.77e12, 540e9, 4.20),
+    "v6e": Chip(31.25, 918e12, 1.64e12, 360e9, 2.70),
+}
+_TOPOLOGY = re.compile(r"([a-z0-9]+):(\d+(?:x\d+)*)")
+
+
+def topology_devices(name: str) -> tuple[Chip, list[Any]]:
+    """(chip, devices to compile for) of a slice like v5p:4x4x4. Needs libtpu, but no TPU.
+
+    Raises UserError for a name that is not one, a shape that does not exist, or without libtpu.
+    """
+    match = _TOPOLOGY.fullmatch(name)
+    if match is None:
+        raise UserError(f"--topology: '{name}' is not like v5p:4x4x4 or v6e:16x16")
+    if match[1] not in CHIPS:
+        raise UserError(
+            f"--topology: unknown chip '{match[1]}'{nearest(match[1], list(CHIPS))}; known: {', '.join(CHIPS)}"
+        )
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            "--topology: planning for TPUs needs their compiler; pip install 'bmjax[tpu]' (no TPU is needed)"
+        )
+    # There is no TPU to ask, and no other program of this machine to keep from it.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{match[1]}-8")
+    os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
+    jax.config.update("jax_platforms", "cpu")
+    from jax.experimental import topologies
+
+    try:
+        devices = list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+    except Exception as error:
+        raise UserError(f"--topology: {name}: {_first_line(error)}") from None
+    if len(devices) != math.prod(map(int, match[2].split("x"))):
+        raise UserError(
+            f"--topology: {name} has {len(devices)} devices a program can use; chips with one are planned for"
+        )
+    return CHIPS[match[1]], devices
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
