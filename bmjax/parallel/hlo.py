@@ -7,7 +7,7 @@ loops around it.
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from jax.sharding import Mesh
@@ -38,13 +38,14 @@ class Shape:
 
 @dataclass(frozen=True)
 class Instruction:
-    """A line of HLO. text: what follows the operation's name."""
+    """A line of HLO. text: what follows the operation's name. within: the computation that it stands in."""
 
     name: str
     shapes: tuple[Shape, ...]
     opcode: str
     text: str
     times: int = field(default=1, compare=False)
+    within: str = field(default="", compare=False)
 
     @property
     def operands(self) -> list[str]:
@@ -99,7 +100,7 @@ class Program:
 
     def _walk(self, computation: str, times: int) -> Iterator[Instruction]:
         for one in self._computations.get(computation, []):
-            yield Instruction(one.name, one.shapes, one.opcode, one.text, times)
+            yield replace(one, times=times, within=computation)
             inner = times
             if one.opcode == "while":
                 inner = times * self._trips(one)
@@ -162,6 +163,8 @@ class Program:
             kind = one.opcode.removesuffix("-start")
             if kind not in COLLECTIVES:
                 continue
+            if one.within.startswith("all-reduce-scatter"):
+                kind = "reduce-scatter"  # as TPUs write it: one operation, of which each chip keeps a slice
             axes, ways = _axes(one.text, mesh)
             if ways > 1:
                 largest = max(

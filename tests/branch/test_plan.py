@@ -175,13 +175,9 @@ def test_weak_scaling():
     """From 16 to 256 chips with as many more rows: a chip computes the same, and sends little more."""
     found = []
     for topology, chips in (("v5p:2x2x4", 16), ("v5p:4x8x8", 256)):
+        mesh = {"data": -1, "fsdp": 16}
         chosen = settings(
-            student="Qwen/Qwen2.5-7B",
-            batch=chips,
-            seq_len=4096,
-            compute_dtype="bfloat16",
-            mesh={"fsdp": -1},
-            remat="full",
+            student="Qwen/Qwen2.5-7B", batch=chips, seq_len=4096, compute_dtype="bfloat16", mesh=mesh, remat="full"
         )
         found.append(plan.plan(chosen, known(chosen.student), topology))
     small, large = (one.flops_per_step / one.chips for one in found)

@@ -77,3 +77,54 @@ def test_collectives_in_a_loop_count_every_time():
 
     (one,) = compiled(each, x).collectives(mesh)
     assert one.kind == "collective-permute" and one.times == 7 and one.sent == 7 * 64 * 4
+
+
+TPU = """\
+HloModule jit_step
+
+%all-reduce-scatter.5 (input.15: f32[32,128]) -> f32[8,128] {
+  %input.15 = f32[32,128]{1,0:T(8,128)} parameter(0)
+  %all-reduce.108 = f32[32,128]{1,0:T(8,128)} all-reduce(%input.15), replica_groups=[2,4]<=[4,2]T(1,0)
+  %constant.1 = u32[] constant(0)
+  ROOT %dynamic-slice.2 = f32[8,128]{1,0:T(8,128)} dynamic-slice(%all-reduce.108, %constant.1, %constant.1)
+}
+
+%body (p.1: (u32[], f32[32,128])) -> (u32[], f32[32,128]) {
+  %p.1 = (u32[]{:T(128)}, f32[32,128]{1,0:T(8,128)}) parameter(0)
+  %counter = u32[]{:T(128)} get-tuple-element(%p.1), index=0
+  %x = f32[32,128]{1,0:T(8,128)} get-tuple-element(%p.1), index=1
+  %two = u32[]{:T(128)} constant(2)
+  %next = u32[]{:T(128)} add(%counter, %two)
+  %kernel = f32[32,128]{1,0:T(8,128)} custom-call(%x), backend_config={"metadata":"{
+"sizes": 1
+}}
+  %parts = f32[8,128]{1,0:T(8,128)} fusion(%kernel), kind=kCustom, calls=%all-reduce-scatter.5
+  %product = f32[32,128]{1,0:T(8,128)} convolution(%kernel, %square), dim_labels=bf_io->bf
+  ROOT %out = (u32[]{:T(128)}, f32[32,128]{1,0:T(8,128)}) tuple(%next, %product)
+}
+
+%condition (p.2: (u32[], f32[32,128])) -> pred[] {
+  %p.2 = (u32[]{:T(128)}, f32[32,128]{1,0:T(8,128)}) parameter(0)
+  %here = u32[]{:T(128)} get-tuple-element(%p.2), index=0
+  %limit = u32[]{:T(128)} constant(7)
+  ROOT %less = pred[] compare(%here, %limit), direction=LT
+}
+
+ENTRY %main (a: f32[32,128], square: f32[128,128]) -> f32[32,128] {
+  %a = f32[32,128]{1,0:T(8,128)} parameter(0)
+  %square = f32[128,128]{1,0:T(8,128)} parameter(1)
+  %zero = u32[]{:T(128)} constant(0)
+  %both = (u32[]{:T(128)}, f32[32,128]{1,0:T(8,128)}) tuple(%zero, %a)
+  %loop = (u32[]{:T(128)}, /*index=1*/f32[32,128]{1,0:T(8,128)}) while(%both), condition=%condition, body=%body
+  ROOT %result = f32[32,128]{1,0:T(8,128)} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_the_way_tpus_write_it():
+    """Loops without a known count, by twos; a product as a convolution; a scattered sum; a kernel of several lines."""
+    program = Program(TPU)
+    assert program.flops() == 4 * 2 * 32 * 128 * 128
+    (one,) = program.collectives(make_mesh({"fsdp": 4, "tensor": 2}))
+    assert (one.kind, one.axes, one.ways, one.times) == ("reduce-scatter", ("fsdp",), 4, 4)
+    assert one.sent == 4 * 32 * 128 * 4 * 3 / 4
