@@ -41,7 +41,8 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 class Plan:
     """What one step takes; per chip where it says so. GiB, seconds, bytes, FLOPs of the whole step on all chips.
 
-    flops_per_step counts what is computed, recomputation included; mfu_bound only what the model needs.
+    flops_per_step counts what is computed, recomputation included; mfu_bound only what the model needs. Where it does
+    not fit there is no program to read: FLOPs are then the model's, and collective_bytes is empty.
     """
 
     fits: bool
@@ -91,7 +92,8 @@ def plan_on(settings: Training, config: Qwen2Config, topology: str, chip: Chip, 
     except jax.errors.JaxRuntimeError as error:
         used = _OUT_OF_MEMORY.search(str(error))
         if used is None:
-            raise
+            reason = str(error).strip().partition("\n")[0][:200]
+            raise UserError(f"--topology: {topology}: the compiler failed: {reason}") from error
         total = float(used[1]) * _UNITS[used[2]]
     seconds = time.perf_counter() - began
     tokens = settings.batch * settings.seq_len
@@ -210,12 +212,14 @@ def _advice(settings: Training, config: Qwen2Config, mesh: Any, gib: dict[str, f
     if settings.remat == "none":
         return "remat: full, which keeps one activation a layer"
     if gib["temporaries"] > state and rows > 1:
-        return f"accumulate: {settings.accumulate * 2}; a device has {rows} rows at a time"
+        factor = next(n for n in range(2, rows + 1) if rows % n == 0)
+        return f"accumulate: {settings.accumulate * factor}; a device has {rows} rows at a time"
     if gib["temporaries"] > state and mesh.shape["context"] * 2 <= config.num_kv_heads:
-        return f"mesh: context {mesh.shape['context'] * 2}, which splits rows"
+        ways = f"context {mesh.shape['context'] * 2} with half of fsdp, or twice the chips"
+        return f"mesh: {ways}, which splits rows"
     if settings.track_move:
         return "track_move: false, one copy of the weights less"
-    return "more chips: their share of the state alone is " + f"{state:.1f} GiB"
+    return f"the number of chips: the share of the state alone is {state:.1f} GiB"
 
 
 def candidates(settings: TrainSettings, config: Qwen2Config, chips: int) -> Iterator[TrainSettings]:
@@ -224,6 +228,8 @@ def candidates(settings: TrainSettings, config: Qwen2Config, chips: int) -> Iter
     powers = [2**i for i in range(int(math.log2(chips)) + 1) if chips % 2**i == 0]
     for tensor, context in itertools.product(powers, powers):
         if config.num_heads % (tensor * context) or config.num_kv_heads % tensor or tensor * context > chips:
+            continue
+        if settings.seq_len % context:
             continue
         fsdp = chips // (tensor * context)
         for accumulate in range(1, settings.batch + 1):

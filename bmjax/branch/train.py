@@ -38,7 +38,8 @@ def step_plan(settings: Training, config: Qwen2Config, mesh: Mesh) -> StepPlan:
     on_tpu = mesh.devices.flat[0].platform == "tpu"
     if settings.attention == "splash" and not on_tpu:
         raise UserError("attention: splash runs on TPUs, and there are none; use auto or xla")
-    fits = not config.uses_windows and settings.seq_len % splash.LANES == 0
+    # Unpacked rows are as long as the longest document.
+    fits = not config.uses_windows and settings.packing and settings.seq_len % splash.LANES == 0
     backend = settings.attention if settings.attention != "auto" else "splash" if on_tpu and fits else "xla"
     return StepPlan(
         config=config, freeze=tuple(settings.freeze), accumulate=settings.accumulate, beta1=settings.beta1,

@@ -30,14 +30,21 @@ class _Split(NamedTuple):
 
 def lookup(embedding_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
     """Rows of the table [B, T, D], in its dtype, on the mesh in scope. The gradient is summed in float32."""
+    return _lookup(embedding_VD, jnp.asarray(tokens_BT))
+
+
+def _on_mesh(local: Any, in_specs: Any, out_specs: Any) -> Any:
+    """`local` on every device's part; as it is where there is one device."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return jnp.take(embedding_VD, tokens_BT, axis=0)
-    return _lookup(embedding_VD, tokens_BT)
+        return local
+    return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def _specs(table_shape: tuple[int, ...], tokens_shape: tuple[int, ...]) -> tuple[_Split, Any, Any]:
     mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return _Split(None, None, ()), PartitionSpec(), PartitionSpec()
     table = fitting_spec(mesh, ("vocab", "embed"), table_shape)
     tokens = fitting_spec(mesh, ("batch", "length"), tokens_shape)
     names = tuple(axis for part in tokens if part for axis in ((part,) if isinstance(part, str) else part))
@@ -72,7 +79,7 @@ def _forward(embedding_VD: jax.Array, tokens_BT: jax.Array):
         return lax.all_gather(x, split.embed, axis=2, tiled=True) if split.embed else x
 
     out_spec = PartitionSpec(*token_spec, None)
-    run = jax.shard_map(local, in_specs=(table_spec, token_spec), out_specs=out_spec, check_vma=False)
+    run = _on_mesh(local, (table_spec, token_spec), out_spec)
     return run(embedding_VD, tokens_BT), (embedding_VD, tokens_BT)
 
 
@@ -91,7 +98,7 @@ def _backward(saved: Any, dx_BTD: jax.Array):
         return (lax.psum(sums, others) if others else sums).astype(table.dtype)
 
     dx_spec = PartitionSpec(*token_spec, None)
-    run = jax.shard_map(local, in_specs=(table_spec, token_spec, dx_spec), out_specs=table_spec, check_vma=False)
+    run = _on_mesh(local, (table_spec, token_spec, dx_spec), table_spec)
     return run(embedding_VD, tokens_BT, dx_BTD), None
 
 

@@ -15,8 +15,9 @@ _SIZES = {
     "72": (8192, 29_568, 80, 64, 8, 152_064),
 }
 _TIED = ("0.5", "1.5", "3")  # the distilled 1.5B, made from Qwen2.5-Math, is not
+_SHORT = ("0.5", "3")  # 32,768 tokens, as all -Instruct; others are bases of 131,072
 _DISTILLED = ("1.5", "7", "14", "32")
-_NAME = re.compile(r"(?:(?:.*/)?(DeepSeek-R1-Distill-Qwen)-|(?:.*/)?Qwen2\.5-)([\d.]+)B(?:-Instruct)?", re.IGNORECASE)
+_NAME = re.compile(r"(?:(?:deepseek-ai/)?(DeepSeek-R1-Distill-Qwen)-|(?:Qwen/)?Qwen2\.5-)([\d.]+)B(-Instruct)?")
 
 
 def known(name: str) -> Qwen2Config | None:
@@ -28,7 +29,7 @@ def known(name: str) -> Qwen2Config | None:
     hidden, intermediate, layers, heads, kv_heads, vocab = _SIZES[size]
     return Qwen2Config(
         vocab_size=vocab, hidden_size=hidden, intermediate_size=intermediate, num_layers=layers, num_heads=heads,
-        num_kv_heads=kv_heads, head_dim=hidden // heads, max_length=131_072 if distilled else 32_768,
+        num_kv_heads=kv_heads, head_dim=hidden // heads, max_length=32_768 if match[3] or size in _SHORT else 131_072,
         tied=size in _TIED and not distilled,
         rope=Rope(theta=10_000.0 if distilled and size in ("1.5", "7") else 1_000_000.0),
     )  # fmt: skip

@@ -167,10 +167,14 @@ class Program:
                 kind = "reduce-scatter"  # as TPUs write it: one operation, of which each chip keeps a slice
             axes, ways = _axes(one.text, mesh)
             if ways > 1:
-                largest = max(
-                    [*one.shapes, *(s for n in one.operands for s in self._shapes.get(n, ()))], key=lambda s: s.nbytes
-                )
-                whole = sum(s.nbytes for s in one.shapes) if kind == "all-reduce" else largest.nbytes
+                given = [shape for name in one.operands for shape in self._shapes.get(name, ())]
+                made = list(one.shapes)
+                largest = max([*given, *made], key=lambda s: s.nbytes)
+                taken, out = (sum(shape.nbytes for shape in shapes) for shapes in (given, made))
+                if one.opcode.endswith("-start") and kind != "all-reduce":
+                    # Its result repeats the operands, and has scalars of its own.
+                    out = sum(shape.nbytes for shape in made if shape.sizes) - taken
+                whole = max(taken, out)
                 found.append(Collective(kind, one.name, largest.kind, largest.sizes, axes, ways, whole, one.times))
         return found
 

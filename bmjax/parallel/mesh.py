@@ -57,7 +57,12 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     if fixed > len(devices):
         raise UserError(f"mesh: sizes {sizes} need {fixed} devices, there are {len(devices)}; make a size smaller")
     # A TPU slice's links may serve two axes: the shape of the mesh need not be that of the slice.
-    placed = mesh_utils.create_device_mesh(shape, devices[:fixed], allow_split_physical_axes=True)
+    try:
+        placed = mesh_utils.create_device_mesh(shape, devices[:fixed], allow_split_physical_axes=True)
+    except (AssertionError, NotImplementedError, ValueError):
+        raise UserError(
+            f"mesh: sizes {sizes} cannot be laid out on these {len(devices)} devices; use all of them, one size -1"
+        ) from None
     return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 

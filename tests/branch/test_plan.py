@@ -92,7 +92,7 @@ def test_what_does_not_fit_says_what_to_change():
         ({"mesh": {"data": 2, "fsdp": 4}}, "mesh: data 2"), ({"remat": "none"}, "remat: full"),
         ({"batch": 64, "seq_len": 128, "track_move": False}, "accumulate: 2"),
         ({"track_move": True}, "track_move: false"),
-        ({"track_move": False}, "more chips"),
+        ({"track_move": False}, "the number of chips"),
     ]:  # fmt: skip
         found = plan.plan_on(settings(**changes), config, "cpu:8", small, jax.devices())
         assert not found.fits and found.change.startswith(advice), (changes, found.change)

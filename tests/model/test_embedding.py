@@ -9,12 +9,22 @@ from bmjax.model.embedding import lookup
 from bmjax.parallel.mesh import make_mesh, sharding
 
 MESHES = [
+    {},
     {"data": 8},
     {"fsdp": 8},
     {"fsdp": 2, "context": 2, "tensor": 2},
     {"data": 2, "fsdp": 2, "tensor": 2},
     {"tensor": 8},
 ]
+
+
+@pytest.mark.parametrize("mesh", [{}, {"fsdp": 4, "tensor": 2}])
+def test_many_equal_tokens_in_bfloat16(mesh):
+    """Sums of small numbers to large ones, as frequent tokens have them, are not lost in the table's type."""
+    with jax.set_mesh(make_mesh(mesh)):
+        table, tokens = jnp.ones((8, 4), jnp.bfloat16), jnp.zeros((8, 512), jnp.int32)
+        gradient = jax.jit(jax.grad(lambda e: jnp.sum(lookup(e, tokens).astype(jnp.float32))))(table)
+    assert gradient[0, 0] == 4096 and gradient.dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("mesh", MESHES)

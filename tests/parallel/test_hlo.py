@@ -128,3 +128,14 @@ def test_the_way_tpus_write_it():
     (one,) = program.collectives(make_mesh({"fsdp": 4, "tensor": 2}))
     assert (one.kind, one.axes, one.ways, one.times) == ("reduce-scatter", ("fsdp",), 4, 4)
     assert one.sent == 4 * 32 * 128 * 4 * 3 / 4
+
+
+def test_combined_collectives_count_all_their_parts():
+    text = TPU.replace(
+        "ROOT %result",
+        "%pair = (f32[64,128]{1,0}, f32[256,128]{1,0}) all-gather(%a, %square), replica_groups=[4,2]<=[8]\n"
+        "  %go = (f32[32,128]{1,0}, f32[64,128]{1,0}, u32[]{:S(2)}) all-gather-start(%a), replica_groups=[4,2]<=[8]\n"
+        "  ROOT %result",
+    )
+    found = {one.name: one.nbytes for one in Program(text).collectives(make_mesh({"fsdp": 4, "tensor": 2}))}
+    assert found["pair"] == (64 + 256) * 128 * 4 and found["go"] == 64 * 128 * 4
