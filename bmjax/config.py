@@ -48,6 +48,12 @@ def disk_error(error: OSError) -> str:
     return f"{error.filename or 'writing'}: {error.strerror}"
 
 
+def first_line(error: Exception) -> str:
+    """The first line that an error says, for a message of ours; its type where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines or [type(error).__name__])[0][:200]
+
+
 class Settings(BaseModel):
     """Frozen settings: unknown keys are refused with the nearest known one, wrong types by name of the key."""
 

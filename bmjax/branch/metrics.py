@@ -1,7 +1,6 @@
 """What a run says while it trains: metrics.jsonl, one line a step, a bar on a terminal, tokens/s, MFU, ETA."""
 
 import json
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -13,21 +12,10 @@ import jax
 from bmjax.config import UserError
 from bmjax.model import spec
 from bmjax.model.spec import Qwen2Config
+from bmjax.parallel.chips import peak_flops
 from bmjax.weights.safetensors import write_atomic
 
 Log = Callable[[str], None]
-
-# Dense bf16 peak of one device, FLOP/s, from the makers' data sheets, by a part of jax's `device_kind`.
-PEAK_FLOPS = {
-    "H200": 989e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "B200": 2250e12,
-    "v5 lite": 197e12, "v5e": 197e12, "v5p": 459e12, "v5": 459e12, "v6 lite": 918e12, "v6e": 918e12, "v4": 275e12,
-}  # fmt: skip
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """FLOP/s of one device, or None where it is not known (a CPU)."""
-    found = (peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\b{name}(?!\d)", device_kind, re.IGNORECASE))
-    return next(found, None)
 
 
 def flops_per_token(config: Qwen2Config, length: int) -> float:

@@ -22,8 +22,9 @@ from bmjax.branch import train as training
 from bmjax.branch.metrics import flops_per_token
 from bmjax.branch.settings import Training, TrainSettings
 from bmjax.branch.step import StepPlan, abstract_state, make_step
-from bmjax.config import UserError
+from bmjax.config import UserError, first_line
 from bmjax.model import spec
+from bmjax.model.attention import backend
 from bmjax.model.attention import rows as short_rows
 from bmjax.model.known import known
 from bmjax.model.spec import Qwen2Config
@@ -92,8 +93,7 @@ def plan_on(settings: Training, config: Qwen2Config, topology: str, chip: Chip, 
     except jax.errors.JaxRuntimeError as error:
         used = _OUT_OF_MEMORY.search(str(error))
         if used is None:
-            reason = str(error).strip().partition("\n")[0][:200]
-            raise UserError(f"--topology: {topology}: the compiler failed: {reason}") from error
+            raise UserError(f"--topology: {topology}: the compiler failed: {first_line(error)}") from error
         total = float(used[1]) * _UNITS[used[2]]
     seconds = time.perf_counter() - began
     tokens = settings.batch * settings.seq_len
@@ -188,9 +188,9 @@ def _kernel_flops(step_plan: StepPlan, settings: Training) -> float:
 
     Two products forward (again where layers are recomputed), five backward, of half the square.
     """
-    if step_plan.how.backend == "xla" and settings.seq_len <= short_rows.LONGEST:
-        return 0.0
     c = step_plan.config
+    if backend(step_plan.how, settings.seq_len, c.uses_windows) == "xla" and settings.seq_len <= short_rows.LONGEST:
+        return 0.0
     products = 7 + (2 if settings.remat == "full" else 0)
     square = settings.batch * settings.seq_len**2 / 2
     return 2.0 * products * square * c.num_layers * c.num_heads * c.head_dim

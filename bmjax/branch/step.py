@@ -1,5 +1,6 @@
 """One training step: microbatches summed, divided once by the count of target tokens, clipped, applied."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -46,30 +47,25 @@ class StepPlan:
 
 def init_state(plan: StepPlan, params: qwen2.Params) -> dict[str, Any]:
     """Training state from float32 parameters: trained, frozen, moments, and the start when the move is tracked."""
-    trained, frozen = plan.rows
-    train = optimizer.pick(params, trained)
-    shardings = jax.tree.map(lambda a: a.sharding, train)
-    moments = jax.jit(plan.adamw.init, out_shardings=_moment_shardings(plan, shardings, train))(train)
-    state = {"params": train, "frozen": optimizer.pick(params, frozen), "moments": moments}
-    if plan.track_move:
-        # The step donates the parameters; the start needs buffers of its own.
-        state["start"] = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)(train)
-    return state
+    return _state(plan, params, lambda program, tree: program(tree))
 
 
 def abstract_state(plan: StepPlan, params: qwen2.Params) -> dict[str, Any]:
     """What `init_state` gives, of shapes with shardings (jax.ShapeDtypeStruct) instead of arrays: nothing is held."""
+    return _state(plan, params, lambda program, tree: program.eval_shape(tree))
+
+
+def _state(plan: StepPlan, params: qwen2.Params, run: Callable[[Any, Any], Any]) -> dict[str, Any]:
+    """The training state, of what `run` makes of a jitted program and parameters."""
     trained, frozen = plan.rows
     train = optimizer.pick(params, trained)
     shardings = jax.tree.map(lambda a: a.sharding, train)
-    shapes = jax.eval_shape(plan.adamw.init, train)
-    moments = jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-        shapes,
-        _moment_shardings(plan, shardings, train),
-    )
+    moments = run(jax.jit(plan.adamw.init, out_shardings=_moment_shardings(plan, shardings, train)), train)
     state = {"params": train, "frozen": optimizer.pick(params, frozen), "moments": moments}
-    return state | ({"start": train} if plan.track_move else {})
+    if plan.track_move:
+        # The step donates the parameters; the start needs buffers of its own.
+        state["start"] = run(jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings), train)
+    return state
 
 
 def _moment_shardings(plan: StepPlan, shardings: Any, train: Any) -> Any:

@@ -18,7 +18,6 @@ from bmjax.branch.settings import Training, TrainSettings
 from bmjax.branch.step import StepPlan, all_params, init_state, make_step, place_batch
 from bmjax.config import UserError
 from bmjax.model import spec
-from bmjax.model.attention import splash
 from bmjax.model.how import How
 from bmjax.model.spec import Qwen2Config, read_hf_config
 from bmjax.parallel.mesh import make_mesh
@@ -35,17 +34,14 @@ def _unroll(config: Qwen2Config) -> int:
 
 def step_plan(settings: Training, config: Qwen2Config, mesh: Mesh) -> StepPlan:
     """What the compiled step depends on."""
-    on_tpu = mesh.devices.flat[0].platform == "tpu"
-    if settings.attention == "splash" and not on_tpu:
+    platform = mesh.devices.flat[0].platform
+    if settings.attention == "splash" and platform != "tpu":
         raise UserError("attention: splash runs on TPUs, and there are none; use auto or xla")
-    # Unpacked rows are as long as the longest document.
-    fits = not config.uses_windows and settings.packing and settings.seq_len % splash.LANES == 0
-    backend = settings.attention if settings.attention != "auto" else "splash" if on_tpu and fits else "xla"
     return StepPlan(
         config=config, freeze=tuple(settings.freeze), accumulate=settings.accumulate, beta1=settings.beta1,
         beta2=settings.beta2, eps=settings.eps, weight_decay=settings.weight_decay, clip=settings.clip,
         compute_dtype=settings.compute_dtype, remat=settings.remat, unroll=_unroll(config),
-        how=How(backend, settings.context_parallel), track_move=settings.track_move, mesh=mesh,
+        how=How(settings.attention, settings.context_parallel, platform), track_move=settings.track_move, mesh=mesh,
     )  # fmt: skip
 
 

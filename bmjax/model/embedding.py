@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from bmjax.parallel.mesh import fitting_spec
+from bmjax.parallel.mesh import fitting_spec, mesh_in_scope, split_axes
 
 
 class _Split(NamedTuple):
@@ -35,20 +35,18 @@ def lookup(embedding_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
 
 def _on_mesh(local: Any, in_specs: Any, out_specs: Any) -> Any:
     """`local` on every device's part; as it is where there is one device."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if mesh_in_scope() is None:
         return local
     return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def _specs(table_shape: tuple[int, ...], tokens_shape: tuple[int, ...]) -> tuple[_Split, Any, Any]:
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    mesh = mesh_in_scope()
+    if mesh is None:
         return _Split(None, None, ()), PartitionSpec(), PartitionSpec()
     table = fitting_spec(mesh, ("vocab", "embed"), table_shape)
     tokens = fitting_spec(mesh, ("batch", "length"), tokens_shape)
-    names = tuple(axis for part in tokens if part for axis in ((part,) if isinstance(part, str) else part))
-    return _Split(table[0], table[1], names), table, tokens
+    return _Split(table[0], table[1], split_axes(tokens)), table, tokens
 
 
 def _places(split: _Split, size: int, tokens: jax.Array) -> jax.Array:

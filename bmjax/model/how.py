@@ -11,9 +11,11 @@ class How(NamedTuple):
 
     backend: splash (Pallas kernels of TPUs), xla (any device), auto: splash on a TPU where the rows fit it.
     context: how a row that is split over the mesh axis `context` is put together, see `model.attention.contexts`.
+    platform: of the devices, for auto; None: JAX's own.
     interpret: run kernels without their device, slowly, to test them.
     """
 
     backend: Backend = "auto"
     context: Spread = "auto"
+    platform: str | None = None
     interpret: bool = False

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from bmjax.parallel.mesh import fitting_spec
+from bmjax.parallel.mesh import fitting_spec, mesh_in_scope, split_axes
 
 CHUNK_ELEMENTS = 2**26  # logits held at once: 256 MiB in float32
 
@@ -57,12 +57,12 @@ class _Split(NamedTuple):
 def _on_mesh(function: Any, h_BTD: jax.Array, w_DV: jax.Array, y_BT: jax.Array, m_BT: jax.Array, head: bool) -> Any:
     """`function` of every device's part, with the sums over devices made: (loss, dh, dw or None), or the loss alone
     where `function` gives that."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    mesh = mesh_in_scope()
+    if mesh is None:
         return function(_Split(), h_BTD, w_DV, y_BT, m_BT, head)
     h_spec = fitting_spec(mesh, ("batch", "length", None), h_BTD.shape)
     w_spec = fitting_spec(mesh, ("embed", "vocab"), w_DV.shape)
-    tokens = tuple(axis for part in h_spec if part for axis in ((part,) if isinstance(part, str) else part))
+    tokens = split_axes(h_spec)
     split = _Split(tokens, w_spec[1], w_spec[0])
 
     def local(h: jax.Array, w: jax.Array, y: jax.Array, m: jax.Array) -> Any:
@@ -178,8 +178,7 @@ def _chunks_with_gradients(
         def nothing() -> Any:
             return jnp.float32(0), jnp.zeros_like(h), jnp.zeros(w.shape, jnp.float32) if head else None
 
-        found = lax.cond(jnp.any(m > 0), lambda: _gradients(split, h, w, y, m, head), nothing)
-        loss, dh, dw = found
+        loss, dh, dw = lax.cond(jnp.any(m > 0), lambda: _gradients(split, h, w, y, m, head), nothing)
         return jax.tree.map(jnp.add, carry, (loss, dw)), dh
 
     order, cut = _cut((h, y, m), m, pieces)

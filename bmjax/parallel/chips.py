@@ -1,4 +1,4 @@
-"""TPU chips and slices: what their makers' data sheets say, and topologies of chips that are not there."""
+"""Devices by their makers' data sheets, and topologies of TPU chips that are not there."""
 
 import importlib.util
 import math
@@ -9,7 +9,19 @@ from typing import Any
 
 import jax
 
-from bmjax.config import UserError, nearest
+from bmjax.config import UserError, first_line, nearest
+
+# Dense bf16 peak of one device, FLOP/s, from the makers' data sheets, by a part of jax's `device_kind`.
+PEAK_FLOPS = {
+    "H200": 989e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "B200": 2250e12,
+    "v5 lite": 197e12, "v5e": 197e12, "v5p": 459e12, "v5": 459e12, "v6 lite": 918e12, "v6e": 918e12, "v4": 275e12,
+}  # fmt: skip
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """FLOP/s of one device, or None where it is not known (a CPU)."""
+    found = (peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\b{name}(?!\d)", device_kind, re.IGNORECASE))
+    return next(found, None)
 
 
 @dataclass(frozen=True)
@@ -26,10 +38,10 @@ class Chip:
 
 # cloud.google.com/tpu/docs/system-architecture-tpu-vm and /pricing; links: jax-ml.github.io/scaling-book/tpus.
 CHIPS = {
-    "v4": Chip(31.75, 275e12, 1.23e12, 270e9, 3.22),
-    "v5e": Chip(15.75, 197e12, 0.82e12, 180e9, 1.20),
-    "v5p": Chip(95.74, 459e12, 2.77e12, 540e9, 4.20),
-    "v6e": Chip(31.25, 918e12, 1.64e12, 360e9, 2.70),
+    "v4": Chip(31.75, PEAK_FLOPS["v4"], 1.23e12, 270e9, 3.22),
+    "v5e": Chip(15.75, PEAK_FLOPS["v5e"], 0.82e12, 180e9, 1.20),
+    "v5p": Chip(95.74, PEAK_FLOPS["v5p"], 2.77e12, 540e9, 4.20),
+    "v6e": Chip(31.25, PEAK_FLOPS["v6e"], 1.64e12, 360e9, 2.70),
 }
 _TOPOLOGY = re.compile(r"([a-z0-9]+):(\d+(?:x\d+)*)")
 
@@ -62,13 +74,9 @@ def topology_devices(name: str) -> tuple[Chip, list[Any]]:
     try:
         devices = list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
     except Exception as error:
-        raise UserError(f"--topology: {name}: {_first_line(error)}") from None
+        raise UserError(f"--topology: {name}: {first_line(error)}") from None
     if len(devices) != math.prod(map(int, match[2].split("x"))):
         raise UserError(
             f"--topology: {name} has {len(devices)} devices a program can use; chips with one are planned for"
         )
     return CHIPS[match[1]], devices
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

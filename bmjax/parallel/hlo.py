@@ -13,7 +13,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute", "ragged-all-to-all")
-_BYTES = {"pred": 1, "bf16": 2, "f16": 2}
+# Of operations that call a computation once for every pair of numbers: nothing to count there.
+_ELEMENTWISE = ("reduce", "all-reduce", "reduce-scatter", "scatter", "sort", "reduce-window", "map")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _SHAPE = re.compile(r"([a-z]+\d*(?:e\dm\d\w*)?)\[([\d,]*)\]")
@@ -30,9 +31,8 @@ class Shape:
 
     @property
     def nbytes(self) -> int:
-        width = _BYTES.get(self.kind) or max(
-            1, int(re.sub(r"\D.*", "", self.kind.lstrip("abcdefghijklmnopqrstuvwxyz")) or 8) // 8
-        )
+        bits = re.search(r"\d+", self.kind)
+        width = max(1, int(bits[0]) // 8) if bits else 1
         return width * math.prod(self.sizes)
 
 
@@ -101,23 +101,14 @@ class Program:
     def _walk(self, computation: str, times: int) -> Iterator[Instruction]:
         for one in self._computations.get(computation, []):
             yield replace(one, times=times, within=computation)
-            inner = times
-            if one.opcode == "while":
-                inner = times * self._trips(one)
+            if one.opcode in _ELEMENTWISE:
+                continue
             called = _CALLED.findall(one.text)
             if (branches := _BRANCHES.search(one.text)) is not None:
                 called += re.findall(r"%?([\w.\-]+)", branches[1])
+            inner = times * self._trips(one) if one.opcode == "while" else times
             for name in called:
-                if one.opcode not in (
-                    "reduce",
-                    "all-reduce",
-                    "reduce-scatter",
-                    "scatter",
-                    "sort",
-                    "reduce-window",
-                    "map",
-                ):
-                    yield from self._walk(name, inner)
+                yield from self._walk(name, inner)
 
     def _trips(self, loop: Instruction) -> int:
         """How often a loop's body runs: what XLA says, else by the limit that its counter, from 0 on, is compared with
@@ -184,14 +175,14 @@ def _parse(line: str) -> Instruction | None:
     if match is None:
         return None
     name, rest = match.groups()
-    opcode = _OPCODE.search(" " + rest if rest.startswith("(") else rest)
+    opcode = _OPCODE.search(rest)
     if opcode is None:
         return None
-    at = rest.index(f"{opcode[1]}(", max(0, opcode.start() - 1))
     shapes = tuple(
-        Shape(kind, tuple(map(int, filter(None, sizes.split(","))))) for kind, sizes in _SHAPE.findall(rest[:at])
+        Shape(kind, tuple(map(int, filter(None, sizes.split(",")))))
+        for kind, sizes in _SHAPE.findall(rest[: opcode.start()])
     )
-    return Instruction(name, shapes, opcode[1], rest[at + len(opcode[1]) + 1 :])
+    return Instruction(name, shapes, opcode[1], rest[opcode.end() :])
 
 
 def _convolution(one: Instruction, left: tuple[int, ...], right: tuple[int, ...]) -> int:

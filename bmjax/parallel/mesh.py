@@ -88,9 +88,20 @@ def sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int] | None
     return NamedSharding(mesh, partition_spec(axes) if shape is None else fitting_spec(mesh, axes, shape))
 
 
+def split_axes(spec: PartitionSpec) -> tuple[str, ...]:
+    """All mesh axes that split an array of this layout, whichever its dimensions."""
+    return tuple(axis for part in spec if part for axis in ((part,) if isinstance(part, str) else part))
+
+
+def mesh_in_scope() -> AbstractMesh | None:
+    """The mesh of `jax.set_mesh`; None where there is none, or of one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 else mesh
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Tell the compiler how `x` is laid out by logical names; without a mesh in scope it does nothing."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    mesh = mesh_in_scope()
+    if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, fitting_spec(mesh, axes, x.shape))

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from bmjax.config import UserError, read_text
+from bmjax.config import UserError, first_line, read_text
 from bmjax.model import spec
 from bmjax.model.spec import Param, Qwen2Config
 from bmjax.parallel.mesh import sharding
@@ -262,7 +262,7 @@ def load_tokenizer(directory: str | Path) -> Any:
             return PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
         return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
     except Exception as error:
-        raise UserError(f"{directory}: the tokenizer cannot be loaded: {_first_line(error)}") from None
+        raise UserError(f"{directory}: the tokenizer cannot be loaded: {first_line(error)}") from None
 
 
 def end_tokens(directory: str | Path, config: Qwen2Config, tokenizer: Any = None) -> tuple[int, ...]:
@@ -302,14 +302,9 @@ def resolve_model(name: str | Path) -> Path:
         return Path(snapshot_download(text, allow_patterns=HUB_FILES))
     except Exception as error:
         raise UserError(
-            f"{text}: no such directory, and the Hugging Face Hub did not give it: {_first_line(error)}"
+            f"{text}: no such directory, and the Hugging Face Hub did not give it: {first_line(error)}"
         ) from None
 
 
 def _siblings(path: Path) -> list[str]:
     return [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines or [type(error).__name__])[0][:200]

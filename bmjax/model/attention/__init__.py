@@ -10,7 +10,15 @@ import jax.numpy as jnp
 from bmjax.config import UserError
 from bmjax.model.attention import rows, splash, tiles
 from bmjax.model.attention.contexts import spread
-from bmjax.model.how import How
+from bmjax.model.how import Backend, How
+
+
+def backend(how: How, length: int, windows: bool) -> Backend:
+    """What computes rows of `length` tokens, with or without sliding windows: what `auto` stands for."""
+    if how.backend != "auto":
+        return how.backend
+    on_tpu = (how.platform or jax.default_backend()) == "tpu"
+    return "splash" if on_tpu and not splash.refuses(length, windows) else "xla"
 
 
 def causal_attention(
@@ -23,12 +31,11 @@ def causal_attention(
     are seen, None for all; it may be traced, so that layers of both kinds share one scan. Raises UserError where
     splash is asked for and can't.
     """
-    backend = how.backend
-    if backend == "auto":
-        backend = "splash" if jax.default_backend() == "tpu" and not splash.refuses(q_BTNH, window) else "xla"
-    if backend == "splash" and (reason := splash.refuses(q_BTNH, window)):
+    length, windows = q_BTNH.shape[1], window is not None
+    chosen = backend(how, length, windows)
+    if chosen == "splash" and (reason := splash.refuses(length, windows)):
         raise UserError(f"attention: splash {reason}; use auto or xla")
-    kernel = splash.Splash(how.interpret) if backend == "splash" else _XLA
+    kernel = splash.Splash(how.interpret) if chosen == "splash" else _XLA
     return spread(kernel, how.context, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, window)
 
 

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec
 
 from bmjax.config import UserError
 from bmjax.model.how import Spread
-from bmjax.parallel.mesh import fitting_spec
+from bmjax.parallel.mesh import fitting_spec, mesh_in_scope
 
 AXIS = "context"
 
@@ -30,8 +30,8 @@ def spread(
 ) -> jax.Array:  # fmt: skip
     """Attention [B, T, N, H] on the mesh in scope; see `causal_attention`. kernel: whole(q, k, v, segments, window)
     for whole rows, part(q, k, v, q_segments, k_segments, start, window) -> (out, lse) for a part of one."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    mesh = mesh_in_scope()
+    if mesh is None:
         return kernel.whole(q_BTNH, k_BTKH, v_BTKH, segments_BT, window)
     batch, length, heads, _ = q_spec = fitting_spec(mesh, ("batch", "length", "heads", None), q_BTNH.shape)
     tensor = mesh.shape["tensor"] if heads else 1

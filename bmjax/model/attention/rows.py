@@ -14,11 +14,7 @@ import jax.numpy as jnp
 from bmjax.model.attention.tiles import MASKED
 
 LONGEST = 1024  # tokens a row
-
-
-def block_length(length: int) -> int:
-    """Query tokens a block."""
-    return min(128, length)
+BLOCK = 128  # of them, as queries at a time
 
 
 def _allowed(segments_BT: jax.Array, window: jax.Array | None, start: int, stop: int) -> jax.Array:
@@ -41,8 +37,7 @@ def scores(q_BKRH: jax.Array, k_BKSH: jax.Array, allowed_BTS: jax.Array) -> jax.
 
 def blocks(length: int) -> list[tuple[int, int]]:
     """First and last-plus-one token of each block of queries."""
-    block = block_length(length)
-    return [(start, min(start + block, length)) for start in range(0, length, block)]
+    return [(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK)]
 
 
 def _rows(x_BKGTH: jax.Array, start: int, stop: int) -> jax.Array:

@@ -1,29 +1,26 @@
 """Attention by the splash kernels of JAX's Pallas library, for TPUs; elsewhere they are interpreted, for tests.
 
 Blocks above the diagonal are skipped at compile time, and packed rows are masked by their segment ids inside the
-kernel. Outputs are saved under the name `context`, so that a remat policy can keep them.
+kernel.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 from bmjax.model.attention import tiles
 
 LANES = 128
-SAVED = "context"
 QUERIES, KEYS = 512, 1024  # of a block, at most
 
 
-def refuses(q_BTNH: jax.Array, window: jax.Array | None) -> str | None:
-    """Why these kernels can't compute it; None where they can."""
-    if window is not None:
+def refuses(length: int, windows: bool) -> str | None:
+    """Why these kernels can't compute rows of `length` tokens; None where they can."""
+    if windows:
         return "knows no sliding window that differs by layer"
-    length = q_BTNH.shape[1]
     return None if length % LANES == 0 else f"needs rows of a multiple of {LANES} tokens, not {length}"
 
 
@@ -40,8 +37,7 @@ class Splash:
         _, T, N, H = q_BTNH.shape
         scaled = (q_BTNH * H**-0.5).astype(q_BTNH.dtype)
         q, k, v = (_lanes(x.transpose(0, 2, 1, 3)) for x in (scaled, k_BTKH, v_BTKH))
-        kernel = _kernel(T, N, self.interpret)
-        out_BNTH = jax.vmap(kernel)(q, k, v, kernels.SegmentIds(q=segments_BT, kv=segments_BT))
+        out_BNTH = jax.vmap(_kernel(T, N, self.interpret))(q, k, v, segments_BT)
         return out_BNTH[..., :H].transpose(0, 2, 1, 3)
 
     @staticmethod
@@ -55,7 +51,12 @@ def _lanes(x: jax.Array) -> jax.Array:
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % LANES)])
 
 
-def _kernel(length: int, heads: int, interpret: bool) -> Any:
+def _kernel(length: int, heads: int, interpret: bool) -> Callable[..., jax.Array]:
+    """(q, k, v, segments) of a row -> attention."""
+    # Not at the top: Pallas takes a fifth of a second to load, and who has no TPU never needs it.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
     q, kv = _block(length, QUERIES), _block(length, KEYS)
     compute = _block(kv, QUERIES)
     sizes = kernels.BlockSizes(
@@ -63,10 +64,8 @@ def _kernel(length: int, heads: int, interpret: bool) -> Any:
         block_q_dq=q, block_kv_dq=kv,
     )  # fmt: skip
     mask = masks.MultiHeadMask([masks.CausalMask((length, length))] * heads)
-    return kernels.make_splash_mha(
-        mask=mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret,
-        residual_checkpoint_name=SAVED,
-    )  # fmt: skip
+    kernel = kernels.make_splash_mha(mask=mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+    return lambda q, k, v, segments: kernel(q, k, v, kernels.SegmentIds(q=segments, kv=segments))
 
 
 def _block(length: int, most: int) -> int:
