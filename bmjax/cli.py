@@ -146,14 +146,19 @@ def _dispatch(arguments: list[str]) -> int:
     output = None
     if command == "run":
         output, rest = _option(rest, "--output")
+    config, overrides = _config(command, rest)
+    CALLS[command](kind.read(config, overrides), output)
+    return 0
+
+
+def _config(command: str, rest: list[str]) -> tuple[str, list[str]]:
+    """(the CONFIG file, its overrides) of what is left of a command line."""
     unknown = [argument for argument in rest if argument.startswith("-")]
     if unknown:
         raise UserError(f"unknown option '{unknown[0]}'; settings are given as key=value, see bmjax {command} --help")
     if not rest or "=" in rest[0]:
         raise UserError(f"bmjax {command}: the CONFIG file is missing; see bmjax {command} --help")
-    config, *overrides = rest
-    CALLS[command](kind.read(config, overrides), output)
-    return 0
+    return rest[0], rest[1:]
 
 
 def _option(arguments: list[str], name: str) -> tuple[str | None, list[str]]:
@@ -202,31 +207,27 @@ def _plan(rest: list[str]) -> int:
     topology, rest = _option(rest, "--topology")
     flags = {word for word in rest if word in ("--search", "--json")}
     rest = [word for word in rest if word not in flags]
-    unknown = [word for word in rest if word.startswith("-")]
-    if unknown:
-        raise UserError(f"unknown option '{unknown[0]}'; see bmjax plan --help")
-    if not rest or "=" in rest[0]:
-        raise UserError("bmjax plan: the CONFIG file is missing; see bmjax plan --help")
+    config_file, overrides = _config("plan", rest)
     if topology is None:
         raise UserError("bmjax plan: --topology is missing, for instance --topology v5p:4x4x4")
     from bmjax.branch.settings import TrainSettings
 
-    settings = TrainSettings.read(rest[0], rest[1:])
+    settings = TrainSettings.read(config_file, overrides)
     from bmjax.branch import plan
 
     config = plan.student_config(settings.student)
     if "--search" in flags:
-        found, overrides = plan.search(settings, config, topology, log=lambda line: print(line, file=sys.stderr))
-        settings = settings.model_copy(update=overrides)
+        found, changes = plan.search(settings, config, topology, log=lambda line: print(line, file=sys.stderr))
+        settings = settings.model_copy(update=changes)
     else:
-        found, overrides = plan.plan(settings, config, topology), {}
+        found, changes = plan.plan(settings, config, topology), {}
     if "--json" in flags:
-        print(json.dumps({**found.to_json(), **({"overrides": overrides} if overrides else {})}))
+        print(json.dumps({**found.to_json(), **({"overrides": changes} if changes else {})}))
         return 0
     for line in plan.lines(found, settings):
         print(line)
-    if overrides:
-        print("with", *(f"{key}={json.dumps(value)}" for key, value in overrides.items()))
+    if changes:
+        print("with", *(f"{key}={json.dumps(value)}" for key, value in changes.items()))
     return 0
 
 
