@@ -51,18 +51,28 @@ class Loader:
             return np.arange(len(self.rows))
         return np.random.default_rng([self.seed, 1 + epoch]).permutation(len(self.rows))
 
-    def at(self, step: int) -> Batch:
-        """The batch of optimizer step `step`, counted from 0."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        chosen = self._order(epoch)[place * self.batch : (place + 1) * self.batch]
-        shape = (self.batch, self.length)
+    def at(self, step: int, places: range | None = None) -> Batch:
+        """The batch of optimizer step `step`, counted from 0; or only its rows at `places`, in that order."""
+        chosen = self._chosen(step)
+        places = range(self.batch) if places is None else places
+        shape = (len(places), self.length)
         tokens, segments, mask = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.uint8)
-        for b, row in enumerate(chosen):
+        for b, place in enumerate(places):
             start = 0
-            for segment, document in enumerate(self.rows[row], 1):
+            for segment, document in enumerate(self.rows[chosen[place]] if place < len(chosen) else (), 1):
                 example = self.dataset.examples[document]
                 stop = start + len(example.tokens)
                 tokens[b, start:stop], segments[b, start:stop] = example.tokens, segment
                 mask[b, start:stop] = example.loss_mask
                 start = stop
         return Batch(tokens, segments, mask)
+
+    def real_tokens(self, step: int) -> int:
+        """Tokens of documents in the whole batch of `step`."""
+        documents = (document for row in self._chosen(step) for document in self.rows[row])
+        return sum(len(self.dataset.examples[document].tokens) for document in documents)
+
+    def _chosen(self, step: int) -> np.ndarray:
+        """The rows of the batch; fewer than `batch` at the end of an epoch."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        return self._order(epoch)[place * self.batch : (place + 1) * self.batch]

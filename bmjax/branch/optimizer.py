@@ -11,6 +11,8 @@ import optax
 from bmjax.config import UserError
 from bmjax.model.spec import Param, get, unflatten
 
+MOMENTS = ("mu", "nu")  # of optax's Adam
+
 
 def warmup_steps(warmup: float, steps: int) -> int:
     """Below 1 a share of `steps`, rounded up; from 1 on a number of steps."""
@@ -55,17 +57,36 @@ def join(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def adamw(rows: tuple[Param, ...], beta1: float, beta2: float, eps: float, weight_decay: float, clip: float) -> Any:
+def adamw(
+    rows: tuple[Param, ...], beta1: float, beta2: float, eps: float, weight_decay: float, clip: float,
+    moments_dtype: str = "float32",
+) -> Any:  # fmt: skip
     """An optax transformation without its learning rate: clip, Adam, weight decay on matrices.
 
-    The rate is a multiplier at the step, so that one compiled step serves every schedule.
+    The rate is a multiplier at the step, so that one compiled step serves every schedule. moments_dtype: what both
+    moments are stored in; they are computed in float32.
     """
     decayed = unflatten([(row.path, row.is_matrix) for row in rows])
     parts = [optax.clip_by_global_norm(clip)] if clip else []
-    parts.append(optax.scale_by_adam(b1=beta1, b2=beta2, eps=eps))
+    parts.append(_stored_in(jnp.dtype(moments_dtype), optax.scale_by_adam(b1=beta1, b2=beta2, eps=eps)))
     if weight_decay:
         parts.append(optax.add_decayed_weights(weight_decay, mask=decayed))
     return optax.chain(*parts)
+
+
+def _stored_in(dtype: Any, adam: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`adam` with its moments kept in `dtype` between steps."""
+    if dtype == jnp.float32:
+        return adam
+
+    def cast(state: Any, to: Any) -> Any:
+        return state._replace(**{name: jax.tree.map(lambda a: a.astype(to), getattr(state, name)) for name in MOMENTS})
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = adam.update(grads, cast(state, jnp.float32), params)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(lambda params: cast(adam.init(params), dtype), update)
 
 
 def importances(moments: Any, frozen: Any, beta2: float) -> dict[str, Any]:
@@ -76,7 +97,7 @@ def importances(moments: Any, frozen: Any, beta2: float) -> dict[str, Any]:
     """
     (adam,) = (part for part in moments if hasattr(part, "nu"))
     bias = 1.0 - beta2 ** max(1, int(adam.count))
-    return join(jax.tree.map(lambda nu: nu / bias, adam.nu), jax.tree.map(jnp.zeros_like, frozen))
+    return join(jax.tree.map(lambda nu: nu.astype(jnp.float32) / bias, adam.nu), jax.tree.map(jnp.zeros_like, frozen))
 
 
 def global_norm(tree: Any) -> jax.Array:

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from bmjax.branch import train as training
+from bmjax.branch.memory import GIB, held, program_bytes
 from bmjax.branch.metrics import flops_per_token
 from bmjax.branch.settings import Training, TrainSettings
-from bmjax.branch.step import StepPlan, abstract_state, make_step
+from bmjax.branch.step import StepPlan, abstract_arguments, make_step
 from bmjax.config import UserError, first_line
 from bmjax.model import spec
 from bmjax.model.attention import backend
@@ -30,9 +30,8 @@ from bmjax.model.known import known
 from bmjax.model.spec import Qwen2Config
 from bmjax.parallel.chips import Chip, topology_devices
 from bmjax.parallel.hlo import Program, totals
-from bmjax.parallel.mesh import AXES, sharding
+from bmjax.parallel.mesh import AXES
 
-GIB = 2**30
 KINDS = ("parameters", "optimizer", "gradients", "temporaries")
 _OUT_OF_MEMORY = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
@@ -131,12 +130,7 @@ class _Compiled:
 
     @classmethod
     def of(cls, compiled: Any) -> "_Compiled":
-        memory = compiled.memory_analysis()
-        nbytes = (
-            memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
-            + memory.output_size_in_bytes - memory.alias_size_in_bytes
-        )  # fmt: skip
-        return cls(float(nbytes), Program(compiled.as_text()))
+        return cls(program_bytes(compiled), Program(compiled.as_text()))
 
 
 def lower_step(
@@ -151,36 +145,8 @@ def lower_step(
         )
     step_plan = dataclasses.replace(training.step_plan(settings, config, mesh), unroll=1)
     with jax.set_mesh(mesh):
-        arguments = abstract_arguments(step_plan, settings)
+        arguments = abstract_arguments(step_plan, settings.batch, settings.seq_len)
         return step_plan, held(arguments[0]), make_step(step_plan).lower(*arguments)
-
-
-def abstract_arguments(step_plan: StepPlan, settings: Training) -> tuple[Any, ...]:
-    """What the step takes, as shapes with shardings."""
-    mesh = step_plan.mesh
-    params = spec.unflatten([
-        (row.path, jax.ShapeDtypeStruct(row.shape, jnp.float32, sharding=sharding(mesh, row.axes, row.shape)))
-        for row in spec.table(step_plan.config)
-    ])  # fmt: skip
-    shape = (settings.batch, settings.seq_len)
-    place = sharding(mesh, ("batch", "length"), shape)
-    batch = [jax.ShapeDtypeStruct(shape, kind, sharding=place) for kind in (jnp.int32, jnp.int32, jnp.uint8)]
-    return (abstract_state(step_plan, params), *batch, jax.ShapeDtypeStruct((), jnp.float32))
-
-
-def held(state: dict[str, Any]) -> dict[str, float]:
-    """Bytes on a chip of the training state by kind, and of the float32 gradients that a step makes of it."""
-
-    def size(tree: Any) -> float:
-        leaves = jax.tree.leaves(tree)
-        return float(sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in leaves))
-
-    parameters = size(state["params"])
-    return {
-        "parameters": parameters + size(state["frozen"]) + size(state.get("start", {})),
-        "optimizer": size(state["moments"]),
-        "gradients": parameters,
-    }
 
 
 def _kernel_flops(step_plan: StepPlan, settings: Training) -> float:

@@ -54,13 +54,17 @@ class Training(Settings):
         description="rows split over mesh context: ulysses exchanges heads for tokens, gather keys and values, ring "
         "passes them on; auto: ulysses where heads suffice, else ring",
     )
+    moments_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of Adam's two moments between steps; bfloat16 takes half, and needs beta2 <= 0.99"
+    )
     freeze: list[str] = Field(
         [], description="parameters that stay as they are, e.g. [embed/*]; shell patterns on names like layers/mlp/*"
     )
     track_move: bool = Field(True, description="log |delta|/|backbone|; costs one more sharded copy of the weights")
     mesh: MeshSizes = Field({"fsdp": -1}, description="devices along data, fsdp, context, tensor; -1: the rest")
     save_every: int = Field(200, ge=1, description="steps between checkpoints")
-    keep: int = Field(3, ge=1, description="checkpoints kept")
+    keep: int = Field(3, ge=1, description="newest checkpoints kept")
+    keep_every: int | None = Field(None, ge=1, description="also keep every checkpoint of a multiple of so many steps")
     export_dtype: Literal["bfloat16", "float16", "float32"] | None = Field(
         None, description="of hf/; null: as the student was stored"
     )
@@ -68,6 +72,9 @@ class Training(Settings):
         False, description="also write DIR/importances: what the fisher merge weighs this branch's parameters by"
     )
     log_every: int = Field(1, ge=1, description="steps between lines in the log; metrics.jsonl has every step")
+    profile_steps: tuple[int, int] | None = Field(
+        None, description="[first, last] step, counted from 1, of an XProf trace in DIR/profile, e.g. [10, 13]"
+    )
     wandb: str | None = Field(None, description="project name: also log to Weights & Biases (needs the wandb extra)")
 
     @model_validator(mode="before")
@@ -85,6 +92,12 @@ class Training(Settings):
             raise ValueError(
                 f"batch {self.batch} is not a multiple of accumulate {self.accumulate}; change one of them"
             )
+        if self.moments_dtype == "bfloat16" and self.beta2 > 0.99:
+            raise ValueError(
+                f"beta2 {self.beta2}: bfloat16 moments lose changes that small; at most 0.99, or moments_dtype float32"
+            )
+        if self.profile_steps and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:
+            raise ValueError(f"profile_steps {list(self.profile_steps)}: expected [first, last], first from 1 on")
         return self
 
 
@@ -96,4 +109,13 @@ class TrainSettings(Training):
         description="JSON Lines or Parquet file(s), or a hub dataset (org/name:subset:split); "
         "rows with prompt and response (or messages, conversations)"
     )
-    output: str = Field(description="directory for checkpoints/, hf/ and metrics.jsonl")
+    output: str = Field(description="directory for checkpoints/, hf/ and metrics.jsonl; all processes see the same one")
+    coordinator: str | None = Field(
+        None, description="several processes: host:port of process 0; null: as the launcher says (TPU slice, SLURM, "
+        "Open MPI, Kubernetes), else one process",
+    )  # fmt: skip
+    num_processes: int | None = Field(None, ge=1, description="several processes: how many; 1: ask no launcher")
+    process_id: int | None = Field(None, ge=0, description="several processes: which one this is, from 0")
+    peer_timeout: int = Field(
+        120, ge=5, description="seconds until a process that is not heard of is taken for dead, and all others stop"
+    )

@@ -2,18 +2,22 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bmjax.branch import optimizer
+from bmjax.branch.loader import Batch, Loader
 from bmjax.model import qwen2, spec
 from bmjax.model.how import How
 from bmjax.model.spec import Qwen2Config
 from bmjax.parallel.mesh import sharding
+
+BATCH_DTYPES = (jnp.int32, jnp.int32, jnp.uint8)  # tokens, segment ids, loss mask
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class StepPlan:
     how: How
     track_move: bool
     mesh: Mesh
+    moments_dtype: str = "float32"
 
     @property
     def rows(self) -> tuple[tuple[spec.Param, ...], tuple[spec.Param, ...]]:
@@ -42,7 +47,9 @@ class StepPlan:
 
     @property
     def adamw(self) -> Any:
-        return optimizer.adamw(self.rows[0], self.beta1, self.beta2, self.eps, self.weight_decay, self.clip)
+        return optimizer.adamw(
+            self.rows[0], self.beta1, self.beta2, self.eps, self.weight_decay, self.clip, self.moments_dtype
+        )
 
 
 def init_state(plan: StepPlan, params: qwen2.Params) -> dict[str, Any]:
@@ -50,9 +57,20 @@ def init_state(plan: StepPlan, params: qwen2.Params) -> dict[str, Any]:
     return _state(plan, params, lambda program, tree: program(tree))
 
 
-def abstract_state(plan: StepPlan, params: qwen2.Params) -> dict[str, Any]:
+def abstract_state(plan: StepPlan) -> dict[str, Any]:
     """What `init_state` gives, of shapes with shardings (jax.ShapeDtypeStruct) instead of arrays: nothing is held."""
+    params = spec.unflatten([
+        (row.path, jax.ShapeDtypeStruct(row.shape, jnp.float32, sharding=sharding(plan.mesh, row.axes, row.shape)))
+        for row in spec.table(plan.config)
+    ])  # fmt: skip
     return _state(plan, params, lambda program, tree: program.eval_shape(tree))
+
+
+def abstract_arguments(plan: StepPlan, rows: int, length: int) -> tuple[Any, ...]:
+    """What the step takes for batches [rows, length], as shapes with shardings."""
+    place = batch_sharding(plan.mesh, rows, length)
+    batch = [jax.ShapeDtypeStruct((rows, length), kind, sharding=place) for kind in BATCH_DTYPES]
+    return (abstract_state(plan), *batch, jax.ShapeDtypeStruct((), jnp.float32))
 
 
 def _state(plan: StepPlan, params: qwen2.Params, run: Callable[[Any, Any], Any]) -> dict[str, Any]:
@@ -90,7 +108,7 @@ def make_step(plan: StepPlan) -> Any:
     """step(state, tokens, segment_ids, loss_mask, rate) -> (state, metrics); arrays [B, T], B = all rows.
 
     metrics: loss (nats a target token), targets, grad_norm (before clipping), move (|delta|/|start|), all scalars.
-    The state is donated.
+    The state is donated, and lies as it lay.
     """
     dtype = jnp.dtype(plan.compute_dtype)
     tx = plan.adamw
@@ -136,9 +154,39 @@ def make_step(plan: StepPlan) -> Any:
             metrics["move"] = optimizer.global_norm(delta) / optimizer.global_norm(whole)
         return state | {"params": train, "moments": moments}, metrics
 
-    return jax.jit(step, donate_argnums=0)
+    places = jax.tree.map(lambda a: a.sharding, abstract_state(plan))
+    return jax.jit(step, donate_argnums=0, out_shardings=(places, NamedSharding(plan.mesh, PartitionSpec())))
+
+
+@lru_cache(maxsize=16)
+def compile_step(plan: StepPlan, rows: int, length: int) -> Any:
+    """`make_step(plan)`, compiled for batches [rows, length]; its `memory_analysis()` says what it takes."""
+    with jax.set_mesh(plan.mesh):
+        return make_step(plan).lower(*abstract_arguments(plan, rows, length)).compile()
+
+
+def batch_sharding(mesh: Mesh, rows: int, length: int) -> NamedSharding:
+    """Where a batch [rows, length] lies: rows over data and fsdp, tokens over context."""
+    return sharding(mesh, ("batch", "length"), (rows, length))
 
 
 def place_batch(mesh: Mesh, *arrays: Any) -> list[jax.Array]:
-    """Host arrays [B, T] onto the mesh: rows over data and fsdp, tokens over context."""
-    return [jax.device_put(a, sharding(mesh, ("batch", "length"), a.shape)) for a in arrays]
+    """Host arrays [B, T], the same in all processes, onto the mesh."""
+    return [jax.make_array_from_callback(a.shape, batch_sharding(mesh, *a.shape), a.__getitem__) for a in arrays]
+
+
+def load_batch(mesh: Mesh, loader: Loader, step: int) -> list[jax.Array]:
+    """The batch of optimizer step `step` on the mesh; a process lays out the rows of its own devices only."""
+    place = batch_sharding(mesh, loader.batch, loader.length)
+    laid: dict[tuple[int, int], Batch] = {}
+
+    def part(name: str, index: tuple[slice, ...]) -> np.ndarray:
+        start, stop, _ = index[0].indices(loader.batch)
+        if (start, stop) not in laid:
+            laid[start, stop] = loader.at(step, range(start, stop))
+        return getattr(laid[start, stop], name)[:, index[1]]
+
+    return [
+        jax.make_array_from_callback((loader.batch, loader.length), place, partial(part, name))
+        for name in ("tokens", "segment_ids", "loss_mask")
+    ]

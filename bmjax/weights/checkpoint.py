@@ -19,6 +19,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from bmjax.config import UserError
+from bmjax.parallel.processes import is_main, wait_for_all
 
 TEMPORARY = "*.orbax-checkpoint-tmp"
 
@@ -34,22 +35,29 @@ logging.getLogger("absl").addFilter(_NotOrbax())
 
 
 class Checkpoints:
-    """The checkpoints of one training run in `directory`: the last `keep`, one every `every` steps.
+    """The checkpoints of one training run in `directory`: one every `every` steps, of which the last `keep` stay and
+    those of a multiple of `keep_every` steps.
 
     All processes of a run make the same calls. An error of a background save is raised by the next call.
     """
 
-    def __init__(self, directory: str | Path, keep: int, every: int) -> None:
+    def __init__(self, directory: str | Path, keep: int, every: int, keep_every: int | None = None) -> None:
         self.directory = Path(directory).resolve()
         self.every = every
         training = ocp.training
+        preserved: Any = training.preservation_policies.LatestN(keep)
+        if keep_every:
+            multiples = training.preservation_policies.EveryNSteps(keep_every)
+            preserved = training.preservation_policies.AnyPreservationPolicy([preserved, multiples])
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._clear_leftovers()
+            if is_main():
+                self.directory.mkdir(parents=True, exist_ok=True)
+                self._clear_leftovers()
+            wait_for_all("bmjax/checkpoints")
             self._checkpointer = training.Checkpointer(
                 self.directory,
                 save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1),
-                preservation_policy=training.preservation_policies.LatestN(keep),
+                preservation_policy=preserved,
             )
         except OSError as error:
             raise UserError(f"{self.directory}: cannot hold checkpoints: {error.strerror}") from None
@@ -82,7 +90,8 @@ class Checkpoints:
     def restore(self, step: int | None, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
         """(state, meta) of `step`, or of the newest for None.
 
-        abstract_state: a pytree of jax.ShapeDtypeStruct with shardings, which may be those of another mesh.
+        abstract_state: a pytree of jax.ShapeDtypeStruct with shardings, which may be those of another mesh, and with
+        dtypes, of which float32 and bfloat16 may stand for one another.
         Raises UserError when there is no such checkpoint, when it is another model's (naming the first leaf that
         differs) or when it is damaged.
         """
@@ -136,7 +145,7 @@ class Checkpoints:
         return error
 
     def _clear_leftovers(self) -> None:
-        if jax.process_index() == 0:
+        if is_main():
             for path in self.directory.glob(TEMPORARY):
                 shutil.rmtree(path, ignore_errors=True)
 
@@ -149,9 +158,15 @@ def _leaves(tree: Any) -> dict[str, str]:
     }
 
 
+def _same_but_for_precision(found: str | None, expected: str | None) -> bool:
+    """Whether both are floating-point leaves of one shape: Orbax casts what it restores."""
+    (kind, _, shape), (other, _, wanted) = ((text or "").partition(" ") for text in (found, expected))
+    return shape == wanted and {kind, other} <= {"float32", "bfloat16"}
+
+
 def _check_same(found: Mapping[str, str], expected: Mapping[str, str], where: Path) -> None:
     for name in [*expected, *found]:
-        if found.get(name) != expected.get(name):
+        if found.get(name) != expected.get(name) and not _same_but_for_precision(found.get(name), expected.get(name)):
             raise UserError(
                 f"{where}: the checkpoint is of another model or optimizer: {name} is {found.get(name, 'absent')}, "
                 f"expected {expected.get(name, 'absent')}; use another output, or delete the checkpoints"

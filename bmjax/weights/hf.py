@@ -7,7 +7,7 @@ memory never holds the model a second time, only the leaf in hand.
 import difflib
 import json
 import shutil
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,12 +16,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bmjax.config import UserError, first_line, read_text
 from bmjax.model import spec
 from bmjax.model.spec import Param, Qwen2Config
 from bmjax.parallel.mesh import sharding
+from bmjax.parallel.processes import is_main
 from bmjax.weights.safetensors import DTYPES, Checkpoint, Writer, listing, open_checkpoint, replacing
 
 FLOATS = {name: DTYPES[name] for name in ("BF16", "F16", "F32")}
@@ -140,6 +141,14 @@ def _hf_tensor(leaf: jax.Array, layer: Any, dtype: Any, transposed: bool) -> jax
     return jnp.array(part.T if transposed else part, dtype=dtype, copy=True)
 
 
+def _to_host(array: jax.Array) -> np.ndarray:
+    """The whole of an array, in every process that has a part of it."""
+    if not array.is_fully_addressable:
+        everywhere = NamedSharding(array.sharding.mesh, PartitionSpec())  # type: ignore[attr-defined]
+        array = jax.jit(lambda a: a, out_shardings=everywhere)(array)
+    return jax.device_get(array)
+
+
 def save_hf(
     directory: str | Path, params: Mapping[str, Any], hf_config: Mapping[str, Any], *, side_files: Path | None = None,
     tokenizer: Any = None, dtype: Any = None, shard_bytes: float = 5e9, eos: Sequence[int] | None = None,
@@ -147,11 +156,11 @@ def save_hf(
 ) -> None:  # fmt: skip
     """Write a Hugging Face directory that transformers loads, replacing `directory` once all of it is on disk.
 
-    params: nested dictionary of arrays (sharded ones of this process too). hf_config: what config.json holds; its
-    dtype key is set to what is stored. side_files: a directory whose tokenizer, chat template and generation config
-    are copied; tokenizer: a transformers tokenizer to save instead of the one in side_files. dtype None: every leaf's
-    own. eos: the end tokens to name in place of those of hf_config and the generation config. texts: further files by
-    name.
+    params: nested dictionary of arrays, sharded ones too; where several processes hold them, each makes this call.
+    hf_config: what config.json holds; its dtype key is set to what is stored. side_files: a directory whose tokenizer,
+    chat template and generation config are copied; tokenizer: a transformers tokenizer to save instead of the one in
+    side_files. dtype None: every leaf's own. eos: the end tokens to name in place of those of hf_config and the
+    generation config. texts: further files by name.
     Raises UserError for a directory that holds something else than a model, a full disk, parameters that
     do not fit the config.
     """
@@ -165,11 +174,17 @@ def save_hf(
     plan = [(row.hf_key.format(layer=layer), stored[row.path], row.hf_shape) for row, layer in rows]
     if directory.is_dir() and not (directory / "config.json").exists() and any(directory.iterdir()):
         raise UserError(f"{directory}: exists, is not empty and holds no model; choose another name or empty it")
+    tensors = (
+        _to_host(_hf_tensor(leaves[row.path], layer, kept, row.transposed))
+        for (row, layer), (_, kept, _) in zip(rows, plan, strict=True)
+    )
+    if not is_main():  # every process has a part of each tensor; the first one writes
+        deque(tensors, maxlen=0)
+        return
     with replacing(directory) as temporary:
         with Writer(temporary, plan, shard_bytes) as writer:
-            for (row, layer), (name, kept, _) in zip(rows, plan, strict=True):
-                array = _hf_tensor(leaves[row.path], layer, kept, row.transposed)
-                writer.write(name, jax.device_get(array))
+            for (name, _, _), tensor in zip(plan, tensors, strict=True):
+                writer.write(name, tensor)
         sizes: Counter[str] = Counter()
         for _, kept, shape in plan:
             sizes[kept.name] += int(np.prod(shape))

@@ -1,0 +1,204 @@
+"""Several processes that train as one: how they find each other, agree, stop together, and notice a dead one.
+
+All processes run the same program on the same inputs; JAX's own runtime (`jax.distributed`) joins their devices.
+Without several processes every function here costs nothing.
+"""
+
+import atexit
+import contextlib
+import importlib.util
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from bmjax.config import UserError, first_line
+
+SLACK = 60  # seconds that the runtime's own watch, which ends with a stack trace, lets ours speak first
+TOGETHER = 5  # seconds within which processes that fail for one reason have all said so
+_DEAD = (
+    "bmjax: error: process {dead} of {count} has not been heard of for {seconds:.0f} s; see its own log for why. "
+    "Stopped; the same command on all of them resumes from the newest checkpoint"
+)
+
+
+@contextlib.contextmanager
+def together(
+    coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: int
+) -> Iterator[None]:
+    """Within it this process is one of the run's; entered before JAX makes its first array.
+
+    coordinator: host:port of process 0, with num_processes and process_id; all None: as the launcher says (Cloud TPU
+    and GKE slices, SLURM's srun, Open MPI, Kubernetes indexed jobs). timeout: seconds until a silent process, or one
+    that left by an error, is taken for dead; every process then stops with a line that names it. Nothing is done
+    where there is no launcher, or where num_processes is 1.
+    Raises UserError for settings that do not belong together and for processes that do not come.
+    """
+    _connect(coordinator, num_processes, process_id, timeout)
+    if jax.process_count() == 1:
+        yield
+        return
+    left = threading.Event()
+    threading.Thread(target=_watch, args=(timeout, left), name="bmjax-watch", daemon=True).start()
+    try:
+        yield
+        wait_for_all("bmjax/done")
+    except SystemExit:
+        raise
+    except BaseException as error:
+        atexit.register(_leave, 2 if isinstance(error, UserError | jax.errors.JaxRuntimeError) else 1)
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            raise UserError(
+                f"process {jax.process_index()} of {jax.process_count()}: a device or another process failed: "
+                f"{first_line(error)}; see the other logs; the same command on all resumes from the newest checkpoint"
+            ) from error
+        raise
+    finally:
+        left.set()
+
+
+def _leave(code: int) -> None:
+    """Ends a process that failed without waiting for the others, unless they have failed, too.
+
+    Runs before JAX's own end, which waits for all and aborts where they don't come.
+    """
+    from jax._src.distributed import global_state
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+    try:
+        global_state.client.wait_at_barrier("bmjax/left", 1000 * TOGETHER)  # type: ignore[union-attr]
+    except Exception:
+        os._exit(code)
+
+
+def _connect(coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: int) -> None:
+    given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
+    missing = [name for name, value in given.items() if value is None]
+    if missing and (coordinator is not None or process_id is not None or num_processes not in (None, 1)):
+        raise UserError(f"{', '.join(missing)}: missing; coordinator, num_processes and process_id belong together")
+    if num_processes == 1 or jax.distributed.is_initialized():
+        return
+    if missing:
+        arguments = _launched()
+        if arguments is None:
+            return
+    else:
+        assert coordinator is not None and num_processes is not None and process_id is not None
+        if not coordinator.rpartition(":")[2].isdigit():
+            raise UserError(f"coordinator: '{coordinator}' is not like host:port")
+        if not 0 <= process_id < num_processes:
+            raise UserError(f"process_id: {process_id} is not one of 0 to {num_processes - 1} (num_processes)")
+        arguments = {
+            "coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id,
+            "cluster_detection_method": "deactivate",
+        }  # fmt: skip
+    try:
+        jax.distributed.initialize(
+            **arguments,
+            initialization_timeout=max(timeout, 10),
+            heartbeat_timeout_seconds=timeout + SLACK,
+            shutdown_timeout_seconds=timeout + SLACK,
+        )
+    except Exception as error:
+        if missing and jax.process_count() == 1 and "should be defined" in str(error):
+            return  # a single TPU host
+        raise UserError(f"coordinator: the processes did not come together: {first_line(error)}") from None
+
+
+def _launched() -> dict[str, Any] | None:
+    """What `jax.distributed.initialize` needs where a launcher started this process beside others; None elsewhere."""
+    env = os.environ
+    if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in env:
+        found: dict[str, Any] = {"cluster_detection_method": "slurm"}
+        if env.get("SLURM_STEP_NUM_NODES") == env["SLURM_STEP_NUM_TASKS"] and "SLURM_GPUS_ON_NODE" in env:
+            # JAX gives a task under SLURM one GPU; a node's only task gets all of them.
+            found["local_device_ids"] = list(range(int(env["SLURM_GPUS_ON_NODE"])))
+        return found
+    if int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
+        return {"cluster_detection_method": "ompi"}
+    kubernetes = "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env
+    return {} if _on_tpu() or (kubernetes and importlib.util.find_spec("kubernetes")) else None
+
+
+def _on_tpu() -> bool:
+    """Whether this is a host of a TPU slice, whose software JAX may use."""
+    if os.environ.get("JAX_PLATFORMS", "tpu") not in ("", "tpu") or importlib.util.find_spec("libtpu") is None:
+        return False
+    return any(path.name[-1].isdigit() for path in [*Path("/dev").glob("accel*"), *Path("/dev/vfio").glob("*")])
+
+
+def _watch(timeout: int, left: threading.Event) -> None:
+    """Ends this process with one line when another one is silent for `timeout` seconds.
+
+    A collective that waits for a dead process never returns, so a thread watches: every process counts up a number of
+    its own in the runtime's store; process 0 reads all of them, the others that of process 0.
+    """
+    from jax._src.distributed import global_state
+
+    client: Any = global_state.client
+    mine, count = jax.process_index(), jax.process_count()
+    seen = {i: ("", time.monotonic()) for i in range(count) if i != mine and (mine == 0 or i == 0)}
+    beat = 0
+    while not left.wait(min(5.0, timeout / 5)):
+        beat += 1
+        try:
+            client.key_value_set(f"bmjax/alive/{mine}", str(beat), allow_overwrite=True)
+            found = dict(client.key_value_dir_get("bmjax/alive"))
+        except Exception:
+            return  # the store is gone, and process 0 with it: the runtime says so itself
+        now = time.monotonic()
+        for other, (before, last) in seen.items():
+            number = found.get(f"bmjax/alive/{other}", "")
+            if number != before:
+                seen[other] = (number, now)
+            elif now - last > timeout and not left.is_set():
+                print(_DEAD.format(dead=other, count=count, seconds=now - last), file=sys.stderr, flush=True)
+                os._exit(1)
+
+
+def is_main() -> bool:
+    """Whether this process writes what is written once: logs, metrics, the exported model."""
+    return jax.process_index() == 0
+
+
+def wait_for_all(what: str) -> None:
+    """Returns once every process is here. what: a name, the same for all."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(what)
+
+
+def mains(value: bool) -> bool:
+    """What process 0 says."""
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def check_agreement(values: Mapping[str, str]) -> None:
+    """UserError on every process, naming the key, where the processes have different values."""
+    if jax.process_count() == 1:
+        return
+    from jax.experimental import multihost_utils
+
+    names = sorted(values)
+    own = np.array(
+        [np.frombuffer(sha256(values[name].encode()).digest()[:8], np.int32) for name in names], np.int32
+    )  # [keys, 2]
+    every = np.asarray(multihost_utils.process_allgather(own))
+    for process, row in zip(*np.nonzero((every != every[:1]).any(-1)), strict=True):
+        raise UserError(
+            f"{names[row]}: process {process} has another value or other contents than process 0; "
+            "start all processes with the same settings and files"
+        )

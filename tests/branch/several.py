@@ -1,0 +1,33 @@
+"""A training in several processes on this machine, each with a part of eight CPU devices."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+DEVICES = 8
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def start(config: Path, processes: int, *overrides: str, timeout: int = 30) -> list[subprocess.Popen]:
+    """`bmjax train CONFIG` in that many processes; 1: alone."""
+    address = f"coordinator=127.0.0.1:{free_port()}"
+    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PYTEST_CURRENT_TEST")}
+    environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(DEVICES // processes), "PYTHONUNBUFFERED": "1"}
+    started = []
+    for number in range(processes):
+        several = [address, f"num_processes={processes}", f"process_id={number}", f"peer_timeout={timeout}"]
+        command = [sys.executable, "-m", "bmjax", "train", str(config), *(several if processes > 1 else []), *overrides]
+        started.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    return started
+
+
+def finish(started: list[subprocess.Popen], seconds: float = 300) -> list[tuple[int, str]]:
+    """(exit code, what it wrote to standard error) of each."""
+    return [(process.wait(), said) for process in started for said in [process.communicate(timeout=seconds)[1]]]
