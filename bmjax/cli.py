@@ -190,7 +190,7 @@ Compiles the real training step of a train config for a TPU slice that is not th
 says whether it fits, GiB a chip by kind, FLOPs, what each mesh axis sends, and the least time a step can take. The
 student is a directory, or a published Qwen2.5 or DeepSeek-R1-Distill-Qwen by its name; its weights are not needed.
 
-  --search     try meshes and microbatches, and print the best that fits
+  --search     try meshes, microbatches and remat, and print the best that fits
   --json       print one JSON object: fits, chips, hbm_gib, gib_per_chip, flops_per_step, step_seconds_bound,
                tokens_per_second_bound, collective_bytes (of a chip a step, by mesh axis), compile_seconds, ...
 

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -67,9 +67,13 @@ def loop(
             metrics_log.step(number, rate, tokens, numbers)
         return numbers
 
-    with _metrics_log(plan, settings, loader, begin.step, steps, log) as metrics_log, Stop() as stop:
+    with (
+        _metrics_log(plan, settings, loader, begin.step, steps, log) as metrics_log,
+        _Profile(settings, output) as profile,
+        Stop() as stop,
+    ):
         for step in range(begin.step, steps):
-            with _profiled(settings, output, step):
+            with profile.step(step + 1):
                 rate = optimizer.learning_rate(step, steps, settings.learning_rate, settings.schedule, settings.warmup)
                 state, metrics = step_function(state, *load_batch(plan.mesh, loader, step), np.float32(rate))
                 if pending:
@@ -77,8 +81,7 @@ def loop(
                 tokens = loader.real_tokens(step)
                 pending = (step + 1, rate, tokens, metrics)
                 seen += tokens
-                if settings.profile_steps and step + 1 == settings.profile_steps[1]:
-                    jax.block_until_ready(metrics)  # so that the trace holds all of it
+            profile.done(step + 1, metrics)
             stopped = stop.reached(step)
             if checkpoints.due(step + 1, last=steps) or stopped:
                 values, pending = settle(), None
@@ -111,18 +114,31 @@ def _metrics_log(
         metrics_log.close()
 
 
-@contextlib.contextmanager
-def _profiled(settings: TrainSettings, output: Path, step: int) -> Iterator[None]:
-    """Records DIR/profile, an XProf trace, from the first to the last of profile_steps (counted from 1)."""
-    first, last = settings.profile_steps or (0, 0)
-    if step + 1 == first:
-        jax.profiler.start_trace(str(output / "profile"))
-    try:
-        with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
-            yield
-    except BaseException:
-        if first <= step + 1 <= last:
+class _Profile:
+    """DIR/profile, an XProf trace of the first process: from the first to the last of profile_steps (from 1)."""
+
+    def __init__(self, settings: TrainSettings, output: Path) -> None:
+        self._first, self._last = (settings.profile_steps or (0, 0)) if processes.is_main() else (0, 0)
+        self._folder = str(output / "profile")
+        self._recording = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._recording:
             jax.profiler.stop_trace()
-        raise
-    if step + 1 == last:
-        jax.profiler.stop_trace()
+            self._recording = False
+
+    def step(self, number: int) -> jax.profiler.StepTraceAnnotation:
+        """Around step `number`."""
+        if self._first <= number <= self._last and not self._recording:
+            jax.profiler.start_trace(self._folder)
+            self._recording = True
+        return jax.profiler.StepTraceAnnotation("train", step_num=number)
+
+    def done(self, number: int, result: Any) -> None:
+        """After step `number`, whose result may not be there yet."""
+        if self._recording and number >= self._last:
+            jax.block_until_ready(result)
+            self.__exit__()

@@ -38,7 +38,11 @@ def text(compiled: Any, state: dict[str, Any], device: Any) -> str:
     kept = kinds["parameters"] + kinds["optimizer"]
     limit = (device.memory_stats() or {}).get("bytes_limit")
     return (
-        f"a step takes {total / GIB:.3f} GiB a device{f' of {limit / GIB:.1f}' if limit else ''}: "
-        f"parameters {kinds['parameters'] / GIB:.3f}, optimizer {kinds['optimizer'] / GIB:.3f}, gradients and "
-        f"temporaries {max(0.0, total - kept) / GIB:.3f}"
+        f"a step takes {_size(total)} a device{f' of {_size(limit)}' if limit else ''}: parameters "
+        f"{_size(kinds['parameters'])}, optimizer {_size(kinds['optimizer'])}, gradients and temporaries "
+        f"{_size(max(0.0, total - kept))}"
     )
+
+
+def _size(nbytes: float) -> str:
+    return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB else f"{nbytes / 2**20:.2f} MiB"

@@ -33,6 +33,7 @@ from bmjax.parallel.hlo import Program, totals
 from bmjax.parallel.mesh import AXES
 
 KINDS = ("parameters", "optimizer", "gradients", "temporaries")
+WHOLE = ("full", "offload")  # remat that computes the forward pass again, attention included
 _OUT_OF_MEMORY = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
@@ -97,7 +98,7 @@ def plan_on(settings: Training, config: Qwen2Config, topology: str, chip: Chip, 
     seconds = time.perf_counter() - began
     tokens = settings.batch * settings.seq_len
     needed = tokens * flops_per_token(config, settings.seq_len)
-    flops, collectives = needed * (4 / 3 if settings.remat == "full" else 1.0), {}
+    flops, collectives = needed * (4 / 3 if settings.remat in WHOLE else 1.0), {}
     if compiled is not None:
         total = compiled.nbytes
         flops = mesh.size * compiled.program.flops() + _kernel_flops(step_plan, settings)
@@ -157,7 +158,7 @@ def _kernel_flops(step_plan: StepPlan, settings: Training) -> float:
     c = step_plan.config
     if backend(step_plan.how, settings.seq_len, c.uses_windows) == "xla" and settings.seq_len <= short_rows.LONGEST:
         return 0.0
-    products = 7 + (2 if settings.remat == "full" else 0)
+    products = 7 + (2 if settings.remat in WHOLE else 0)
     square = settings.batch * settings.seq_len**2 / 2
     return 2.0 * products * square * c.num_layers * c.num_heads * c.head_dim
 
@@ -165,7 +166,7 @@ def _kernel_flops(step_plan: StepPlan, settings: Training) -> float:
 def _least_traffic(step_plan: StepPlan, settings: Training, kinds: dict[str, float]) -> float:
     """Bytes that a chip's memory moves at the least: weights for every microbatch, the state once to and fro."""
     weights = 2.0 * spec.count(step_plan.config) / step_plan.mesh.shape["tensor"]
-    passes = 3 if settings.remat == "full" else 2
+    passes = 2 if settings.remat == "none" else 3
     return settings.accumulate * passes * weights + 2 * (kinds["parameters"] + kinds["optimizer"])
 
 
@@ -175,7 +176,7 @@ def _advice(settings: Training, config: Qwen2Config, mesh: Any, gib: dict[str, f
     rows = settings.batch // settings.accumulate // (mesh.shape["data"] * mesh.shape["fsdp"])
     if mesh.shape["data"] > 1:
         return f"mesh: data {mesh.shape['data']} holds the state as often; move its chips to fsdp"
-    if settings.remat == "none":
+    if settings.remat not in WHOLE:
         return "remat: full, which keeps one activation a layer"
     if gib["temporaries"] > state and rows > 1:
         factor = next(n for n in range(2, rows + 1) if rows % n == 0)
@@ -214,27 +215,37 @@ def search(
     settings: TrainSettings, config: Qwen2Config, topology: str, most: int = 6,
     log: Callable[[str], None] = lambda line: None,
 ) -> tuple[Plan, dict[str, Any]]:  # fmt: skip
-    """(the best plan that fits, its overrides) of up to `most` candidates; the nearest one where none fits."""
+    """(the best plan that fits, its overrides) of up to `most` meshes and microbatches, and other remat on the best of
+    them; the nearest one where none fits."""
     chip, devices = topology_devices(topology)
     tried: list[tuple[Plan, dict[str, Any]]] = []
-    for one in itertools.islice(candidates(settings, config, len(devices)), most):
+
+    def attempt(one: TrainSettings) -> None:
         overrides = {"mesh": one.mesh, "accumulate": one.accumulate, "remat": one.remat}
         found = plan_on(one, config, topology, chip, devices)
         log(f"{json.dumps(overrides)}: {'fits' if found.fits else 'does not fit'}, "
             f"{found.gib_per_chip['total']:.1f} GiB, {found.step_seconds_bound:.2f} s")  # fmt: skip
         tried.append((found, overrides))
+
+    for one in itertools.islice(candidates(settings, config, len(devices)), most):
+        attempt(one)
     if not tried:
         raise UserError(
             f"--search: no mesh of {len(devices)} chips divides batch {settings.batch} and {config.num_heads} heads; "
             "change batch"
         )
-    return min(
-        tried,
-        key=lambda pair: (
-            not pair[0].fits,
-            pair[0].step_seconds_bound if pair[0].fits else pair[0].gib_per_chip["total"],
-        ),
-    )
+    found, overrides = min(tried, key=_merit)
+    # The best mesh's spare memory may hold what would be computed again; what lacks a little may go to the host.
+    for other in ("save_attention", "minimal") if found.fits else ("full", "offload"):
+        if other != settings.remat:
+            attempt(settings.model_copy(update={**overrides, "remat": other}))
+    return min(tried, key=_merit)
+
+
+def _merit(one: tuple[Plan, dict[str, Any]]) -> tuple[bool, float]:
+    """Smaller is better: one that fits before others, then the faster one, or the nearer one to fitting."""
+    found = one[0]
+    return not found.fits, found.step_seconds_bound if found.fits else found.gib_per_chip["total"]
 
 
 def lines(found: Plan, settings: Training) -> Iterator[str]:

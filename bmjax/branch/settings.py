@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from bmjax.config import Settings
-from bmjax.model.how import Backend, Spread
+from bmjax.model.how import Backend, Remat, Spread
 
 MeshSizes = dict[str, int]
 
@@ -43,8 +43,10 @@ class Training(Settings):
     compute_dtype: Literal["bfloat16", "float32"] = Field(
         "bfloat16", description="of activations and products; master weights are float32"
     )
-    remat: Literal["full", "none"] = Field(
-        "full", description="full: recompute each layer in the backward pass; none: keep activations"
+    remat: Remat = Field(
+        "full",
+        description="kept for the backward pass besides each layer's input: full: nothing; save_attention: what "
+        "attention gave; minimal: every product, too; offload: as full, inputs in the host's memory; none: everything",
     )
     attention: Backend = Field(
         "auto", description="splash: a TPU's Pallas kernels; xla: any device; auto: splash on a TPU where it can"

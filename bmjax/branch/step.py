@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from bmjax.branch import optimizer
 from bmjax.branch.loader import Batch, Loader
 from bmjax.model import qwen2, spec
-from bmjax.model.how import How
+from bmjax.model.how import How, Remat
 from bmjax.model.spec import Qwen2Config
 from bmjax.parallel.mesh import sharding
 
@@ -33,7 +33,7 @@ class StepPlan:
     weight_decay: float
     clip: float
     compute_dtype: str
-    remat: str
+    remat: Remat
     unroll: int
     how: How
     track_move: bool

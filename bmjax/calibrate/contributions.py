@@ -17,6 +17,7 @@ import numpy as np
 from bmjax.calibrate.data import Arrays, Calibration
 from bmjax.calibrate.settings import CalibrationSettings
 from bmjax.model import qwen2, spec
+from bmjax.model.how import Remat
 from bmjax.model.spec import Qwen2Config, get, unflatten
 
 Tree = dict[str, Any]
@@ -106,7 +107,7 @@ def _grams(config: Qwen2Config, dtype: str) -> Any:
     return jax.jit(run)
 
 
-def squares(config: Qwen2Config, params: Tree, batches: Iterator[Arrays], dtype: Any, remat: str) -> Tree:
+def squares(config: Qwen2Config, params: Tree, batches: Iterator[Arrays], dtype: Any, remat: Remat) -> Tree:
     """Sum over packed rows of the squared gradient of each row's summed loss: the empirical Fisher information's
     diagonal but for a factor, float32, as `params`."""
     run, total = _squares(config, np.dtype(dtype).name, remat), None
@@ -117,7 +118,7 @@ def squares(config: Qwen2Config, params: Tree, batches: Iterator[Arrays], dtype:
 
 
 @lru_cache(maxsize=8)
-def _squares(config: Qwen2Config, dtype: str, remat: str) -> Any:
+def _squares(config: Qwen2Config, dtype: str, remat: Remat) -> Any:
     def nats(params: Tree, tokens: jax.Array, segments: jax.Array, mask: jax.Array) -> jax.Array:
         own = jax.tree.map(lambda a: a.astype(dtype), params)
         return qwen2.loss_sum(config, own, tokens, mask, segments, dtype=jnp.dtype(dtype), remat=remat)[0]

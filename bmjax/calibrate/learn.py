@@ -17,6 +17,7 @@ from bmjax.calibrate.contributions import Tree
 from bmjax.calibrate.data import Calibration
 from bmjax.calibrate.settings import CalibrationSettings
 from bmjax.model import loss, qwen2, spec
+from bmjax.model.how import Remat
 from bmjax.model.spec import Param, Qwen2Config, unflatten
 
 BETAS = (0.9, 0.95)
@@ -46,7 +47,7 @@ def merged(base: Tree, parts: Sequence[Tree], factors: Sequence[Tree]) -> Tree:
 
 
 def _nats(
-    config: Qwen2Config, params: Tree, batch: Sequence[jax.Array], domains: int, dtype: str, remat: str
+    config: Qwen2Config, params: Tree, batch: Sequence[jax.Array], domains: int, dtype: str, remat: Remat
 ) -> jax.Array:
     """Mean over domains of nats a target token; the batch's rows are those of one domain after another."""
     tokens, segments, mask = batch
@@ -70,7 +71,7 @@ def held_out_losses(config: Qwen2Config, params: Tree, calibration: Calibration,
 
 
 @lru_cache(maxsize=8)
-def _coefficient_step(config: Qwen2Config, domains: int, dtype: str, remat: str) -> Any:
+def _coefficient_step(config: Qwen2Config, domains: int, dtype: str, remat: Remat) -> Any:
     tx = optax.scale_by_adam(*BETAS)
 
     def step(factors: Any, moments: Any, base: Tree, parts: Any, batch: Any, rate: jax.Array) -> tuple[Any, Any]:
@@ -98,7 +99,7 @@ def learn(
 
 
 @lru_cache(maxsize=8)
-def _polish_step(config: Qwen2Config, domains: int, dtype: str, remat: str) -> Any:
+def _polish_step(config: Qwen2Config, domains: int, dtype: str, remat: Remat) -> Any:
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(*BETAS))
 
     def step(params: Tree, moments: Any, moving: Tree, batch: Any, rate: jax.Array) -> tuple[Tree, Any]:

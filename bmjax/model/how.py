@@ -1,8 +1,9 @@
-"""How attention is computed: names for settings, without JAX."""
+"""How attention is computed and what is kept for the backward pass: names for settings, without JAX."""
 
 from typing import Literal, NamedTuple
 
 Backend = Literal["auto", "splash", "xla"]
+Remat = Literal["full", "save_attention", "minimal", "offload", "none"]
 Spread = Literal["auto", "ulysses", "gather", "ring"]
 
 

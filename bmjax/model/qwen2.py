@@ -14,15 +14,15 @@ from jax.sharding import Mesh
 
 from bmjax.config import UserError
 from bmjax.model import loss, ops, rope, spec
+from bmjax.model import remat as checkpointed
 from bmjax.model.attention import cached_attention, causal_attention
 from bmjax.model.embedding import lookup
-from bmjax.model.how import How
+from bmjax.model.how import How, Remat
 from bmjax.model.spec import Param, Qwen2Config
 from bmjax.parallel.mesh import constrain, sharding
 
 Params = dict[str, Any]
 NO_WINDOW = 2**30
-REMAT = ("none", "full")
 
 
 class Cache(NamedTuple):
@@ -141,6 +141,7 @@ class Layer(nn.Module):
         self, carry: tuple[jax.Array, Any], ctx: Context, window: jax.Array | None, layer: jax.Array
     ) -> tuple[tuple[jax.Array, Any], None]:
         x_BTD, kv = carry  # the whole cache is carried, so that a step writes its slots in place
+        x_BTD = checkpointed.named(x_BTD, checkpointed.LAYER_INPUT)
         normed = RMSNorm(self.config, "layers/attention_norm", name="attention_norm")(x_BTD)
         out, kv = Attention(self.config, self.how, name="attention")(normed, ctx, window, layer, kv)
         x_BTD = constrain(x_BTD + out, "batch", "length", None)
@@ -152,13 +153,13 @@ class Layer(nn.Module):
 class Qwen2(nn.Module):
     """Tokens to final hidden states [B, T, D]; `head_weight` turns those into logits.
 
-    dtype: of activations. remat: 'full' recomputes each layer in the backward pass, 'none' keeps everything.
+    dtype: of activations. remat: see `model.remat`.
     unroll: layers per scan iteration (a small model on a CPU is faster with all of them). how: of attention.
     """
 
     config: Qwen2Config
     dtype: Any = jnp.float32
-    remat: str = "none"
+    remat: Remat = "none"
     unroll: int = 1
     how: How = How()
 
@@ -178,10 +179,10 @@ class Qwen2(nn.Module):
         else:
             ctx = Context(cos, sin, segment_ids_BT, cache.valid_BS, cache.next_slot)
             kv = (cache.k, cache.v)
-        layer = nn.remat(Layer, prevent_cse=False) if self.remat == "full" else Layer
         # grams: what bmjax.calibrate sows in the linear layers; empty otherwise.
         stack = nn.scan(
-            layer, variable_axes={"params": 0, "grams": 0}, split_rngs={"params": True}, length=c.num_layers,
+            checkpointed.remat(Layer, self.remat), variable_axes={"params": 0, "grams": 0},
+            split_rngs={"params": True}, length=c.num_layers,
             in_axes=(nn.broadcast, 0 if windows is not None else nn.broadcast, 0),
             unroll=min(self.unroll, c.num_layers),
         )  # fmt: skip
@@ -231,7 +232,7 @@ def trunk(params: Params) -> Params:
 
 def hidden(
     config: Qwen2Config, params: Params, tokens_BT: jax.Array, segment_ids_BT: jax.Array | None = None,
-    positions_BT: jax.Array | None = None, *, dtype: Any = jnp.float32, remat: str = "none", unroll: int = 1,
+    positions_BT: jax.Array | None = None, *, dtype: Any = jnp.float32, remat: Remat = "none", unroll: int = 1,
     how: How = How(),
 ) -> jax.Array:  # fmt: skip
     """Final hidden states [B, T, D] in `dtype`. segment_ids: int32 1.. per document, 0 = padding; default all 1."""
@@ -256,7 +257,7 @@ def logits(
 def loss_sum(
     config: Qwen2Config, params: Params, tokens_BT: jax.Array, loss_mask_BT: jax.Array,
     segment_ids_BT: jax.Array | None = None, positions_BT: jax.Array | None = None, *,
-    dtype: Any = jnp.float32, remat: str = "none", unroll: int = 1, how: How = How(),
+    dtype: Any = jnp.float32, remat: Remat = "none", unroll: int = 1, how: How = How(),
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Summed next-token loss in nats over targets with mask 1, and their number; both float32 scalars."""
     h_BTD = hidden(

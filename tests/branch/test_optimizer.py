@@ -79,6 +79,29 @@ def test_adamw_equals_torchs(clip, decay):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), params, wanted)
 
 
+def test_bfloat16_moments_are_float32_ones_rounded_after_every_step():
+    """Against a float64 formula that rounds where the moments are stored."""
+    config, params = build("gqa_untied")[1:]
+    tx = optimizer.adamw(spec.table(config), 0.9, 0.95, 1e-8, 0.0, 0.0, "bfloat16")
+    moments = tx.init(params)
+    leaves = jax.tree.leaves((moments[0].mu, moments[0].nu))
+    assert {leaf.dtype for leaf in leaves} == {jnp.dtype("bfloat16")}
+    rng = np.random.default_rng(0)
+    shape = params["final_norm"]["scale"].shape
+    mu = nu = np.zeros(shape)
+    for step in range(1, 5):
+        g = rng.normal(size=shape).astype(np.float32)
+        grads = jax.tree.map(jnp.zeros_like, params) | {"final_norm": {"scale": jnp.asarray(g)}}
+        updates, moments = jax.jit(tx.update)(grads, moments, params)
+        mu, nu = 0.9 * mu + 0.1 * g, 0.95 * nu + 0.05 * g.astype(np.float64) ** 2
+        want = mu / (1 - 0.9**step) / (np.sqrt(nu / (1 - 0.95**step)) + 1e-8)
+        np.testing.assert_allclose(updates["final_norm"]["scale"], want, rtol=1e-5, atol=1e-6)
+        mu, nu = (x.astype(np.float32).astype(jnp.bfloat16).astype(np.float64) for x in (mu, nu))
+        found = np.asarray(moments[0].mu["final_norm"]["scale"], np.float64)
+        np.testing.assert_allclose(found, mu, rtol=2**-7, atol=1e-9)
+        mu, nu = found, np.asarray(moments[0].nu["final_norm"]["scale"], np.float64)
+
+
 def test_freeze_patterns_split_the_table():
     config = build("gqa_untied")[1]
     rows = spec.table(config)

@@ -149,6 +149,30 @@ def test_sigterm_to_one_process_saves_and_ends_all(folder, undisturbed):
     assert (folder / "term" / "hf" / "model.safetensors").read_bytes() == undisturbed
 
 
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_lose_and_repeat_nothing(folder):
+    """One process that saves after every step, so that most kills fall into a save."""
+    changes = ["steps=400", "save_every=1", "mesh={}", "accumulate=1", "batch=2", "track_move=false"]
+    run(folder, "calm", 1, *changes)
+    rng, resumed = np.random.default_rng(0), []
+    for kill in range(20):
+        before = len(lines(folder, "twenty"))
+        (process,) = start(folder / "config.yaml", 1, f"output={folder / 'twenty'}", *changes)
+        if kill % 4:  # else at any moment of the start
+            wait_for_steps(folder, "twenty", before + 2)
+        time.sleep(rng.uniform(0, 0.5) if kill % 4 else rng.uniform(1, 8))
+        process.kill()
+        said = finish([process])[0][1]
+        resumed += [int(step) for step in re.findall(r"resuming at step (\d+)", said)]
+    assert resumed == sorted(resumed) and len(set(resumed)) > 10 and resumed[-1] < 400
+    run(folder, "twenty", 1, *changes)
+    keys = ("step", "loss", "grad_norm", "tokens", "learning_rate")
+    want, found = ([[line[key] for key in keys] for line in lines(folder, name)] for name in ("calm", "twenty"))
+    assert found == want and [row[0] for row in found] == list(range(1, 401))
+    files = [folder / name / "hf" / "model.safetensors" for name in ("calm", "twenty")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 @pytest.mark.parametrize(
     "overrides, problem",
     [

@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import re
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -106,8 +109,8 @@ def test_the_loss_curve_of_50_steps_is_hf_trainers(student, fifty, tmp_path):
 
 
 def test_the_loss_curve_of_100_steps_of_packed_rows_is_torchs_of_their_documents(student, train_file, tmp_path):
-    packed = {"packing": True, "shuffle": True, "batch": 4, "accumulate": 2, "steps": 100, "seed": 5, "save_every": 1000}
-    run(student, train_file, tmp_path / "run", **packed)
+    packed = {"packing": True, "shuffle": True, "batch": 4, "accumulate": 2, "steps": 100, "seed": 5}
+    run(student, train_file, tmp_path / "run", save_every=1000, **packed)
     documents = tokenized(student, sums(20))
     model = reference_model(student)
     decayed = transformers.Trainer.get_decay_parameter_names(None, model)
@@ -121,7 +124,7 @@ def test_the_loss_curve_of_100_steps_of_packed_rows_is_torchs_of_their_documents
     original = Loader.at
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Loader, "at", lambda self, *which: recorded.append(self) or original(self, *which))
-        run(student, train_file, tmp_path / "again", **packed)
+        run(student, train_file, tmp_path / "again", save_every=1000, **packed)
     loader = recorded[0]
     assert len(loader.rows) < 20 and max(len(row) for row in loader.rows) > 1
     for step, got in enumerate(losses(tmp_path / "run")):
@@ -271,6 +274,46 @@ def test_a_killed_run_may_continue_on_another_mesh(student, train_file, undistur
     np.testing.assert_allclose(losses(output), losses(undisturbed[0]), atol=1e-5)
 
 
+def test_a_run_may_go_on_with_moments_of_another_precision(student, train_file, undisturbed, tmp_path):
+    output = tmp_path / "run"
+    with pytest.raises(Killed):
+        run(student, train_file, output, shuffle=True, log=bomb(3))
+    changes = {"moments_dtype": "bfloat16", "accumulate": 1, "mesh": {"fsdp": 2}, "remat": "full"}
+    run(student, train_file, output, shuffle=True, **changes)
+    np.testing.assert_allclose(losses(output), losses(undisturbed[0]), atol=2e-3)
+    assert losses(output) != losses(undisturbed[0])
+
+
+def test_sigterm_saves_ends_with_0_and_the_run_goes_on_from_there(student, train_file, undisturbed, tmp_path):
+    output, lines = tmp_path / "run", []
+
+    def log(line: str) -> None:
+        lines.append(line)
+        if line.startswith("step 2/"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as end:
+        run(student, train_file, output, shuffle=True, log=log, save_every=100)
+    assert end.value.code == 0 and lines[-1] == "SIGTERM: saved after step 3 of 6; the same command goes on from there"
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    lines.clear()
+    result = run(student, train_file, output, shuffle=True, log=lines.append, save_every=100)
+    assert "resuming at step 3" in lines
+    same_run(undisturbed, output, result)
+
+
+def test_profile_and_the_memory_a_step_takes(student, train_file, tmp_path):
+    lines: list[str] = []
+    run(student, train_file, tmp_path / "run", profile_steps=[2, 3], steps=4, log=lines.append)
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    said = next(line for line in lines if line.startswith("a step takes"))
+    total, parameters, optimizer_state = (float(x) * 2**20 for x in re.findall(r"(\d+\.\d+) MiB", said)[:3])
+    held = 4 * sum(a.size for a in weights(student).values())
+    # Parameters, and the start that the move is measured from; two moments.
+    assert parameters == pytest.approx(2 * held, rel=0.05) and optimizer_state == pytest.approx(2 * held, rel=0.05)
+    assert total > parameters + optimizer_state + held
+
+
 def test_the_checkpoint_of_another_run_is_refused_by_the_key_that_differs(student, train_file, tmp_path):
     output = tmp_path / "run"
     with pytest.raises(Killed):
@@ -286,7 +329,7 @@ def test_the_checkpoint_of_another_run_is_refused_by_the_key_that_differs(studen
         with pytest.raises(UserError, match=f"another run: {key}; use another output") as error:
             run(*arguments, output, **changes)
         assert "\n" not in str(error.value)
-    # What doesn't change the result may change.
+    # What changes nothing but rounding may change.
     assert run(student, train_file, output, save_every=3, keep=2, log_every=3)["steps"] == 6
 
 
@@ -318,6 +361,8 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was(student, trai
     ({"mesh": {"fsdp": 8}}, "batch: 4 rows / accumulate 2 = 2 a microbatch, not a multiple of mesh data x fsdp = 8"),
     ({"mesh": {"fsdp": 16}}, "mesh: sizes .* need 16 devices, there are 8"),
     ({"packing": True, "seq_len": 127, "mesh": {"context": 2}}, "seq_len: 127 is not a multiple of mesh context = 2"),
+    ({"moments_dtype": "bfloat16", "beta2": 0.999}, "beta2 0.999: bfloat16 moments lose"),
+    ({"profile_steps": [3, 2]}, r"profile_steps \[3, 2\]: expected \[first, last\]"),
     ({"freeze": ["embedding"]}, "freeze: 'embedding' matches no parameter"),
     ({"template": "alpaca"}, "template: 'alpaca' is not one of chatml, deepseek-r1"),
     ({"overlong": "error", "seq_len": 32}, "row 1: \\d+ tokens, seq_len is 32"),

@@ -83,6 +83,26 @@ def test_onto_another_mesh(tmp_path: Path) -> None:
     assert_exact(restored, {"w": value, "n": np.float32(3)})
 
 
+def test_into_another_precision(tmp_path: Path) -> None:
+    value = np.random.default_rng(0).standard_normal((16, 8)).astype(np.float32)
+    checkpoints = Checkpoints(tmp_path, keep=1, every=1)
+    checkpoints.save(1, {"w": jax.device_put(value)}, {})
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    restored, _ = checkpoints.restore(None, {"w": jax.ShapeDtypeStruct((16, 8), jnp.bfloat16, sharding=place)})
+    checkpoints.close()
+    assert_exact(restored, {"w": value.astype(jnp.bfloat16)})
+
+
+def test_keeps_multiples_besides_the_last(tmp_path: Path) -> None:
+    state = on_device(arrays())
+    checkpoints = Checkpoints(tmp_path, keep=1, every=5, keep_every=10)
+    for step in (5, 10, 15, 20, 25, 30, 35):
+        checkpoints.save(step, state, {})
+    assert checkpoints.latest() == 35
+    checkpoints.close()
+    assert steps_in(tmp_path) == ["10", "20", "30", "35"]
+
+
 def test_keeps_the_last(tmp_path: Path) -> None:
     state = on_device(arrays())
     checkpoints = Checkpoints(tmp_path, keep=2, every=5)
@@ -142,8 +162,8 @@ def differing(state: Any) -> dict[str, tuple[Any, str]]:
             r"params/w is bfloat16 \[16, 24\], expected bfloat16 \[16, 25\]",
         ),
         "dtype": (
-            shapes | {"params": params | {"w": jax.ShapeDtypeStruct((16, 24), jnp.float32, sharding=place)}},
-            r"params/w is bfloat16 \[16, 24\], expected float32",
+            shapes | {"params": params | {"w": jax.ShapeDtypeStruct((16, 24), jnp.int32, sharding=place)}},
+            r"params/w is bfloat16 \[16, 24\], expected int32",
         ),
         "extra": (shapes | {"params": params | {"b": extra}}, r"params/b is absent, expected float32 \[2\]"),
         "fewer": ({"params": params}, r"moments/0 is float32 \[3, 8, 4\], expected absent"),

@@ -11,6 +11,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from bmjax.model import remat
 from bmjax.model.attention.tiles import MASKED
 
 LONGEST = 1024  # tokens a row
@@ -67,7 +68,7 @@ def _forward(
         )
         outs.append((out / total).reshape(B, K, G, stop - start, H).astype(q_BKGTH.dtype))
         saved.append((p.astype(v_BKSH.dtype), total))
-    out = jnp.concatenate(outs, axis=3)
+    out, saved = jax.tree.map(lambda x: remat.named(x, remat.ATTENTION), (jnp.concatenate(outs, axis=3), saved))
     return out, (q_BKGTH, k_BKSH, v_BKSH, out, saved)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bmjax.model import remat
 from bmjax.model.attention import tiles
 
 LANES = 128
@@ -64,7 +65,10 @@ def _kernel(length: int, heads: int, interpret: bool) -> Callable[..., jax.Array
         block_q_dq=q, block_kv_dq=kv,
     )  # fmt: skip
     mask = masks.MultiHeadMask([masks.CausalMask((length, length))] * heads)
-    kernel = kernels.make_splash_mha(mask=mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+    kernel = kernels.make_splash_mha(
+        mask=mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, residual_checkpoint_name=remat.ATTENTION,
+        interpret=interpret,
+    )  # fmt: skip
     return lambda q, k, v, segments: kernel(q, k, v, kernels.SegmentIds(q=segments, kv=segments))
 
 

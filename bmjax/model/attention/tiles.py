@@ -11,6 +11,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from bmjax.model import remat
+
 MASKED = -1e30  # finite, so that a query with nothing to see stays free of NaN
 QUERIES, KEYS = 256, 512  # of a tile
 # Segments of padding: equal to no document's, nor to each other.
@@ -134,6 +136,7 @@ def _forward(tiles, q_BKGTH, k_BKSH, v_BKSH, q_segments, k_segments, start, wind
     _, (out, lse) = jax.lax.scan(tile, None, grid.each)
     out = out.reshape(B, -1, K, G, grid.tile, H).transpose(0, 2, 3, 1, 4, 5).reshape(B, K, G, T, H)
     lse = lse.reshape(B, -1, K, G, grid.tile).transpose(0, 2, 3, 1, 4).reshape(B, K, G, T)
+    out, lse = remat.named(out, remat.ATTENTION), remat.named(lse, remat.ATTENTION)
     return (out, lse), (q_BKGTH, k_BKSH, v_BKSH, q_segments, k_segments, start, window, out, lse)
 
 
