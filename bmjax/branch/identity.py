@@ -10,7 +10,7 @@ from bmjax.config import UserError
 MAY_CHANGE = {
     "output", "student", "data", "save_every", "keep", "keep_every", "log_every", "wandb", "profile_steps", "mesh",
     "accumulate", "compute_dtype", "moments_dtype", "remat", "attention", "context_parallel", "export_dtype",
-    "importances", "coordinator", "num_processes", "process_id", "peer_timeout",
+    "importances", "coordinator", "num_processes", "process_id", "peer_timeout", "stop_code",
 }  # fmt: skip
 
 

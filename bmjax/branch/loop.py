@@ -42,7 +42,7 @@ def loop(
 ) -> tuple[State, dict[str, Any]]:  # fmt: skip
     """(state, {tokens, loss, move}) after `steps` optimizer steps.
 
-    SIGTERM ends it after the step under way: a checkpoint is written, and SystemExit(0) raised.
+    SIGTERM ends it after the step under way: a checkpoint is written, and SystemExit raised, with stop_code.
     """
     output = Path(settings.output)
     step_function = compile_step(plan, loader.batch, loader.length)
@@ -89,7 +89,7 @@ def loop(
             if stopped and step + 1 < steps:
                 checkpoints.latest()  # waits until it is whole
                 log(f"SIGTERM: saved after step {step + 1} of {steps}; the same command goes on from there")
-                raise SystemExit(0)
+                raise SystemExit(settings.stop_code)
     if not values:  # resumed after the last step: nothing was left to do but the export
         values = checkpoints.meta(None)["values"]
     return state, {"tokens": seen, "loss": values["loss"], "move": values.get("move")}

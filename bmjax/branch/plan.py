@@ -30,11 +30,11 @@ from bmjax.model.known import known
 from bmjax.model.spec import Qwen2Config
 from bmjax.parallel.chips import Chip, topology_devices
 from bmjax.parallel.hlo import Program, totals
-from bmjax.parallel.mesh import AXES
+from bmjax.parallel.mesh import AXES, slow_axes
 
 KINDS = ("parameters", "optimizer", "gradients", "temporaries")
 WHOLE = ("full", "offload")  # remat that computes the forward pass again, attention included
-_OUT_OF_MEMORY = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
+_OUT_OF_MEMORY = re.compile(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm|for HLO temporaries \(([\d.]+)([KMG])\) exceeds")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
@@ -94,7 +94,10 @@ def plan_on(settings: Training, config: Qwen2Config, topology: str, chip: Chip, 
         used = _OUT_OF_MEMORY.search(str(error))
         if used is None:
             raise UserError(f"--topology: {topology}: the compiler failed: {first_line(error)}") from error
-        total = float(used[1]) * _UNITS[used[2]]
+        if used[1]:
+            total = float(used[1]) * _UNITS[used[2]]
+        else:  # temporaries alone; gradients are among them
+            total = float(used[3]) * _UNITS[used[4]] + kinds["parameters"] + kinds["optimizer"]
     seconds = time.perf_counter() - began
     tokens = settings.batch * settings.seq_len
     needed = tokens * flops_per_token(config, settings.seq_len)
@@ -110,6 +113,7 @@ def plan_on(settings: Training, config: Qwen2Config, topology: str, chip: Chip, 
         "arithmetic": flops / mesh.size / chip.flops,
         "memory": _least_traffic(step_plan, settings, kinds) / chip.hbm_bandwidth,
         "communication": sum(collectives.values()) / chip.link_bandwidth,
+        "communication between slices": _between_slices(collectives, mesh) / chip.slice_bandwidth,
     }
     slowest = max(times, key=lambda name: times[name])
     bound = times[slowest]
@@ -168,6 +172,16 @@ def _least_traffic(step_plan: StepPlan, settings: Training, kinds: dict[str, flo
     weights = 2.0 * spec.count(step_plan.config) / step_plan.mesh.shape["tensor"]
     passes = 2 if settings.remat == "none" else 3
     return settings.accumulate * passes * weights + 2 * (kinds["parameters"] + kinds["optimizer"])
+
+
+def _between_slices(collectives: dict[str, float], mesh: Any) -> float:
+    """Bytes that a chip sends to other slices, of what it sends by axis: what is left once its own slice is done."""
+    slow = slow_axes(mesh)
+    return sum(
+        size / math.prod(slow.get(axis, 1) for axis in axes.split("+"))
+        for axes, size in collectives.items()
+        if any(axis in slow for axis in axes.split("+"))
+    )
 
 
 def _advice(settings: Training, config: Qwen2Config, mesh: Any, gib: dict[str, float]) -> str:

@@ -118,6 +118,9 @@ class TrainSettings(Training):
     )  # fmt: skip
     num_processes: int | None = Field(None, ge=1, description="several processes: how many; 1: ask no launcher")
     process_id: int | None = Field(None, ge=0, description="several processes: which one this is, from 0")
+    stop_code: int = Field(
+        0, ge=0, le=125, description="exit code after SIGTERM; not 0 for schedulers that start again what failed"
+    )
     peer_timeout: int = Field(
         120, ge=5, description="seconds until a process that is not heard of is taken for dead, and all others stop"
     )

@@ -59,7 +59,7 @@ def train(settings: TrainSettings, log: Log = write_line) -> dict[str, Any]:
 
     Keys of the summary: hf (path), steps, tokens (real tokens seen), loss (of the last step), move.
     A finished run returns its summary at once. Where several processes train, each makes this call.
-    Raises UserError for inputs that do not fit; SystemExit(0) after SIGTERM, with a checkpoint written.
+    Raises UserError for inputs that do not fit; SystemExit after SIGTERM, with a checkpoint written.
     """
     with processes.together(settings.coordinator, settings.num_processes, settings.process_id, settings.peer_timeout):
         return _train(settings, log if processes.is_main() else lambda line: None)

@@ -27,37 +27,38 @@ def peak_flops(device_kind: str) -> float | None:
 @dataclass(frozen=True)
 class Chip:
     """One chip. hbm_gib: what XLA's compiler lets a program use. flops: dense bfloat16 peak a second. hbm_bandwidth,
-    link_bandwidth: bytes a second, the latter what it sends over all its links. price: US$ an hour on demand."""
+    link_bandwidth: bytes a second, the latter what it sends over all its links; slice_bandwidth: its share of what its
+    host sends to other slices. price: US$ an hour on demand."""
 
     hbm_gib: float
     flops: float
     hbm_bandwidth: float
     link_bandwidth: float
+    slice_bandwidth: float
     price: float
 
 
 # cloud.google.com/tpu/docs/system-architecture-tpu-vm and /pricing; links: jax-ml.github.io/scaling-book/tpus.
 CHIPS = {
-    "v4": Chip(31.75, PEAK_FLOPS["v4"], 1.23e12, 270e9, 3.22),
-    "v5e": Chip(15.75, PEAK_FLOPS["v5e"], 0.82e12, 180e9, 1.20),
-    "v5p": Chip(95.74, PEAK_FLOPS["v5p"], 2.77e12, 540e9, 4.20),
-    "v6e": Chip(31.25, PEAK_FLOPS["v6e"], 1.64e12, 360e9, 2.70),
+    "v4": Chip(31.75, PEAK_FLOPS["v4"], 1.23e12, 270e9, 6.25e9, 3.22),
+    "v5e": Chip(15.75, PEAK_FLOPS["v5e"], 0.82e12, 180e9, 3.125e9, 1.20),
+    "v5p": Chip(95.74, PEAK_FLOPS["v5p"], 2.77e12, 540e9, 6.25e9, 4.20),
+    "v6e": Chip(31.25, PEAK_FLOPS["v6e"], 1.64e12, 360e9, 12.5e9, 2.70),
 }
-_TOPOLOGY = re.compile(r"([a-z0-9]+):(\d+(?:x\d+)*)")
+_TOPOLOGY = re.compile(r"(?:(\d+)x)?([a-z0-9]+):(\d+(?:x\d+)*)")
 
 
 def topology_devices(name: str) -> tuple[Chip, list[Any]]:
-    """(chip, devices to compile for) of a slice like v5p:4x4x4. Needs libtpu, but no TPU.
+    """(chip, devices to compile for) of a slice like v5p:4x4x4, or of several like 2xv5p:4x4x4. Needs libtpu, no TPU.
 
     Raises UserError for a name that is not one, a shape that does not exist, or without libtpu.
     """
     match = _TOPOLOGY.fullmatch(name)
-    if match is None:
-        raise UserError(f"--topology: '{name}' is not like v5p:4x4x4 or v6e:16x16")
-    if match[1] not in CHIPS:
-        raise UserError(
-            f"--topology: unknown chip '{match[1]}'{nearest(match[1], list(CHIPS))}; known: {', '.join(CHIPS)}"
-        )
+    if match is None or match[1] == "0":
+        raise UserError(f"--topology: '{name}' is not like v5p:4x4x4, v6e:16x16 or 2xv5p:4x4x4")
+    slices, kind, shape = int(match[1] or 1), match[2], match[3]
+    if kind not in CHIPS:
+        raise UserError(f"--topology: unknown chip '{kind}'{nearest(kind, list(CHIPS))}; known: {', '.join(CHIPS)}")
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             "--topology: planning for TPUs needs their compiler; pip install 'bmjax[tpu]' (no TPU is needed)"
@@ -66,17 +67,19 @@ def topology_devices(name: str) -> tuple[Chip, list[Any]]:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{match[1]}-8")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{kind}-8")
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
     jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies
 
+    several = {"num_slices": slices} if slices > 1 else {}
     try:
-        devices = list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+        found = topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{shape}", **several)
+        devices = list(found.devices)
     except Exception as error:
         raise UserError(f"--topology: {name}: {first_line(error)}") from None
-    if len(devices) != math.prod(map(int, match[2].split("x"))):
+    if len(devices) != slices * math.prod(map(int, shape.split("x"))):
         raise UserError(
             f"--topology: {name} has {len(devices)} devices a program can use; chips with one are planned for"
         )
-    return CHIPS[match[1]], devices
+    return CHIPS[kind], devices

@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -56,14 +58,53 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
         fixed = len(devices)
     if fixed > len(devices):
         raise UserError(f"mesh: sizes {sizes} need {fixed} devices, there are {len(devices)}; make a size smaller")
-    # A TPU slice's links may serve two axes: the shape of the mesh need not be that of the slice.
     try:
-        placed = mesh_utils.create_device_mesh(shape, devices[:fixed], allow_split_physical_axes=True)
+        placed = place(shape, devices[:fixed])
     except (AssertionError, NotImplementedError, ValueError):
         raise UserError(
             f"mesh: sizes {sizes} cannot be laid out on these {len(devices)} devices; use all of them, one size -1"
         ) from None
     return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def slow_groups(devices: Sequence[Any]) -> list[int]:
+    """Which group each device belongs to, of those whose own links are much faster than those between them: a TPU's
+    slice, a GPU's host. All 0 where there is one."""
+    kinds = {"tpu": "slice_index", "gpu": "process_index"}
+    return [getattr(device, kinds.get(device.platform, ""), 0) for device in devices]
+
+
+def place(shape: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
+    """The devices as an array of this shape (data, fsdp, context, tensor), near ones along the inner axes.
+
+    Groups of devices with slow links between them are told apart by the outermost axes that they divide, so that
+    little has to pass between them: data before fsdp before context before tensor.
+    """
+    groups = slow_groups(devices)
+    count = len(set(groups))
+    if count == 1 or len(devices) % count or any(groups.count(group) * count != len(devices) for group in groups):
+        # A TPU slice's links may serve two axes: the shape of the mesh need not be that of the slice.
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    outer, left = [], count
+    for size in shape:
+        outer.append(math.gcd(size, left))
+        left //= outer[-1]
+    inner = [size // among for size, among in zip(shape, outer, strict=True)]
+    return mesh_utils.create_hybrid_device_mesh(
+        inner, outer, devices, process_is_granule=devices[0].platform == "gpu", allow_split_physical_axes=True
+    )
+
+
+def slow_axes(mesh: Mesh) -> dict[str, int]:
+    """The axes along which `slow_groups` change, and how many devices of one group follow each other there."""
+    groups = np.array(slow_groups(list(mesh.devices.flat))).reshape(mesh.devices.shape)
+    found = {}
+    for number, axis in enumerate(mesh.axis_names):
+        line = np.moveaxis(groups, number, 0).reshape(groups.shape[number], -1)
+        changes = int((np.diff(line, axis=0) != 0).any(1).sum()) + 1
+        if changes > 1:
+            found[axis] = groups.shape[number] // changes
+    return found
 
 
 def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:

@@ -22,7 +22,7 @@ from bmjax.parallel.hlo import Program
 from tests.model.reference import build
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-CPU = Chip(hbm_gib=1.0, flops=1e11, hbm_bandwidth=1e10, link_bandwidth=1e9, price=0.0)
+CPU = Chip(hbm_gib=1.0, flops=1e11, hbm_bandwidth=1e10, link_bandwidth=1e9, slice_bandwidth=1e8, price=0.0)
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 
 

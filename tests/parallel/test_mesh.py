@@ -1,5 +1,8 @@
 """Sizes become a mesh, logical names become its axes, and what doesn't divide stays whole."""
 
+from dataclasses import dataclass
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +11,17 @@ from jax.sharding import PartitionSpec
 
 from bmjax.config import UserError
 from bmjax.model import qwen2, spec
-from bmjax.parallel.mesh import AXES, RULES, constrain, make_mesh, partition_spec, sharding
+from bmjax.parallel.mesh import (
+    AXES,
+    RULES,
+    constrain,
+    make_mesh,
+    partition_spec,
+    place,
+    sharding,
+    slow_axes,
+    slow_groups,
+)
 from tests.model.reference import build
 
 
@@ -31,6 +44,52 @@ def test_sizes_become_a_mesh(sizes, shape):
 def test_given_devices_are_used():
     devices = jax.devices()[3:5]
     assert set(make_mesh({"fsdp": -1}, devices).devices.ravel()) == set(devices)
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a device says of where it is: eight in a group."""
+
+    id: int
+    platform: str
+    device_kind: str = "made up"
+    core_on_chip: int = 0
+
+    @property
+    def coords(self) -> tuple[int, int, int]:
+        return self.id // 4 % 2, self.id // 2 % 2, self.id % 2
+
+    @property
+    def slice_index(self) -> int:
+        return self.id // 8 if self.platform == "tpu" else 0
+
+    @property
+    def process_index(self) -> int:
+        return self.id // 8
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+@pytest.mark.parametrize("shape, slow", [
+    ((2, 8, 1, 2), {"data": 1, "fsdp": 4}),
+    ((4, 4, 1, 2), {"data": 1}),
+    ((1, 32, 1, 1), {"fsdp": 8}),
+    ((2, 2, 2, 4), {"data": 1, "fsdp": 1}),
+    ((1, 1, 1, 32), {"tensor": 8}),
+])  # fmt: skip
+def test_slices_and_hosts_lie_along_the_outermost_axes(platform, shape, slow):
+    devices = [Device(i, platform) for i in range(32)]
+    placed = place(shape, devices)
+    assert sorted(d.id for d in placed.flat) == list(range(32))
+    groups = np.vectorize(lambda d: d.process_index)(placed)
+    for number, axis in enumerate(AXES):
+        changes = np.diff(groups, axis=number)
+        assert bool(changes.any()) == (axis in slow), axis
+    assert slow_axes(SimpleNamespace(devices=placed, axis_names=AXES)) == slow
+
+
+def test_devices_of_one_host_or_of_a_cpu_are_one_group():
+    assert slow_groups([Device(i, "cpu") for i in range(16)]) == [0] * 16
+    assert slow_axes(make_mesh({"data": 2, "fsdp": -1})) == {}
 
 
 @pytest.mark.parametrize("sizes, problem", [

@@ -1,0 +1,82 @@
+#!/usr/bin/env bash
+# Train on a Cloud TPU slice: asks for it as a queued resource, installs this checkout on every host, starts the same
+# command on all of them, and goes on after a preemption. The hosts find each other through the slice's metadata.
+#
+#   PROJECT=p ZONE=us-east5-a ACCELERATOR=v5p-128 SHARE=10.0.0.2:/runs scripts/launch_tpu.sh CONFIG [key=value ...]
+#
+# PROJECT, ZONE    where the slice is
+# ACCELERATOR      its type: v5p-128 (64 chips), v6e-256, ...
+# SHARE            an NFS export (Filestore) with the data, for the output: mounted on every host as /mnt/bmjax, where
+#                  relative paths of CONFIG start
+# NAME             of the slice (bmjax)
+# RUNTIME          its image (by ACCELERATOR)
+# SPOT             1: a spot slice, asked for again when it is taken away
+# RETRIES          how often a training that stopped on a slice that is there is started again (2)
+# DELETE           1: give the slice back at the end
+set -euo pipefail
+
+if [[ $# -lt 1 || $1 == -* ]]; then sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0"; exit 2; fi
+: "${PROJECT:?}" "${ZONE:?}" "${ACCELERATOR:?}" "${SHARE:?}"
+name=${NAME:-bmjax}
+case $ACCELERATOR in
+  v6e-*) image=v2-alpha-tpuv6e ;;
+  v5p-*) image=v2-alpha-tpuv5 ;;
+  v5litepod-*) image=v2-alpha-tpuv5-lite ;;
+  *) image=tpu-ubuntu2204-base ;;
+esac
+where=(--project "$PROJECT" --zone "$ZONE" --quiet)
+config=$(realpath "$1"); shift
+root=$(realpath "$(dirname "$0")/..")
+arguments=$(printf ' %q' "$@")
+
+state() { gcloud compute tpus queued-resources describe "$name" "${where[@]}" --format 'value(state.state)' 2>/dev/null || true; }
+
+ask() {
+  local spot=()
+  [[ ${SPOT:-0} == 1 ]] && spot=(--spot)
+  gcloud compute tpus queued-resources create "$name" "${where[@]}" --node-id "$name" \
+    --accelerator-type "$ACCELERATOR" --runtime-version "${RUNTIME:-$image}" "${spot[@]}"
+}
+
+wait_for_slice() {
+  while true; do
+    case $(state) in
+      ACTIVE) return ;;
+      "") ask ;;
+      FAILED | SUSPENDED | SUSPENDING)
+        gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force && ask ;;
+    esac
+    sleep "${POLL:-30}"
+  done
+}
+
+on_all() { gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker=all --command "$1"; }
+
+install() {
+  local bundle
+  bundle=$(mktemp --suffix=.tar.gz)
+  git -C "$root" archive --format=tar.gz -o "$bundle" HEAD
+  gcloud compute tpus tpu-vm scp "$bundle" "$name:bmjax.tar.gz" "${where[@]}" --worker=all
+  gcloud compute tpus tpu-vm scp "$config" "$name:bmjax.yaml" "${where[@]}" --worker=all
+  rm -f "$bundle"
+  on_all "set -e
+    sudo mkdir -p /mnt/bmjax
+    mountpoint -q /mnt/bmjax || { sudo apt-get -qq install -y nfs-common; sudo mount $SHARE /mnt/bmjax; }
+    rm -rf bmjax && mkdir bmjax && tar -xzf bmjax.tar.gz -C bmjax
+    python3 -m venv venv && venv/bin/pip install -q './bmjax[tpu]'"
+}
+
+tries=0
+while true; do
+  wait_for_slice
+  if install && on_all "cd /mnt/bmjax && ~/venv/bin/python -m bmjax train ~/bmjax.yaml$arguments stop_code=75"; then break; fi
+  if [[ $(state) == ACTIVE ]]; then
+    tries=$((tries + 1))
+    if [[ $tries -gt ${RETRIES:-2} ]]; then echo "the training failed; see above" >&2; exit 1; fi
+    echo "the training stopped; starting it again, which resumes" >&2
+  else
+    echo "the slice was taken away; asking for another one, on which it resumes" >&2
+  fi
+done
+[[ ${DELETE:-0} == 1 ]] && gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force
+exit 0
