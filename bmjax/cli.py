@@ -1,5 +1,6 @@
 """The commands: parse and call, no logic."""
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -221,6 +222,7 @@ def _plan(rest: list[str]) -> int:
         settings = settings.model_copy(update=changes)
     else:
         found, changes = plan.plan(settings, config, topology), {}
+    found = dataclasses.replace(found, steps=plan.training_steps(settings, config))
     if "--json" in flags:
         print(json.dumps({**found.to_json(), **({"overrides": changes} if changes else {})}))
         return 0

@@ -2,9 +2,12 @@
 """Training speed on this machine: bmjax and Hugging Face Trainer on the same model, data and step, tokens/s of both.
 
     .venv/bin/python scripts/bench_train.py [--seq-len 512 --batch 8 --steps 12]
+    .venv/bin/python scripts/bench_train.py --seq-len 4096 --batch 2 [--documents 300]
 
 Each side runs in a process of its own, in turn, so that neither shares threads or memory with the other; the first
-steps (compilation, warm-up) are not counted; the median step is. Float32, full rows, AdamW, clipping at 1.
+steps (compilation, warm-up) are not counted; the median step is. Float32, full rows, AdamW, clipping at 1. With
+--documents the rows are packed with short documents, and the Trainer gets position ids that restart with each: what its
+collator for packed rows gives.
 """
 
 import argparse
@@ -39,14 +42,22 @@ def make_model(directory: Path, seq_len: int) -> None:
     hf.save_hf(directory, qwen2.init(Qwen2Config.from_hf(config), 0), config)
 
 
-def documents(seq_len: int, count: int):
-    """The same full rows for both sides."""
+def documents(seq_len: int, count: int, mean: int):
+    """The same full rows for both sides, and the lengths of the documents that each is made of."""
     import numpy as np
 
-    return np.random.default_rng(0).integers(1, VOCAB, (count, seq_len)).astype(np.int32)
+    rng = np.random.default_rng(0)
+    rows = rng.integers(1, VOCAB, (count, seq_len)).astype(np.int32)
+    if not mean:
+        return rows, [[seq_len]] * count
+    lengths = []
+    for _ in range(count):
+        ends = np.unique(np.cumsum(rng.integers(mean // 2, 3 * mean // 2, 2 * seq_len // mean)).clip(max=seq_len))
+        lengths.append(np.diff(ends, prepend=0).tolist())
+    return rows, lengths
 
 
-def run_bmjax(model: Path, seq_len: int, batch: int, steps: int) -> list[float]:
+def run_bmjax(model: Path, seq_len: int, batch: int, steps: int, mean: int) -> list[float]:
     """Seconds of every step, through the code that `bmjax train` runs."""
     import jax
     import numpy as np
@@ -55,7 +66,7 @@ def run_bmjax(model: Path, seq_len: int, batch: int, steps: int) -> list[float]:
     from bmjax.branch.examples import Dataset, Example
     from bmjax.branch.loader import Loader
     from bmjax.branch.settings import TrainSettings
-    from bmjax.branch.step import init_state, make_step, place_batch
+    from bmjax.branch.step import compile_step, init_state, load_batch
     from bmjax.model.spec import Qwen2Config
     from bmjax.parallel.mesh import make_mesh
     from bmjax.parallel.start import use_cpu_cores
@@ -69,23 +80,26 @@ def run_bmjax(model: Path, seq_len: int, batch: int, steps: int) -> list[float]:
     )  # fmt: skip
     mesh = make_mesh(settings.mesh)
     plan = training.step_plan(settings, config, mesh)
-    rows = documents(seq_len, batch * steps)
-    examples = tuple(Example(row, np.ones(seq_len, np.uint8)) for row in rows)
-    loader = Loader(Dataset(examples, 0, 0, ""), seq_len, batch, packing=True, shuffle=False, seed=0)
+    examples, packed = [], []
+    for row, lengths in zip(*documents(seq_len, batch * steps, mean), strict=True):
+        pieces = np.split(row, np.cumsum(lengths)[:-1])
+        packed.append(list(range(len(examples), len(examples) + len(pieces))))
+        examples += [Example(piece, np.ones(len(piece), np.uint8)) for piece in pieces]
+    loader = Loader(Dataset(tuple(examples), 0, 0, ""), seq_len, batch, packing=True, shuffle=False, seed=0)
+    loader.rows = packed  # the same rows as the other side's
     seconds = []
     with jax.set_mesh(mesh):
-        state, step_function = init_state(plan, hf.load_params(model, config, mesh)), make_step(plan)
+        state = init_state(plan, hf.load_params(model, config, mesh))
+        step_function = compile_step(plan, batch, seq_len)
         for step in range(steps):
             began = time.perf_counter()
-            b = loader.at(step)
-            arrays = place_batch(mesh, b.tokens, b.segment_ids, b.loss_mask)
-            state, metrics = step_function(state, *arrays, np.float32(1e-4))
+            state, metrics = step_function(state, *load_batch(mesh, loader, step), np.float32(1e-4))
             float(metrics["loss"])
             seconds.append(time.perf_counter() - began)
     return seconds
 
 
-def run_trainer(model: Path, seq_len: int, batch: int, steps: int) -> list[float]:
+def run_trainer(model: Path, seq_len: int, batch: int, steps: int, mean: int) -> list[float]:
     """Seconds of every step of transformers.Trainer."""
     import torch
     import transformers
@@ -101,8 +115,13 @@ def run_trainer(model: Path, seq_len: int, batch: int, steps: int) -> list[float
         def on_step_end(self, *args, **kwargs) -> None:
             self.seconds.append(time.perf_counter() - self.began)
 
-    rows = torch.tensor(documents(seq_len, batch * steps)).long()
-    data = [{"input_ids": row, "labels": row} for row in rows]
+    data = []
+    for row, lengths in zip(*documents(seq_len, batch * steps, mean), strict=True):
+        tokens = torch.tensor(row).long()
+        one = {"input_ids": tokens, "labels": tokens}
+        if mean:
+            one["position_ids"] = torch.cat([torch.arange(length) for length in lengths])
+        data.append(one)
     clock = Clock()
     with tempfile.TemporaryDirectory() as output:
         arguments = transformers.TrainingArguments(
@@ -120,6 +139,7 @@ def main() -> int:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--documents", type=int, default=0, help="tokens of a document, on average; 0: a row each")
     parser.add_argument(
         "--rounds", type=int, default=2, help="how often each side runs, in turn; the best median counts"
     )
@@ -128,7 +148,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.side:
         side = run_bmjax if arguments.side == "bmjax" else run_trainer
-        seconds = side(Path(arguments.model), arguments.seq_len, arguments.batch, arguments.steps)
+        seconds = side(Path(arguments.model), arguments.seq_len, arguments.batch, arguments.steps, arguments.documents)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         print(json.dumps({"seconds": statistics.median(seconds[WARM:]), "peak_rss_mib": peak}))
         return 0
@@ -140,7 +160,8 @@ def main() -> int:
         make_model(model, arguments.seq_len)
         for _ in range(arguments.rounds):
             for side in results:
-                sizes = {"--seq-len": arguments.seq_len, "--batch": arguments.batch, "--steps": arguments.steps}
+                sizes = {"--seq-len": arguments.seq_len, "--batch": arguments.batch, "--steps": arguments.steps,
+                         "--documents": arguments.documents}  # fmt: skip
                 command = [sys.executable, __file__, "--side", side, "--model", str(model)]
                 command += [word for key, value in sizes.items() for word in (key, str(value))]
                 out = subprocess.run(command, check=True, capture_output=True, text=True, env=dict(os.environ))

@@ -43,7 +43,8 @@ class Plan:
     """What one step takes; per chip where it says so. GiB, seconds, bytes, FLOPs of the whole step on all chips.
 
     flops_per_step counts what is computed, recomputation included; mfu_bound only what the model needs. Where it does
-    not fit there is no program to read: FLOPs are then the model's, and collective_bytes is empty.
+    not fit there is no program to read: FLOPs are then the model's, and collective_bytes is empty. steps: of the whole
+    training; None where they follow from data that is not here.
     """
 
     fits: bool
@@ -61,6 +62,7 @@ class Plan:
     usd_per_chip_hour: float
     compile_seconds: float
     change: str | None
+    steps: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -81,6 +83,17 @@ def plan(settings: Training, config: Qwen2Config, topology: str) -> Plan:
     """Compiles `settings`' step for `topology`; raises UserError for what cannot be trained as it stands."""
     chip, devices = topology_devices(topology)
     return plan_on(settings, config, topology, chip, devices)
+
+
+def training_steps(settings: TrainSettings, config: Qwen2Config) -> int | None:
+    """Optimizer steps of the training; None where they are given in epochs of data, or for a student, not here."""
+    if settings.steps is not None:
+        return settings.steps
+    files = [settings.data] if isinstance(settings.data, str) else settings.data
+    student = Path(settings.student)
+    if not (student.is_dir() and all(Path(file).is_file() for file in files)):
+        return None
+    return training.total_steps(settings, training.load_data(settings, student, config)[2])
 
 
 def plan_on(settings: Training, config: Qwen2Config, topology: str, chip: Chip, devices: Sequence[Any]) -> Plan:
@@ -282,7 +295,9 @@ def lines(found: Plan, settings: Training) -> Iterator[str]:
         f"at the least {found.step_seconds_bound:.2f} s a step ({found.bound_by}): at most "
         f"{found.tokens_per_second_bound:,.0f} tokens/s, MFU {found.mfu_bound:.0%}"
     )
-    hours = 1000 * found.chips * found.step_seconds_bound / 3600
+    steps = found.steps or 1000
+    hours = steps * found.chips * found.step_seconds_bound / 3600
     cost = f"US$ {hours * found.usd_per_chip_hour:,.0f} at US$ {found.usd_per_chip_hour:.2f} a chip-hour"
-    yield f"1,000 steps: at least {hours:,.0f} chip-hours, {cost}"
+    epochs = f" ({settings.epochs:g} epochs)" if found.steps and settings.epochs else ""
+    yield f"{steps:,} steps{epochs}: at least {hours:,.0f} chip-hours, {cost}"
     yield f"compiled in {found.compile_seconds:.0f} s"

@@ -47,7 +47,8 @@ def step_plan(settings: Training, config: Qwen2Config, mesh: Mesh) -> StepPlan:
     )  # fmt: skip
 
 
-def _total_steps(settings: TrainSettings, loader: Loader) -> int:
+def total_steps(settings: TrainSettings, loader: Loader) -> int:
+    """Optimizer steps of the whole training."""
     if settings.steps is not None:
         return settings.steps
     assert settings.epochs is not None  # the settings hold exactly one of the two
@@ -65,11 +66,8 @@ def train(settings: TrainSettings, log: Log = write_line) -> dict[str, Any]:
         return _train(settings, log if processes.is_main() else lambda line: None)
 
 
-def _train(settings: TrainSettings, log: Log) -> dict[str, Any]:
-    output = Path(settings.output)
-    student = hf.resolve_model(settings.student)
-    config = Qwen2Config.from_dir(student)
-    mesh = check(settings, config)
+def load_data(settings: TrainSettings, student: Path, config: Qwen2Config) -> tuple[Any, str, Loader]:
+    """(tokenizer, chat template, the batches) of a training; UserError for what cannot be trained on."""
     tokenizer = hf.load_tokenizer(student)
     if tokenizer is None:
         raise UserError(f"{student}: no tokenizer files (tokenizer.json or vocab.json); training needs a tokenizer")
@@ -79,7 +77,17 @@ def _train(settings: TrainSettings, log: Log) -> dict[str, Any]:
     )
     examples.check_vocabulary(dataset, config.vocab_size, student)
     loader = Loader(dataset, settings.seq_len, settings.batch, settings.packing, settings.shuffle, settings.seed)
-    steps = _total_steps(settings, loader)
+    return tokenizer, template, loader
+
+
+def _train(settings: TrainSettings, log: Log) -> dict[str, Any]:
+    output = Path(settings.output)
+    student = hf.resolve_model(settings.student)
+    config = Qwen2Config.from_dir(student)
+    mesh = check(settings, config)
+    tokenizer, template, loader = load_data(settings, student, config)
+    dataset = loader.dataset
+    steps = total_steps(settings, loader)
     expected = identity.fingerprint(settings, student, dataset.digest) | {"steps": str(steps)}
     processes.check_agreement(expected)
     finished = _finished(output, expected, settings.importances) if processes.is_main() else None

@@ -1,14 +1,16 @@
 """The stream of batches: each document once an epoch, a function of (seed, step), packing that changes no loss."""
 
+import json
 from collections import Counter
 
 import jax
 import numpy as np
 import pytest
 
-from bmjax.branch.examples import Dataset, Example
+from bmjax.branch.examples import Dataset, Example, build_dataset, chat_template
 from bmjax.branch.loader import Loader
 from bmjax.model import qwen2
+from tests.conftest import SHARED
 from tests.model.reference import build
 
 
@@ -55,6 +57,29 @@ def test_every_document_is_seen_whole_and_once_an_epoch(packing, shuffle):
     assert sum(loader.at(step).real_tokens for step in range(loader.steps_per_epoch)) == data.tokens
     rows = len(loader.rows)
     assert loader.fill == pytest.approx(data.tokens / (rows * 64))
+
+
+def test_rows_of_gsm8k_are_98_percent_full(qwen2_tokenizer):
+    """The training set as chat conversations, in rows of 2,048 tokens."""
+    file = SHARED / "data" / "gsm8k" / "train.jsonl"
+    problems = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    turns = [("", {"prompt": one["question"], "response": one["answer"]}) for one in problems]
+    data = build_dataset(turns, qwen2_tokenizer, chat_template(qwen2_tokenizer, "chatml"), 2048, "error")
+    loader = Loader(data, 2048, 8, packing=True, shuffle=True, seed=0)
+    assert len(data.examples) == 7473 and sum(len(row) for row in loader.rows) == 7473
+    assert loader.fill >= 0.98
+    assert data.tokens / (len(loader.rows) * 2048) == loader.fill
+
+
+def test_places_of_a_batch_are_laid_out_by_themselves():
+    loader = Loader(dataset(), 64, 4, True, True, seed=3)
+    last = loader.steps_per_epoch - 1
+    assert len(loader.rows) % 4  # so that the last batch has an empty row
+    for step in (0, last):
+        whole, part = loader.at(step), loader.at(step, range(2, 4))
+        for name in ("tokens", "segment_ids", "loss_mask"):
+            np.testing.assert_array_equal(getattr(part, name), getattr(whole, name)[2:4])
+        assert loader.real_tokens(step) == whole.real_tokens
 
 
 def test_without_shuffling_and_packing_the_files_order_is_kept():

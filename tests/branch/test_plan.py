@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import math
 import re
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from bmjax.branch.step import init_state, make_step, place_batch
 from bmjax.config import UserError
 from bmjax.model import qwen2, spec
 from bmjax.model.known import known
+from bmjax.model.spec import Qwen2Config
 from bmjax.parallel.chips import CHIPS, Chip, topology_devices
 from bmjax.parallel.hlo import Program
 from tests.model.reference import build
@@ -32,6 +34,16 @@ def settings(**changes):
         "mesh": {"fsdp": 4, "tensor": 2},
     }  # fmt: skip
     return TrainSettings.model_validate(values | changes)
+
+
+def test_the_steps_of_a_training_are_those_it_will_take(student, train_file):
+    config = Qwen2Config.from_dir(student)
+    given = settings(student=str(student), data=str(train_file), seq_len=128)
+    assert plan.training_steps(given, config) == 1
+    epochs = given.model_copy(update={"steps": None, "epochs": 2.5, "batch": 2})
+    loader = train.load_data(epochs, student, config)[2]
+    assert plan.training_steps(epochs, config) == math.ceil(2.5 * math.ceil(len(loader.rows) / 2))
+    assert plan.training_steps(epochs.model_copy(update={"data": "not/here.jsonl"}), config) is None
 
 
 @pytest.mark.parametrize(
