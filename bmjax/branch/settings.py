@@ -49,7 +49,9 @@ class Training(Settings):
         "attention gave; minimal: every product, too; offload: as full, inputs in the host's memory; none: everything",
     )
     attention: Backend = Field(
-        "auto", description="splash: a TPU's Pallas kernels; xla: any device; auto: splash on a TPU where it can"
+        "auto",
+        description="splash: Pallas kernels of TPUs; tokamax: kernels of GPUs (bmjax[cuda]); xla: any device; auto: "
+        "splash on a TPU where it can, else xla",
     )
     context_parallel: Spread = Field(
         "auto",

@@ -36,8 +36,11 @@ def _unroll(config: Qwen2Config) -> int:
 def step_plan(settings: Training, config: Qwen2Config, mesh: Mesh) -> StepPlan:
     """What the compiled step depends on."""
     platform = mesh.devices.flat[0].platform
-    if settings.attention == "splash" and platform != "tpu":
-        raise UserError("attention: splash runs on TPUs, and there are none; use auto or xla")
+    needed = {"splash": "tpu", "tokamax": "gpu"}.get(settings.attention, platform)
+    if platform != needed:
+        raise UserError(
+            f"attention: {settings.attention} runs on {needed.upper()}s, and there are none; use auto or xla"
+        )
     return StepPlan(
         config=config, freeze=tuple(settings.freeze), accumulate=settings.accumulate, beta1=settings.beta1,
         beta2=settings.beta2, eps=settings.eps, weight_decay=settings.weight_decay, clip=settings.clip,

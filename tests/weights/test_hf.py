@@ -21,7 +21,7 @@ from bmjax.model import spec
 from bmjax.model.spec import Qwen2Config
 from bmjax.parallel.mesh import make_mesh, sharding
 from bmjax.weights import hf
-from bmjax.weights.safetensors import open_checkpoint
+from bmjax.weights.safetensors import Writer, open_checkpoint
 from tests.model.reference import BASE, from_state
 
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -490,3 +490,48 @@ def test_the_hub_offline() -> None:
     with pytest.raises(UserError, match="org-of-nobody/model: no such directory, and") as error:
         hf.resolve_model("org-of-nobody/model")
     assert "\n" not in str(error.value)
+
+
+LOADING = """
+import json, resource, sys
+import jax
+from bmjax.model.spec import Qwen2Config
+from bmjax.parallel.mesh import make_mesh
+from bmjax.weights import hf
+mesh = make_mesh({"fsdp": 4, "tensor": 2})
+jax.block_until_ready(jax.device_put(1.0))
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+params = jax.block_until_ready(hf.load_params(sys.argv[1], Qwen2Config.from_dir(sys.argv[1]), mesh, dtype="float32"))
+held = sum(shard.data.nbytes for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards)
+print(json.dumps({"held": held, "above": peak() - before - held}))
+"""
+
+
+@pytest.mark.slow
+def test_loading_15b_takes_less_than_1_gib_beside_the_arrays(tmp_path: Path) -> None:
+    """Qwen2.5-1.5B's shape in bfloat16, read onto eight devices in float32, by a process of its own."""
+    from bmjax.model.known import known
+
+    config = known("Qwen/Qwen2.5-1.5B")
+    rng, block = np.random.default_rng(0), np.zeros(0, ml_dtypes.bfloat16)
+    plan = [
+        (key, np.dtype(ml_dtypes.bfloat16), row.hf_shape) for row in spec.table(config) for key in row.hf_keys()
+    ]  # fmt: skip
+    with Writer(tmp_path, plan, 5e9) as writer:
+        for name, dtype, shape in plan:
+            if block.size < np.prod(shape):
+                block = rng.standard_normal(int(np.prod(shape)), np.float32).astype(dtype)
+            writer.write(name, block[: int(np.prod(shape))].reshape(shape))
+    (tmp_path / "config.json").write_text(json.dumps({
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size, "intermediate_size": 8960, "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads, "rope_theta": 1e6,
+        "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "tie_word_embeddings": True, "hidden_act": "silu",
+    }))  # fmt: skip
+    found = json.loads(subprocess.run(
+        [sys.executable, "-c", LOADING, str(tmp_path)], check=True, capture_output=True, text=True, timeout=600
+    ).stdout)  # fmt: skip
+    shutil.rmtree(tmp_path)  # 3 GB
+    assert 1.0 <= found["held"] / (4 * spec.count(config)) < 1.001  # norms and biases lie on every device
+    assert found["above"] <= 2**30, found

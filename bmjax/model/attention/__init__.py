@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from bmjax.config import UserError
-from bmjax.model.attention import rows, splash, tiles
+from bmjax.model.attention import gpu, rows, splash, tiles
 from bmjax.model.attention.contexts import spread
 from bmjax.model.how import Backend, How
 
@@ -29,13 +29,14 @@ def causal_attention(
 
     segment_ids: int32, equal within a document. window: int32 scalar, how many tokens back (the own one included)
     are seen, None for all; it may be traced, so that layers of both kinds share one scan. Raises UserError where
-    splash is asked for and can't.
+    a backend is asked for that can't.
     """
     length, windows = q_BTNH.shape[1], window is not None
     chosen = backend(how, length, windows)
-    if chosen == "splash" and (reason := splash.refuses(length, windows)):
-        raise UserError(f"attention: splash {reason}; use auto or xla")
-    kernel = splash.Splash(how.interpret) if chosen == "splash" else _XLA
+    reason = {"splash": splash.refuses(length, windows), "tokamax": gpu.refuses(windows)}.get(chosen)
+    if reason:
+        raise UserError(f"attention: {chosen} {reason}; use auto or xla")
+    kernel = {"splash": splash.Splash(how.interpret), "tokamax": gpu.Tokamax(how.interpret)}.get(chosen, _XLA)
     return spread(kernel, how.context, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, window)
 
 

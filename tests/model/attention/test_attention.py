@@ -1,5 +1,7 @@
 """Every backend, on one device and on meshes, equals the dense formula: values and gradients, packed, GQA."""
 
+import importlib.util
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,10 +31,14 @@ def test_xla(length, window):
     assert_equal_to_dense(lambda *x: causal_attention(*x, limit), packed(2, length, 4, 2, 8), window)
 
 
-@pytest.mark.parametrize("backend", ["xla", "splash"])
+needs_tokamax = pytest.mark.skipif(importlib.util.find_spec("tokamax") is None, reason="tokamax is not installed")
+TOKAMAX = pytest.param("tokamax", marks=needs_tokamax)
+
+
+@pytest.mark.parametrize("backend", ["xla", "splash", TOKAMAX])
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (4, 1)])
 def test_heads_in_groups(backend, heads):
-    length = 256 if backend == "splash" else 1100
+    length = 1100 if backend == "xla" else 256
     assert_equal_to_dense(
         lambda *x: causal_attention(*x, None, How(backend, interpret=True)), packed(1, length, *heads, 16)
     )
@@ -49,11 +55,12 @@ def test_meshes(mesh, how, kv_heads):
         assert_equal_to_dense(lambda *x: causal_attention(*x, None, How("xla", how)), inputs)
 
 
+@pytest.mark.parametrize("backend", ["splash", TOKAMAX])
 @pytest.mark.parametrize("how", ["ulysses", "gather", "ring"])
-def test_splash_on_a_mesh(how):
+def test_kernels_on_a_mesh(how, backend):
     with jax.set_mesh(make_mesh({"fsdp": 2, "context": 2, "tensor": 2})):
         inputs = packed(2, 256, 8, 2, 16, seed=2)
-        assert_equal_to_dense(lambda *x: causal_attention(*x, None, How("splash", how, interpret=True)), inputs)
+        assert_equal_to_dense(lambda *x: causal_attention(*x, None, How(backend, how, interpret=True)), inputs)
 
 
 @pytest.mark.parametrize("how", ["ulysses", "gather", "ring"])
@@ -70,7 +77,9 @@ def test_what_the_mesh_does_not_divide_stays_whole(shape):
         assert_equal_to_dense(causal_attention, packed(*shape, 8))
 
 
-@pytest.mark.parametrize(("backend", "length"), [("xla", 256), ("xla", 1280), ("splash", 256)])
+@pytest.mark.parametrize(("backend", "length"), [
+    ("xla", 256), ("xla", 1280), ("splash", 256), pytest.param("tokamax", 256, marks=needs_tokamax),
+])  # fmt: skip
 def test_packed_equals_alone(backend, length):
     """Each document of a row whatever lies around it: nothing of another enters, not a bit."""
     q, k, v, segments, weight = packed(1, length, 4, 2, 16, seed=4)

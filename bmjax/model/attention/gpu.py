@@ -1,0 +1,60 @@
+"""Attention by tokamax's kernels for GPUs: Mosaic on Hopper and Blackwell, Triton elsewhere; for tests its XLA form.
+
+Packed rows are told to them as the place where each token's document starts: with the causal mask that is exact, takes
+T numbers, and blocks before the start are skipped. (cuDNN's packed attention in JAX up to 0.11.0 computes grouped-query
+attention wrongly without an error; it is not used.)
+"""
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bmjax.model.attention import tiles
+
+
+def refuses(windows: bool) -> str | None:
+    """Why these kernels can't compute a model's rows; None where they can."""
+    if windows:
+        return "knows no sliding window that differs by layer"
+    return None if importlib.util.find_spec("tokamax") else "is not installed; pip install 'bmjax[cuda]'"
+
+
+@dataclass(frozen=True)
+class Tokamax:
+    """The kernels for `contexts.spread`. interpret: their XLA form, for tests on a CPU."""
+
+    interpret: bool
+
+    def whole(
+        self, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array, window: None
+    ) -> jax.Array:
+        """Attention [B, T, N, H] of whole rows."""
+        from absl import flags
+        from tokamax._src.ops.attention import api, base
+
+        if not flags.FLAGS.is_parsed():  # tokamax would read this program's command line as its own
+            flags.FLAGS(["bmjax"])
+        name = next(name for name in self._order() if name in api.IMPLEMENTATIONS)
+        mask = base.Mask(k_start=starts(segments_BT)[:, None, :], is_causal=True)
+        return api.IMPLEMENTATIONS[name](q_BTNH, k_BTKH, v_BTKH, mask=mask)
+
+    def _order(self) -> tuple[str, ...]:
+        if self.interpret:
+            return ("xla_chunked",)
+        capability = float(getattr(jax.devices()[0], "compute_capability", "0"))
+        return ("mosaic_gpu", "triton") if capability >= 9.0 else ("triton",)
+
+    @staticmethod
+    def part(*arguments: Any) -> tuple[jax.Array, jax.Array]:
+        """In tiles: these kernels have no start that differs by device."""
+        return tiles.attention(*arguments)
+
+
+def starts(segments_BT: jax.Array) -> jax.Array:
+    """The place of the first token of each token's document, int32 [B, T]; documents lie one after another."""
+    index = jnp.arange(segments_BT.shape[1], dtype=jnp.int32)[None]
+    begins = jnp.pad(segments_BT[:, 1:] != segments_BT[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
