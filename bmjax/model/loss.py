@@ -4,7 +4,7 @@ loss = sum over target tokens / count of target tokens; this module returns the 
 training step divides, once, over all microbatches and devices.
 
 On a mesh every device has its own tokens and, along `tensor`, its own part of the vocabulary; the head is gathered over
-`fsdp` once, not for every chunk, and its gradient is reduce-scattered once.
+`fsdp` and `context` once, not for every chunk, and its gradient is reduce-scattered once.
 """
 
 from collections.abc import Sequence
@@ -47,11 +47,12 @@ def cross_entropy_sum(h_BTD: jax.Array, w_DV: jax.Array, labels_BT: jax.Array, m
 
 
 class _Split(NamedTuple):
-    """How the mesh axes split the work. tokens: axes that split the tokens; vocab, embed: the head's axis, or None."""
+    """How the mesh axes split the work. tokens, embed: axes that split the tokens, the head's width; vocab: the axis of
+    its vocabulary, or None."""
 
     tokens: tuple[str, ...] = ()
     vocab: str | None = None
-    embed: str | None = None
+    embed: tuple[str, ...] = ()
 
 
 def _on_mesh(function: Any, h_BTD: jax.Array, w_DV: jax.Array, y_BT: jax.Array, m_BT: jax.Array, head: bool) -> Any:
@@ -63,7 +64,7 @@ def _on_mesh(function: Any, h_BTD: jax.Array, w_DV: jax.Array, y_BT: jax.Array, 
     h_spec = fitting_spec(mesh, ("batch", "length", None), h_BTD.shape)
     w_spec = fitting_spec(mesh, ("embed", "vocab"), w_DV.shape)
     tokens = split_axes(h_spec)
-    split = _Split(tokens, w_spec[1], w_spec[0])
+    split = _Split(tokens, w_spec[1], split_axes(w_spec[:1]))
 
     def local(h: jax.Array, w: jax.Array, y: jax.Array, m: jax.Array) -> Any:
         if split.embed:
@@ -87,14 +88,16 @@ def _on_mesh(function: Any, h_BTD: jax.Array, w_DV: jax.Array, y_BT: jax.Array, 
 
 def _reduced(split: _Split, dw: jax.Array) -> jax.Array:
     """A head's gradient summed over the devices with other tokens; each keeps its own part of it."""
-    others = tuple(axis for axis in split.tokens if axis != split.embed)
-    if others:
-        dw = lax.psum(dw, others)
-    if split.embed is None:
-        return dw
-    if split.embed in split.tokens:
+    if not split.embed:
+        return lax.psum(dw, split.tokens) if split.tokens else dw
+    if set(split.embed) <= set(split.tokens):
+        others = tuple(axis for axis in split.tokens if axis not in split.embed)
+        if others:
+            dw = lax.psum(dw, others)
         # The barrier keeps it in the loop over microbatches: XLA fails at moving it out (libtpu 0.0.42).
         return lax.optimization_barrier(lax.psum_scatter(dw, split.embed, scatter_dimension=0, tiled=True))
+    if split.tokens:
+        dw = lax.psum(dw, split.tokens)
     size = dw.shape[0] // lax.axis_size(split.embed)
     return lax.dynamic_slice_in_dim(dw, lax.axis_index(split.embed) * size, size)
 

@@ -1,7 +1,7 @@
 """The one mesh and the one place where logical axis names become mesh axes."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,8 @@ AXES = ("data", "fsdp", "context", "tensor")
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),  # rows of a step: both axes hold different rows
     "length": "context",  # tokens of a row
-    "embed": "fsdp",  # D of every matrix: gathered layer by layer, as ZeRO-3 does
+    # D of every matrix: gathered layer by layer, as ZeRO-3 does; context, too, for its devices need all of it alike.
+    "embed": ("fsdp", "context"),
     "heads": "tensor",  # query heads: attention of a head needs no other head
     "kv_heads": "tensor",  # with their query heads
     "mlp": "tensor",  # F: gate and up split by columns, down by rows
@@ -129,8 +130,8 @@ def sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int] | None
     return NamedSharding(mesh, partition_spec(axes) if shape is None else fitting_spec(mesh, axes, shape))
 
 
-def split_axes(spec: PartitionSpec) -> tuple[str, ...]:
-    """All mesh axes that split an array of this layout, whichever its dimensions."""
+def split_axes(spec: Iterable[Any]) -> tuple[str, ...]:
+    """All mesh axes that split an array of this layout (a PartitionSpec or a part of one), whichever its dimensions."""
     return tuple(axis for part in spec if part for axis in ((part,) if isinstance(part, str) else part))
 
 

@@ -111,7 +111,7 @@ def test_wrong_sizes_are_one_line(sizes, problem):
 
 def test_logical_names_become_mesh_axes():
     assert partition_spec(("batch", "length", None)) == PartitionSpec(("data", "fsdp"), "context", None)
-    assert partition_spec(("layers", "embed", "mlp")) == PartitionSpec(None, "fsdp", "tensor")
+    assert partition_spec(("layers", "embed", "mlp")) == PartitionSpec(None, ("fsdp", "context"), "tensor")
     with pytest.raises(KeyError):
         partition_spec(("batches",))
 
@@ -128,10 +128,10 @@ def test_every_axis_of_the_parameter_table_has_a_rule_and_no_mesh_axis_twice(nam
 
 def test_what_does_not_divide_stays_whole():
     mesh = make_mesh({"fsdp": 4, "tensor": 2})
-    assert sharding(mesh, ("embed", "mlp"), (8, 6)).spec == PartitionSpec("fsdp", "tensor")
+    assert sharding(mesh, ("embed", "mlp"), (8, 6)).spec == PartitionSpec(("fsdp", "context"), "tensor")
     assert sharding(mesh, ("embed", "mlp"), (6, 6)).spec == PartitionSpec(None, "tensor")
-    assert sharding(mesh, ("embed", "mlp"), (8, 5)).spec == PartitionSpec("fsdp", None)
-    assert sharding(mesh, ("embed", "mlp")).spec == PartitionSpec("fsdp", "tensor")
+    assert sharding(mesh, ("embed", "mlp"), (8, 5)).spec == PartitionSpec(("fsdp", "context"), None)
+    assert sharding(mesh, ("embed", "mlp")).spec == PartitionSpec(("fsdp", "context"), "tensor")
     placed = jax.device_put(np.zeros((8, 6)), sharding(mesh, ("embed", "mlp"), (8, 6)))
     assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 3)}
 
