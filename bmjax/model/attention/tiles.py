@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from bmjax.model import remat
 
 MASKED = -1e30  # finite, so that a query with nothing to see stays free of NaN
-QUERIES, KEYS = 256, 512  # of a tile
+QUERIES, KEYS = 256, 256  # of a tile
 # Segments of padding: equal to no document's, nor to each other.
 NO_QUERY, NO_KEY = -1, -2
 
@@ -95,10 +95,11 @@ class _Grid:
         mine = _slice(self.q_segments, b, i * self.tile, self.tile, 1)
         theirs = _slice(self.k_segments, b, j * self.keys, self.keys, 1)
         allowed = (key <= query) & (query - key < self.window) & (mine[:, None] == theirs[None, :])
+        # Made once for all heads, not again in each of their fused loops: a CPU's vector units are the limit here.
+        bias = jax.lax.optimization_barrier(jnp.where(allowed, 0.0, MASKED))
         s = einsum("krh,ksh->krs", q_KRH, k_KsH)
         K, R, _ = s.shape
-        s = jnp.where(allowed, s.reshape(K, R // self.tile, self.tile, self.keys), MASKED)
-        return s.reshape(K, R, self.keys)
+        return (s.reshape(K, R // self.tile, self.tile, self.keys) + bias).reshape(K, R, self.keys)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -147,6 +148,7 @@ def _backward(tiles, saved, cotangents):
     grid = _Grid(tiles, q_segments, k_segments, start, window)
     R, dtype = G * grid.tile, q_BKGTH.dtype
     # d s = p * (d p - delta), with the cotangent of the log-sum in delta.
+    lse_BKGT = jnp.where(lse_BKGT > 0.5 * MASKED, lse_BKGT, 0.0)  # so that what sees nothing has a p of 0
     delta_BKGT = jnp.sum(d_out_BKGTH.astype(jnp.float32) * out_BKGTH.astype(jnp.float32), axis=-1) - d_lse_BKGT
 
     def tile(carry, place):
@@ -156,26 +158,28 @@ def _backward(tiles, saved, cotangents):
         lse, delta = (_slice(x, b, i * grid.tile, grid.tile, 3).reshape(K, R, 1) for x in (lse_BKGT, delta_BKGT))
 
         def visit(j, carry):
-            dq, dk_BKSH, dv_BKSH = carry
+            dq, dk_BKHS, dv_BKHS = carry
             k, v = (_slice(x, b, j * grid.keys, grid.keys, 2) for x in (k_BKSH, v_BKSH))
             s = grid.scores(q, k, b, i, j)
-            p = jnp.where(s > 0.5 * MASKED, jnp.exp(s - lse), 0.0)
+            p = jnp.exp(s - lse)
             ds = (p * (einsum("krh,ksh->krs", do, v) - delta)).astype(dtype)
-            at = (b, jnp.int32(0), j * grid.keys, jnp.int32(0))
+            at = (b, jnp.int32(0), jnp.int32(0), j * grid.keys)
 
             def added(whole, part):
                 old = jax.lax.dynamic_slice(whole, at, (1, *part.shape))
                 return jax.lax.dynamic_update_slice(whole, old + part[None], at)
 
-            dv_BKSH = added(dv_BKSH, einsum("krs,krh->ksh", p.astype(dtype), do))
-            dk_BKSH = added(dk_BKSH, einsum("krs,krh->ksh", ds, q))
-            return dq + einsum("krs,ksh->krh", ds, k), dk_BKSH, dv_BKSH
+            dv_BKHS = added(dv_BKHS, einsum("krh,krs->khs", do, p.astype(dtype)))
+            dk_BKHS = added(dk_BKHS, einsum("krh,krs->khs", q, ds))
+            return dq + einsum("krs,ksh->krh", ds, k), dk_BKHS, dv_BKHS
 
         dq, *sums = jax.lax.fori_loop(low, high, visit, (jnp.zeros((K, R, H)), *carry))
         return tuple(sums), dq.reshape(K, G, grid.tile, H).astype(dtype)
 
-    zeros = jnp.zeros(k_BKSH.shape, jnp.float32)
+    # Keys last: a CPU's products then take p and ds as they lie.
+    zeros = jnp.zeros((B, K, H, k_BKSH.shape[2]), jnp.float32)
     (dk, dv), dq = jax.lax.scan(tile, (zeros, zeros), grid.each)
+    dk, dv = dk.swapaxes(2, 3), dv.swapaxes(2, 3)
     dq = dq.reshape(B, -1, K, G, grid.tile, H).transpose(0, 2, 3, 1, 4, 5).reshape(B, K, G, T, H)
     return dq, dk.astype(k_BKSH.dtype), dv.astype(v_BKSH.dtype), None, None, None, None
 
