@@ -29,8 +29,8 @@ from bmjax.model.attention import rows as short_rows
 from bmjax.model.known import known
 from bmjax.model.spec import Qwen2Config
 from bmjax.parallel.chips import Chip, topology_devices
-from bmjax.parallel.hlo import Program, totals
-from bmjax.parallel.mesh import AXES, slow_axes
+from bmjax.parallel.hlo import SLICES, Program, totals
+from bmjax.parallel.mesh import AXES
 
 KINDS = ("parameters", "optimizer", "gradients", "temporaries")
 WHOLE = ("full", "offload")  # remat that computes the forward pass again, attention included
@@ -125,8 +125,8 @@ def plan_on(settings: Training, config: Qwen2Config, topology: str, chip: Chip, 
     times = {
         "arithmetic": flops / mesh.size / chip.flops,
         "memory": _least_traffic(step_plan, settings, kinds) / chip.hbm_bandwidth,
-        "communication": sum(collectives.values()) / chip.link_bandwidth,
-        "communication between slices": _between_slices(collectives, mesh) / chip.slice_bandwidth,
+        "communication": sum(size for axis, size in collectives.items() if axis != SLICES) / chip.link_bandwidth,
+        "communication between slices": collectives.get(SLICES, 0.0) / chip.slice_bandwidth,
     }
     slowest = max(times, key=lambda name: times[name])
     bound = times[slowest]
@@ -185,16 +185,6 @@ def _least_traffic(step_plan: StepPlan, settings: Training, kinds: dict[str, flo
     weights = 2.0 * spec.count(step_plan.config) / step_plan.mesh.shape["tensor"]
     passes = 2 if settings.remat == "none" else 3
     return settings.accumulate * passes * weights + 2 * (kinds["parameters"] + kinds["optimizer"])
-
-
-def _between_slices(collectives: dict[str, float], mesh: Any) -> float:
-    """Bytes that a chip sends to other slices, of what it sends by axis: what is left once its own slice is done."""
-    slow = slow_axes(mesh)
-    return sum(
-        size / math.prod(slow.get(axis, 1) for axis in axes.split("+"))
-        for axes, size in collectives.items()
-        if any(axis in slow for axis in axes.split("+"))
-    )
 
 
 def _advice(settings: Training, config: Qwen2Config, mesh: Any, gib: dict[str, float]) -> str:

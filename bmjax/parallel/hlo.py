@@ -12,11 +12,15 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from jax.sharding import Mesh
 
+from bmjax.parallel.mesh import slow_groups
+
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute", "ragged-all-to-all")
 # Of operations that call a computation once for every pair of numbers: nothing to count there.
 _ELEMENTWISE = ("reduce", "all-reduce", "reduce-scatter", "scatter", "sort", "reduce-window", "map")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
+_MEGASCALE = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+SLICES = "slices"
 _SHAPE = re.compile(r"([a-z]+\d*(?:e\dm\d\w*)?)\[([\d,]*)\]")
 _OPCODE = re.compile(r"\s([a-z][a-z\-]*\d*)\(")
 _CALLED = re.compile(r"(?:calls|body|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
@@ -148,9 +152,15 @@ class Program:
         return _convolution(one, left, right)
 
     def collectives(self, mesh: Mesh) -> list[Collective]:
-        """All of them, over which mesh axes each goes; those within a chip alone are left out."""
+        """All of them, over which mesh axes each goes; those within a chip alone are left out.
+
+        What goes between slices over the hosts' network, which TPUs write as a send to their runtime, is of the axis
+        `slices`.
+        """
         found = []
         for one in self.each():
+            if (between := _MEGASCALE.search(one.text)) is not None and one.opcode == "send":
+                found.append(self._between_slices(one, between[1].lower().replace("_", "-"), mesh))
             kind = one.opcode.removesuffix("-start")
             if kind not in COLLECTIVES:
                 continue
@@ -168,6 +178,12 @@ class Program:
                 whole = max(taken, out)
                 found.append(Collective(kind, one.name, largest.kind, largest.sizes, axes, ways, whole, one.times))
         return found
+
+    def _between_slices(self, send: Instruction, kind: str, mesh: Mesh) -> Collective:
+        shape = self._shapes[send.operands[0]][0]
+        slices = len(set(slow_groups(list(mesh.devices.flat))))
+        whole = shape.nbytes * (slices if kind == "all-gather" else 1)
+        return Collective(kind, send.name, shape.kind, shape.sizes, (SLICES,), slices, whole, send.times)
 
 
 def _parse(line: str) -> Instruction | None:

@@ -96,18 +96,6 @@ def place(shape: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
     )
 
 
-def slow_axes(mesh: Mesh) -> dict[str, int]:
-    """The axes along which `slow_groups` change, and how many devices of one group follow each other there."""
-    groups = np.array(slow_groups(list(mesh.devices.flat))).reshape(mesh.devices.shape)
-    found = {}
-    for number, axis in enumerate(mesh.axis_names):
-        line = np.moveaxis(groups, number, 0).reshape(groups.shape[number], -1)
-        changes = int((np.diff(line, axis=0) != 0).any(1).sum()) + 1
-        if changes > 1:
-            found[axis] = groups.shape[number] // changes
-    return found
-
-
 def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
     """The mesh axes of an array whose dimensions carry these logical names (None: not split)."""
     return PartitionSpec(*(None if axis is None else RULES[axis] for axis in axes))
