@@ -217,12 +217,13 @@ def _plan(rest: list[str]) -> int:
     from bmjax.branch import plan
 
     config = plan.student_config(settings.student)
+    steps = plan.training_steps(settings, config)
     if "--search" in flags:
         found, changes = plan.search(settings, config, topology, log=lambda line: print(line, file=sys.stderr))
         settings = settings.model_copy(update=changes)
     else:
         found, changes = plan.plan(settings, config, topology), {}
-    found = dataclasses.replace(found, steps=plan.training_steps(settings, config))
+    found = dataclasses.replace(found, steps=steps)
     if "--json" in flags:
         print(json.dumps({**found.to_json(), **({"overrides": changes} if changes else {})}))
         return 0

@@ -9,7 +9,7 @@
 # ACCELERATOR      tpu-v5p-slice, tpu-v6e-slice, tpu-v5-lite-podslice
 # TOPOLOGY         the slice's shape, 4x4x4 or 16x16
 # CHIPS            of a host (4)
-# SLICES           how many slices (1); they lie along the mesh's data axis
+# SLICES           how many slices (1); with mesh.data=SLICES only gradients go between them
 # NAME             of the JobSet (bmjax)
 # RESTARTS         after how many failures or preemptions it goes on (20)
 # The cluster needs the JobSet controller. A pod that is told to go has 5 minutes to write its checkpoint.

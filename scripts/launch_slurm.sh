@@ -19,6 +19,6 @@ set -euo pipefail
 if [[ $# -lt 1 || $1 == -* ]]; then sed -n '2,/^#SBATCH/{/^#SBATCH/!s/^# \{0,1\}//p}' "$0"; exit 2; fi
 : "${SLURM_JOB_ID:?start it with sbatch}"
 code=0
-srun --kill-on-bad-exit=1 "${PYTHON:-python}" -m bmjax train "$@" stop_code=75 || code=$?
+srun "${PYTHON:-python}" -m bmjax train "$@" stop_code=75 || code=$?
 [[ $code == 75 ]] && exec scontrol requeue "$SLURM_JOB_ID"
 exit "$code"

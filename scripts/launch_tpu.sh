@@ -27,9 +27,13 @@ esac
 where=(--project "$PROJECT" --zone "$ZONE" --quiet)
 config=$(realpath "$1"); shift
 root=$(realpath "$(dirname "$0")/..")
-arguments=$(printf ' %q' "$@")
+arguments=
+[[ $# -gt 0 ]] && arguments=$(printf ' %q' "$@")
 
-state() { gcloud compute tpus queued-resources describe "$name" "${where[@]}" --format 'value(state.state)' 2>/dev/null || true; }
+state() { # empty where there is no such slice
+  gcloud compute tpus queued-resources list "${where[@]}" --filter "name~/$name\$" --format 'value(state.state)' ||
+    echo UNKNOWN
+}
 
 ask() {
   local spot=()

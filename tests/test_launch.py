@@ -46,8 +46,8 @@ def test_tpu_asks_for_the_slice_installs_and_goes_on_after_a_preemption(cluster)
     # Not there, then being made, then there; taken away during the first training, and made again.
     add("gcloud", f"""
 case "$*" in
-  *describe*) n=$(($(cat {folder}/n 2>/dev/null || echo 0) + 1)); echo $n > {folder}/n
-    case $n in 1) exit 1;; 2) echo PROVISIONING;; 3) echo ACTIVE;; 4|5) echo SUSPENDED;; *) echo ACTIVE;; esac;;
+  *" list "*) n=$(($(cat {folder}/n 2>/dev/null || echo 0) + 1)); echo $n > {folder}/n
+    case $n in 1) ;; 2) echo PROVISIONING;; 3) echo ACTIVE;; 4|5) echo SUSPENDED;; *) echo ACTIVE;; esac;;
   *"bmjax train"*) [[ -e {folder}/once ]] || {{ touch {folder}/once; exit 1; }};;
 esac""")  # fmt: skip
     done = run(
@@ -67,13 +67,13 @@ esac""")  # fmt: skip
 
 def test_a_training_that_fails_on_a_slice_that_is_there_is_an_error(cluster):
     add, log, folder = cluster
-    add("gcloud", 'case "$*" in *describe*) echo ACTIVE;; *"bmjax train"*) exit 1;; esac')
+    add("gcloud", 'case "$*" in *" list "*) echo ACTIVE;; *"bmjax train"*) exit 1;; esac')
     done = run(
         "launch_tpu.sh", folder, str(CONFIG), PROJECT="p", ZONE="z", ACCELERATOR="v6e-256", SHARE="a:/b", POLL="0",
         RETRIES="1",
     )  # fmt: skip
     assert done.returncode == 1 and "the training failed" in done.stderr
-    assert log.read_text().count("bmjax train") == 2
+    assert log.read_text().count("bmjax train ~/bmjax.yaml stop_code=75]") == 2
 
 
 @pytest.mark.parametrize("code, requeued", [(0, False), (75, True), (2, False)])

@@ -6,12 +6,14 @@ from pathlib import Path
 from bmjax.branch.settings import TrainSettings
 from bmjax.config import UserError
 
-# Settings that a run may resume with another value of: where things are, how it is computed, what is kept of it.
-MAY_CHANGE = {
+# Settings that change nothing but rounding: where things are, how they are split and shown, what is kept of them.
+NO_RESULT = {
     "output", "student", "data", "save_every", "keep", "keep_every", "log_every", "wandb", "profile_steps", "mesh",
-    "accumulate", "compute_dtype", "moments_dtype", "remat", "attention", "context_parallel", "export_dtype",
-    "importances", "coordinator", "num_processes", "process_id", "peer_timeout", "stop_code",
+    "accumulate", "remat", "attention", "context_parallel", "coordinator", "num_processes", "process_id",
+    "peer_timeout", "stop_code",
 }  # fmt: skip
+# Settings that a run may go on with another value of.
+MAY_CHANGE = NO_RESULT | {"compute_dtype", "moments_dtype", "export_dtype", "importances"}
 
 
 def fingerprint(settings: TrainSettings, student: Path, digest: str) -> dict[str, str]:

@@ -81,7 +81,7 @@ class MetricsLog:
         now = time.monotonic()
         seconds, self._last = now - self._last, now
         done = step - self._start
-        # The first step holds the compilation; it says nothing about the ones to come.
+        # The first step takes longer than those to come, whose pace is counted from its end on.
         if done == 1:
             self._began = now
         pace = (now - self._began) / (done - 1) if done > 1 else seconds

@@ -31,6 +31,7 @@ from bmjax.model.spec import Qwen2Config
 from bmjax.parallel.chips import Chip, topology_devices
 from bmjax.parallel.hlo import SLICES, Program, totals
 from bmjax.parallel.mesh import AXES
+from bmjax.weights import hf
 
 KINDS = ("parameters", "optimizer", "gradients", "temporaries")
 WHOLE = ("full", "offload")  # remat that computes the forward pass again, attention included
@@ -74,8 +75,6 @@ def student_config(student: str) -> Qwen2Config:
         return Qwen2Config.from_dir(student)
     if (found := known(student)) is not None:
         return found
-    from bmjax.weights import hf
-
     return Qwen2Config.from_dir(hf.resolve_model(student))
 
 
@@ -92,6 +91,8 @@ def training_steps(settings: TrainSettings, config: Qwen2Config) -> int | None:
     files = [settings.data] if isinstance(settings.data, str) else settings.data
     student = Path(settings.student)
     if not (student.is_dir() and all(Path(file).is_file() for file in files)):
+        return None
+    if hf.load_tokenizer(student) is None:
         return None
     return training.total_steps(settings, training.load_data(settings, student, config)[2])
 

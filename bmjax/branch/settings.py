@@ -46,7 +46,8 @@ class Training(Settings):
     remat: Remat = Field(
         "full",
         description="kept for the backward pass besides each layer's input: full: nothing; save_attention: what "
-        "attention gave; minimal: every product, too; offload: as full, inputs in the host's memory; none: everything",
+        "attention gave (not tokamax's); minimal: every product, too; offload: as full, inputs in the "
+        "host's memory; none: everything",
     )
     attention: Backend = Field(
         "auto",

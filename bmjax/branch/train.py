@@ -92,7 +92,8 @@ def _train(settings: TrainSettings, log: Log) -> dict[str, Any]:
     dataset = loader.dataset
     steps = total_steps(settings, loader)
     expected = identity.fingerprint(settings, student, dataset.digest) | {"steps": str(steps)}
-    processes.check_agreement(expected)
+    own = settings.model_dump(exclude={"process_id", "student", "data"})
+    processes.check_agreement({key: str(value) for key, value in own.items()} | expected)
     finished = _finished(output, expected, settings.importances) if processes.is_main() else None
     if processes.mains(finished is not None):
         finished = finished or json.loads((output / "result.json").read_text())
@@ -137,6 +138,11 @@ def check(settings: Training, config: Qwen2Config, devices: Sequence[Any] | None
             f"seq_len: {settings.seq_len} is more than the student's context of {config.max_length} tokens; lower it"
         )
     mesh = make_mesh(settings.mesh, devices)
+    if devices is None and jax.process_count() > 1 and mesh.size != jax.device_count():
+        raise UserError(
+            f"mesh: {settings.mesh} uses {mesh.size} of the {jax.device_count()} devices of {jax.process_count()} "
+            "processes; give one axis -1, or start fewer processes"
+        )
     _check_divides(settings, config, mesh)
     optimizer.split_frozen(spec.table(config), settings.freeze)
     return mesh

@@ -22,10 +22,13 @@ import numpy as np
 from bmjax.config import UserError, first_line
 
 SLACK = 60  # seconds that the runtime's own watch, which ends with a stack trace, lets ours speak first
+BEAT = 5.0  # seconds between looks at the others, at most
 TOGETHER = 5  # seconds within which processes that fail for one reason have all said so
+_REASON = "bmjax/alive/reason"
+_AGAIN = "the same command on all of them resumes from the newest checkpoint"
 _DEAD = (
     "bmjax: error: process {dead} of {count} has not been heard of for {seconds:.0f} s; see its own log for why. "
-    "Stopped; the same command on all of them resumes from the newest checkpoint"
+    "Stopped; " + _AGAIN
 )
 
 
@@ -36,24 +39,26 @@ def together(
     """Within it this process is one of the run's; entered before JAX makes its first array.
 
     coordinator: host:port of process 0, with num_processes and process_id; all None: as the launcher says (Cloud TPU
-    and GKE slices, SLURM's srun, Open MPI, Kubernetes indexed jobs). timeout: seconds until a silent process, or one
-    that left by an error, is taken for dead; every process then stops with a line that names it. Nothing is done
-    where there is no launcher, or where num_processes is 1.
+    and GKE slices, SLURM's srun, Open MPI 4, Kubernetes indexed jobs with the kubernetes package). timeout: seconds
+    until a silent process is taken for dead; every process then stops with a line that names it, and at once where
+    one leaves by an error. (Where process 0 is killed, the runtime ends the others in its own words, for it is the
+    one that they meet at.) Nothing is done where there is no launcher, or where num_processes is 1.
     Raises UserError for settings that do not belong together and for processes that do not come.
     """
     _connect(coordinator, num_processes, process_id, timeout)
     if jax.process_count() == 1:
         yield
         return
-    left = threading.Event()
-    threading.Thread(target=_watch, args=(timeout, left), name="bmjax-watch", daemon=True).start()
+    left, beat = threading.Event(), min(BEAT, timeout / 5)
+    threading.Thread(target=_watch, args=(timeout, beat, left), name="bmjax-watch", daemon=True).start()
     try:
         yield
         wait_for_all("bmjax/done")
     except SystemExit:
         raise
     except BaseException as error:
-        atexit.register(_leave, 2 if isinstance(error, UserError | jax.errors.JaxRuntimeError) else 1)
+        _tell_others(error)
+        atexit.register(_leave, 2 if isinstance(error, UserError | jax.errors.JaxRuntimeError) else 1, beat)
         if isinstance(error, jax.errors.JaxRuntimeError):
             raise UserError(
                 f"process {jax.process_index()} of {jax.process_count()}: a device or another process failed: "
@@ -64,7 +69,16 @@ def together(
         left.set()
 
 
-def _leave(code: int) -> None:
+def _tell_others(error: BaseException) -> None:
+    """Leaves the reason where the others' watch finds it, and time to find it: without process 0 they could not."""
+    from jax._src.distributed import global_state
+
+    said = f"process {jax.process_index()} of {jax.process_count()} stopped: {first_line(error)}"  # type: ignore[arg-type]
+    with contextlib.suppress(Exception):
+        global_state.client.key_value_set(_REASON, said)  # type: ignore[union-attr]
+
+
+def _leave(code: int, beat: float) -> None:
     """Ends a process that failed without waiting for the others, unless they have failed, too.
 
     Runs before JAX's own end, which waits for all and aborts where they don't come.
@@ -74,7 +88,9 @@ def _leave(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     try:
-        global_state.client.wait_at_barrier("bmjax/left", 1000 * TOGETHER)  # type: ignore[union-attr]
+        # Process 0 stays until all have looked, for the runtime ends who loses it with a stack trace.
+        seconds = TOGETHER if jax.process_index() else TOGETHER + TOGETHER + 2 * beat
+        global_state.client.wait_at_barrier("bmjax/left", int(1000 * seconds))  # type: ignore[union-attr]
     except Exception:
         os._exit(code)
 
@@ -108,8 +124,9 @@ def _connect(coordinator: str | None, num_processes: int | None, process_id: int
             shutdown_timeout_seconds=timeout + SLACK,
         )
     except Exception as error:
-        if missing and jax.process_count() == 1 and "should be defined" in str(error):
-            return  # a single TPU host
+        alone = "should be defined" in str(error) or "must be called before" in str(error)
+        if missing and alone and jax.process_count() == 1:
+            return  # a single TPU host, or one whose program has begun without others
         raise UserError(f"coordinator: the processes did not come together: {first_line(error)}") from None
 
 
@@ -124,8 +141,16 @@ def _launched() -> dict[str, Any] | None:
         return found
     if int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
         return {"cluster_detection_method": "ompi"}
-    kubernetes = "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env
-    return {} if _on_tpu() or (kubernetes and importlib.util.find_spec("kubernetes")) else None
+    if _on_tpu():
+        return {}
+    if "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env:
+        if importlib.util.find_spec("kubernetes") is None:
+            raise UserError(
+                "coordinator: a pod of an indexed Kubernetes job finds the others by the kubernetes package; install "
+                "it, give coordinator, num_processes and process_id, or num_processes=1 to train alone"
+            )
+        return {}
+    return None
 
 
 def _on_tpu() -> bool:
@@ -135,32 +160,38 @@ def _on_tpu() -> bool:
     return any(path.name[-1].isdigit() for path in [*Path("/dev").glob("accel*"), *Path("/dev/vfio").glob("*")])
 
 
-def _watch(timeout: int, left: threading.Event) -> None:
+def _watch(timeout: int, beat: float, left: threading.Event) -> None:
     """Ends this process with one line when another one is silent for `timeout` seconds.
 
     A collective that waits for a dead process never returns, so a thread watches: every process counts up a number of
-    its own in the runtime's store; process 0 reads all of them, the others that of process 0.
+    its own in the runtime's store, which is process 0's, and reads those of all others. One that fails leaves the
+    reason there.
     """
     from jax._src.distributed import global_state
 
     client: Any = global_state.client
     mine, count = jax.process_index(), jax.process_count()
-    seen = {i: ("", time.monotonic()) for i in range(count) if i != mine and (mine == 0 or i == 0)}
-    beat = 0
-    while not left.wait(min(5.0, timeout / 5)):
-        beat += 1
+    seen = {i: ("", time.monotonic()) for i in range(count) if i != mine}
+    number = 0
+    while not left.wait(beat):
+        number += 1
         try:
-            client.key_value_set(f"bmjax/alive/{mine}", str(beat), allow_overwrite=True)
+            client.key_value_set(f"bmjax/alive/{mine}", str(number), allow_overwrite=True)
             found = dict(client.key_value_dir_get("bmjax/alive"))
         except Exception:
             return  # the store is gone, and process 0 with it: the runtime says so itself
+        if (reason := found.get(_REASON)) is not None and not left.wait(TOGETHER):
+            print(f"bmjax: error: {reason}; {_AGAIN}", file=sys.stderr, flush=True)
+            os._exit(1)
         now = time.monotonic()
         for other, (before, last) in seen.items():
-            number = found.get(f"bmjax/alive/{other}", "")
-            if number != before:
-                seen[other] = (number, now)
+            told = found.get(f"bmjax/alive/{other}", "")
+            if told != before:
+                seen[other] = (told, now)
             elif now - last > timeout and not left.is_set():
                 print(_DEAD.format(dead=other, count=count, seconds=now - last), file=sys.stderr, flush=True)
+                if mine == 0:
+                    time.sleep(2 * beat)  # for the others to find the same
                 os._exit(1)
 
 

@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from bmjax.branch import identity
 from bmjax.branch.metrics import Log, write_line
 from bmjax.branch.settings import Training, TrainSettings
 from bmjax.branch.train import check, train
@@ -41,6 +42,7 @@ from bmjax.weights import hf
 from bmjax.weights.safetensors import replacing, write_atomic
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
+UNFINISHED = 75  # the exit code after SIGTERM: a training was saved, and stages are left to do
 
 
 def run(settings: RunSettings, output: str | Path | None = None, log: Log = write_line) -> dict[str, Any]:
@@ -170,7 +172,12 @@ class _Run:
         base = (
             self.settings.student if start == "backbone/hf" and self.settings.student else str(self.directory / start)
         )
-        own = {"student": base, "data": [str(file) for file in files], "output": str(self.directory / output)}
+        own: dict[str, Any] = {
+            "student": base,
+            "data": [str(file) for file in files],
+            "output": str(self.directory / output),
+        }
+        own |= {"num_processes": 1, "stop_code": UNFINISHED}
         values = training.model_dump() | own
         return TrainSettings.model_validate(
             values
@@ -388,8 +395,8 @@ class _Run:
 
 
 def _important(training: TrainSettings) -> dict[str, Any]:
-    """What a training's result depends on (where it lies and how it is shown change nothing)."""
-    return training.model_dump(exclude={"output", "student", "data", "save_every", "keep", "log_every", "wandb"})
+    """What a training's result depends on, its inputs left out."""
+    return training.model_dump(exclude=identity.NO_RESULT)
 
 
 def _file_states(domain: Any) -> list[Any]:

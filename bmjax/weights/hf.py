@@ -141,12 +141,16 @@ def _hf_tensor(leaf: jax.Array, layer: Any, dtype: Any, transposed: bool) -> jax
     return jnp.array(part.T if transposed else part, dtype=dtype, copy=True)
 
 
-def _to_host(array: jax.Array) -> np.ndarray:
-    """The whole of an array, in every process that has a part of it."""
+def _same(array: jax.Array) -> jax.Array:
+    return array
+
+
+def _to_host(array: jax.Array) -> np.ndarray | None:
+    """The whole of an array; None in all processes that share it but the first, which make this call, too."""
     if not array.is_fully_addressable:
         everywhere = NamedSharding(array.sharding.mesh, PartitionSpec())  # type: ignore[attr-defined]
-        array = jax.jit(lambda a: a, out_shardings=everywhere)(array)
-    return jax.device_get(array)
+        array = jax.block_until_ready(jax.jit(_same, out_shardings=everywhere)(array))
+    return jax.device_get(array) if is_main() else None
 
 
 def save_hf(

@@ -30,4 +30,5 @@ def start(config: Path, processes: int, *overrides: str, timeout: int = 30) -> l
 
 def finish(started: list[subprocess.Popen], seconds: float = 300) -> list[tuple[int, str]]:
     """(exit code, what it wrote to standard error) of each."""
-    return [(process.wait(), said) for process in started for said in [process.communicate(timeout=seconds)[1]]]
+    said = [process.communicate(timeout=seconds)[1] for process in started]
+    return [(process.returncode, text) for process, text in zip(started, said, strict=True)]

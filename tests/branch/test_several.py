@@ -112,6 +112,18 @@ def test_other_data_in_one_process_stops_all_of_them(folder):
 
 
 @pytest.mark.slow
+def test_a_failing_process_tells_the_others_why(folder):
+    """Process 0 cannot write the checkpoints; three processes, so that one is neither it nor reads it first."""
+    (folder / "failing").mkdir()
+    (folder / "failing" / "checkpoints").write_text("in the way")
+    ended = finish(start(folder / "config.yaml", 3, f"output={folder / 'failing'}", "mesh={data: 6}", "batch=12"))
+    assert [code for code, _ in ended] == [2, 1, 1]
+    assert "cannot hold checkpoints" in ended[0][1]
+    for _, said in ended[1:]:
+        assert "bmjax: error: process 0 of 3 stopped: " in said and "cannot hold checkpoints" in said, said
+
+
+@pytest.mark.slow
 def test_a_dead_process_stops_the_others_with_a_line_that_names_it(folder):
     processes = start(folder / "config.yaml", 2, f"output={folder / 'peer'}", "steps=100000", timeout=6)
     wait_for_steps(folder, "peer", 3)
@@ -126,13 +138,15 @@ def test_a_dead_process_stops_the_others_with_a_line_that_names_it(folder):
 
 @pytest.mark.slow
 def test_a_process_that_hangs_stops_the_others_with_a_line_that_names_it(folder):
-    processes = start(folder / "config.yaml", 2, f"output={folder / 'hangs'}", "steps=100000", timeout=6)
+    several = ["mesh={data: 6}", "batch=12", "steps=100000"]
+    processes = start(folder / "config.yaml", 3, f"output={folder / 'hangs'}", *several, timeout=6)
     wait_for_steps(folder, "hangs", 3)
     processes[1].send_signal(signal.SIGSTOP)
-    code, said = finish(processes[:1], 60)[0]
+    ended = finish([processes[0], processes[2]], 60)
     processes[1].kill()
-    assert code == 1
-    assert "process 1 of 2 has not been heard of for" in said and "resumes from the newest checkpoint" in said
+    for code, said in ended:
+        assert code == 1
+        assert "process 1 of 3 has not been heard of for" in said and "resumes from the newest checkpoint" in said
 
 
 @pytest.mark.slow

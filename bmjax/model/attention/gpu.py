@@ -1,7 +1,8 @@
 """Attention by tokamax's kernels for GPUs: Mosaic on Hopper and Blackwell, Triton elsewhere; for tests its XLA form.
 
 Packed rows are told to them as the place where each token's document starts: with the causal mask that is exact, takes
-T numbers, and blocks before the start are skipped. (cuDNN's packed attention in JAX up to 0.11.0 computes grouped-query
+T numbers, and blocks before the start are skipped. They keep what they need for the backward pass to themselves, so
+that remat runs them again whatever it saves. (cuDNN's packed attention in JAX up to 0.11.0 computes grouped-query
 attention wrongly without an error; it is not used.)
 """
 
