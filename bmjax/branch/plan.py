@@ -101,9 +101,10 @@ def plan_on(settings: Training, config: Qwen2Config, topology: str, chip: Chip, 
     """As `plan`, for devices at hand or not."""
     began = time.perf_counter()
     step_plan, kinds, lowered = lower_step(settings, config, devices)
-    mesh, compiled = step_plan.mesh, None
+    mesh = step_plan.mesh
+    compiled: Any = None
     try:
-        compiled = _Compiled.of(lowered.compile())
+        compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         used = _OUT_OF_MEMORY.search(str(error))
         if used is None:
@@ -117,9 +118,10 @@ def plan_on(settings: Training, config: Qwen2Config, topology: str, chip: Chip, 
     needed = tokens * flops_per_token(config, settings.seq_len)
     flops, collectives = needed * (4 / 3 if settings.remat in WHOLE else 1.0), {}
     if compiled is not None:
-        total = compiled.nbytes
-        flops = mesh.size * compiled.program.flops() + _kernel_flops(step_plan, settings)
-        collectives = dict(totals(compiled.program.collectives(mesh)))
+        program = Program(compiled.as_text())
+        total = program_bytes(compiled)
+        flops = mesh.size * program.flops() + _kernel_flops(step_plan, settings)
+        collectives = dict(totals(program.collectives(mesh)))
     kinds["temporaries"] = max(0.0, total - sum(kinds.values()))
     gib = {kind: round(size / GIB, 3) for kind, size in {**kinds, "total": total}.items()}
     fits = compiled is not None and total <= chip.hbm_gib * GIB
@@ -138,18 +140,6 @@ def plan_on(settings: Training, config: Qwen2Config, topology: str, chip: Chip, 
         usd_per_chip_hour=chip.price, compile_seconds=round(seconds, 1),
         change=None if fits else _advice(settings, config, mesh, gib),
     )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Compiled:
-    """What a compiler says of a program: bytes on a chip, and what it does."""
-
-    nbytes: float
-    program: Program
-
-    @classmethod
-    def of(cls, compiled: Any) -> "_Compiled":
-        return cls(program_bytes(compiled), Program(compiled.as_text()))
 
 
 def lower_step(

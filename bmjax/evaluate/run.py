@@ -13,7 +13,7 @@ import numpy as np
 
 from bmjax.branch.examples import Dataset, build_dataset, chat_template, check_vocabulary, read_rows, render_prompt
 from bmjax.branch.loader import Loader
-from bmjax.branch.step import place_batch
+from bmjax.branch.step import load_batch
 from bmjax.config import UserError
 from bmjax.evaluate.score import accuracy
 from bmjax.evaluate.settings import EvalSettings, TaskSettings
@@ -150,8 +150,7 @@ def held_out_loss(
     function = _loss_function(config, jnp.dtype(settings.compute_dtype))
     nats, tokens = 0.0, 0.0
     for step in range(loader.steps_per_epoch):
-        batch = loader.at(step)
-        total, count = function(params, *place_batch(mesh, batch.tokens, batch.segment_ids, batch.loss_mask))
+        total, count = function(params, *load_batch(mesh, loader, step))
         nats, tokens = nats + float(total), tokens + float(count)
     return {
         "loss": nats / tokens,

@@ -53,3 +53,10 @@ def _swiglu_backward(saved, dh: jax.Array):
 
 
 swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+
+
+def document_starts(segment_ids_BT: jax.Array) -> jax.Array:
+    """The place in the row of the first token of each token's document, int32 [B, T]: where the segment id changes."""
+    index = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)[None, :]
+    changed = jnp.pad(segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return jax.lax.cummax(jnp.where(changed, index, 0), axis=1)

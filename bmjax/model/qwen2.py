@@ -215,9 +215,7 @@ def init(config: Qwen2Config, seed: int, mesh: Mesh | None = None, dtype: Any = 
 
 def default_positions(segment_ids_BT: jax.Array) -> jax.Array:
     """0, 1, 2, ... restarting where the segment id changes along the row."""
-    index = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)[None, :]
-    changed = jnp.pad(segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-    return index - jax.lax.cummax(jnp.where(changed, index, 0), axis=1)
+    return jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)[None, :] - ops.document_starts(segment_ids_BT)
 
 
 def head_weight(config: Qwen2Config, params: Params) -> jax.Array:

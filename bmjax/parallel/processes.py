@@ -62,7 +62,7 @@ def together(
         if isinstance(error, jax.errors.JaxRuntimeError):
             raise UserError(
                 f"process {jax.process_index()} of {jax.process_count()}: a device or another process failed: "
-                f"{first_line(error)}; see the other logs; the same command on all resumes from the newest checkpoint"
+                f"{first_line(error)}; see the other logs; {_AGAIN}"
             ) from error
         raise
     finally:

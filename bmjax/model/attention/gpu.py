@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from bmjax.model.attention import tiles
+from bmjax.model.ops import document_starts
 
 
 def refuses(windows: bool) -> str | None:
@@ -39,7 +39,7 @@ class Tokamax:
         if not flags.FLAGS.is_parsed():  # tokamax would read this program's command line as its own
             flags.FLAGS(["bmjax"])
         name = next(name for name in self._order() if name in api.IMPLEMENTATIONS)
-        mask = base.Mask(k_start=starts(segments_BT)[:, None, :], is_causal=True)
+        mask = base.Mask(k_start=document_starts(segments_BT)[:, None, :], is_causal=True)
         return api.IMPLEMENTATIONS[name](q_BTNH, k_BTKH, v_BTKH, mask=mask)
 
     def _order(self) -> tuple[str, ...]:
@@ -52,10 +52,3 @@ class Tokamax:
     def part(*arguments: Any) -> tuple[jax.Array, jax.Array]:
         """In tiles: these kernels have no start that differs by device."""
         return tiles.attention(*arguments)
-
-
-def starts(segments_BT: jax.Array) -> jax.Array:
-    """The place of the first token of each token's document, int32 [B, T]; documents lie one after another."""
-    index = jnp.arange(segments_BT.shape[1], dtype=jnp.int32)[None]
-    begins = jnp.pad(segments_BT[:, 1:] != segments_BT[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-    return jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
