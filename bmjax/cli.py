@@ -56,9 +56,10 @@ def _select(settings: Any, output: str | None) -> None:
 
 def _train(settings: Any, output: str | None) -> None:
     from bmjax.branch.train import train
-    from bmjax.parallel.start import use_cpu_cores
+    from bmjax.parallel.start import use_cpu_cores, use_gpu_memory
 
     use_cpu_cores()
+    use_gpu_memory()
     train(settings)
 
 

@@ -28,7 +28,7 @@ class Loader:
     """Batches by step number. Rows are packed once; their order is drawn anew every epoch from (seed, epoch).
 
     An epoch's last batch is filled up with empty rows, so each row is seen exactly once an epoch; the loss is a
-    mean over tokens, so empty rows weigh nothing.
+    mean over tokens, so empty rows weigh nothing. documents: the most of a row, padding counted as one.
     """
 
     def __init__(self, dataset: Dataset, seq_len: int, batch: int, packing: bool, shuffle: bool, seed: int) -> None:
@@ -43,6 +43,7 @@ class Loader:
             self.rows = [[i] for i in range(len(lengths))]
             self.length = min(seq_len, -(-max(lengths) // ROW_MULTIPLE) * ROW_MULTIPLE)
         self.fill = fill(lengths, self.rows, self.length)
+        self.documents = max(len(row) + (sum(lengths[i] for i in row) < self.length) for row in self.rows)
         self.steps_per_epoch = -(-len(self.rows) // batch)
         self._order = lru_cache(maxsize=2)(self._draw_order)
 

@@ -33,10 +33,10 @@ def _unroll(config: Qwen2Config) -> int:
     return config.num_layers if jax.default_backend() == "cpu" and config.num_layers <= UNROLL_UP_TO else 1
 
 
-def step_plan(settings: Training, config: Qwen2Config, mesh: Mesh) -> StepPlan:
-    """What the compiled step depends on."""
+def step_plan(settings: Training, config: Qwen2Config, mesh: Mesh, documents: int = 0) -> StepPlan:
+    """What the compiled step depends on. documents: the most of a row, 0 where it is not known, see `How`."""
     platform = mesh.devices.flat[0].platform
-    needed = {"splash": "tpu", "tokamax": "gpu"}.get(settings.attention, platform)
+    needed = {"splash": "tpu", "cudnn": "gpu", "tokamax": "gpu"}.get(settings.attention, platform)
     if platform != needed:
         raise UserError(
             f"attention: {settings.attention} runs on {needed.upper()}s, and there are none; use auto or xla"
@@ -45,8 +45,8 @@ def step_plan(settings: Training, config: Qwen2Config, mesh: Mesh) -> StepPlan:
         config=config, freeze=tuple(settings.freeze), accumulate=settings.accumulate, beta1=settings.beta1,
         beta2=settings.beta2, eps=settings.eps, weight_decay=settings.weight_decay, clip=settings.clip,
         compute_dtype=settings.compute_dtype, remat=settings.remat, unroll=_unroll(config),
-        how=How(settings.attention, settings.context_parallel, platform), track_move=settings.track_move, mesh=mesh,
-        moments_dtype=settings.moments_dtype,
+        how=How(settings.attention, settings.context_parallel, platform, documents=documents),
+        track_move=settings.track_move, mesh=mesh, moments_dtype=settings.moments_dtype,
     )  # fmt: skip
 
 
@@ -107,7 +107,7 @@ def _train(settings: TrainSettings, log: Log) -> dict[str, Any]:
         f"{output.name}: {len(dataset.examples)} documents, {dataset.tokens:,} tokens in {len(loader.rows)} rows of "
         f"{loader.length} ({loader.fill:.1%} filled){overlong}; {spec.count(config):,} parameters, {steps} steps"
     )
-    plan = step_plan(settings, config, mesh)
+    plan = step_plan(settings, config, mesh, loader.documents)
     with jax.set_mesh(mesh):
         state = init_state(plan, hf.load_params(student, config, mesh, dtype=np.float32))
         checkpoints = Checkpoints(output / "checkpoints", settings.keep, settings.save_every, settings.keep_every)

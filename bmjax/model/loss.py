@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec
 from bmjax.parallel.mesh import fitting_spec, mesh_in_scope, split_axes
 
 CHUNK_ELEMENTS = 2**26  # logits held at once: 256 MiB in float32
+GPU_CHUNK_ELEMENTS = 2**27  # products of a GPU are slow where few tokens meet a whole head
 
 
 def next_token_targets(
@@ -104,8 +105,9 @@ def _reduced(split: _Split, dw: jax.Array) -> jax.Array:
 
 def _pieces(tokens: int, vocab: int) -> int:
     """How many chunks the tokens are cut into: the least power of two that keeps one small."""
+    most = GPU_CHUNK_ELEMENTS if jax.default_backend() == "gpu" else CHUNK_ELEMENTS
     pieces = 1
-    while pieces * 2 <= tokens and -(-tokens // pieces) * vocab > CHUNK_ELEMENTS:
+    while pieces * 2 <= tokens and -(-tokens // pieces) * vocab > most:
         pieces *= 2
     return pieces
 
@@ -178,11 +180,11 @@ def _chunks_with_gradients(
     def body(carry: Any, xs: tuple[jax.Array, ...]) -> Any:
         h, y, m = xs
 
-        def nothing() -> Any:
-            return jnp.float32(0), jnp.zeros_like(h), jnp.zeros(w.shape, jnp.float32) if head else None
+        def more() -> Any:  # added here, so that the product adds to the sum in place
+            loss, dh, dw = _gradients(split, h, w, y, m, head)
+            return jax.tree.map(jnp.add, carry, (loss, dw)), dh
 
-        loss, dh, dw = lax.cond(jnp.any(m > 0), lambda: _gradients(split, h, w, y, m, head), nothing)
-        return jax.tree.map(jnp.add, carry, (loss, dw)), dh
+        return lax.cond(jnp.any(m > 0), more, lambda: (carry, jnp.zeros_like(h)))
 
     order, cut = _cut((h, y, m), m, pieces)
     start = (jnp.float32(0), jnp.zeros(w.shape, jnp.float32) if head else None)

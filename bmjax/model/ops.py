@@ -55,8 +55,13 @@ def _swiglu_backward(saved, dh: jax.Array):
 swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
+def document_changes(segment_ids_BT: jax.Array) -> jax.Array:
+    """Which tokens are the first of a document, bool [B, T]: where the segment id changes along the row."""
+    changed = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]
+    return jnp.pad(changed, ((0, 0), (1, 0)), constant_values=True)
+
+
 def document_starts(segment_ids_BT: jax.Array) -> jax.Array:
-    """The place in the row of the first token of each token's document, int32 [B, T]: where the segment id changes."""
+    """The place in the row of the first token of each token's document, int32 [B, T]."""
     index = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)[None, :]
-    changed = jnp.pad(segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-    return jax.lax.cummax(jnp.where(changed, index, 0), axis=1)
+    return jax.lax.cummax(jnp.where(document_changes(segment_ids_BT), index, 0), axis=1)

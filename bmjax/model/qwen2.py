@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from bmjax.config import UserError
@@ -141,7 +142,7 @@ class Layer(nn.Module):
         self, carry: tuple[jax.Array, Any], ctx: Context, window: jax.Array | None, layer: jax.Array
     ) -> tuple[tuple[jax.Array, Any], None]:
         x_BTD, kv = carry  # the whole cache is carried, so that a step writes its slots in place
-        x_BTD = checkpointed.named(x_BTD, checkpointed.LAYER_INPUT)
+        x_BTD = checkpoint_name(x_BTD, checkpointed.LAYER_INPUT)
         normed = RMSNorm(self.config, "layers/attention_norm", name="attention_norm")(x_BTD)
         out, kv = Attention(self.config, self.how, name="attention")(normed, ctx, window, layer, kv)
         x_BTD = constrain(x_BTD + out, "batch", "length", None)

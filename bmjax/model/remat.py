@@ -12,7 +12,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from jax.ad_checkpoint import checkpoint_name
 
 from bmjax.model.how import Remat
 
@@ -20,30 +19,23 @@ ATTENTION = "attention"  # outputs and log-sums of attention kernels
 LAYER_INPUT = "layer_input"
 
 
-def named(x: jax.Array, name: str) -> jax.Array:
-    """`x`, under the name by which a policy finds it."""
-    return checkpoint_name(x, name)
-
-
 def remat(layer: type[nn.Module], how: Remat) -> type[nn.Module]:
     """The layer with what `how` says kept. Raises KeyError for a name that is not one."""
-    if how == "none":
-        return layer
-    return nn.remat(layer, prevent_cse=False, policy=_POLICIES[how]())
+    return layer if how == "none" else nn.remat(layer, prevent_cse=False, policy=_POLICIES[how])
 
 
-def _minimal() -> Any:
-    policies = jax.checkpoint_policies
-    return policies.save_from_both_policies(
-        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(ATTENTION)
-    )
+def _kernel_results(primitive: Any, *_: Any, **__: Any) -> bool:
+    """What cuDNN's kernel gives: it names nothing itself."""
+    return primitive.name == "dot_product_attention_fwd_wrapper"
 
 
+_policies = jax.checkpoint_policies
+_attention = _policies.save_from_both_policies(_policies.save_only_these_names(ATTENTION), _kernel_results)
 _POLICIES: dict[str, Any] = {
-    "full": lambda: None,
-    "save_attention": lambda: jax.checkpoint_policies.save_only_these_names(ATTENTION),
-    "minimal": _minimal,
-    "offload": lambda: jax.checkpoint_policies.save_and_offload_only_these_names(
+    "full": None,
+    "save_attention": _attention,
+    "minimal": _policies.save_from_both_policies(_policies.dots_with_no_batch_dims_saveable, _attention),
+    "offload": _policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[], names_which_can_be_offloaded=[LAYER_INPUT], offload_src="device",
         offload_dst="pinned_host",
     ),

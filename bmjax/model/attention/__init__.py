@@ -8,17 +8,19 @@ import jax
 import jax.numpy as jnp
 
 from bmjax.config import UserError
-from bmjax.model.attention import gpu, rows, splash, tiles
+from bmjax.model.attention import cudnn, rows, splash, tiles, tokamax
 from bmjax.model.attention.contexts import spread
 from bmjax.model.how import Backend, How
 
 
-def backend(how: How, length: int, windows: bool) -> Backend:
-    """What computes rows of `length` tokens, with or without sliding windows: what `auto` stands for."""
+def backend(how: How, q: jax.Array | jax.ShapeDtypeStruct, windows: bool) -> Backend:
+    """What computes rows with queries like `q` [B, T, N, H]: what `auto` stands for. windows: sliding ones."""
     if how.backend != "auto":
         return how.backend
-    on_tpu = (how.platform or jax.default_backend()) == "tpu"
-    return "splash" if on_tpu and not splash.refuses(length, windows) else "xla"
+    platform = how.platform or jax.default_backend()
+    if platform == "tpu" and not splash.refuses(q.shape[1], windows):
+        return "splash"
+    return "cudnn" if platform == "gpu" and cudnn.hopper() and not cudnn.refuses(q, windows, how.documents) else "xla"
 
 
 def causal_attention(
@@ -31,27 +33,29 @@ def causal_attention(
     are seen, None for all; it may be traced, so that layers of both kinds share one scan. Raises UserError where
     a backend is asked for that can't.
     """
-    length, windows = q_BTNH.shape[1], window is not None
-    chosen = backend(how, length, windows)
-    reason = {"splash": splash.refuses(length, windows), "tokamax": gpu.refuses(windows)}.get(chosen)
+    windows = window is not None
+    chosen = backend(how, q_BTNH, windows)
+    if chosen == "splash":
+        reason = splash.refuses(q_BTNH.shape[1], windows)
+    elif chosen == "cudnn":
+        reason = cudnn.refuses(q_BTNH, windows, how.documents)
+    else:
+        reason = tokamax.refuses(windows) if chosen == "tokamax" else None
     if reason:
         raise UserError(f"attention: {chosen} {reason}; use auto or xla")
-    kernel = {"splash": splash.Splash(how.interpret), "tokamax": gpu.Tokamax(how.interpret)}.get(chosen, _XLA)
-    return spread(kernel, how.context, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, window)
 
+    def whole(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, window: jax.Array | None) -> jax.Array:
+        if chosen == "splash":
+            return splash.attention(q, k, v, segments, how.interpret)
+        if chosen == "cudnn":
+            return cudnn.attention(q, k, v, segments, how.documents)
+        if chosen == "tokamax":
+            return tokamax.attention(q, k, v, segments, how.interpret)
+        if q.shape[1] <= rows.LONGEST:
+            return rows.attention(q, k, v, segments, window)
+        return tiles.attention(q, k, v, segments, segments, 0, window)[0]
 
-class _XLA:
-    """Whole rows of keys for short rows, tiles for others."""
-
-    @staticmethod
-    def whole(q_BTNH, k_BTKH, v_BTKH, segments_BT, window) -> jax.Array:
-        if q_BTNH.shape[1] <= rows.LONGEST:
-            return rows.attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, window)
-        return tiles.attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, segments_BT, 0, window)[0]
-
-    @staticmethod
-    def part(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, start, window) -> tuple[jax.Array, jax.Array]:
-        return tiles.attention(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, start, window)
+    return spread(whole, how.context, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, window)
 
 
 def cached_attention(

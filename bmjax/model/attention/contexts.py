@@ -1,6 +1,7 @@
 """Attention on a mesh: batches over data and fsdp, heads over tensor, and rows that are split over context.
 
-Each device runs its kernel on what it has, inside `shard_map`. Three ways to put a split row together:
+Each device runs its kernel on whole rows, or tiles on parts of them, inside `shard_map` (kernels have no start that
+differs by device, nor a gradient for the log-sum). Three ways to put a split row together:
 
 - ulysses (arXiv 2309.14509): heads are exchanged for tokens, so that a device has whole rows of fewer heads, and any
   kernel will do. Key/value heads are repeated where there are fewer of them than devices.
@@ -10,6 +11,7 @@ Each device runs its kernel on what it has, inside `shard_map`. Three ways to pu
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,21 +20,22 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from bmjax.config import UserError
+from bmjax.model.attention import tiles
 from bmjax.model.how import Spread
 from bmjax.parallel.mesh import fitting_spec, mesh_in_scope
 
 AXIS = "context"
+Whole = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]  # q, k, v, segments, window
 
 
 def spread(
-    kernel: Any, how: Spread, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array,
+    whole: Whole, how: Spread, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array,
     window: jax.Array | None,
 ) -> jax.Array:  # fmt: skip
-    """Attention [B, T, N, H] on the mesh in scope; see `causal_attention`. kernel: whole(q, k, v, segments, window)
-    for whole rows, part(q, k, v, q_segments, k_segments, start, window) -> (out, lse) for a part of one."""
+    """Attention [B, T, N, H] on the mesh in scope; see `causal_attention`. whole: attention of whole rows."""
     mesh = mesh_in_scope()
     if mesh is None:
-        return kernel.whole(q_BTNH, k_BTKH, v_BTKH, segments_BT, window)
+        return whole(q_BTNH, k_BTKH, v_BTKH, segments_BT, window)
     batch, length, heads, _ = q_spec = fitting_spec(mesh, ("batch", "length", "heads", None), q_BTNH.shape)
     tensor = mesh.shape["tensor"] if heads else 1
     ways = mesh.shape[AXIS] if length else 1
@@ -53,7 +56,7 @@ def spread(
     limit = () if window is None else (jnp.int32(window),)
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, *limit: jax.Array) -> jax.Array:
-        return body(kernel, q, k, v, segments, limit[0] if limit else None)
+        return body(whole, q, k, v, segments, limit[0] if limit else None)
 
     segment_spec = PartitionSpec(batch, length)
     run = jax.shard_map(
@@ -63,26 +66,26 @@ def spread(
     return run(q_BTNH, k_BTKH, v_BTKH, segments_BT, *limit)
 
 
-def _whole(kernel: Any, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, window: Any) -> jax.Array:
-    return kernel.whole(q, k, v, segments, window)
+def _whole(whole: Whole, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, window: Any) -> jax.Array:
+    return whole(q, k, v, segments, window)
 
 
 def _gathered(x: jax.Array) -> jax.Array:
     return lax.all_gather(x, AXIS, axis=1, tiled=True)
 
 
-def _ulysses(kernel: Any, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, window: Any) -> jax.Array:
+def _ulysses(whole: Whole, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, window: Any) -> jax.Array:
     q, k, v = (lax.all_to_all(x, AXIS, split_axis=2, concat_axis=1, tiled=True) for x in (q, k, v))
-    out = kernel.whole(q, k, v, _gathered(segments), window)
+    out = whole(q, k, v, _gathered(segments), window)
     return lax.all_to_all(out, AXIS, split_axis=1, concat_axis=2, tiled=True)
 
 
-def _gather(kernel: Any, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, window: Any) -> jax.Array:
+def _gather(whole: Whole, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, window: Any) -> jax.Array:
     start = lax.axis_index(AXIS) * q.shape[1]
-    return kernel.part(q, _gathered(k), _gathered(v), segments, _gathered(segments), start, window)[0]
+    return tiles.attention(q, _gathered(k), _gathered(v), segments, _gathered(segments), start, window)[0]
 
 
-def _ring(kernel: Any, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, window: Any) -> jax.Array:
+def _ring(whole: Whole, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, window: Any) -> jax.Array:
     ways, mine = lax.axis_size(AXIS), lax.axis_index(AXIS)
     onward = [(i, (i + 1) % ways) for i in range(ways)]
     length = q.shape[1]
@@ -90,7 +93,7 @@ def _ring(kernel: Any, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.A
     def seen(turn: jax.Array | int, k: jax.Array, v: jax.Array, k_segments: jax.Array) -> tuple[jax.Array, jax.Array]:
         """What comes from the keys that are here after so many turns: those of the device that many places back."""
         start = (mine - (mine - turn) % ways) * length
-        out, lse = kernel.part(q, k, v, segments, k_segments, start, window)
+        out, lse = tiles.attention(q, k, v, segments, k_segments, start, window)
         return out.astype(jnp.float32), lse
 
     def go(carry: Any, turn: jax.Array) -> tuple[Any, None]:

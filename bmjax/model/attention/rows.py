@@ -10,6 +10,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from bmjax.model import remat
 from bmjax.model.attention.tiles import MASKED
@@ -68,7 +69,7 @@ def _forward(
         )
         outs.append((out / total).reshape(B, K, G, stop - start, H).astype(q_BKGTH.dtype))
         saved.append((p.astype(v_BKSH.dtype), total))
-    out, saved = jax.tree.map(lambda x: remat.named(x, remat.ATTENTION), (jnp.concatenate(outs, axis=3), saved))
+    out, saved = jax.tree.map(lambda x: checkpoint_name(x, remat.ATTENTION), (jnp.concatenate(outs, axis=3), saved))
     return out, (q_BKGTH, k_BKSH, v_BKSH, out, saved)
 
 

@@ -5,14 +5,11 @@ kernel.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from bmjax.model import remat
-from bmjax.model.attention import tiles
 
 LANES = 128
 QUERIES, KEYS = 512, 1024  # of a block, at most
@@ -25,26 +22,15 @@ def refuses(length: int, windows: bool) -> str | None:
     return None if length % LANES == 0 else f"needs rows of a multiple of {LANES} tokens, not {length}"
 
 
-@dataclass(frozen=True)
-class Splash:
-    """The kernels for `contexts.spread`."""
-
-    interpret: bool
-
-    def whole(
-        self, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array, window: None
-    ) -> jax.Array:
-        """Attention [B, T, N, H] of whole rows."""
-        _, T, N, H = q_BTNH.shape
-        scaled = (q_BTNH * H**-0.5).astype(q_BTNH.dtype)
-        q, k, v = (_lanes(x.transpose(0, 2, 1, 3)) for x in (scaled, k_BTKH, v_BTKH))
-        out_BNTH = jax.vmap(_kernel(T, N, self.interpret))(q, k, v, segments_BT)
-        return out_BNTH[..., :H].transpose(0, 2, 1, 3)
-
-    @staticmethod
-    def part(*arguments: Any) -> tuple[jax.Array, jax.Array]:
-        """In tiles: these kernels have no gradient for the log-sum, nor a start that differs by device."""
-        return tiles.attention(*arguments)
+def attention(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array, interpret: bool
+) -> jax.Array:
+    """Attention [B, T, N, H] of whole rows."""
+    _, T, N, H = q_BTNH.shape
+    scaled = (q_BTNH * H**-0.5).astype(q_BTNH.dtype)
+    q, k, v = (_lanes(x.transpose(0, 2, 1, 3)) for x in (scaled, k_BTKH, v_BTKH))
+    out_BNTH = jax.vmap(_kernel(T, N, interpret))(q, k, v, segments_BT)
+    return out_BNTH[..., :H].transpose(0, 2, 1, 3)
 
 
 def _lanes(x: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from bmjax.model import remat
 
@@ -137,7 +138,7 @@ def _forward(tiles, q_BKGTH, k_BKSH, v_BKSH, q_segments, k_segments, start, wind
     _, (out, lse) = jax.lax.scan(tile, None, grid.each)
     out = out.reshape(B, -1, K, G, grid.tile, H).transpose(0, 2, 3, 1, 4, 5).reshape(B, K, G, T, H)
     lse = lse.reshape(B, -1, K, G, grid.tile).transpose(0, 2, 3, 1, 4).reshape(B, K, G, T)
-    out, lse = remat.named(out, remat.ATTENTION), remat.named(lse, remat.ATTENTION)
+    out, lse = checkpoint_name(out, remat.ATTENTION), checkpoint_name(lse, remat.ATTENTION)
     return (out, lse), (q_BKGTH, k_BKSH, v_BKSH, q_segments, k_segments, start, window, out, lse)
 
 

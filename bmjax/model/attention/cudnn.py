@@ -1,0 +1,64 @@
+"""Attention by cuDNN's kernels for packed rows, on NVIDIA GPUs from Hopper on.
+
+cuDNN takes packed rows as documents: where each begins and how long it is, for as many a row as the program is
+compiled for. What JAX calls it with up to 0.11.0 is wrong for grouped heads (jax-ml/jax#39521), without an error: there
+key/value heads are repeated.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from bmjax.model.ops import document_changes
+
+HEAD_DIM = 256  # at most
+_GROUPS_RIGHT = (0, 11, 1)  # JAX's first release that is right for grouped heads
+
+
+def refuses(q: jax.ShapeDtypeStruct | jax.Array, windows: bool, documents: int) -> str | None:
+    """Why these kernels can't compute rows of queries like `q`, of up to `documents` documents; None where they can."""
+    if windows:
+        return "knows no sliding window that differs by layer"
+    if not documents:
+        return "needs to know the most documents of a row"
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"computes in bfloat16 or float16, not {q.dtype}"
+    if q.shape[-1] % 8 or q.shape[-1] > HEAD_DIM:
+        return f"needs heads of a multiple of 8 up to {HEAD_DIM}, not {q.shape[-1]}"
+    return None
+
+
+def hopper() -> bool:
+    """Whether the first device is a GPU that these kernels run on."""
+    return float(getattr(jax.devices()[0], "compute_capability", "0") or 0) >= 9.0
+
+
+def attention(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array, documents: int
+) -> jax.Array:
+    """Attention [B, T, N, H] of whole rows of at most `documents` documents each, padding counted as one."""
+    from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
+
+    groups = q_BTNH.shape[2] // k_BTKH.shape[2]
+    if groups > 1 and documents > 1 and jax.__version_info__ < _GROUPS_RIGHT:
+        k_BTKH, v_BTKH = (jnp.repeat(x, groups, axis=2) for x in (k_BTKH, v_BTKH))
+    scale = q_BTNH.shape[-1] ** -0.5
+    if documents == 1:
+        return dot_product_attention(q_BTNH, k_BTKH, v_BTKH, scale=scale, mask_type=MaskType.CAUSAL)
+    starts_BM, lengths_BM = extents(segments_BT, documents)
+    offsets = jnp.pad(starts_BM, ((0, 0), (0, 1)), constant_values=-1)
+    return dot_product_attention(
+        q_BTNH, k_BTKH, v_BTKH, None, None, lengths_BM, lengths_BM, offsets, offsets, scale=scale,
+        mask_type=MaskType.PADDING_CAUSAL,
+    )  # fmt: skip
+
+
+def extents(segments_BT: jax.Array, documents: int) -> tuple[jax.Array, jax.Array]:
+    """(starts, lengths) of every row's documents, int32 [B, documents], -1 where there are no more."""
+    T = segments_BT.shape[1]
+
+    def of_row(changed_T: jax.Array) -> tuple[jax.Array, jax.Array]:
+        starts = jnp.nonzero(changed_T, size=documents + 1, fill_value=T)[0].astype(jnp.int32)
+        here = starts[:-1] < T
+        return jnp.where(here, starts[:-1], -1), jnp.where(here, jnp.diff(starts), -1)
+
+    return jax.vmap(of_row)(document_changes(segments_BT))
