@@ -88,10 +88,16 @@ def _backward(residuals, d_out: jax.Array):
         do = do.astype(dtype)
         ds = (p * (einsum("bkrh,bksh->bkrs", do, v) - delta)).astype(dtype)
         dq.append(einsum("bkrs,bksh->bkrh", ds, k).reshape(B, K, G, stop - start, H))
-        dk_BKHS = dk_BKHS.at[..., :stop].add(einsum("bkrh,bkrs->bkhs", q, ds))
-        dv_BKHS = dv_BKHS.at[..., :stop].add(einsum("bkrh,bkrs->bkhs", do, p))
+        dk_BKHS = _add(dk_BKHS, einsum("bkrh,bkrs->bkhs", q, ds))
+        dv_BKHS = _add(dv_BKHS, einsum("bkrh,bkrs->bkhs", do, p))
     dq_BKGTH = jnp.concatenate(dq, axis=3).astype(dtype)
     return dq_BKGTH, dk_BKHS.swapaxes(2, 3).astype(dtype), dv_BKHS.swapaxes(2, 3).astype(dtype), None, None
+
+
+def _add(sum_BKHS: jax.Array, more_BKHS: jax.Array) -> jax.Array:
+    """The sum with `more`, which is of its first tokens. (As .at[].add jaxlib 0.11.2 crashes compiling it on a CPU.)"""
+    first = sum_BKHS[..., : more_BKHS.shape[-1]]
+    return jax.lax.dynamic_update_slice(sum_BKHS, first + more_BKHS, (0, 0, 0, 0))
 
 
 _attention.defvjp(_forward, _backward)
