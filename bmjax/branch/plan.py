@@ -147,11 +147,6 @@ def lower_step(
 ) -> tuple[StepPlan, dict[str, float], jax.stages.Lowered]:
     """(the step's plan, bytes that a chip holds by kind, the step ready to compile) for devices at hand or not."""
     mesh = training.check(settings, config, devices)
-    if mesh.size != len(devices):
-        raise UserError(
-            f"mesh: {settings.mesh} uses {mesh.size} of {len(devices)} chips; give one axis -1, or sizes whose product "
-            f"is {len(devices)}"
-        )
     step_plan = dataclasses.replace(training.step_plan(settings, config, mesh), unroll=1)
     with jax.set_mesh(mesh):
         arguments = abstract_arguments(step_plan, settings.batch, settings.seq_len)

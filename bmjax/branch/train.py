@@ -130,18 +130,19 @@ def _train(settings: TrainSettings, log: Log) -> dict[str, Any]:
 
 
 def check(settings: Training, config: Qwen2Config, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of a training over `devices` (default: those at hand), once everything that can be known before it
-    begins is found right; else UserError."""
+    """The mesh of a training over all `devices` (default: those at hand, of one process perhaps fewer), once everything
+    that can be known before it begins is found right; else UserError."""
     check_wandb(settings.wandb)
     if settings.seq_len > config.max_length:
         raise UserError(
             f"seq_len: {settings.seq_len} is more than the student's context of {config.max_length} tokens; lower it"
         )
     mesh = make_mesh(settings.mesh, devices)
-    if devices is None and jax.process_count() > 1 and mesh.size != jax.device_count():
+    count = jax.device_count() if devices is None else len(devices)
+    if mesh.size != count and (devices is not None or jax.process_count() > 1):
         raise UserError(
-            f"mesh: {settings.mesh} uses {mesh.size} of the {jax.device_count()} devices of {jax.process_count()} "
-            "processes; give one axis -1, or start fewer processes"
+            f"mesh: {settings.mesh} uses {mesh.size} of {count} devices; give one axis -1, or sizes whose product is "
+            f"{count}"
         )
     _check_divides(settings, config, mesh)
     optimizer.split_frozen(spec.table(config), settings.freeze)

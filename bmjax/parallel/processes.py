@@ -69,13 +69,18 @@ def together(
         left.set()
 
 
-def _tell_others(error: BaseException) -> None:
-    """Leaves the reason where the others' watch finds it, and time to find it: without process 0 they could not."""
+def _client() -> Any:
+    """The runtime's client: a store that process 0 holds, and barriers."""
     from jax._src.distributed import global_state
 
+    return global_state.client
+
+
+def _tell_others(error: BaseException) -> None:
+    """Leaves the reason where the others' watch finds it, and time to find it: without process 0 they could not."""
     said = f"process {jax.process_index()} of {jax.process_count()} stopped: {first_line(error)}"  # type: ignore[arg-type]
     with contextlib.suppress(Exception):
-        global_state.client.key_value_set(_REASON, said)  # type: ignore[union-attr]
+        _client().key_value_set(_REASON, said)
 
 
 def _leave(code: int, beat: float) -> None:
@@ -83,14 +88,12 @@ def _leave(code: int, beat: float) -> None:
 
     Runs before JAX's own end, which waits for all and aborts where they don't come.
     """
-    from jax._src.distributed import global_state
-
     sys.stdout.flush()
     sys.stderr.flush()
     try:
         # Process 0 stays until all have looked, for the runtime ends who loses it with a stack trace.
         seconds = TOGETHER if jax.process_index() else TOGETHER + TOGETHER + 2 * beat
-        global_state.client.wait_at_barrier("bmjax/left", int(1000 * seconds))  # type: ignore[union-attr]
+        _client().wait_at_barrier("bmjax/left", int(1000 * seconds))
     except Exception:
         os._exit(code)
 
@@ -167,9 +170,7 @@ def _watch(timeout: int, beat: float, left: threading.Event) -> None:
     its own in the runtime's store, which is process 0's, and reads those of all others. One that fails leaves the
     reason there.
     """
-    from jax._src.distributed import global_state
-
-    client: Any = global_state.client
+    client = _client()
     mine, count = jax.process_index(), jax.process_count()
     seen = {i: ("", time.monotonic()) for i in range(count) if i != mine}
     number = 0

@@ -126,7 +126,7 @@ def test_wrong_arguments(arguments, message, tmp_path, capsys):
 
 def test_chips_left_over_are_an_error():
     _, config, _ = build("gqa_untied")
-    with pytest.raises(UserError, match="uses 2 of 8 chips"):
+    with pytest.raises(UserError, match="uses 2 of 8 devices"):
         plan.plan_on(settings(mesh={"fsdp": 2}), config, "cpu:8", CPU, jax.devices())
 
 
