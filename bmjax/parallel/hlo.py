@@ -249,9 +249,29 @@ def _groups(text: str, chips: int) -> np.ndarray:
         shape, dims, order = (tuple(map(int, part.split(","))) if part else None for part in iota.groups())
         numbers = np.arange(math.prod(dims)).reshape(dims)  # type: ignore[arg-type]
         return (numbers if order is None else numbers.transpose(order)).reshape(shape)
+    if (named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text)) is not None:
+        return _named_groups(*named.groups())
     if (listed := re.search(r"replica_groups=\{(\{.*?\})\}", text)) is not None:
         return np.array([list(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", listed[1])])
     return np.arange(chips)[None]
+
+
+def _named_groups(sizes: str, axes: str) -> np.ndarray:
+    """As `_groups`, of a mesh like 'data'=2,'fsdp'=4 and axes of it like 'fsdp'; or 'fsdp':(2)2 for a part of an axis,
+    its two after a major two."""
+    shape = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", sizes)}
+    split: list[int] = []  # sizes of all parts of axes
+    along: list[int] = []  # places of those that the groups lie along
+    chosen = {name: (int(major or 1), int(size or 0)) for name, major, size in
+              re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", axes)}  # fmt: skip
+    for name, size in shape.items():
+        major, part = chosen.get(name, (1, 1))
+        part = part or size
+        if name in chosen:
+            along.append(len(split) + 1)
+        split += [major, part, size // (major * part)]
+    numbers = np.moveaxis(np.arange(math.prod(split)).reshape(split), along, range(-len(along), 0))
+    return numbers.reshape(-1, math.prod(split[i] for i in along))
 
 
 def totals(collectives: Sequence[Collective]) -> Mapping[str, float]:

@@ -7,6 +7,7 @@ import pytest
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from bmjax.parallel import hlo
 from bmjax.parallel.hlo import Program, totals
 from bmjax.parallel.mesh import make_mesh
 
@@ -58,6 +59,18 @@ def test_collectives_by_axis(axis, ways):
     assert found["all-gather"].nbytes == whole and found["all-gather"].sent == whole * (ways - 1) / ways
     assert found["collective-permute"].sent == part
     assert totals(program.collectives(mesh)).keys() == {axis}
+
+
+@pytest.mark.parametrize(("text", "groups"), [
+    ("replica_groups={{0,2},{1,3}}", [[0, 2], [1, 3]]),
+    ("replica_groups=[2,2]<=[2,2]T(1,0)", [[0, 2], [1, 3]]),
+    ("replica_groups=mesh['a'=2,'b'=2] {'a'}", [[0, 2], [1, 3]]),
+    ("replica_groups=mesh['a'=2,'b'=2] {'b'}", [[0, 1], [2, 3]]),
+    ("replica_groups=mesh['a'=2,'b'=1,'c'=2] {'a','c'}", [[0, 1, 2, 3]]),
+    ("replica_groups=mesh['a'=8] {'a':(2)2}", [[0, 2], [1, 3], [4, 6], [5, 7]]),
+])  # fmt: skip
+def test_groups_of_chips_in_every_spelling(text, groups):
+    np.testing.assert_array_equal(hlo._groups(text, 4), groups)
 
 
 def test_collectives_in_a_loop_count_every_time():
