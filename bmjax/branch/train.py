@@ -18,6 +18,7 @@ from bmjax.branch.settings import Training, TrainSettings
 from bmjax.branch.step import StepPlan, all_params, init_state
 from bmjax.config import UserError
 from bmjax.model import spec
+from bmjax.model.attention import cudnn
 from bmjax.model.how import How
 from bmjax.model.spec import Qwen2Config, read_hf_config
 from bmjax.parallel import processes
@@ -41,6 +42,8 @@ def step_plan(settings: Training, config: Qwen2Config, mesh: Mesh, documents: in
         raise UserError(
             f"attention: {settings.attention} runs on {needed.upper()}s, and there are none; use auto or xla"
         )
+    if settings.attention == "cudnn" and not cudnn.hopper():
+        raise UserError("attention: cudnn's packed rows need a GPU from Hopper on (H100, H200, B200); use auto or xla")
     return StepPlan(
         config=config, freeze=tuple(settings.freeze), accumulate=settings.accumulate, beta1=settings.beta1,
         beta2=settings.beta2, eps=settings.eps, weight_decay=settings.weight_decay, clip=settings.clip,

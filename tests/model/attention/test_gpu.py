@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bmjax.branch.settings import TrainSettings
+from bmjax.branch.train import step_plan
 from bmjax.config import UserError
 from bmjax.model import qwen2
 from bmjax.model.attention import backend, causal_attention, cudnn
@@ -168,3 +170,11 @@ def test_cudnn_runs_once_where_its_result_is_kept(remat, monkeypatch):
 
     text = str(jax.make_jaxpr(jax.grad(total))(params))
     assert text.count("dot_product_attention_fwd_wrapper") == (2 if remat == "full" else 1)
+
+
+@pytest.mark.skipif(ON_GPU, reason="there is a GPU")
+@pytest.mark.parametrize(("name", "device"), [("cudnn", "GPU"), ("tokamax", "GPU"), ("splash", "TPU")])
+def test_a_training_says_where_kernels_run(name, device):
+    settings = TrainSettings(student="-", data="-", output="-", steps=1, attention=name)
+    with pytest.raises(UserError, match=f"attention: {name} runs on {device}s, and there are none; use auto or xla"):
+        step_plan(settings, build("gqa_untied")[1], make_mesh({}))
