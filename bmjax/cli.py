@@ -31,10 +31,11 @@ A mistake in a config or an input is one line that names it, and exit code 2; no
 
 
 def _run(settings: Any, output: str | None) -> None:
-    from bmjax.parallel.start import use_cpu_cores
+    from bmjax.parallel.start import use_cpu_cores, use_gpu_memory
     from bmjax.pipeline.phases import run
 
     use_cpu_cores()
+    use_gpu_memory()
     run(settings, output)
 
 

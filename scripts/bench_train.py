@@ -62,6 +62,7 @@ def documents(arguments: argparse.Namespace):
     for _ in range(count):
         ends = np.unique(np.cumsum(rng.integers(mean // 2, 3 * mean // 2, 2 * length // mean + 2)).clip(max=length))
         lengths.append(np.diff(ends, prepend=0).tolist())
+    assert all(sum(row) == length for row in lengths)  # full rows: no padding, which would be a document more
     return rows, lengths
 
 

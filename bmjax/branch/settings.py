@@ -51,8 +51,8 @@ class Training(Settings):
     )
     attention: Backend = Field(
         "auto",
-        description="splash: Pallas kernels of TPUs; cudnn: of GPUs from Hopper on; tokamax: of GPUs (bmjax[cuda]); "
-        "xla: any device; auto: splash on a TPU and cudnn on a GPU where they can, else xla",
+        description="splash: Pallas kernels of TPUs; cudnn: of Hopper and Blackwell GPUs, in bfloat16; tokamax: of "
+        "GPUs (bmjax[cuda]); xla: any device; auto: splash on a TPU and cudnn on a GPU where they can, else xla",
     )
     context_parallel: Spread = Field(
         "auto",

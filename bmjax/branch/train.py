@@ -42,8 +42,12 @@ def step_plan(settings: Training, config: Qwen2Config, mesh: Mesh, documents: in
         raise UserError(
             f"attention: {settings.attention} runs on {needed.upper()}s, and there are none; use auto or xla"
         )
-    if settings.attention == "cudnn" and not cudnn.hopper():
-        raise UserError("attention: cudnn's packed rows need a GPU from Hopper on (H100, H200, B200); use auto or xla")
+    if settings.attention == "cudnn" and not cudnn.runs_here():
+        raise UserError(
+            "attention: cudnn's packed rows need a Hopper or Blackwell GPU (H100, H200, B200); use auto or xla"
+        )
+    if platform != "gpu":
+        documents = 0  # what does not matter must not make another program
     return StepPlan(
         config=config, freeze=tuple(settings.freeze), accumulate=settings.accumulate, beta1=settings.beta1,
         beta2=settings.beta2, eps=settings.eps, weight_decay=settings.weight_decay, clip=settings.clip,

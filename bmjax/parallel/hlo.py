@@ -251,6 +251,8 @@ def _groups(text: str, chips: int) -> np.ndarray:
         return (numbers if order is None else numbers.transpose(order)).reshape(shape)
     if (named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text)) is not None:
         return _named_groups(*named.groups())
+    if "replica_groups=mesh" in text:
+        raise ValueError(f"replica groups in a spelling that is not known here: {text[:300]}")
     if (listed := re.search(r"replica_groups=\{(\{.*?\})\}", text)) is not None:
         return np.array([list(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", listed[1])])
     return np.arange(chips)[None]

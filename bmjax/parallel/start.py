@@ -41,7 +41,8 @@ def use_gpu_memory() -> None:
 
     To be called before JAX starts. A variable that the user has set stays.
     """
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # the older name; JAX refuses both at once
+        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.95")
 
 
 def use_own_threads() -> None:

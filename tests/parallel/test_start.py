@@ -78,3 +78,15 @@ def test_without_a_place_for_them_nothing_is_kept(tmp_path) -> None:
     assert output(COMPILE, JAX_PLATFORMS="cpu", XDG_CACHE_HOME=str(tmp_path / "file")) == "7.0"
     assert output(COMPILE, JAX_PLATFORMS="cpu", XDG_CACHE_HOME=str(tmp_path), JAX_COMPILATION_CACHE_DIR="") == "7.0"
     assert not list(tmp_path.rglob("*-cache"))
+
+
+@pytest.mark.parametrize(("given", "expected"), [
+    ({}, ["0.95", None]), ({"XLA_CLIENT_MEM_FRACTION": "0.5"}, ["0.5", None]),
+    ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}, [None, "0.5"]),
+])  # fmt: skip
+def test_a_gpus_memory_is_taken_unless_the_user_says_how_much(given, expected) -> None:
+    code = (
+        "import os; from bmjax.parallel.start import use_gpu_memory; use_gpu_memory(); "
+        "print([os.environ.get(n) for n in ('XLA_CLIENT_MEM_FRACTION', 'XLA_PYTHON_CLIENT_MEM_FRACTION')])"
+    )
+    assert output(code, **given) == str(expected)

@@ -20,7 +20,9 @@ def backend(how: How, q: jax.Array | jax.ShapeDtypeStruct, windows: bool) -> Bac
     platform = how.platform or jax.default_backend()
     if platform == "tpu" and not splash.refuses(q.shape[1], windows):
         return "splash"
-    return "cudnn" if platform == "gpu" and cudnn.hopper() and not cudnn.refuses(q, windows, how.documents) else "xla"
+    return (
+        "cudnn" if platform == "gpu" and cudnn.runs_here() and not cudnn.refuses(q, windows, how.documents) else "xla"
+    )
 
 
 def causal_attention(

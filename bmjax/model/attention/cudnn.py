@@ -1,16 +1,20 @@
-"""Attention by cuDNN's kernels for packed rows, on NVIDIA GPUs from Hopper on.
+"""Attention by cuDNN's kernels for packed rows, on NVIDIA's Hopper and Blackwell.
 
 cuDNN takes packed rows as documents: where each begins and how long it is, for as many a row as the program is
-compiled for. What JAX calls it with up to 0.11.0 is wrong for grouped heads (jax-ml/jax#39521), without an error: there
-key/value heads are repeated.
+compiled for; its log-sums take 4 bytes a document, head and token of a row, which counts where remat keeps them and
+documents are short. What JAX calls it with up to 0.11.0 is wrong for grouped heads (jax-ml/jax#39521), without an
+error: there key/value heads are repeated.
 """
+
+import re
 
 import jax
 import jax.numpy as jnp
 
+from bmjax.config import UserError
 from bmjax.model.ops import document_changes
 
-HEAD_DIM = 256  # at most
+HEAD_DIM = 128  # at most; larger ones have not been tried
 _GROUPS_RIGHT = (0, 11, 1)  # JAX's first release that is right for grouped heads
 
 
@@ -27,15 +31,19 @@ def refuses(q: jax.ShapeDtypeStruct | jax.Array, windows: bool, documents: int) 
     return None
 
 
-def hopper() -> bool:
-    """Whether the first device is a GPU that these kernels run on."""
-    return float(getattr(jax.devices()[0], "compute_capability", "0") or 0) >= 9.0
+def runs_here() -> bool:
+    """Whether the first device is a GPU that these kernels run on: of capability 9 (Hopper) or 10 (Blackwell)."""
+    capability = str(getattr(jax.devices()[0], "compute_capability", ""))
+    return re.fullmatch(r"(9|10)\.\d+", capability) is not None
 
 
 def attention(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array, documents: int
 ) -> jax.Array:
-    """Attention [B, T, N, H] of whole rows of at most `documents` documents each, padding counted as one."""
+    """Attention [B, T, N, H] of whole rows of at most `documents` documents each, padding counted as one.
+
+    Raises UserError for more numbers than cuDNN's offsets, which are int32, can count.
+    """
     from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
     groups = q_BTNH.shape[2] // k_BTKH.shape[2]
@@ -44,6 +52,11 @@ def attention(
     scale = q_BTNH.shape[-1] ** -0.5
     if documents == 1:
         return dot_product_attention(q_BTNH, k_BTKH, v_BTKH, scale=scale, mask_type=MaskType.CAUSAL)
+    if q_BTNH.size >= 2**31:
+        raise UserError(
+            f"attention: cudnn: {q_BTNH.shape[0]} packed rows of {q_BTNH.shape[1]} tokens are too many at once; raise "
+            "accumulate"
+        )
     starts_BM, lengths_BM = extents(segments_BT, documents)
     offsets = jnp.pad(starts_BM, ((0, 0), (0, 1)), constant_values=-1)
     return dot_product_attention(
