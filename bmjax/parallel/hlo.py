@@ -249,8 +249,8 @@ def _groups(text: str, chips: int) -> np.ndarray:
         shape, dims, order = (tuple(map(int, part.split(","))) if part else None for part in iota.groups())
         numbers = np.arange(math.prod(dims)).reshape(dims)  # type: ignore[arg-type]
         return (numbers if order is None else numbers.transpose(order)).reshape(shape)
-    if (named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text)) is not None:
-        return _named_groups(*named.groups())
+    if (named := _NAMED.search(text)) is not None:
+        return _named_groups(named[1], named[5], _order(named[2], named[3], named[4]))
     if "replica_groups=mesh" in text:
         raise ValueError(f"replica groups in a spelling that is not known here: {text[:300]}")
     if (listed := re.search(r"replica_groups=\{(\{.*?\})\}", text)) is not None:
@@ -258,9 +258,28 @@ def _groups(text: str, chips: int) -> np.ndarray:
     return np.arange(chips)[None]
 
 
-def _named_groups(sizes: str, axes: str) -> np.ndarray:
+_NAMED = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((?:\[([\d,]+)\](?:T\(([\d,]+)\))?|([\d,]+))\))? \{([^}]*)\}"
+)
+
+
+def _order(dims: str | None, turned: str | None, listed: str | None) -> np.ndarray | None:
+    """A named mesh's chips in its order: of device_ids=([2,4]T(1,0)) or device_ids=(0,2,1,3), None where not given."""
+    if listed:
+        return np.array(_ints(listed))
+    if not dims:
+        return None
+    numbers = np.arange(math.prod(_ints(dims))).reshape(_ints(dims))
+    return (numbers.transpose(_ints(turned)) if turned else numbers).reshape(-1)
+
+
+def _ints(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
+
+
+def _named_groups(sizes: str, axes: str, order: np.ndarray | None) -> np.ndarray:
     """As `_groups`, of a mesh like 'data'=2,'fsdp'=4 and axes of it like 'fsdp'; or 'fsdp':(2)2 for a part of an axis,
-    its two after a major two."""
+    its two after a major two. order: of the chips in the mesh."""
     shape = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", sizes)}
     split: list[int] = []  # sizes of all parts of axes
     along: list[int] = []  # places of those that the groups lie along
@@ -272,7 +291,8 @@ def _named_groups(sizes: str, axes: str) -> np.ndarray:
         if name in chosen:
             along.append(len(split) + 1)
         split += [major, part, size // (major * part)]
-    numbers = np.moveaxis(np.arange(math.prod(split)).reshape(split), along, range(-len(along), 0))
+    chips = np.arange(math.prod(split)) if order is None else order
+    numbers = np.moveaxis(chips.reshape(split), along, range(-len(along), 0))
     return numbers.reshape(-1, math.prod(split[i] for i in along))
 
 

@@ -13,7 +13,7 @@ def output(code: str, **environment: str) -> str:
     clean = {
         k: v
         for k, v in os.environ.items()
-        if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "JAX_COMPILATION_CACHE_DIR")
+        if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "JAX_COMPILATION_CACHE_DIR") and "MEM_FRACTION" not in k
     }
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=clean | environment
