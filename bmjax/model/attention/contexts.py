@@ -52,11 +52,11 @@ def spread(
     repeat = math.lcm(K, least) // K
     if repeat > 1:
         k_BTKH, v_BTKH = (jnp.repeat(x, repeat, axis=2) for x in (k_BTKH, v_BTKH))
-    body = _WAYS[how] if ways > 1 else _whole
     limit = () if window is None else (jnp.int32(window),)
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, *limit: jax.Array) -> jax.Array:
-        return body(whole, q, k, v, segments, limit[0] if limit else None)
+        window = limit[0] if limit else None
+        return _WAYS[how](whole, q, k, v, segments, window) if ways > 1 else whole(q, k, v, segments, window)
 
     segment_spec = PartitionSpec(batch, length)
     run = jax.shard_map(
@@ -64,10 +64,6 @@ def spread(
         check_vma=False,
     )  # fmt: skip
     return run(q_BTNH, k_BTKH, v_BTKH, segments_BT, *limit)
-
-
-def _whole(whole: Whole, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, window: Any) -> jax.Array:
-    return whole(q, k, v, segments, window)
 
 
 def _gathered(x: jax.Array) -> jax.Array:
