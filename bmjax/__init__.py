@@ -7,6 +7,8 @@ Heavy libraries are imported when a function is first used.
 """
 
 import importlib
+import sys
+import types
 from typing import TYPE_CHECKING, Any
 
 from bmjax.version import __version__
@@ -18,13 +20,26 @@ if TYPE_CHECKING:
 __all__ = ["Model", "UserError", "__version__", "generate", "load", "merge", "run", "save", "train"]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "UserError":
-        return importlib.import_module("bmjax.config").UserError
-    if name in __all__:
-        return getattr(importlib.import_module("bmjax.api"), name)
-    raise AttributeError(f"module 'bmjax' has no attribute {name!r}")
+class _Package(types.ModuleType):
+    """The package as a module whose names are the functions of `bmjax.api`, loaded when they are first used.
+
+    Some of these functions share their name with a folder (`bmjax.merge`, `bmjax.generate`). Importing a module of that
+    folder would set the name to the folder; here the function keeps it. `from bmjax.merge.engine import files` is
+    not touched by this.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name in __all__:
+            source = "bmjax.config" if name == "UserError" else "bmjax.api"
+            return getattr(importlib.import_module(source), name)
+        raise AttributeError(f"module 'bmjax' has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in __all__ and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted(__all__)
 
 
-def __dir__() -> list[str]:
-    return sorted(__all__)
+sys.modules[__name__].__class__ = _Package

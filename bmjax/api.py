@@ -131,15 +131,16 @@ def merge(
 ) -> dict[str, Any]:
     """Merge Hugging Face directories as `recipe` (YAML path or dict) says; returns the report.
 
-    options: further ones of `bmjax.merge.engine.merge`, or of `bmjax.calibrate.run.merge` for merges that look at data.
+    options: further ones of `bmjax.merge.engine.files.merge`, or of `bmjax.calibrate.run.merge` for merges that look
+    at data.
     """
-    from bmjax.calibrate.settings import is_calibrated
+    from bmjax.calibrate.recipe import is_calibrated
 
     if is_calibrated(recipe):
         from bmjax.calibrate.run import merge as calibrated_merge
 
         return calibrated_merge(recipe, output, overwrite, **options)
-    from bmjax.merge import engine
+    from bmjax.merge.engine import files as engine
 
     return engine.merge(recipe, output, overwrite, **options)
 

@@ -15,9 +15,9 @@ from statistics import mean, stdev
 from typing import Any
 
 from bmjax.config import UserError
+from bmjax.io.safetensors import write_atomic
 from bmjax.parallel.start import use_cpu_cores
 from bmjax.pipeline import RunSettings, run
-from bmjax.weights.safetensors import write_atomic
 
 # Student's t, 97.5% quantile, by degrees of freedom.
 T975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}

@@ -142,7 +142,7 @@ def make_models(folder: Path, shape: Shape) -> None:
     import ml_dtypes
     import numpy as np
 
-    from bmjax.weights.safetensors import Writer, open_checkpoint, replacing
+    from bmjax.io.safetensors import Writer, open_checkpoint, replacing
 
     plan = [(name, np.dtype(ml_dtypes.bfloat16), size) for name, size in tensors(shape)]
     for number in range(shape.branches + 1):

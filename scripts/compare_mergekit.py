@@ -119,7 +119,7 @@ def make_models(folder: Path, rms: float, tail: float) -> None:
     """
     import numpy as np
 
-    from bmjax.weights.safetensors import Writer, replacing
+    from bmjax.io.safetensors import Writer, replacing
 
     random = np.random.default_rng(0)
 
@@ -168,7 +168,7 @@ class Failure(Exception):
 
 def read_theirs(out: Path) -> dict[str, Any]:
     """The tensors of a model directory, unless mergekit did not write it."""
-    from bmjax.weights.safetensors import open_checkpoint
+    from bmjax.io.safetensors import open_checkpoint
 
     if (error := Path(f"{out}.error")).exists():
         raise Failure(f"mergekit: {error.read_text()[:100]}")
@@ -179,8 +179,8 @@ def read_theirs(out: Path) -> dict[str, Any]:
 def run_ours(recipe: dict[str, Any], out: Path) -> dict[str, Any]:
     """The tensors that bmjax makes of a recipe; it is written to `out`, over what is there."""
     from bmjax.config import UserError
-    from bmjax.merge.engine import merge
-    from bmjax.weights.safetensors import open_checkpoint
+    from bmjax.io.safetensors import open_checkpoint
+    from bmjax.merge.engine.files import merge
 
     try:
         merge(recipe, out, overwrite=True)

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bmjax.merge.recipe import read_recipe
-from bmjax.merge.steps import Stats
-from bmjax.merge.steps import report as merge_report
+from bmjax.merge.recipe.recipe import read_recipe
+from bmjax.merge.report.statistics import Stats
+from bmjax.merge.report.statistics import report as merge_report
 from bmjax.report import markdown_table, summary_table, write_report
 from bmjax.report.figures import spread
 from bmjax.report.records import smoothed, thinned
@@ -138,7 +138,7 @@ def write_metrics(path: Path, name: str, rng: np.random.Generator) -> float | No
 
 
 def write_merge_report(path: Path, name: str, layers: int, rng: np.random.Generator) -> None:
-    """Through bmjax.merge.steps.report, so that the page is tested on what merges write."""
+    """Through bmjax.merge.report.statistics.report, so that the page is tested on what merges write."""
     recipe = read_recipe(RECIPES[name] | {"sources": {n: n for n in ("backbone", *DOMAINS)}})
     names = ["model.embed_tokens.weight", "model.norm.weight"]
     names += [f"model.layers.{i}.{part}.weight" for i in range(layers) for part in ("self_attn.q_proj", "mlp.up_proj")]

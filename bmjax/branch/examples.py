@@ -16,7 +16,7 @@ import numpy as np
 
 from bmjax.config import UserError, read_text
 
-TEMPLATES = Path(__file__).parent / "templates"
+TEMPLATES = Path(__file__).parents[1] / "chat/templates"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 

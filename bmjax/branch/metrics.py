@@ -10,10 +10,10 @@ from typing import Any
 import jax
 
 from bmjax.config import UserError
+from bmjax.io.safetensors import write_atomic
 from bmjax.model import spec
 from bmjax.model.spec import Qwen2Config
 from bmjax.parallel.chips import peak_flops
-from bmjax.weights.safetensors import write_atomic
 
 Log = Callable[[str], None]
 

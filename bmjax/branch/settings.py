@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from bmjax.config import Settings
-from bmjax.model.how import Backend, Remat, Spread
+from bmjax.model.attention.options import Backend, Remat, Spread
 
 MeshSizes = dict[str, int]
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from bmjax.branch import optimizer
 from bmjax.branch.loader import Batch, Loader
 from bmjax.model import qwen2, spec
-from bmjax.model.how import How, Remat
+from bmjax.model.attention.options import How, Remat
 from bmjax.model.spec import Qwen2Config
 from bmjax.parallel.mesh import sharding
 

@@ -10,22 +10,23 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from bmjax.branch import examples, identity, optimizer
+from bmjax.branch import examples, optimizer
+from bmjax.branch import fingerprint as identity
 from bmjax.branch.loader import Loader
 from bmjax.branch.loop import Progress, loop, saved
 from bmjax.branch.metrics import Log, check_wandb, write_line
 from bmjax.branch.settings import Training, TrainSettings
 from bmjax.branch.step import StepPlan, all_params, init_state
 from bmjax.config import UserError
+from bmjax.io.safetensors import write_atomic
 from bmjax.model import spec
 from bmjax.model.attention import cudnn
-from bmjax.model.how import How
+from bmjax.model.attention.options import How
 from bmjax.model.spec import Qwen2Config, read_hf_config
 from bmjax.parallel import processes
 from bmjax.parallel.mesh import make_mesh
 from bmjax.weights import hf
 from bmjax.weights.checkpoint import Checkpoints
-from bmjax.weights.safetensors import write_atomic
 
 UNROLL_UP_TO = 8  # layers: below this a CPU gains from unrolling the scan, and the program stays small
 

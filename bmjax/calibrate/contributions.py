@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from bmjax.calibrate.data import Arrays, Calibration
-from bmjax.calibrate.settings import CalibrationSettings
+from bmjax.calibrate.recipe import CalibrationSettings
 from bmjax.model import qwen2, spec
-from bmjax.model.how import Remat
+from bmjax.model.attention.options import Remat
 from bmjax.model.spec import Qwen2Config, get, unflatten
 
 Tree = dict[str, Any]

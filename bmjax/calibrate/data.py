@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from bmjax.branch import examples
 from bmjax.branch.loader import Batch, Loader
 from bmjax.branch.step import place_batch
-from bmjax.calibrate.settings import CalibratedRecipe
+from bmjax.calibrate.recipe import CalibratedRecipe
 from bmjax.config import UserError
 
 Arrays = Sequence[jax.Array]

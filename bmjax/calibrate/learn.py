@@ -15,9 +15,9 @@ import optax
 
 from bmjax.calibrate.contributions import Tree
 from bmjax.calibrate.data import Calibration
-from bmjax.calibrate.settings import CalibrationSettings
+from bmjax.calibrate.recipe import CalibrationSettings
 from bmjax.model import loss, qwen2, spec
-from bmjax.model.how import Remat
+from bmjax.model.attention.options import Remat
 from bmjax.model.spec import Param, Qwen2Config, unflatten
 
 BETAS = (0.9, 0.95)

@@ -13,11 +13,11 @@ import numpy as np
 from bmjax.calibrate import data
 from bmjax.calibrate.contributions import Tree, contributions
 from bmjax.calibrate.learn import coefficients, held_out_losses, learn, merged, polish
-from bmjax.calibrate.settings import CalibratedRecipe
+from bmjax.calibrate.recipe import CalibratedRecipe
 from bmjax.config import UserError
-from bmjax.merge.engine import REPORT
-from bmjax.merge.places import check_target
-from bmjax.merge.steps import layer_of
+from bmjax.merge.engine.files import REPORT
+from bmjax.merge.plan.output import check_target
+from bmjax.merge.report.statistics import layer_of
 from bmjax.model import spec
 from bmjax.model.spec import Qwen2Config, get, read_hf_config
 from bmjax.parallel.mesh import make_mesh

@@ -18,12 +18,12 @@ from bmjax.config import UserError
 from bmjax.evaluate.score import accuracy
 from bmjax.evaluate.settings import EvalSettings, TaskSettings
 from bmjax.generate import sampler
+from bmjax.io.safetensors import write_atomic
 from bmjax.model import qwen2
 from bmjax.model.spec import Qwen2Config
 from bmjax.parallel.mesh import make_mesh
-from bmjax.teach.verify import verify
+from bmjax.teach.judges.verify import verify
 from bmjax.weights import hf
-from bmjax.weights.safetensors import write_atomic
 
 Row = tuple[str, dict[str, Any]]
 

@@ -16,9 +16,9 @@ from jax.sharding import Mesh
 from bmjax.config import UserError
 from bmjax.model import loss, ops, rope, spec
 from bmjax.model import remat as checkpointed
-from bmjax.model.attention import cached_attention, causal_attention
+from bmjax.model.attention.dispatch import cached_attention, causal_attention
+from bmjax.model.attention.options import How, Remat
 from bmjax.model.embedding import lookup
-from bmjax.model.how import How, Remat
 from bmjax.model.spec import Param, Qwen2Config
 from bmjax.parallel.mesh import constrain, sharding
 

@@ -13,7 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from bmjax.model.how import Remat
+from bmjax.model.attention.options import Remat
 
 ATTENTION = "attention"  # outputs and log-sums of attention kernels
 LAYER_INPUT = "layer_input"

@@ -15,10 +15,10 @@ from typing import Any
 
 from bmjax.branch.examples import read_rows
 from bmjax.config import UserError
+from bmjax.demo.problems import Problem, make_problems, solve
+from bmjax.io.safetensors import write_atomic
 from bmjax.pipeline.settings import BuiltinDomain, DomainSettings, SourceSettings
-from bmjax.teach.problems import Problem, make_problems, solve
 from bmjax.teach.template import fill
-from bmjax.weights.safetensors import write_atomic
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:

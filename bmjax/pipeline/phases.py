@@ -16,17 +16,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from bmjax.branch import identity
+from bmjax.branch import fingerprint as identity
 from bmjax.branch.metrics import Log, write_line
 from bmjax.branch.settings import Training, TrainSettings
 from bmjax.branch.train import check, train
+from bmjax.calibrate.recipe import CalibratedRecipe, is_calibrated
 from bmjax.calibrate.run import merge as calibrated_merge
-from bmjax.calibrate.settings import CalibratedRecipe, is_calibrated
 from bmjax.config import UserError, nearest
 from bmjax.evaluate.run import evaluate
 from bmjax.evaluate.settings import EvalSettings, TaskSettings
-from bmjax.merge import engine
-from bmjax.merge.recipe import read_recipe
+from bmjax.io.safetensors import replacing, write_atomic
+from bmjax.merge.engine import files as engine
+from bmjax.merge.recipe.recipe import read_recipe
 from bmjax.model.spec import Qwen2Config
 from bmjax.pipeline import data, student
 from bmjax.pipeline.choose import RULE, choose
@@ -39,7 +40,6 @@ from bmjax.teach.settings import CollectSettings, SelectSettings
 from bmjax.teach.template import read_rows
 from bmjax.version import __version__
 from bmjax.weights import hf
-from bmjax.weights.safetensors import replacing, write_atomic
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 UNFINISHED = 75  # the exit code after SIGTERM: a training was saved, and stages are left to do

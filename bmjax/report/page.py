@@ -7,12 +7,12 @@ from typing import Any
 
 import yaml
 
+from bmjax.io.atomic import write_atomic
 from bmjax.report.markup import bar, decimal, missing, section, table, words
 from bmjax.report.process import merges, moves, selected, training
 from bmjax.report.results import bars, chosen_merge, scores
 from bmjax.report.style import CSS
 from bmjax.report.tables import EMPTY, headline, number
-from bmjax.weights.atomic import write_atomic
 
 NAME = "report.html"
 # The browser itself refuses to load anything: what the page shows is in the page.

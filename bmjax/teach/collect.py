@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from bmjax.config import UserError
-from bmjax.teach.builtin import MODEL, BuiltinTeacher
+from bmjax.demo.problems import make_problems
+from bmjax.demo.teacher import MODEL, BuiltinTeacher
 from bmjax.teach.client import ChatClient, Reply, RequestFailed, api_key, run_async
-from bmjax.teach.problems import make_problems
+from bmjax.teach.judges.verify import kind_of, verify
 from bmjax.teach.record import JsonLines, Record, ids_present, record_id
 from bmjax.teach.settings import BuiltinProblems, CollectSettings, TeacherSettings
 from bmjax.teach.template import fill, read_rows
-from bmjax.teach.verify import kind_of, verify
 
 TRACES = "traces.jsonl"
 FAILURES = "failures.jsonl"

@@ -7,12 +7,12 @@ from typing import Any
 import jax
 
 from bmjax.config import UserError
+from bmjax.io.safetensors import replacing
 from bmjax.model import spec
 from bmjax.model.spec import Qwen2Config, read_hf_config
 from bmjax.parallel.mesh import make_mesh, sharding
 from bmjax.weights import hf
 from bmjax.weights.checkpoint import Checkpoints
-from bmjax.weights.safetensors import replacing
 
 PARAMS = "params"  # DST/params/0: an Orbax checkpoint whose only step is 0
 

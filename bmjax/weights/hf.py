@@ -19,11 +19,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bmjax.config import UserError, first_line, read_text
+from bmjax.io.safetensors import DTYPES, Checkpoint, Writer, listing, open_checkpoint, replacing
 from bmjax.model import spec
 from bmjax.model.spec import Param, Qwen2Config
 from bmjax.parallel.mesh import sharding
 from bmjax.parallel.processes import is_main
-from bmjax.weights.safetensors import DTYPES, Checkpoint, Writer, listing, open_checkpoint, replacing
 
 FLOATS = {name: DTYPES[name] for name in ("BF16", "F16", "F32")}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
-from tests.branch.several import finish, start
+from tests.branch.multiprocess import finish, start
 from tests.conftest import sums, write_rows
 
 STEPS = 20
@@ -197,7 +197,7 @@ def test_twenty_kills_at_random_moments_lose_and_repeat_nothing(folder):
     ],
 )
 def test_settings_that_do_not_belong_together(folder, overrides, problem, capsys):
-    from bmjax import cli
+    from bmjax.cli import main as cli
 
     assert cli.main(["train", str(folder / "config.yaml"), *overrides]) == 2
     assert problem in capsys.readouterr().err

@@ -9,7 +9,7 @@ import torch
 
 from bmjax.branch.step import StepPlan, all_params, init_state, make_step, place_batch
 from bmjax.model import spec
-from bmjax.model.how import How
+from bmjax.model.attention.options import How
 from bmjax.parallel.mesh import AXES, make_mesh, sharding
 from tests.model.reference import build
 

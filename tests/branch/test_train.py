@@ -13,7 +13,7 @@ import safetensors.numpy
 import torch
 import transformers
 
-from bmjax.branch import identity
+from bmjax.branch import fingerprint as identity
 from bmjax.branch import train as module
 from bmjax.branch.loader import Loader
 from bmjax.branch.settings import TrainSettings

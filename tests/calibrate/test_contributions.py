@@ -9,7 +9,7 @@ from bmjax.calibrate import contributions, run
 from bmjax.model import spec
 from bmjax.model.spec import Qwen2Config, get
 from bmjax.weights import hf
-from tests.calibrate.small import batches, documents, recipe, tensors
+from tests.calibrate.tiny_models import batches, documents, recipe, tensors
 
 
 def inputs(directory, batch):

@@ -1,7 +1,7 @@
 """What is held out stays out."""
 
 from bmjax.branch.loader import Loader
-from tests.calibrate.small import batches, documents
+from tests.calibrate.tiny_models import batches, documents
 
 
 def test_held_out_documents_are_never_learned_from(models):

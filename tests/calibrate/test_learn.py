@@ -8,7 +8,7 @@ import pytest
 from bmjax.calibrate import contributions, learn
 from bmjax.model.spec import Qwen2Config
 from bmjax.weights import hf
-from tests.calibrate.small import batches
+from tests.calibrate.tiny_models import batches
 
 
 @pytest.mark.parametrize("per", ["row", "tensor"])

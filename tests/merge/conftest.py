@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from bmjax.weights.safetensors import Writer, open_checkpoint
+from bmjax.io.safetensors import Writer, open_checkpoint
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """The merge methods as float64 NumPy formulas, written from their papers and docstrings, not from their code.
 
-`exact(method, base, branches, **parameters)` takes what `bmjax.merge.tree.merge_arrays` takes.
+`exact(method, base, branches, **parameters)` takes what `bmjax.merge.engine.trees.merge_arrays` takes.
 """
 
 import hashlib

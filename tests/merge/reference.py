@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from bmjax.merge.tree import merge_arrays
+from bmjax.merge.engine.trees import merge_arrays
 from bmjax.model.spec import Qwen2Config, table
 
 EPSILON = 1e-8

@@ -8,7 +8,7 @@ import pytest
 
 from bmjax.model import qwen2
 from bmjax.model.attention import rows
-from bmjax.parallel.hlo import Program
+from bmjax.plan.hlo import Program
 from tests.model.reference import build
 
 B, T = 2, 96

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from bmjax.config import UserError
-from bmjax.teach.builtin import BuiltinTeacher
+from bmjax.demo.problems import make_problems, solve
+from bmjax.demo.teacher import BuiltinTeacher
 from bmjax.teach.collect import collect
-from bmjax.teach.problems import make_problems, solve
+from bmjax.teach.judges.verify import verify
 from bmjax.teach.record import read_records
 from bmjax.teach.settings import CollectSettings
-from bmjax.teach.verify import verify
 
 
 def settings(output: Path, problems: Any = None, **teacher: Any) -> CollectSettings:

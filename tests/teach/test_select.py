@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from bmjax.config import UserError
+from bmjax.demo.problems import make_problems, solve
 from bmjax.teach.collect import collect
-from bmjax.teach.problems import make_problems, solve
 from bmjax.teach.select import render_table, select
 from bmjax.teach.settings import CollectSettings, SelectSettings
 

@@ -6,11 +6,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from bmjax.cli import main
+from bmjax.cli.main import main
+from bmjax.io.safetensors import open_checkpoint
 from bmjax.model import qwen2
 from bmjax.model.spec import Qwen2Config
 from bmjax.weights import hf
-from bmjax.weights.safetensors import open_checkpoint
 
 CONFIG = {
     "model_type": "qwen2", "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,

@@ -17,11 +17,11 @@ import torch
 import transformers
 
 from bmjax.config import UserError
+from bmjax.io.safetensors import Writer, open_checkpoint
 from bmjax.model import spec
 from bmjax.model.spec import Qwen2Config
 from bmjax.parallel.mesh import make_mesh, sharding
 from bmjax.weights import hf
-from bmjax.weights.safetensors import Writer, open_checkpoint
 from tests.model.reference import BASE, from_state
 
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -511,7 +511,7 @@ print(json.dumps({"held": held, "above": peak() - before - held}))
 @pytest.mark.slow
 def test_loading_15b_takes_less_than_1_gib_beside_the_arrays(tmp_path: Path) -> None:
     """Qwen2.5-1.5B's shape in bfloat16, read onto eight devices in float32, by a process of its own."""
-    from bmjax.model.known import known
+    from bmjax.model.published import known
 
     config = known("Qwen/Qwen2.5-1.5B")
     rng, block = np.random.default_rng(0), np.zeros(0, ml_dtypes.bfloat16)

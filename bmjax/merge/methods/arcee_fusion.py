@@ -4,9 +4,9 @@ from typing import Annotated, Literal
 
 import numpy as np
 
+from bmjax.merge.engine.quantile import add_each, rank
 from bmjax.merge.lazy import Array, jnp, lax
 from bmjax.merge.methods.method import About, Block, Masks, Merged, Rebase, Tensor, add, deltas, method
-from bmjax.merge.quantile import add_each, rank
 
 EPSILON = 1e-8
 SMALL, NEAR = 0.02, 20.0

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec
 
 from bmjax.config import UserError
 from bmjax.model.attention import tiles
-from bmjax.model.how import Spread
+from bmjax.model.attention.options import Spread
 from bmjax.parallel.mesh import fitting_spec, mesh_in_scope
 
 AXIS = "context"

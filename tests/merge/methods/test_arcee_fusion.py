@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from bmjax.merge.engine import merge
-from bmjax.merge.recipe import read_recipe
-from bmjax.merge.tree import merge_arrays
+from bmjax.io.safetensors import open_checkpoint
+from bmjax.merge.engine.files import merge
+from bmjax.merge.engine.trees import merge_arrays
+from bmjax.merge.recipe.recipe import read_recipe
 from bmjax.parallel.mesh import make_mesh
-from bmjax.weights.safetensors import open_checkpoint
 from tests.merge.reference import (
     BF16,
     EPSILON,

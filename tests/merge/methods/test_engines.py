@@ -7,11 +7,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 
 from bmjax.config import UserError
-from bmjax.merge import chunks
-from bmjax.merge.engine import merge
+from bmjax.merge.engine import chunks
+from bmjax.merge.engine.files import merge
+from bmjax.merge.engine.trees import merge_arrays, run_steps
 from bmjax.merge.methods import METHODS
-from bmjax.merge.recipe import read_recipe
-from bmjax.merge.tree import merge_arrays, run_steps
+from bmjax.merge.recipe.recipe import read_recipe
 from bmjax.model.spec import Param
 from tests.merge.cases import CASES, SHAPE, has_base, label, method_of
 from tests.merge.reference import heavy_tailed, hf_dir, real_sized

@@ -3,8 +3,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from bmjax.config import UserError
-from bmjax.merge.engine import merge
-from bmjax.merge.tree import merge_arrays
+from bmjax.merge.engine.files import merge
+from bmjax.merge.engine.trees import merge_arrays
 from tests.merge.reference import heavy_tailed, hf_dir, real_sized
 
 SHAPE = (48, 64)

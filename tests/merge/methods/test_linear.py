@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from bmjax.merge.tree import merge_arrays
+from bmjax.merge.engine.trees import merge_arrays
 from tests.merge.reference import BF16, heavy_tailed, leaf, real_sized
 
 

@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 
+from bmjax.merge.engine.trees import merge_arrays
 from bmjax.merge.methods.method import Block, random_bits
-from bmjax.merge.recipe import read_recipe
-from bmjax.merge.steps import keys
-from bmjax.merge.tree import merge_arrays
+from bmjax.merge.recipe.recipe import read_recipe
+from bmjax.merge.report.statistics import keys
 from tests.merge.cases import SHAPE
 from tests.merge.formulas import exact, uniform
 from tests.merge.reference import heavy_tailed, leaf, real_sized

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from bmjax.config import UserError
-from bmjax.model.attention import causal_attention, rows, tiles
-from bmjax.model.how import How
+from bmjax.model.attention import rows, tiles
+from bmjax.model.attention.dispatch import causal_attention
+from bmjax.model.attention.options import How
 from bmjax.parallel.mesh import make_mesh
 from tests.model.attention.reference import assert_equal_to_dense, packed, value_and_gradients
 

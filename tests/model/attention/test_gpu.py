@@ -15,8 +15,9 @@ from bmjax.branch.settings import TrainSettings
 from bmjax.branch.train import step_plan
 from bmjax.config import UserError
 from bmjax.model import qwen2
-from bmjax.model.attention import backend, causal_attention, cudnn
-from bmjax.model.how import How
+from bmjax.model.attention import cudnn
+from bmjax.model.attention.dispatch import backend, causal_attention
+from bmjax.model.attention.options import How
 from bmjax.model.ops import document_changes
 from bmjax.parallel.mesh import make_mesh
 from tests.model.attention.reference import dense, packed, value_and_gradients

@@ -1,0 +1,102 @@
+"""Procedural problems in three domains, and the solver that is the built-in teacher's brain.
+
+Texts are short (prompt and reasoning together at most about 160 characters) and all domains write arithmetic the
+same way, so that a student of a few hundred thousand parameters can learn them and its branches can be merged.
+"""
+
+import random
+import re
+from collections.abc import Callable, Container, Sequence
+from typing import Literal
+
+from bmjax.config import UserError, nearest
+from bmjax.demo.problems import code, math, science
+from bmjax.demo.problems.common import Calculator, Problem, Solution, split_of
+
+__all__ = ["DOMAINS", "Problem", "Solution", "make_problems", "solve", "solve_with_slip", "split_of"]
+
+DOMAINS = ("math", "code", "science")
+MAX_PROMPT_CHARACTERS = 1000
+
+_GENERATORS: dict[str, Callable[[int, random.Random], Problem | None]] = {
+    "math": math.generate,
+    "code": code.generate,
+    "science": science.generate,
+}
+_MAX_FRUITLESS_DRAWS = 10_000
+_SLIPS = ((1, -1, 2, -2, 10, -10), (100, -100, 1000, -1000))
+
+
+def make_problems(
+    domain: str,
+    n: int,
+    seed: int = 0,
+    levels: Sequence[int] = (1, 2, 3),
+    exclude: Container[str] = (),
+    split: Literal["train", "val", "test"] = "train",
+) -> list[Problem]:
+    """`n` problems of a domain with distinct prompts, the levels in turn; the same arguments give the same list.
+
+    Splits are disjoint whatever the seeds: the sha256 of a prompt decides which one it belongs to. `exclude` holds
+    prompts to leave out. A smaller `n` gives a prefix of a larger one. UserError for an unknown domain, level or
+    split, and when the domain has no more than so many distinct problems.
+    """
+    if domain not in _GENERATORS:
+        raise UserError(f"domain '{domain}': no such built-in domain{nearest(domain, DOMAINS)}")
+    if not levels or not set(levels) <= {1, 2, 3}:
+        raise UserError(f"levels: found {list(levels)}, expected some of 1, 2, 3")
+    if split not in ("train", "val", "test"):
+        raise UserError(f"split: found '{split}', expected train, val or test")
+    rng = random.Random(f"{domain}/{split}/{seed}")
+    problems: list[Problem] = []
+    seen: set[str] = set()
+    fruitless = 0
+    while len(problems) < n:
+        problem = _GENERATORS[domain](levels[len(problems) % len(levels)], rng)
+        fruitless += 1
+        if fruitless > _MAX_FRUITLESS_DRAWS:
+            raise UserError(
+                f"{domain}: only {len(problems)} distinct {split} problems of levels {list(levels)} found, "
+                f"{n} asked for; ask for fewer or for more levels"
+            )
+        if problem is None or problem.prompt in seen or split_of(problem.prompt) != split or problem.prompt in exclude:
+            continue
+        fruitless = 0
+        seen.add(problem.prompt)
+        problems.append(problem)
+    return problems
+
+
+def solve(prompt: str) -> Solution:
+    """The worked solution, from the prompt's text alone. ValueError for a prompt of none of the three domains."""
+    return _solve(prompt, Calculator())
+
+
+def solve_with_slip(prompt: str, rng: random.Random) -> Solution:
+    """A solution with one arithmetic mistake, carried through to a wrong answer (ValueError as for `solve`).
+
+    A mistake that does not reach the answer, because of a comparison or the nearest choice, is drawn again.
+    """
+    counter = Calculator()
+    right = _solve(prompt, counter)
+    small, large = ([(step, by) for step in range(counter.steps) for by in group] for group in _SLIPS)
+    rng.shuffle(small)
+    for step, by in small + large:
+        try:
+            wrong = _solve(prompt, Calculator(step, by))
+        except ValueError:
+            continue
+        if wrong.answer != right.answer and "-" not in wrong.answer:
+            return wrong
+    return right
+
+
+def _solve(prompt: str, calculator: Calculator) -> Solution:
+    prompt = prompt.strip()
+    if len(prompt) > MAX_PROMPT_CHARACTERS:
+        raise ValueError("the prompt is too long for a built-in problem")
+    if prompt.startswith(code.QUESTION):
+        return code.solve(prompt, calculator)
+    if re.search(r"\n\d+, \d+, \d+ or ", prompt):
+        return science.solve(prompt, calculator)
+    return math.solve(prompt, calculator)

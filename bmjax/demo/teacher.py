@@ -1,0 +1,238 @@
+"""The built-in teacher: an OpenAI-compatible chat endpoint that solves the procedural problems, not always well.
+
+It answers as DeepSeek-R1 does, `<think>...</think>` and the answer, and now and then slips, stops short, breaks the
+form or fails a first attempt, so that everything a real teacher puts a collector through happens here. What happens
+to a request is a pure function of the server's seed, the prompt and the request's seed.
+"""
+
+import hashlib
+import json
+import random
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import TracebackType
+from typing import Any, Self
+
+from bmjax.demo.problems import Solution, solve, solve_with_slip
+
+MODEL = "builtin-teacher"
+
+_TOKEN = re.compile(r"\d|[^\W\d]+|[^\w\s]|\n")
+_MAX_BODY_BYTES = 2**22
+_MAX_CHOICES = 64
+
+
+class BadRequest(Exception):
+    """A request the endpoint refuses with HTTP 400."""
+
+
+def count_tokens(text: str) -> int:
+    """Tokens as this teacher bills them: a digit, a word, a sign or a line end each."""
+    return len(_TOKEN.findall(text))
+
+
+class BuiltinTeacher:
+    """Serves `base_url` (http://127.0.0.1:PORT/v1) from a thread while used as a context manager.
+
+    `wrong`, `truncated` and `malformed` are shares of the answers, `flaky` the share of requests whose first attempt
+    gets HTTP 429 or 500. Counters (`requests`, `refused`) are for tests and reports.
+    """
+
+    def __init__(
+        self,
+        seed: int = 0,
+        wrong: float = 0.06,
+        truncated: float = 0.04,
+        malformed: float = 0.04,
+        flaky: float = 0.01,
+    ) -> None:
+        if min(wrong, truncated, malformed, flaky) < 0 or wrong + truncated + malformed > 1 or flaky > 1:
+            raise ValueError("shares are between 0 and 1, and wrong + truncated + malformed at most 1")
+        self.seed, self.wrong, self.truncated, self.malformed, self.flaky = seed, wrong, truncated, malformed, flaky
+        self.requests = 0
+        self.refused = 0
+        self._attempted: set[bytes] = set()
+        self._lock = threading.Lock()
+        self._server: _Server | None = None
+        self._thread: threading.Thread | None = None
+
+    @property
+    def base_url(self) -> str:
+        """The address a client is given; only while serving."""
+        if self._server is None:
+            raise RuntimeError("the built-in teacher serves inside a `with` block only")
+        return f"http://127.0.0.1:{self._server.server_address[1]}/v1"
+
+    def __enter__(self) -> Self:
+        self._server = _Server(self)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._server is not None and self._thread is not None:
+            self._server.shutdown()
+            self._server.server_close()
+            self._thread.join()
+        self._server = self._thread = None
+
+    def reply(self, prompt: str, seed: int, max_tokens: int | None = None) -> tuple[str, str]:
+        """(content, finish reason) for a prompt. ValueError for a prompt that is none of the built-in problems."""
+        rng = random.Random(self._digest("reply", prompt, seed))
+        fate = rng.random()
+        solution = solve(prompt)
+        if fate < self.wrong:
+            solution = solve_with_slip(prompt, rng)
+        fate -= self.wrong
+        content, finish = f"<think>\n{solution.reasoning}\n</think>\n{solution.answer}", "stop"
+        if 0 <= fate < self.truncated:
+            whole = f"<think>\n{solution.reasoning}"
+            content, finish = whole[: rng.randint(len("<think>\n") + 1, len(whole) - 1)], "length"
+        elif 0 <= fate - self.truncated < self.malformed:
+            content = _malformed(solution, rng)
+        if max_tokens is not None and count_tokens(content) > max_tokens:
+            end = [match.end() for match in _TOKEN.finditer(content)][max_tokens - 1] if max_tokens else 0
+            content, finish = content[:end], "length"
+        return content, finish
+
+    def refuses(self, prompt: str, seed: int) -> int:
+        """The HTTP status (429 or 500) that this attempt gets instead of an answer, 0 for none; counts attempts."""
+        digest = self._digest("flaky", prompt, seed)
+        with self._lock:
+            self.requests += 1
+            if int.from_bytes(digest[:4], "big") >= self.flaky * 2**32 or digest in self._attempted:
+                return 0
+            self._attempted.add(digest)
+            self.refused += 1
+        return 429 if digest[4] % 2 else 500
+
+    def _digest(self, purpose: str, prompt: str, seed: int) -> bytes:
+        return hashlib.sha256(json.dumps([purpose, self.seed, prompt, seed]).encode()).digest()
+
+    def complete(self, request: Any) -> dict[str, Any]:
+        """The body of a chat completion. BadRequest for what an OpenAI endpoint would refuse."""
+        prompt, seed, choices, max_tokens = _read_request(request)
+        try:
+            replies = [self.reply(prompt, seed + index, max_tokens) for index in range(choices)]
+        except ValueError as error:
+            raise BadRequest(f"the built-in teacher does not know this problem: {error}") from None
+        asked, told = count_tokens(prompt), sum(count_tokens(content) for content, _ in replies)
+        return {
+            "id": "chatcmpl-" + self._digest("id", prompt, seed).hex()[:24],
+            "object": "chat.completion",
+            "created": 0,
+            "model": MODEL,
+            "choices": [
+                {"index": i, "message": {"role": "assistant", "content": content}, "finish_reason": finish}
+                for i, (content, finish) in enumerate(replies)
+            ],
+            "usage": {"prompt_tokens": asked, "completion_tokens": told, "total_tokens": asked + told},
+        }
+
+
+def _malformed(solution: Solution, rng: random.Random) -> str:
+    return rng.choice(
+        (
+            f"<think>\n{solution.reasoning}\n{solution.answer}",
+            f"<think>\n{solution.reasoning}\n</think>\n<think>\n{solution.reasoning}\n</think>\n{solution.answer}",
+            f"<think>\n{solution.reasoning}\n</think>\n",
+        )
+    )
+
+
+def _read_request(request: Any) -> tuple[str, int, int, int | None]:
+    """(last user message, seed, n, max_tokens) of a chat request."""
+    if not isinstance(request, dict):
+        raise BadRequest("the body must be a JSON object")
+    messages = request.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise BadRequest("messages: expected a non-empty list")
+    last = messages[-1]
+    if not isinstance(last, dict) or last.get("role") != "user" or not isinstance(last.get("content"), str):
+        raise BadRequest("messages: the last one must be {role: user, content: text}")
+    if request.get("stream"):
+        raise BadRequest("stream: not supported")
+    seed = 0 if request.get("seed") is None else request["seed"]
+    choices = 1 if request.get("n") is None else request["n"]
+    max_tokens = request.get("max_tokens", request.get("max_completion_tokens"))
+    if type(seed) is not int:
+        raise BadRequest("seed: expected a whole number")
+    if type(choices) is not int or not 1 <= choices <= _MAX_CHOICES:
+        raise BadRequest(f"n: expected a whole number from 1 to {_MAX_CHOICES}")
+    if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
+        raise BadRequest("max_tokens: expected a whole number from 1")
+    for name, high in (("temperature", 2.0), ("top_p", 1.0)):
+        value = request.get(name)
+        if value is not None and (type(value) not in (int, float) or not 0 <= value <= high):
+            raise BadRequest(f"{name}: expected a number from 0 to {high:g}")
+    return last["content"], seed, choices, max_tokens
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 256
+
+    def __init__(self, teacher: BuiltinTeacher) -> None:
+        self.teacher = teacher
+        super().__init__(("127.0.0.1", 0), _Handler)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that hangs up in mid-reply is its own affair: no traceback on the terminal."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    wbufsize = -1
+    timeout = 120
+    server: _Server
+
+    def do_GET(self) -> None:
+        if self.path == "/v1/models":
+            self._send(200, {"object": "list", "data": [{"id": MODEL, "object": "model", "owned_by": "bmjax"}]})
+        else:
+            self._fail(404, "not_found", f"no such path {self.path}")
+
+    def do_POST(self) -> None:
+        length = self.headers.get("Content-Length", "")
+        if not length.isdigit() or int(length) > _MAX_BODY_BYTES:
+            self.close_connection = True
+            self._fail(400, "invalid_request_error", "Content-Length is missing or too large")
+            return
+        body = self.rfile.read(int(length))
+        if self.path != "/v1/chat/completions":
+            self._fail(404, "not_found", f"no such path {self.path}")
+            return
+        teacher = self.server.teacher
+        try:
+            request = json.loads(body)
+            prompt, seed, _, _ = _read_request(request)
+            if status := teacher.refuses(prompt, seed):
+                kind = "rate_limit_exceeded" if status == 429 else "server_error"
+                self._fail(status, kind, "try again", {"Retry-After": "0"} if status == 429 else {})
+                return
+            self._send(200, teacher.complete(request))
+        except BadRequest as error:
+            self._fail(400, "invalid_request_error", str(error))
+        except (ValueError, RecursionError):
+            self._fail(400, "invalid_request_error", "the body is not JSON")
+
+    def _fail(self, status: int, kind: str, message: str, headers: dict[str, str] | None = None) -> None:
+        self._send(status, {"error": {"message": message, "type": kind, "code": kind}}, headers)
+
+    def _send(self, status: int, values: dict[str, Any], headers: dict[str, str] | None = None) -> None:
+        body = json.dumps(values).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing on stderr: a collector reports failures itself."""

@@ -1,0 +1,157 @@
+"""Merging Hugging Face directories: all steps of a recipe, tensor by tensor, straight from file to file.
+
+Any architecture: what counts is that names and shapes agree. All headers are read and compared before the first tensor
+is; one tensor of every model is in memory at a time; results of earlier steps never touch the disk. The output
+appears whole, or not at all.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bmjax.io.atomic import resuming
+from bmjax.io.safetensors import Checkpoint, Plan, SharedWriter, open_checkpoint
+from bmjax.merge.engine.journal import Journal, clear
+from bmjax.merge.engine.stream import Progress, Stream
+from bmjax.merge.plan.nodes import plan
+from bmjax.merge.plan.output import check_space, check_target, locate, tokenizer_directory
+from bmjax.merge.plan.vocabulary import Vocabulary
+from bmjax.merge.recipe.recipe import Recipe, read_recipe
+from bmjax.merge.recipe.tokenizer import write_chat_template
+from bmjax.merge.report.card import write_card
+from bmjax.merge.report.statistics import report
+from bmjax.model.spec import read_hf_config
+from bmjax.version import __version__
+from bmjax.weights.hf import TOKENIZER_FILES
+
+SIDE_FILES = (
+    "config.json",
+    "generation_config.json",
+    *TOKENIZER_FILES,
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+REPORT = "merge_report.json"
+MEMORY = 2**30
+
+
+def merge(
+    recipe: Recipe | str | Path | Mapping[str, Any],
+    output: str | Path,
+    overwrite: bool = False,
+    *,
+    overrides: Sequence[str] = (),
+    shard_bytes: float = 5e9,
+    memory: int = MEMORY,
+    log: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Merges the recipe's models into the Hugging Face directory `output`; returns what its merge_report.json holds.
+
+    output: must not exist or be empty, unless `overwrite`; never an input. Config, tokenizer and chat template come
+    from the last step's base (traced back to a directory), or its first model. Each tensor is rounded once, to the
+    recipe's dtype or to the type in which that base stores it. memory: bytes for buffers; it changes no result. log:
+    gets one line a remark. progress: is called with (bytes of inputs done, bytes of inputs in all, tensor name).
+    A merge that was killed goes on where it was, when it is run again. Raises UserError, one line, for anything a user
+    can mend; `output` is then as it was.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = read_recipe(recipe, overrides)
+    say = log or (lambda line: None)
+    directories = {name: locate(recipe, name) for name in recipe.inputs}
+    target = Path(output)
+    check_target(target, [*directories.values(), *tokenizer_directory(recipe)], overwrite)
+    models = {name: open_checkpoint(directory) for name, directory in directories.items()}
+    donor = models[recipe.donor]
+    planned = plan(recipe, models)
+    for line in (*recipe.notes, *planned.notes):
+        say(line)
+    rows = [(node.name, node.dtype, node.shape) for node in planned.nodes]
+    beside = sum(path.stat().st_size for path in _side_files(donor.directory))
+    check_space(target, beside + sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in rows))
+    with resuming(target) as folder, contextlib.ExitStack() as stack:
+        journal = Journal(folder, _fingerprint(recipe, models, planned.vocabulary, rows, shard_bytes))
+        stack.callback(journal.close)
+        writer = SharedWriter(folder, rows, shard_bytes)
+        stack.callback(writer.close)
+        # What was killed while it copied the donor's files may have left others than those of now.
+        clear(folder, [*writer.files, journal.path])
+        journal.check(writer, rows)
+        stream = Stream(recipe, models, writer, journal, memory)
+        stack.callback(stream.close)
+        tensors = stream.run(planned.nodes, progress or (lambda done, total, name: None))
+        writer.finish()
+        result = {
+            "recipe": dict(recipe.text),
+            "seed": recipe.seed,
+            "sources": {name: _source(recipe, name, model, journal) for name, model in models.items()},
+            "dtypes": sorted({dtype.name for _, dtype, _ in rows}),
+            "checksums": journal.checksums(),
+            "versions": {package: version(package) for package in ("jax", "numpy")},
+            **report(recipe, tensors),
+        }
+        _copy_side_files(donor.directory, folder, {dtype for _, dtype, _ in rows}, planned.config_changes)
+        if planned.vocabulary is not None:
+            planned.vocabulary.save(folder)
+        if recipe.chat_template is not None:
+            write_chat_template(folder, recipe.chat_template)
+        (folder / REPORT).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_card(folder, recipe, result)
+        journal.close(remove=True)
+    return result
+
+
+def _fingerprint(
+    recipe: Recipe, models: Mapping[str, Checkpoint], tokens: Vocabulary | None, rows: Plan, shard_bytes: float
+) -> dict[str, Any]:
+    """What must be the same for an unfinished merge to go on."""
+    files = {info.file for model in models.values() for info in model.tensors.values()}
+    if tokens is not None:
+        # Which rows belong together.
+        folders = [*(model.directory for model in models.values()), tokens.source]
+        files |= {path for folder in folders for path in _side_files(folder)}
+    state = {str(file): [(found := file.stat()).st_size, found.st_mtime_ns] for file in sorted(files)}
+    written = [[name, dtype.name, list(shape)] for name, dtype, shape in rows]
+    plain = [recipe.text, recipe.seed, recipe.compat, state, written, shard_bytes, version("jax"), __version__]
+    return {"merge": hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()}
+
+
+def _source(recipe: Recipe, name: str, model: Checkpoint, journal: Journal) -> dict[str, Any]:
+    infos = model.tensors.values()
+    return {
+        "directory": str(recipe.sources.get(name, name)),
+        "tensors": len(infos),
+        "bytes": sum(info.nbytes for info in infos),
+        "dtypes": sorted({info.numpy_dtype.name for info in infos}),
+        "checksum": journal.source(name),
+    }
+
+
+def _side_files(donor: Path) -> list[Path]:
+    """The files beside the weights that the result gets."""
+    named = [donor / name for name in SIDE_FILES]
+    return [path for path in (*named, *sorted((donor / "additional_chat_templates").glob("*"))) if path.is_file()]
+
+
+def _copy_side_files(donor: Path, folder: Path, types: set[np.dtype], changes: Mapping[str, Any]) -> None:
+    for path in _side_files(donor):
+        copy = folder / path.relative_to(donor)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
+    if not (folder / "config.json").exists():
+        return
+    # A loader takes the type from the config: it must be the one that was written.
+    config = read_hf_config(folder)
+    floats = {dtype.name for dtype in types if dtype.name in ("float32", "bfloat16", "float16", "float64")}
+    key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+    changed = {**config, **changes, **({key: floats.pop()} if len(floats) == 1 else {})}
+    if changed != config:
+        (folder / "config.json").write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,172 @@
+"""The passes that methods make over a tensor, compiled: what both engines share.
+
+Each is jitted once for a kernel and its keywords, and compiled once a shape. Arrays arrive as they are stored and are
+cast to float32 inside. A block may end in padding, entries that are 0 in every model: kernels give 0
+or false for those.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from bmjax.merge.engine.quantile import add_each
+from bmjax.merge.methods.method import Block, Kernel
+
+Static = tuple[tuple[str, Any], ...]
+
+
+def static(keywords: Mapping[str, Any]) -> Static:
+    """Keywords as a key of the cache."""
+    return tuple(sorted(keywords.items()))
+
+
+def block(base: Any, branches: Sequence[Any], models: Mapping[str, Any], start: int = 0) -> Block:
+    """A block of stored arrays whose first entry has the flat index `start`."""
+    return Block(base, tuple(branches), dict(models), np.array([start >> 32, start & 0xFFFFFFFF], np.uint32))
+
+
+@functools.cache
+def values(kernel: Kernel, keywords: Static, reorder: bool = False) -> Callable[..., Any]:
+    """(block, numbers) -> what the kernel gives. reorder: its sums may be taken in any order."""
+
+    def run(x: Block, numbers: Sequence[Any]) -> Any:
+        return kernel(_float32(x), *numbers, **dict(keywords))
+
+    return _compiled(run, reorder)
+
+
+@functools.cache
+def row_sums(kernel: Kernel, keywords: Static) -> Callable[..., jax.Array]:
+    """(block, numbers) -> the row sums of every array that the kernel gives, float32 [K, rows]; counts, int32,
+    where it gives bool arrays."""
+
+    def run(x: Block, numbers: Sequence[Any]) -> jax.Array:
+        return _sum_rows(kernel(_float32(x), *numbers, **dict(keywords)))
+
+    return _compiled(run, reorder=True)
+
+
+@functools.cache
+def lookup() -> Callable[..., jax.Array]:
+    """(values [rows, columns], places) -> the values at those places of their rows."""
+
+    # A program of its own, because inside a loop with other work a lookup keeps that from being vector code.
+    def run(ordered: jax.Array, places: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(ordered, places, axis=-1, mode="clip")
+
+    return _compiled(run)
+
+
+@functools.cache
+def column_sums(kernel: Kernel, keywords: Static) -> Callable[..., jax.Array]:
+    """(block, numbers) -> the column sums of every array, float32 [K, 1, columns]."""
+
+    def run(x: Block, numbers: Sequence[Any]) -> jax.Array:
+        arrays = kernel(_float32(x), *numbers, **dict(keywords))
+        return jnp.stack([jnp.sum(a, axis=0, keepdims=True) for a in arrays])
+
+    return _compiled(run)
+
+
+@functools.cache
+def brackets(kernel: Kernel, keywords: Static) -> Callable[..., Any]:
+    """(block, numbers, valid, low [K, R], high [K, R]) -> (values [K] arrays, whether strictly within a bracket [K],
+    and how many of each row are < low, <= low and <= high: int32 [K * R * 3, rows])."""
+
+    def run(x: Block, numbers: Sequence[Any], valid: Any, low: jax.Array, high: jax.Array) -> Any:
+        # Padding is infinite: it lies below nothing but a bracket without an upper end.
+        arrays = [_valid(a, valid, np.inf) for a in kernel(_float32(x), *numbers, **dict(keywords))]
+        inside, tests = [], []
+        for k, a in enumerate(arrays):
+            pairs = [(low[k, r], high[k, r]) for r in range(low.shape[1])]
+            inside.append(functools.reduce(jnp.logical_or, [(a > lo) & (a < hi) for lo, hi in pairs]))
+            tests += [test for lo, hi in pairs for test in (a < lo, a <= lo, a <= hi)]
+        return arrays, inside, _sum_rows(tests)
+
+    return _compiled(run)
+
+
+@functools.cache
+def leaves(kernel: Kernel, keywords: Static, dtype: Any) -> Callable[..., Any]:
+    """(block, numbers) -> (leaf in `dtype`, kept masks: bit b % 8 of uint8 array b // 8, none where all is kept)."""
+
+    def run(x: Block, numbers: Sequence[Any]) -> Any:
+        leaf, kept = kernel(_float32(x), *numbers, **dict(keywords))
+        # Packed, because every output is computed from the start: one more, not one for each branch.
+        masks = [] if kept is None else [kept[b : b + 8] for b in range(0, len(kept), 8)]
+        packed = [functools.reduce(jnp.bitwise_or, [m.astype(jnp.uint8) << i for i, m in enumerate(g)]) for g in masks]
+        return leaf.astype(dtype), packed
+
+    return _compiled(run)
+
+
+@functools.cache
+def statistics() -> Callable[..., Any]:
+    """(block, *what `leaves` gave) -> row sums of what `steps.Stats` holds: float32 [K, rows], and int32
+    [1 or 1 + branches, rows].
+
+    A program of its own: its sums may be taken in any order, which makes them twice as fast.
+    """
+
+    def run(x: Block, leaf: jax.Array, packed: Sequence[jax.Array]) -> Any:
+        x = _float32(x)
+        kept = [(packed[b // 8] >> (b % 8)) & 1 for b in range(len(x.branches))] if packed else []
+        reference = x.branches[0] if x.base is None else x.base
+        origin = x.models.get("rebase", reference)
+        changes = [branch - origin for branch in x.branches]
+        products = [u * v for i, u in enumerate(changes) for v in changes[i:]]
+        moved = leaf.astype(jnp.float32) - reference
+        up = functools.reduce(jnp.logical_or, [c > 0 for c in changes])
+        down = functools.reduce(jnp.logical_or, [c < 0 for c in changes])
+        return _sum_rows([*products, reference**2, moved**2]), _sum_rows([up & down, *(k == 1 for k in kept)])
+
+    return _compiled(run, reorder=True)
+
+
+def _compiled(run: Callable[..., Any], reorder: bool = False) -> Callable[..., Any]:
+    return jax.jit(run, compiler_options=_options(reorder))
+
+
+@functools.cache
+def _options(reorder: bool) -> dict[str, Any] | None:
+    """What XLA's CPU compiler is told: not to hand parts of a loop to a library, which splits it at every operation (a
+    quarter of the speed); `reorder`: sums may be taken in any order. Nothing where a version does not know this."""
+    if jax.default_backend() != "cpu":
+        return None
+    options: dict[str, Any] = {"xla_cpu_experimental_ynn_fusion_type": ""}
+    if reorder:
+        options |= {f"xla_cpu_{name}": True for name in _FAST}
+    try:
+        jax.jit(lambda x: x, compiler_options=options).lower(np.float32(0)).compile()
+    except Exception:  # whatever a version raises for an option that it does not know
+        return None
+    return options
+
+
+_FAST = ("enable_fast_math", "fast_math_honor_nans", "fast_math_honor_infs", "fast_math_honor_division")
+
+
+def _float32(x: Block) -> Block:
+    base, branches, models = jax.tree.map(lambda a: a.astype(jnp.float32), tuple(x[:3]))
+    return Block(base, branches, models, x.start)
+
+
+def _valid(a: jax.Array, valid: jax.Array, otherwise: float) -> jax.Array:
+    """`a` with its padding, the entries of flat index `valid` and above, replaced."""
+    index = lax.broadcasted_iota(jnp.int32, a.shape, 0) * a.shape[1] + lax.broadcasted_iota(jnp.int32, a.shape, 1)
+    return jnp.where(index < valid, a, otherwise)
+
+
+def _sum_rows(arrays: Sequence[jax.Array]) -> jax.Array:
+    # One reduction for all reads each array once. XLA's CPU compiler makes vector code of sums of floats, and of sums
+    # of integers, not of both in one nor of bools turned into floats: a tenth of the speed.
+    if arrays[0].dtype == jnp.bool_:
+        arrays = [a.astype(jnp.int32) for a in arrays]
+    padded = [*arrays, *arrays] if len(arrays) == 1 else list(arrays)
+    rows = lax.reduce(padded, [np.zeros((), arrays[0].dtype)] * len(padded), add_each, (1,))
+    return jnp.stack(rows[: len(arrays)])

@@ -1,0 +1,73 @@
+"""The model card of a merge: README.md, for people and for the hub."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bmjax.merge.recipe.recipe import Recipe
+
+NAME = "README.md"
+
+
+def write_card(folder: Path, recipe: Recipe, report: Mapping[str, Any]) -> None:
+    """Writes the card of the merge that `report`, what merge_report.json holds, tells of."""
+    (folder / NAME).write_text(card(recipe, report), encoding="utf-8")
+
+
+def card(recipe: Recipe, report: Mapping[str, Any]) -> str:
+    """The card as Markdown, its head as the hub reads it. Names of models are shown and not obeyed."""
+    hub = [path for path in (recipe.path(name) for name in recipe.inputs) if re.fullmatch(r"[\w.-]+/[\w.-]+", path)]
+    head: dict[str, Any] = {"library_name": "transformers", "tags": ["merge", "bmjax"]}
+    if hub and not any(Path(path).exists() for path in hub):
+        head["base_model"] = hub
+    lines = ["---", yaml.safe_dump(head, sort_keys=False, allow_unicode=True).strip(), "---", "", "# A merge", ""]
+    methods = ", then ".join(_code(step.method.name) for step in recipe.steps)
+    lines += [f"Made by bmjax with {methods}. Arithmetic in float32, one rounding at the end.", "", "## Models", ""]
+    lines += ["| model | from | tensors | stored as | checksum of what was read |", "|---|---|---|---|---|"]
+    for name, source in report["sources"].items():
+        cells = (name, source["directory"], str(source["tensors"]), ", ".join(source["dtypes"]), source["checksum"])
+        lines.append("| " + " | ".join(_code(cell) for cell in cells) + " |")
+    lines += ["", "## What was taken", ""]
+    for step in recipe.steps:
+        lines += _step(step.name, step.method.name, report["total"][step.name])
+    lines += ["## Recipe", "", _fenced(yaml.safe_dump(dict(report["recipe"]), sort_keys=False, allow_unicode=True))]
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    lines += ["", f"Seed {report['seed']}. Made with {versions}. By tensor and layer: `merge_report.json`.", ""]
+    return "\n".join(lines)
+
+
+def _step(name: str, method: str, summary: Mapping[str, Any]) -> list[str]:
+    moved = summary["moved_norm"] / max(summary["reference_norm"], 1e-30)
+    text = f"{_code(name)}: {_code(method)}, moved {moved:.2%} of its base's norm; "
+    text += f"{summary['sign_conflicts']:.1%} of the entries were raised by one model and lowered by another."
+    lines = [text, "", "| model | entries taken | norm of its change |", "|---|---|---|"]
+    for model, values in summary["models"].items():
+        lines.append(f"| {_code(model)} | {values['kept']:.1%} | {values['delta_norm']:.4g} |")
+    if summary["cosines"]:
+        pairs = "; ".join(f"{_code(pair)} {value:.3f}" for pair, value in summary["cosines"].items())
+        lines += ["", f"Cosines between the changes: {pairs}."]
+    if "mask_jaccard_of_textbook" in summary:
+        found = summary["mask_jaccard_of_textbook"]
+        lines += [
+            "",
+            "The importance is computed in a form that does not cancel. The textbook's formula would have kept other "
+            f"entries: its mask agrees with this one (Jaccard) to {found['float32']:.3f} in float32 and "
+            f"{found['bfloat16']:.3f} in bfloat16 (sampled in {summary['sampled']} tensors).",
+        ]
+    return [*lines, ""]
+
+
+def _code(text: str) -> str:
+    """`text` as code that Markdown does not look into, also in a table."""
+    plain = " ".join(text.split()).replace("|", "\\|")
+    longest = max((len(run) for run in re.findall("`+", plain)), default=0)
+    fence, space = "`" * (longest + 1), " " if longest else ""
+    return f"{fence}{space}{plain}{space}{fence}"
+
+
+def _fenced(text: str) -> str:
+    fence = "`" * max(3, max((len(run) for run in re.findall("`+", text)), default=0) + 1)
+    return f"{fence}yaml\n{text.strip()}\n{fence}"

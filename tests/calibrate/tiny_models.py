@@ -1,0 +1,40 @@
+"""A recipe over the fixture `models`, and what it reads."""
+
+import numpy as np
+import safetensors.numpy
+
+from bmjax.calibrate import data
+from bmjax.calibrate.recipe import CalibratedRecipe
+from bmjax.parallel.mesh import make_mesh
+from bmjax.weights import hf
+
+SMALL = {"rows": 4, "held_out": 4, "seq_len": 128, "steps": 3, "remat": "none", "mesh": {}}
+
+
+def recipe(folder, method="learned", **parameters):
+    return {
+        "merge_method": method,
+        "base_model": "base",
+        "sources": {name: str(folder / name) for name in ("base", "a", "b")},
+        "models": [{"model": name, "data": str(folder / f"{name}.jsonl")} for name in ("a", "b")],
+        "parameters": SMALL | parameters,
+    }
+
+
+def tensors(directory):
+    return safetensors.numpy.load_file(directory / "model.safetensors")
+
+
+def batches(folder, name, count=4):
+    """(calibration, that domain's batches) as the merge reads them."""
+    checked = CalibratedRecipe.read(recipe(folder))
+    base, mesh = folder / "base", make_mesh({})
+    own = data.read(checked, hf.load_tokenizer(base), 300, base, mesh)
+    return own, [tuple(np.asarray(a) for a in batch) for batch in own.rows("ab".index(name), count, "grams")]
+
+
+def documents(batch):
+    """Every packed document by itself, with its mask."""
+    for tokens, segments, mask in zip(*batch, strict=True):
+        for segment in range(1, segments.max() + 1):
+            yield tokens[segments == segment], mask[segments == segment]

@@ -1,0 +1,175 @@
+"""Directories that are written over several lives of a process: one writer, one place, all or nothing."""
+
+import fcntl
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bmjax.config import UserError
+from bmjax.io.atomic import resuming
+
+KILLED = (
+    "import os, sys; from pathlib import Path; from bmjax.io.atomic import resuming\n"
+    "with resuming(sys.argv[1]) as folder: (folder / 'half').write_text('x'); os.kill(os.getpid(), 9)"
+)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def kill_a_writer(target: Path) -> None:
+    subprocess.run([sys.executable, "-c", KILLED, str(target)], timeout=60)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_the_directory_takes_its_place_when_the_block_ends(tmp_path: Path, old: bool) -> None:
+    target = tmp_path / "deep" / "out"
+    if old:
+        target.mkdir(parents=True)
+        (target / "old").write_text("x")
+    with resuming(target) as folder:
+        (folder / "file").write_text("one")
+        assert target.exists() == old
+        assert folder == tmp_path / "deep" / ".out.partial"
+    assert names(target) == ["file"] and names(target.parent) == ["out"]
+
+
+@pytest.mark.parametrize("error", [UserError("no"), OSError(28, "No space left on device")])
+def test_an_error_of_the_user_or_the_disk_leaves_nothing(tmp_path: Path, error: Exception) -> None:
+    target = tmp_path / "new" / "deep" / "out"
+    with pytest.raises(UserError, match=r"^no$|out: cannot write: No space left on device"), resuming(target) as folder:
+        (folder / "half").write_text("x")
+        raise error
+    assert names(tmp_path) == []
+    (tmp_path / "new").mkdir()
+    with pytest.raises(UserError), resuming(target):
+        raise error
+    assert names(tmp_path / "new") == [], "a parent that was there before is gone, or a new one is left"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, MemoryError])
+def test_after_an_interrupt_or_a_mistake_of_ours_it_goes_on(tmp_path: Path, error: type[BaseException]) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "old").write_text("x")
+    with pytest.raises(error), resuming(target) as folder:
+        (folder / "half").write_text("x")
+        raise error
+    assert names(tmp_path) == [".out.partial", "out"] and names(target) == ["old"]
+    with resuming(target) as folder:
+        assert names(folder) == ["half"]
+    assert names(tmp_path) == ["out"] and names(target) == ["half"]
+
+
+def test_after_a_kill_it_goes_on(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    kill_a_writer(target)
+    assert names(tmp_path) == [".out.partial"]
+    kill_a_writer(target)
+    with resuming(target) as folder:
+        assert names(folder) == ["half"], "the lock of a killed process holds, or its work is lost"
+    assert names(tmp_path) == ["out"]
+
+
+def test_one_writer_at_a_time(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with resuming(target) as folder:
+        (folder / "file").write_text("x")
+        with pytest.raises(UserError, match="another process is writing it"), resuming(target):
+            pass
+        assert names(folder) == ["file"], "the second one removed what the first writes"
+        with resuming(tmp_path / "other"):
+            pass
+    assert names(tmp_path) == ["other", "out"]
+
+
+def test_a_living_writers_old_target_is_not_put_back(tmp_path: Path) -> None:
+    """Between its two renames the old target is aside: a second process must not touch it."""
+    target, aside = tmp_path / "out", tmp_path / ".out.replaced"
+    target.mkdir()
+    (target / "old").write_text("x")
+    with resuming(target) as folder:
+        (folder / "new").write_text("x")
+        target.rename(aside)
+        with pytest.raises(UserError, match="another process"), resuming(target):
+            pass
+        assert names(aside) == ["old"] and not target.exists()
+        aside.rename(target)
+    assert names(target) == ["new"]
+
+
+def test_the_lock_of_a_directory_that_took_its_place_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opened before the first writer's rename, locked after it: that directory is the result now."""
+    target = tmp_path / "out"
+    flock = fcntl.flock
+
+    def late(fd: int, operation: int) -> None:
+        (tmp_path / ".out.partial").rename(target)
+        flock(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(UserError, match="another process"), resuming(target):
+        raise AssertionError("two write at once")
+    assert names(tmp_path) == ["out"]
+
+
+def test_killed_between_the_two_renames(tmp_path: Path) -> None:
+    target, aside = tmp_path / "out", tmp_path / ".out.replaced"
+    aside.mkdir()
+    (aside / "old").write_text("x")
+    with pytest.raises(UserError), resuming(target):
+        assert names(target) == ["old"]
+        raise UserError("no")
+    assert names(tmp_path) == ["out"]
+    # Killed after both: what was aside is only in the way.
+    aside.mkdir()
+    with resuming(target) as folder:
+        (folder / "new").write_text("x")
+    assert names(tmp_path) == ["out"] and names(target) == ["new"]
+
+
+def test_a_rename_that_fails_puts_the_old_target_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "old").write_text("x")
+    rename = Path.rename
+
+    def failing(self: Path, to: Path) -> Path:
+        if self.name == ".out.partial":
+            raise OSError(5, "Input/output error")
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(UserError, match="out: cannot write: Input/output error"), resuming(target):
+        pass
+    assert names(tmp_path) == ["out"] and names(target) == ["old"]
+
+
+def test_what_stands_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="file/out: cannot write"), resuming(tmp_path / "file" / "out"):
+        pass
+    (tmp_path / ".a.partial").write_text("x")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis").write_text("x")
+    os.symlink("mine", tmp_path / ".b.partial")
+    os.symlink("nothing", tmp_path / ".c.partial")
+    os.symlink(".d.partial", tmp_path / ".d.partial")
+    before = names(tmp_path)
+    for name in "abcd":
+        with pytest.raises(UserError, match=f"{name}: cannot write"), resuming(tmp_path / name):
+            raise AssertionError
+    assert names(tmp_path) == before and names(tmp_path / "mine") == ["thesis"]
+
+
+def test_the_target_may_be_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    os.symlink("disk/out", tmp_path / "out")
+    with resuming(tmp_path / "out") as folder:
+        (folder / "file").write_text("x")
+        assert folder.parent == tmp_path / "disk", "a rename to another disk would fail"
+    assert (tmp_path / "out").is_symlink() and names(tmp_path / "disk" / "out") == ["file"]

@@ -1,0 +1,120 @@
+import os
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+
+from bmjax.config import UserError
+from bmjax.merge.plan import output as places
+from bmjax.merge.plan.output import check_space, check_target, locate, parse_size, size_text
+from bmjax.merge.recipe.recipe import read_recipe
+
+
+def soup(*models, **sources):
+    return read_recipe({"merge_method": "linear", "models": list(models), "sources": sources})
+
+
+@pytest.mark.parametrize(
+    "text, size",
+    [("512MiB", 512 * 2**20), ("2GiB", 2**31), ("1.5GiB", 3 * 2**29), ("5GB", 5 * 10**9), ("1 KB", 1000), ("7B", 7)],
+)
+def test_sizes(text, size):
+    assert parse_size(text, "--memory") == size
+
+
+@pytest.mark.parametrize(
+    "text", ["", "2", "2G", "2gib", "-1GiB", "2 GiB ", "1e9B", "2PiB", "0MiB", "iB", "٢GiB", "2iB"]
+)
+def test_bad_sizes(text):
+    with pytest.raises(UserError) as error:
+        parse_size(text, "--memory")
+    assert str(error.value) == f"--memory: expected a size such as 512MiB, 2GiB or 5GB, found '{text}'"
+
+
+def test_sizes_in_words():
+    assert [size_text(n) for n in (0, 999, 1000, 988_100_000, 5 * 10**9, 65 * 10**12)] == [
+        "0 B", "999 B", "1.0 KB", "988.1 MB", "5.0 GB", "65.0 TB",
+    ]  # fmt: skip
+
+
+def test_a_model_is_a_directory_or_an_alias_of_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/math").mkdir(parents=True)
+    recipe = soup("runs/math", "math", math="runs/math")
+    assert locate(recipe, "runs/math") == locate(recipe, "math")
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub that holds org/here, already fetched, and org/there; what was asked of it."""
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def snapshot_download(name, revision=None, local_files_only=False, allow_patterns=None):
+        asked.append((name, revision, local_files_only))
+        if name == "org/here" or (name == "org/there" and not local_files_only):
+            return str(tmp_path / name.split("/")[1])
+        raise OSError("nothing of that name\nmore")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return asked
+
+
+def test_hub_models_and_their_revisions(hub, tmp_path):
+    recipe = soup("org/there@v2", "org/here", "gone", gone="org/gone@v1")
+    assert locate(recipe, "org/there@v2") == tmp_path / "there"
+    assert locate(recipe, "org/here", download=False) == tmp_path / "here"
+    assert hub == [("org/there", "v2", False), ("org/here", None, True)]
+    with pytest.raises(UserError, match=r"^org/there@v2: no such directory, and the hub's model is not here yet"):
+        locate(recipe, "org/there@v2", download=False)
+    with pytest.raises(UserError, match=r"^org/gone@v1: no such directory, and.*: nothing of that name$"):
+        locate(recipe, "gone")
+
+
+def test_models_that_are_not_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "math").mkdir(parents=True)
+    (tmp_path / "file").write_text("x")
+    recipe = soup("org/mathe", "file", "a", "org/math@v1", "o/m@a@b", "o/m+o/adapter", a="nowhere")
+    for name, message in (
+        ("org/mathe", "org/mathe: no such model directory; did you mean 'org/math'?"),
+        ("file", "model 'file': file is a file, expected a model directory"),
+        ("a", "model 'a': nowhere: no such model directory"),
+        ("org/math@v1", "model 'org/math@v1': org/math is a directory, which has no revisions; remove @v1"),
+        ("o/m@a@b", "model 'o/m@a@b': no such directory; a hub model's revision is given as org/name@revision"),
+        ("o/m+o/adapter", "model 'o/m+o/adapter': no such directory; LoRA adapters (MODEL+ADAPTER) are not merged"),
+    ):
+        with pytest.raises(UserError) as error:
+            locate(recipe, name)
+        assert str(error.value).startswith(message)
+
+
+def test_the_target_is_empty_and_no_input(tmp_path):
+    model, full, other = tmp_path / "runs" / "model", tmp_path / "full", tmp_path / "other"
+    for folder, file in ((model, "config.json"), (full, "model.safetensors"), (other, "thesis.tex")):
+        folder.mkdir(parents=True)
+        (folder / file).write_text("x")
+    os.symlink(model, tmp_path / "link")
+    check_target(tmp_path / "new" / "out", [model], overwrite=False)
+    check_target(full, [model], overwrite=True)
+    for target, overwrite, message in (
+        (model, True, "contains"),
+        (model / "merged", True, "inside the input"),
+        (model / "deep" / "merged", False, "inside the input"),
+        (other / "thesis.tex" / "out", False, "Not a directory; choose another output directory"),
+        (tmp_path / "o\udcff", False, "no Unicode text"),
+        (tmp_path / "runs", True, "contains"),
+        (tmp_path / "link", True, "contains"),
+        (full, False, "exists and is not empty; choose another output directory, or add --overwrite"),
+        (other, True, "does not look like a model directory"),
+        (other / "thesis.tex", True, "exists and is not a directory"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_target(target, [model], overwrite)
+
+
+def test_space(tmp_path, monkeypatch):
+    monkeypatch.setattr(places.shutil, "disk_usage", lambda path: SimpleNamespace(free=5000))
+    assert check_space(tmp_path / "a" / "out", 5000) == 5000
+    with pytest.raises(UserError, match=r"out: the result takes 6\.0 KB, 5\.0 KB are free there"):
+        check_space(tmp_path / "a" / "out", 6000)
