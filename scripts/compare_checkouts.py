@@ -80,7 +80,10 @@ def _differences(before: Any, after: Any, path: str) -> Any:
 
 def bmjax(checkout: Path, *arguments: str, devices: int | None = None) -> subprocess.CompletedProcess[str]:
     """Run a command of the checkout; its output, or SystemExit with what it said when it fails."""
-    environment = os.environ | {"PYTHONPATH": str(checkout), "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "JAX_PLATFORMS": "cpu",
+    }
     if devices is not None:
         environment["JAX_NUM_CPU_DEVICES"] = str(devices)
     command = [sys.executable, "-m", "bmjax", *arguments]
