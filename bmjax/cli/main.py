@@ -41,7 +41,7 @@ def _run(settings: Any, output: str | None) -> None:
 
 
 def _collect(settings: Any, output: str | None) -> None:
-    from bmjax.branch.metrics import write_line
+    from bmjax.log import write_line
     from bmjax.teach.collect import collect
 
     failed = collect(settings, write_line)["failed"]
@@ -50,7 +50,7 @@ def _collect(settings: Any, output: str | None) -> None:
 
 
 def _select(settings: Any, output: str | None) -> None:
-    from bmjax.branch.metrics import write_line
+    from bmjax.log import write_line
     from bmjax.teach.select import render_table, select
 
     print(render_table(select(settings, write_line)))
