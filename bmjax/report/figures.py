@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from bmjax.report.records import Kept, Points, smoothed, thinned
-from bmjax.report.scores import ACCURACY, Column
-from bmjax.report.text import number, one_line, shortened
+from bmjax.report.render import number, one_line, shortened
+from bmjax.report.tables import ACCURACY, Column
 
 WIDTH = 340
 # The page maps each of these to a CSS variable of that name; page.css has the dark ones.
@@ -75,7 +75,8 @@ def bars(column: Column, name: str) -> Panel:
     against the backbone, or from zero where there is no backbone.
     """
     models, values, domain = list(column.values), list(column.values.values()), one_line(column.title)
-    words = {model: f"{one_line(model)} {column.value(model)}" for model in models}
+    texts = [column.measure.text(value) for value in values]
+    words = {model: f"{one_line(model)} {text}" for model, text in zip(models, texts, strict=True)}
     intervals = {model: (100 * low, 100 * high) for model, (low, high) in column.intervals.items()}
     backbone = column.values.get("backbone")
     # The scale, and what a bar stands for.
@@ -100,7 +101,7 @@ def bars(column: Column, name: str) -> Panel:
     axes.set_yticks(range(len(models)), [shortened(m) for m in models], fontsize=10, color=COLOURS["ink"])
     for y, (model, label) in enumerate(zip(models, axes.get_yticklabels(), strict=True)):
         label.set_fontweight("bold" if model == "merged" else "normal")
-        axes.text(1.015, y, column.value(model), transform=axes.get_yaxis_transform(), va="center", fontsize=10)
+        axes.text(1.015, y, texts[y], transform=axes.get_yaxis_transform(), va="center", fontsize=10)
         if model in intervals:
             axes.plot(intervals[model], [y, y], color=COLOURS["ink"], lw=1.1, solid_capstyle="butt")
     # The backbone as a line.
@@ -153,10 +154,10 @@ def loss_limits(losses: Sequence[Points]) -> tuple[float, float] | None:
 
 
 @in_page_style
-def move_curves(moves: Mapping[str, Points], name: str) -> Panel:
+def move_curves(curves: Mapping[str, Mapping[str, Points]], name: str) -> Panel:
     """Draw |delta| / |backbone| of every training over its steps, in per cent, each with its name at its end."""
     height = 180
-    lines = {model: [(x, 100 * y) for x, y in thinned(points)] for model, points in moves.items()}
+    lines = {model: [(x, 100 * y) for x, y in thinned(curve["move"])] for model, curve in curves.items()}
     top = 1.06 * max(y for line in lines.values() for _, y in line) or 1.0
     last = max(line[-1][0] for line in lines.values())
     axes = _axes("distance from the backbone, % of its norm", 400, height, left=40, right=126, top=26, bottom=32)

@@ -4,7 +4,6 @@ The page is one file with its style and figures inside, without scripts; it load
 templates/. This module reads the run, draws the figures and hands both to the templates.
 """
 
-import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -17,10 +16,8 @@ from bmjax.io.atomic import write_atomic
 from bmjax.report import figures
 from bmjax.report.figures import Panel
 from bmjax.report.records import kept, layers, read_all, read_curves, read_merge
-from bmjax.report.render import render
-from bmjax.report.scores import MEASURES, columns, interval
-from bmjax.report.tables import headline, markdown_table
-from bmjax.report.text import number
+from bmjax.report.render import number, render
+from bmjax.report.tables import MEASURES, columns, headline, interval, markdown_table
 
 
 def write_report(directory: Path, report: Mapping[str, Any]) -> Path:
@@ -36,19 +33,15 @@ def write_report(directory: Path, report: Mapping[str, Any]) -> Path:
     Raises:
         UserError: a file cannot be written.
     """
-    directory = Path(directory)
     models, chosen = report["models"], report.get("chosen") or {}
     winner = f"merge/{chosen.get('merge')}"
-    # Read the run. "merged" is a copy of the winner, read where the winner's own report is gone.
+    # Read the run. "merged" is a copy of the winner.
     branches = {name: entry for name, entry in models.items() if name != "backbone"}
     curves, no_loss = read_all(models, "metrics", partial(read_curves, directory, key="loss"))
     moves, no_move = read_all(branches, "metrics", partial(read_curves, directory, key="move"))
-    merges: dict[str, Mapping[str, Any]] = {}
-    no_merge: list[str] = []
-    for name, entry in models.items():
-        if name != "merged" or winner not in merges:
-            contents, reasons = read_all({name: entry}, "merge_report", partial(read_merge, directory))
-            merges, no_merge = merges | contents, no_merge + reasons
+    merges, no_merge = read_all(models, "merge_report", partial(read_merge, directory))
+    if winner in merges:
+        merges.pop("merged", None)
     # Draw the figures. Trainings that start from the backbone share one scale.
     table = columns(models)
     panels: dict[str, list[Panel]] = {}
@@ -60,8 +53,7 @@ def write_report(directory: Path, report: Mapping[str, Any]) -> Path:
         figures.loss_curve(name, curve["loss"], None if name == "backbone" else shared, f"curve{i}")
         for i, (name, curve) in enumerate(curves.items())
     ]
-    lines = {name: curve["move"] for name, curve in moves.items()}
-    panels["moves"] = [figures.move_curves(lines, "move")] if lines else []
+    panels["moves"] = [figures.move_curves(moves, "move")] if moves else []
     merge_panels, dense, moved = _draw_merges(merges, winner)
     panels |= merge_panels
     # Validation scores stand under the names of the test table.
@@ -69,8 +61,6 @@ def write_report(directory: Path, report: Mapping[str, Any]) -> Path:
     for name, scores in (chosen.get("validation") or {}).items():
         mark = " (chosen)" if name == chosen.get("merge") else ""
         validation[name if name == "backbone" else f"merge/{name}{mark}"] = {"scores": scores}
-    # YAML's safe writer takes JSON's types only.
-    config = json.loads(json.dumps(report.get("config") or {}, default=str))
     page = render(
         "page.html.jinja",
         **{key: report.get(key) or {} for key in ("models", "chosen", "selection", "stages", "versions", "config")},
@@ -82,7 +72,6 @@ def write_report(directory: Path, report: Mapping[str, Any]) -> Path:
         columns=table,
         panels=panels,
         curves=curves,
-        moves={name: entry["move"] for name, entry in models.items() if number(entry.get("move")) is not None},
         merges={name: kept(merge.get("total")) for name, merge in merges.items()},
         lacking={"loss": no_loss, "move": no_move, "merges": no_merge},
         winner=winner,
@@ -91,7 +80,7 @@ def write_report(directory: Path, report: Mapping[str, Any]) -> Path:
         validation=validation,
         validation_columns=columns(validation),
         phases=_phases(report.get("stages") or {}),
-        config_text=escape(yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=100)),
+        config_text=escape(yaml.safe_dump(report.get("config") or {}, sort_keys=False, allow_unicode=True, width=100)),
     )
     for panel in (panel for group in panels.values() for panel in group):
         write_atomic(directory / "figures" / f"{panel.name}.svg", panel.svg)
@@ -121,12 +110,8 @@ def _draw_merges(
         title = name.removeprefix("merge/") + (" (chosen)" if name in (winner, "merged") else "")
         kept_panels.append(figures.heat(title, f"{name}: share kept", rows[name], lambda c: c.kept, f"kept{i}"))
     # Changes are the branches' own in a merge of one step in which no branch is itself the reference.
-    moved = [
-        name
-        for name in even
-        if len({c.step for c in cells[name]}) == 1
-        and {c.model for c in cells[name]} == {c.model for c in cells[name] if c.move > 0}
-    ][:1]
+    single = [name for name in even if len({c.step for c in cells[name]}) == 1]
+    moved = [n for n in single if {c.model for c in cells[n]} == {c.model for c in cells[n] if c.move > 0}][:1]
     title, what = "change by layer, % of its norm", "Change of each branch by layer"
     changes = [figures.heat(title, what, rows[name], lambda c: c.move, "change") for name in moved]
     return {"kept": kept_panels, "change": changes}, dense, moved
@@ -137,11 +122,9 @@ def _phases(stages: Mapping[str, Any]) -> list[tuple[str, int, float, float | No
 
     A stage's phase is the first part of its name.
     """
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for name, stage in stages.items():
-        groups.setdefault(name.split("/")[0], []).append(stage)
     phases = []
-    for name, group in [*groups.items(), ("all", list(stages.values()))]:
+    for name in [*dict.fromkeys(stage.split("/")[0] for stage in stages), "all"]:
+        group = [stage for key, stage in stages.items() if name in ("all", key.split("/")[0])]
         seconds = sum(number(stage.get("seconds")) or 0.0 for stage in group)
         peaks = [peak for stage in group if (peak := number(stage.get("peak_rss_mib"))) is not None]
         phases.append((name, len(group), seconds, max(peaks, default=None)))

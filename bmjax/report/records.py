@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bmjax.report.text import number
+import numpy as np
+
+from bmjax.config import UserError
+from bmjax.report.render import number
 
 Points = Sequence[tuple[float, float]]
-
-
-class Unreadable(Exception):
-    """A file of the run that is missing or broken; the message says which and why."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ def read_all(models: Mapping[str, Any], kind: str, read: Callable[[Any], Any]) -
         if entry.get(kind):
             try:
                 contents[model] = read(entry[kind])
-            except Unreadable as reason:
+            except UserError as reason:
                 lacking.append(f"{model}: {reason}")
     return contents, lacking
 
@@ -59,7 +58,7 @@ def read_curves(directory: Path, path: Any, key: str) -> dict[str, Points]:
             if (finite := number(value)) is not None:
                 values.setdefault(name, []).append((step, finite))
     if key not in values:
-        raise Unreadable(f"{path} has no {key}" if values else f"{path} holds no step")
+        raise UserError(f"{path} has no {key}" if values else f"{path} holds no step")
     return dict(values)
 
 
@@ -68,9 +67,9 @@ def read_merge(directory: Path, path: Any) -> Mapping[str, Any]:
     try:
         report = json.loads(_read(directory, path))
     except ValueError:
-        raise Unreadable(f"{path} is not JSON") from None
+        raise UserError(f"{path} is not JSON") from None
     if not isinstance(report, dict) or not isinstance(report.get("layers"), dict):
-        raise Unreadable(f"{path} has no layers")
+        raise UserError(f"{path} has no layers")
     return report
 
 
@@ -78,7 +77,7 @@ def _read(directory: Path, path: Any) -> str:
     try:
         return (directory / path).read_text(encoding="utf-8", errors="replace")
     except (OSError, ValueError, TypeError):
-        raise Unreadable(f"{path} is missing") from None
+        raise UserError(f"{path} is missing") from None
 
 
 def kept(summary: Any) -> list[Kept]:
@@ -117,12 +116,9 @@ def smoothed(points: Points) -> Points:
     the right side only, so that the last value is a mean too.
     """
     reach = max(1, len(points) // 24)
-    sums = [0.0]
-    for _, y in points:
-        sums.append(sums[-1] + y)
-    line = []
-    for i, (x, _) in enumerate(points):
-        left = min(reach, i)
-        right = min(left, len(points) - 1 - i)
-        line.append((x, (sums[i + right + 1] - sums[i - left]) / (left + right + 1)))
-    return line
+    index = np.arange(len(points))
+    left = np.minimum(reach, index)
+    right = np.minimum(left, len(points) - 1 - index)
+    sums = np.cumsum([0.0, *(y for _, y in points)])
+    means = (sums[index + right + 1] - sums[index - left]) / (left + right + 1)
+    return list(zip([x for x, _ in points], means.tolist(), strict=True))

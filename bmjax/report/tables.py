@@ -1,30 +1,150 @@
-"""What a run's numbers say, for a terminal and a README: a headline in sentences, the table models x domains as text.
+"""What a run's numbers say: the table models x domains as values and as text, comparisons, the headline in sentences.
 
-`report` is report.json's content.
+A model may lack a domain, a domain its accuracy or its loss. `report` is report.json's content.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from bmjax.report.render import render
-from bmjax.report.scores import MEASURES, columns, compare
-from bmjax.report.text import count, listed, one_line
+from bmjax.report.render import EMPTY, count, listed, number, one_line, render
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A score: `sign` is 1 where higher is better, -1 where lower is. The rest says how it is named and written."""
+
+    key: str  # in report.json
+    label: str  # in a sentence
+    title: str  # above table columns
+    sign: int
+    factor: int  # from report.json's unit to the unit shown
+    digits: int
+    unit: str  # behind a number in a sentence
+
+    def text(self, value: float) -> str:
+        return f"{self.factor * value:.{self.digits}f}"
+
+    def change(self, difference: float) -> str:
+        return f"{self.factor * difference:+.{self.digits}f}".replace("-", "−")
+
+
+ACCURACY = Measure("accuracy", "accuracy", "accuracy, %", 1, 100, 1, " %")
+LOSS = Measure("loss", "held-out loss", "held-out loss, nats/token", -1, 1, 4, "")
+MEASURES = (ACCURACY, LOSS)
+
+
+@dataclass(frozen=True)
+class Column:
+    """One measure in one domain, or its mean over the domains: values and 95% intervals by model."""
+
+    measure: Measure
+    title: str
+    values: Mapping[str, float]
+    intervals: Mapping[str, tuple[float, float]]
+    mean: bool = False
+
+    def best(self, model: str) -> bool:
+        """Return whether no other model has a better value."""
+        sign = self.measure.sign
+        return model in self.values and sign * self.values[model] == max(sign * v for v in self.values.values())
+
+    def half(self, model: str) -> float:
+        """Return half of the width of a model's interval."""
+        low, high = self.intervals[model]
+        return (high - low) / 2
+
+    def text(self, model: str) -> str:
+        """Format a model's value, with half of its interval where that is known."""
+        text = self.measure.text(self.values[model]) if model in self.values else EMPTY
+        return f"{text} ±{self.measure.text(self.half(model))}" if model in self.intervals else text
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One model against another by one measure: the change in each domain that both have, and both means."""
+
+    measure: Measure
+    changes: Mapping[str, float]
+    before: float
+    after: float
+    unsure: Sequence[str]  # domains whose gain is within its own 95% interval
+
+    @property
+    def better(self) -> list[str]:
+        return [domain for domain, change in self.changes.items() if self.measure.sign * change > 0]
+
+    @property
+    def gain(self) -> float:
+        return self.measure.sign * (self.after - self.before)
+
+    @property
+    def text(self) -> str:
+        return listed([f"{domain} {self.measure.change(change)}" for domain, change in self.changes.items()])
+
+
+def interval(score: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Return the ends of an accuracy's 95% interval as shares of 1, None where it is not known."""
+    ends = [end for value in score.get("ci95") or () if (end := number(value)) is not None]
+    return (ends[0], ends[1]) if len(ends) == 2 else None
+
+
+def columns(models: Mapping[str, Any]) -> list[Column]:
+    """Return accuracy in every domain and its mean, then held-out loss in the same way.
+
+    `models` is what report.json has under that key. A mean needs a model's value in every domain.
+    """
+    table: list[Column] = []
+    domains = dict.fromkeys(domain for entry in models.values() for domain in entry.get("scores") or {})
+    for measure in MEASURES:
+        group = []
+        for domain in domains:
+            scores = {name: (entry.get("scores") or {}).get(domain) or {} for name, entry in models.items()}
+            values = {name: v for name, score in scores.items() if (v := number(score.get(measure.key))) is not None}
+            ends = {name: interval(scores[name]) for name in values if measure is ACCURACY}
+            if values:
+                group.append(Column(measure, domain, values, {name: pair for name, pair in ends.items() if pair}))
+        table += group
+        if len(group) > 1:
+            complete = [name for name in models if all(name in column.values for column in group)]
+            means = {name: sum(column.values[name] for column in group) / len(group) for name in complete}
+            table.append(Column(measure, "mean", means, {}, mean=True))
+    return table
+
+
+def compare(table: Sequence[Column], model: str, other: str) -> list[Comparison]:
+    """Compare a model with another by each measure that they have in common, in the domains that both have."""
+    comparisons = []
+    for measure in MEASURES:
+        group = [c for c in table if c.measure is measure and not c.mean and {model, other} <= c.values.keys()]
+        if not group:
+            continue
+        changes = {column.title: column.values[model] - column.values[other] for column in group}
+        before, after = (sum(column.values[name] for column in group) / len(group) for name in (other, model))
+        # The interval of a difference has half the width sqrt(a² + b²) where those of the two values have a and b.
+        unsure = [
+            column.title
+            for column in group
+            if {model, other} <= column.intervals.keys()
+            and 0 < changes[column.title] < math.hypot(column.half(model), column.half(other))
+        ]
+        comparisons.append(Comparison(measure, changes, before, after, unsure))
+    return comparisons
 
 
 def headline(report: Mapping[str, Any]) -> list[str]:
     """Return sentences made from the numbers: the merged model against the backbone, then against the mixture."""
     models = report["models"]
     table = columns(models)
-    text = render(
+    return render(
         "headline.txt.jinja",
         merged="merged" in models,
         chosen=(report.get("chosen") or {}).get("merge"),
         backbone=compare(table, "merged", "backbone"),
         mixture=compare(table, "merged", "mixture"),
         tokens=[count((models.get(name) or {}).get("tokens")) for name in ("mixture", "merged")],
-        listed=listed,
-    )
-    return text.splitlines()
+    ).splitlines()
 
 
 def summary_table(report: Mapping[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bmjax.report.text import count
+from bmjax.report.render import count
 
 
 @pytest.mark.parametrize(
