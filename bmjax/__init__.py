@@ -15,7 +15,7 @@ from bmjax.version import __version__
 
 if TYPE_CHECKING:
     from bmjax.api import Model, generate, load, merge, run, save, train
-    from bmjax.config import UserError
+    from bmjax.errors import UserError
 
 __all__ = ["Model", "UserError", "__version__", "generate", "load", "merge", "run", "save", "train"]
 
@@ -30,7 +30,7 @@ class _Package(types.ModuleType):
 
     def __getattr__(self, name: str) -> Any:
         if name in __all__:
-            source = "bmjax.config" if name == "UserError" else "bmjax.api"
+            source = "bmjax.errors" if name == "UserError" else "bmjax.api"
             return getattr(importlib.import_module(source), name)
         raise AttributeError(f"module 'bmjax' has no attribute {name!r}")
 

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from bmjax.config import DISK_ERRORS, Settings, UserError, describe, disk_error, nearest
+from bmjax.config import Settings, UserError, describe, nearest
+from bmjax.errors import DISK_ERRORS, disk_error
 from bmjax.version import __version__
 
 INTRO = """bmjax {version}: Branch-Merge distillation (arXiv 2503.04872) in JAX

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from bmjax.calibrate.recipe import CalibratedRecipe, CalibrationSettings, is_calibrated
-from bmjax.config import DISK_ERRORS, UserError, describe, disk_error
+from bmjax.config import UserError, describe
+from bmjax.errors import DISK_ERRORS, disk_error
 from bmjax.merge.methods import METHODS
 from bmjax.merge.plan.check import check
 from bmjax.merge.plan.output import parse_size
