@@ -14,9 +14,10 @@ from jax.sharding import Mesh
 from bmjax.config import UserError, nearest
 from bmjax.generate.text import generate
 from bmjax.model import qwen2
-from bmjax.model.spec import Qwen2Config, read_hf_config
+from bmjax.model.config import ModelConfig, read_hf_config
 from bmjax.parallel.mesh import make_mesh, sharding
 from bmjax.weights import hf
+from bmjax.weights import student as students
 
 __all__ = ["Model", "generate", "load", "merge", "run", "save", "train"]
 DTYPES = ("float32", "bfloat16", "float16")
@@ -29,7 +30,7 @@ class Model:
     Computation runs in `dtype`, on `mesh`; `directory` is where its files are.
     """
 
-    config: Qwen2Config
+    config: ModelConfig
     params: qwen2.Params
     tokenizer: Any
     directory: Path
@@ -88,12 +89,12 @@ class Model:
 
 
 @lru_cache(maxsize=16)
-def _logits(config: Qwen2Config, dtype: str) -> Any:
+def _logits(config: ModelConfig, dtype: str) -> Any:
     return jax.jit(lambda params, t, s, p: qwen2.logits(config, _cast(params, dtype), t, s, p, dtype=jnp.dtype(dtype)))
 
 
 @lru_cache(maxsize=16)
-def _loss(config: Qwen2Config, dtype: str) -> Any:
+def _loss(config: ModelConfig, dtype: str) -> Any:
     return jax.jit(
         lambda params, t, m, s, p: qwen2.loss_sum(config, _cast(params, dtype), t, m, s, p, dtype=jnp.dtype(dtype))
     )
@@ -112,12 +113,12 @@ def load(source: str | Path, dtype: str | None = "float32", mesh: Mapping[str, i
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype: '{dtype}' is not one of {', '.join(DTYPES)}{nearest(str(dtype), DTYPES)}")
-    directory = hf.resolve_model(str(source))
-    config = Qwen2Config.from_dir(directory)
+    student = students.open(source)
+    directory, config = student.directory, student.config
     devices = mesh if isinstance(mesh, Mesh) else make_mesh(mesh)
     params = hf.load_params(directory, config, devices, dtype=None if dtype is None else np.dtype(jnp.dtype(dtype)))
     compute = dtype or str(params["embed"]["embedding"].dtype)
-    return Model(config, params, hf.load_tokenizer(directory), directory, devices, compute)
+    return Model(config, params, student.tokenizer, directory, devices, compute)
 
 
 def save(model: Model, output: str | Path) -> Path:

@@ -83,11 +83,11 @@ def run_bmjax(arguments: argparse.Namespace) -> dict:
     from bmjax.branch.settings import TrainSettings
     from bmjax.branch.step import compile_step, init_state, load_batch
     from bmjax.model import qwen2
-    from bmjax.model.spec import Qwen2Config
+    from bmjax.model.spec import ModelConfig
     from bmjax.parallel.chips import peak_flops
     from bmjax.parallel.mesh import make_mesh
 
-    config = Qwen2Config.from_hf(hf_config(arguments))
+    config = ModelConfig.from_hf(hf_config(arguments))
     on_cpu = jax.default_backend() == "cpu"
     settings = TrainSettings(
         student="-", data="-", output="-", seq_len=arguments.seq_len, batch=arguments.batch, steps=arguments.steps,

@@ -3,36 +3,26 @@
 import json
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from bmjax.config import UserError
-from bmjax.io.safetensors import write_atomic
+from bmjax.io.atomic import write_atomic
+from bmjax.log import Log, write_line
 from bmjax.model import spec
-from bmjax.model.spec import Qwen2Config
+from bmjax.model.config import ModelConfig
 from bmjax.parallel.chips import peak_flops
 
-Log = Callable[[str], None]
 
-
-def flops_per_token(config: Qwen2Config, length: int) -> float:
+def flops_per_token(config: ModelConfig, length: int) -> float:
     """Training FLOPs a token: 6 per matrix parameter used, and causal attention over rows of `length` tokens.
 
     Attention costs 12 N H T per layer over the square, half of it under the causal mask (PaLM, appendix B).
     """
     matrices = spec.count(config) - config.vocab_size * config.hidden_size * (0 if config.tied else 1)
     return 6.0 * matrices + 6.0 * config.num_layers * config.num_heads * config.head_dim * length
-
-
-def write_line(text: str) -> None:
-    """The default log: one line on standard error, above a progress bar where there is one."""
-    from tqdm import tqdm
-
-    tqdm.write(text, file=sys.stderr)
-    sys.stderr.flush()
 
 
 def check_wandb(project: str | None) -> None:
@@ -53,7 +43,7 @@ class MetricsLog:
     """Appends one JSON object a step and shows progress. Lines beyond `start` of an earlier run are cut off."""
 
     def __init__(
-        self, path: Path, name: str, config: Qwen2Config, length: int, start: int, steps: int, steps_per_epoch: int,
+        self, path: Path, name: str, config: ModelConfig, length: int, start: int, steps: int, steps_per_epoch: int,
         devices: int, log: Log, log_every: int, wandb_project: str | None = None,
         settings: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip

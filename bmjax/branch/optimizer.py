@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from bmjax.config import UserError
-from bmjax.model.spec import Param, get, unflatten
+from bmjax.model import spec
+from bmjax.model.spec import Param
 
 MOMENTS = ("mu", "nu")  # of optax's Adam
 
@@ -44,19 +45,6 @@ def split_frozen(rows: tuple[Param, ...], freeze: list[str]) -> tuple[tuple[Para
     return trained, frozen
 
 
-def pick(params: Any, rows: tuple[Param, ...]) -> dict[str, Any]:
-    """The sub-dictionary of `params` with these rows only."""
-    return unflatten([(row.path, get(params, row.path)) for row in rows])
-
-
-def join(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
-    """Two disjoint nested dictionaries as one."""
-    out = dict(left)
-    for key, value in right.items():
-        out[key] = join(out[key], value) if key in out else value
-    return out
-
-
 def adamw(
     rows: tuple[Param, ...], beta1: float, beta2: float, eps: float, weight_decay: float, clip: float,
     moments_dtype: str = "float32",
@@ -66,7 +54,7 @@ def adamw(
     The rate is a multiplier at the step, so that one compiled step serves every schedule. moments_dtype: what both
     moments are stored in; they are computed in float32.
     """
-    decayed = unflatten([(row.path, row.is_matrix) for row in rows])
+    decayed = spec.unflatten([(row.path, row.is_matrix) for row in rows])
     parts = [optax.clip_by_global_norm(clip)] if clip else []
     parts.append(_stored_in(jnp.dtype(moments_dtype), optax.scale_by_adam(b1=beta1, b2=beta2, eps=eps)))
     if weight_decay:
@@ -97,7 +85,9 @@ def importances(moments: Any, frozen: Any, beta2: float) -> dict[str, Any]:
     """
     (adam,) = (part for part in moments if hasattr(part, "nu"))
     bias = 1.0 - beta2 ** max(1, int(adam.count))
-    return join(jax.tree.map(lambda nu: nu.astype(jnp.float32) / bias, adam.nu), jax.tree.map(jnp.zeros_like, frozen))
+    return spec.join(
+        jax.tree.map(lambda nu: nu.astype(jnp.float32) / bias, adam.nu), jax.tree.map(jnp.zeros_like, frozen)
+    )
 
 
 def global_norm(tree: Any) -> jax.Array:

@@ -14,7 +14,7 @@ from bmjax.branch import optimizer
 from bmjax.branch.loader import Batch, Loader
 from bmjax.model import qwen2, spec
 from bmjax.model.attention.options import How, Remat
-from bmjax.model.spec import Qwen2Config
+from bmjax.model.config import ModelConfig
 from bmjax.parallel.mesh import sharding
 
 BATCH_DTYPES = (jnp.int32, jnp.int32, jnp.uint8)  # tokens, segment ids, loss mask
@@ -24,7 +24,7 @@ BATCH_DTYPES = (jnp.int32, jnp.int32, jnp.uint8)  # tokens, segment ids, loss ma
 class StepPlan:
     """Everything a compiled step depends on; equal plans share one compilation."""
 
-    config: Qwen2Config
+    config: ModelConfig
     freeze: tuple[str, ...]
     accumulate: int
     beta1: float
@@ -76,10 +76,10 @@ def abstract_arguments(plan: StepPlan, rows: int, length: int) -> tuple[Any, ...
 def _state(plan: StepPlan, params: qwen2.Params, run: Callable[[Any, Any], Any]) -> dict[str, Any]:
     """The training state, of what `run` makes of a jitted program and parameters."""
     trained, frozen = plan.rows
-    train = optimizer.pick(params, trained)
+    train = spec.pick(params, trained)
     shardings = jax.tree.map(lambda a: a.sharding, train)
     moments = run(jax.jit(plan.adamw.init, out_shardings=_moment_shardings(plan, shardings, train)), train)
-    state = {"params": train, "frozen": optimizer.pick(params, frozen), "moments": moments}
+    state = {"params": train, "frozen": spec.pick(params, frozen), "moments": moments}
     if plan.track_move:
         # The step donates the parameters; the start needs buffers of its own.
         state["start"] = run(jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings), train)
@@ -100,7 +100,7 @@ def _moment_shardings(plan: StepPlan, shardings: Any, train: Any) -> Any:
 
 def all_params(state: dict[str, Any]) -> qwen2.Params:
     """The model's parameters, trained and frozen together."""
-    return optimizer.join(state["params"], state["frozen"])
+    return spec.join(state["params"], state["frozen"])
 
 
 @lru_cache(maxsize=16)
@@ -115,7 +115,7 @@ def make_step(plan: StepPlan) -> Any:
 
     def nats(train: Any, frozen: Any, batch: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         # Cast before the layers use them: what is gathered over fsdp is then of the compute dtype.
-        params = jax.tree.map(lambda a: a.astype(dtype), optimizer.join(train, frozen))
+        params = jax.tree.map(lambda a: a.astype(dtype), spec.join(train, frozen))
         tokens, segments, mask = batch
         return qwen2.loss_sum(
             plan.config, params, tokens, mask, segments, dtype=dtype, remat=plan.remat, unroll=plan.unroll,
@@ -150,7 +150,7 @@ def make_step(plan: StepPlan) -> Any:
         metrics = {"loss": total / denominator, "targets": count, "grad_norm": optimizer.global_norm(grads)}
         if plan.track_move:
             delta = jax.tree.map(jnp.subtract, train, state["start"])
-            whole = optimizer.join(state["start"], state["frozen"])
+            whole = spec.join(state["start"], state["frozen"])
             metrics["move"] = optimizer.global_norm(delta) / optimizer.global_norm(whole)
         return state | {"params": train, "moments": moments}, metrics
 

@@ -10,32 +10,34 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from bmjax.branch import examples, optimizer
-from bmjax.branch import fingerprint as identity
+from bmjax.branch import examples, fingerprint, optimizer
 from bmjax.branch.loader import Loader
 from bmjax.branch.loop import Progress, loop, saved
 from bmjax.branch.metrics import Log, check_wandb, write_line
 from bmjax.branch.settings import Training, TrainSettings
 from bmjax.branch.step import StepPlan, all_params, init_state
 from bmjax.config import UserError
-from bmjax.io.safetensors import write_atomic
+from bmjax.io.atomic import write_atomic
+from bmjax.io.rows import read_rows
 from bmjax.model import spec
 from bmjax.model.attention import cudnn
 from bmjax.model.attention.options import How
-from bmjax.model.spec import Qwen2Config, read_hf_config
+from bmjax.model.config import ModelConfig
 from bmjax.parallel import processes
 from bmjax.parallel.mesh import make_mesh
 from bmjax.weights import hf
+from bmjax.weights import student as students
 from bmjax.weights.checkpoint import Checkpoints
+from bmjax.weights.student import Student
 
 UNROLL_UP_TO = 8  # layers: below this a CPU gains from unrolling the scan, and the program stays small
 
 
-def _unroll(config: Qwen2Config) -> int:
+def _unroll(config: ModelConfig) -> int:
     return config.num_layers if jax.default_backend() == "cpu" and config.num_layers <= UNROLL_UP_TO else 1
 
 
-def step_plan(settings: Training, config: Qwen2Config, mesh: Mesh, documents: int = 0) -> StepPlan:
+def step_plan(settings: Training, config: ModelConfig, mesh: Mesh, documents: int = 0) -> StepPlan:
     """What the compiled step depends on. documents: the most of a row, 0 where it is not known, see `How`."""
     platform = mesh.devices.flat[0].platform
     needed = {"splash": "tpu", "cudnn": "gpu", "tokamax": "gpu"}.get(settings.attention, platform)
@@ -77,29 +79,29 @@ def train(settings: TrainSettings, log: Log = write_line) -> dict[str, Any]:
         return _train(settings, log if processes.is_main() else lambda line: None)
 
 
-def load_data(settings: TrainSettings, student: Path, config: Qwen2Config) -> tuple[Any, str, Loader]:
-    """(tokenizer, chat template, the batches) of a training; UserError for what cannot be trained on."""
-    tokenizer = hf.load_tokenizer(student)
-    if tokenizer is None:
-        raise UserError(f"{student}: no tokenizer files (tokenizer.json or vocab.json); training needs a tokenizer")
-    template = examples.chat_template(tokenizer, settings.template)
-    dataset = examples.build_dataset(
-        examples.read_rows(settings.data), tokenizer, template, settings.seq_len, settings.overlong
-    )
-    examples.check_vocabulary(dataset, config.vocab_size, student)
-    loader = Loader(dataset, settings.seq_len, settings.batch, settings.packing, settings.shuffle, settings.seed)
-    return tokenizer, template, loader
+def open_student(settings: TrainSettings) -> Student:
+    """Open the student of a training, with the chat template that it is trained with."""
+    return students.open(settings.student, template=settings.template, purpose="training")
+
+
+def load_data(settings: TrainSettings, student: Student) -> Loader:
+    """Read and tokenize the rows of a training; UserError for what cannot be trained on."""
+    assert student.template is not None  # the student was opened for training
+    rows = list(read_rows(settings.data))
+    dataset = examples.build_dataset(rows, student.tokenizer, student.template, settings.seq_len, settings.overlong)
+    examples.check_vocabulary(dataset, student.config.vocab_size, student.directory)
+    return Loader(dataset, settings.seq_len, settings.batch, settings.packing, settings.shuffle, settings.seed)
 
 
 def _train(settings: TrainSettings, log: Log) -> dict[str, Any]:
     output = Path(settings.output)
-    student = hf.resolve_model(settings.student)
-    config = Qwen2Config.from_dir(student)
+    student = open_student(settings)
+    config = student.config
     mesh = check(settings, config)
-    tokenizer, template, loader = load_data(settings, student, config)
+    loader = load_data(settings, student)
     dataset = loader.dataset
     steps = total_steps(settings, loader)
-    expected = identity.fingerprint(settings, student, dataset.digest) | {"steps": str(steps)}
+    expected = fingerprint.fingerprint(settings, student.directory, dataset.digest) | {"steps": str(steps)}
     own = settings.model_dump(exclude={"process_id", "student", "data"})
     processes.check_agreement({key: str(value) for key, value in own.items()} | expected)
     finished = _finished(output, expected, settings.importances) if processes.is_main() else None
@@ -117,19 +119,17 @@ def _train(settings: TrainSettings, log: Log) -> dict[str, Any]:
     )
     plan = step_plan(settings, config, mesh, loader.documents)
     with jax.set_mesh(mesh):
-        state = init_state(plan, hf.load_params(student, config, mesh, dtype=np.float32))
+        state = init_state(plan, hf.load_params(student.directory, config, mesh, dtype=np.float32))
         checkpoints = Checkpoints(output / "checkpoints", settings.keep, settings.save_every, settings.keep_every)
         try:
             state, begin = _resume(checkpoints, state, expected, log)
             state, summary = loop(plan, settings, loader, state, begin, steps, checkpoints, expected, log)
         finally:
             checkpoints.close()
-        dtype = np.dtype(settings.export_dtype) if settings.export_dtype else None
-        eos = _end_tokens(student, config, tokenizer, template)
-        _export(output, student, state, dtype, template if settings.template else None, eos)
+        _export(output, settings, student, state)
         if settings.importances:
             found = optimizer.importances(state["moments"], state["frozen"], settings.beta2)
-            hf.save_hf(output / "importances", found, read_hf_config(student), dtype=np.dtype(np.float32))
+            hf.save_hf(output / "importances", found, student.hf_config, dtype=np.dtype(np.float32))
     result = {"hf": str(output / "hf"), "steps": steps, "fingerprint": expected, **summary}
     if processes.is_main():
         write_atomic(output / "result.json", json.dumps(result, indent=1))
@@ -137,7 +137,7 @@ def _train(settings: TrainSettings, log: Log) -> dict[str, Any]:
     return result
 
 
-def check(settings: Training, config: Qwen2Config, devices: Sequence[Any] | None = None) -> Mesh:
+def check(settings: Training, config: ModelConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of a training over all `devices` (default: those at hand, of one process perhaps fewer), once everything
     that can be known before it begins is found right; else UserError."""
     check_wandb(settings.wandb)
@@ -157,7 +157,7 @@ def check(settings: Training, config: Qwen2Config, devices: Sequence[Any] | None
     return mesh
 
 
-def _check_divides(settings: Training, config: Qwen2Config, mesh: Mesh) -> None:
+def _check_divides(settings: Training, config: ModelConfig, mesh: Mesh) -> None:
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = settings.batch // settings.accumulate
     if rows % ways:
@@ -182,7 +182,7 @@ def _finished(output: Path, expected: dict[str, str], importances: bool) -> dict
     if importances and not (output / "importances" / "config.json").exists():
         return None
     result = json.loads(path.read_text())
-    identity.check_same(result["fingerprint"], expected, output)
+    fingerprint.check_same(result["fingerprint"], expected, output)
     return result
 
 
@@ -193,31 +193,23 @@ def _resume(
     latest = checkpoints.latest()
     if latest is None:
         return state, Progress()
-    identity.check_same(checkpoints.meta(latest)["fingerprint"], expected, checkpoints.directory)
+    fingerprint.check_same(checkpoints.meta(latest)["fingerprint"], expected, checkpoints.directory)
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), saved(state))
     restored, meta = checkpoints.restore(latest, abstract)
     log(f"resuming at step {latest}")
     return state | restored, Progress(latest, meta["tokens"])
 
 
-def _end_tokens(student: Path, config: Qwen2Config, tokenizer: Any, template: str) -> list[int] | None:
-    """The end tokens with the one that ends a turn of `template`; None where the student names it already."""
-    known = list(hf.end_tokens(student, config, tokenizer))
-    end = examples.end_of_turn(tokenizer, template)
-    return None if end is None or end in known else [*known, end]
-
-
-def _export(
-    output: Path, student: Path, state: dict[str, Any], dtype: Any, template: str | None, eos: list[int] | None
-) -> None:
-    """DIR/hf: the weights in `dtype` (or as the student stores them), with the student's tokenizer and config."""
-    hf_config = read_hf_config(student)
-    if dtype is None:
-        dtype = hf.stored_dtype(student)
+def _export(output: Path, settings: TrainSettings, student: Student, state: dict[str, Any]) -> None:
+    """Write DIR/hf: the weights as the student stores them or in export_dtype, with its tokenizer and config."""
+    dtype = np.dtype(settings.export_dtype) if settings.export_dtype else hf.stored_dtype(student.directory)
     tokenizer = None
-    if template is not None:
-        tokenizer = hf.load_tokenizer(student)
-        tokenizer.chat_template = template  # the template is part of the branch: serve with what it was trained on
+    if settings.template is not None:
+        # The template is part of the branch: it is served with the one that it was trained with.
+        tokenizer = student.tokenizer
+        tokenizer.chat_template = student.template
+    new_end_tokens = student.end_tokens if student.end_tokens != student.stored_end_tokens else None
     hf.save_hf(
-        output / "hf", all_params(state), hf_config, side_files=student, tokenizer=tokenizer, dtype=dtype, eos=eos
-    )
+        output / "hf", all_params(state), student.hf_config, side_files=student.directory, tokenizer=tokenizer,
+        dtype=dtype, eos=new_end_tokens,
+    )  # fmt: skip

@@ -18,7 +18,8 @@ from bmjax.calibrate.data import Arrays, Calibration
 from bmjax.calibrate.recipe import CalibrationSettings
 from bmjax.model import qwen2, spec
 from bmjax.model.attention.options import Remat
-from bmjax.model.spec import Qwen2Config, get, unflatten
+from bmjax.model.config import ModelConfig
+from bmjax.model.spec import get, unflatten
 
 Tree = dict[str, Any]
 # Linear layers that read the same input: it is looked at once.
@@ -26,7 +27,7 @@ SAME_INPUT = {"k": "q", "v": "q", "up": "gate"}
 
 
 def contributions(
-    config: Qwen2Config, base: Tree, branches: Sequence[Tree], calibration: Calibration, settings: CalibrationSettings
+    config: ModelConfig, base: Tree, branches: Sequence[Tree], calibration: Calibration, settings: CalibrationSettings
 ) -> list[Tree]:
     """One tree a branch, float32, placed as the branch's leaves are."""
     dtype = jnp.dtype(settings.compute_dtype)
@@ -71,7 +72,7 @@ def _regmean(leaves: Sequence[jax.Array], own: Sequence[np.ndarray], off_diagona
     return [jax.device_put(part, leaf.sharding) for part, leaf in zip(parts, leaves, strict=True)]
 
 
-def grams(config: Qwen2Config, params: Tree, batches: Iterator[Arrays], dtype: Any) -> dict[str, np.ndarray]:
+def grams(config: ModelConfig, params: Tree, batches: Iterator[Arrays], dtype: Any) -> dict[str, np.ndarray]:
     """Mean of x x^T over the real tokens' inputs x of the linear layers, by name (q, o, gate, down): [L, in, in]."""
     run, total, count = _grams(config, np.dtype(dtype).name), None, 0.0
     for tokens, segments, _ in batches:
@@ -84,7 +85,7 @@ def grams(config: Qwen2Config, params: Tree, batches: Iterator[Arrays], dtype: A
 
 
 @lru_cache(maxsize=8)
-def _grams(config: Qwen2Config, dtype: str) -> Any:
+def _grams(config: ModelConfig, dtype: str) -> Any:
     def run(params: Tree, tokens: jax.Array, segments: jax.Array) -> Any:
         real = (segments > 0).astype(jnp.float32)[..., None]
 
@@ -107,7 +108,7 @@ def _grams(config: Qwen2Config, dtype: str) -> Any:
     return jax.jit(run)
 
 
-def squares(config: Qwen2Config, params: Tree, batches: Iterator[Arrays], dtype: Any, remat: Remat) -> Tree:
+def squares(config: ModelConfig, params: Tree, batches: Iterator[Arrays], dtype: Any, remat: Remat) -> Tree:
     """Sum over packed rows of the squared gradient of each row's summed loss: the empirical Fisher information's
     diagonal but for a factor, float32, as `params`."""
     run, total = _squares(config, np.dtype(dtype).name, remat), None
@@ -118,7 +119,7 @@ def squares(config: Qwen2Config, params: Tree, batches: Iterator[Arrays], dtype:
 
 
 @lru_cache(maxsize=8)
-def _squares(config: Qwen2Config, dtype: str, remat: Remat) -> Any:
+def _squares(config: ModelConfig, dtype: str, remat: Remat) -> Any:
     def nats(params: Tree, tokens: jax.Array, segments: jax.Array, mask: jax.Array) -> jax.Array:
         own = jax.tree.map(lambda a: a.astype(dtype), params)
         return qwen2.loss_sum(config, own, tokens, mask, segments, dtype=jnp.dtype(dtype), remat=remat)[0]

@@ -13,7 +13,9 @@ from bmjax.branch import examples
 from bmjax.branch.loader import Batch, Loader
 from bmjax.branch.step import place_batch
 from bmjax.calibrate.recipe import CalibratedRecipe
+from bmjax.chat.template import chat_template
 from bmjax.config import UserError
+from bmjax.io.rows import read_rows
 
 Arrays = Sequence[jax.Array]
 
@@ -56,10 +58,10 @@ class Calibration:
 def read(recipe: CalibratedRecipe, tokenizer: Any, vocab_size: int, base: Path, mesh: Mesh) -> Calibration:
     """The calibration set of a recipe. Raises UserError for rows that cannot be read, or too few of them."""
     p = recipe.parameters
-    template = examples.chat_template(tokenizer, p.template)
+    template = chat_template(tokenizer, p.template)
     loaders, held_out = [], []
     for entry in recipe.models:
-        rows = examples.read_rows(entry.data)
+        rows = list(read_rows(entry.data))
         if len(rows) <= p.held_out:
             raise UserError(
                 f"models.{entry.model}: data: {len(rows)} rows, {p.held_out} of them to be held out (held_out); "

@@ -18,12 +18,13 @@ from bmjax.calibrate.data import Calibration
 from bmjax.calibrate.recipe import CalibrationSettings
 from bmjax.model import loss, qwen2, spec
 from bmjax.model.attention.options import Remat
-from bmjax.model.spec import Param, Qwen2Config, unflatten
+from bmjax.model.config import ModelConfig
+from bmjax.model.spec import Param, unflatten
 
 BETAS = (0.9, 0.95)
 
 
-def coefficients(config: Qwen2Config, start: float, per: str) -> Tree:
+def coefficients(config: ModelConfig, start: float, per: str) -> Tree:
     """One branch's, float32, of shapes that broadcast over the parameters: an output row is a kernel's last axis."""
     return unflatten([(row.path, jnp.full(_shape(row, per), start, jnp.float32)) for row in spec.table(config)])
 
@@ -47,7 +48,7 @@ def merged(base: Tree, parts: Sequence[Tree], factors: Sequence[Tree]) -> Tree:
 
 
 def _nats(
-    config: Qwen2Config, params: Tree, batch: Sequence[jax.Array], domains: int, dtype: str, remat: Remat
+    config: ModelConfig, params: Tree, batch: Sequence[jax.Array], domains: int, dtype: str, remat: Remat
 ) -> jax.Array:
     """Mean over domains of nats a target token; the batch's rows are those of one domain after another."""
     tokens, segments, mask = batch
@@ -61,17 +62,17 @@ def _nats(
 
 
 @lru_cache(maxsize=8)
-def _judge(config: Qwen2Config, dtype: str) -> Any:
+def _judge(config: ModelConfig, dtype: str) -> Any:
     return jax.jit(lambda params, batch: _nats(config, params, batch, 1, dtype, "none"))
 
 
-def held_out_losses(config: Qwen2Config, params: Tree, calibration: Calibration, dtype: str) -> list[float]:
+def held_out_losses(config: ModelConfig, params: Tree, calibration: Calibration, dtype: str) -> list[float]:
     """Nats a target token of each domain's held-out documents."""
     return [float(_judge(config, dtype)(params, batch)) for batch in calibration.judged()]
 
 
 @lru_cache(maxsize=8)
-def _coefficient_step(config: Qwen2Config, domains: int, dtype: str, remat: Remat) -> Any:
+def _coefficient_step(config: ModelConfig, domains: int, dtype: str, remat: Remat) -> Any:
     tx = optax.scale_by_adam(*BETAS)
 
     def step(factors: Any, moments: Any, base: Tree, parts: Any, batch: Any, rate: jax.Array) -> tuple[Any, Any]:
@@ -85,7 +86,7 @@ def _coefficient_step(config: Qwen2Config, domains: int, dtype: str, remat: Rema
 
 
 def learn(
-    config: Qwen2Config, base: Tree, parts: Sequence[Tree], calibration: Calibration, settings: CalibrationSettings
+    config: ModelConfig, base: Tree, parts: Sequence[Tree], calibration: Calibration, settings: CalibrationSettings
 ) -> list[Tree]:
     """The branches' coefficients after `settings.steps` steps of Adam."""
     factors = [coefficients(config, settings.start, settings.per) for _ in parts]
@@ -99,7 +100,7 @@ def learn(
 
 
 @lru_cache(maxsize=8)
-def _polish_step(config: Qwen2Config, domains: int, dtype: str, remat: Remat) -> Any:
+def _polish_step(config: ModelConfig, domains: int, dtype: str, remat: Remat) -> Any:
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(*BETAS))
 
     def step(params: Tree, moments: Any, moving: Tree, batch: Any, rate: jax.Array) -> tuple[Tree, Any]:
@@ -112,7 +113,7 @@ def _polish_step(config: Qwen2Config, domains: int, dtype: str, remat: Remat) ->
 
 
 def polish(
-    config: Qwen2Config, params: Tree, parts: Sequence[Tree], calibration: Calibration, settings: CalibrationSettings
+    config: ModelConfig, params: Tree, parts: Sequence[Tree], calibration: Calibration, settings: CalibrationSettings
 ) -> Tree:
     """`settings.polish` joint steps of Adam from `params` on; leaves that no branch changed stay as they are."""
     moving = jax.tree.map(lambda *own: jnp.stack([jnp.any(part != 0) for part in own]).any(), *parts)

@@ -15,11 +15,13 @@ from bmjax.calibrate.contributions import Tree, contributions
 from bmjax.calibrate.learn import coefficients, held_out_losses, learn, merged, polish
 from bmjax.calibrate.recipe import CalibratedRecipe
 from bmjax.config import UserError
+from bmjax.io import hub
 from bmjax.merge.engine.files import REPORT
 from bmjax.merge.plan.output import check_target
 from bmjax.merge.report.statistics import layer_of
 from bmjax.model import spec
-from bmjax.model.spec import Qwen2Config, get, read_hf_config
+from bmjax.model.config import ModelConfig, read_hf_config
+from bmjax.model.spec import get
 from bmjax.parallel.mesh import make_mesh
 from bmjax.weights import hf
 
@@ -40,7 +42,7 @@ def merge(
         recipe = CalibratedRecipe.read(recipe, overrides)
     base_directory, directories = check(recipe, output, overwrite)
     p = recipe.parameters
-    config = Qwen2Config.from_dir(base_directory)
+    config = ModelConfig.from_dir(base_directory)
     tokenizer = hf.load_tokenizer(base_directory)
     if tokenizer is None:
         raise UserError(f"{base_directory}: no tokenizer files (tokenizer.json or vocab.json); the data needs them")
@@ -95,16 +97,16 @@ def merge(
 
 def check(recipe: CalibratedRecipe, output: str | Path, overwrite: bool) -> tuple[Path, list[Path]]:
     """The base's and the branches' directories, once what their configs say fits together; else UserError."""
-    base, *directories = [hf.resolve_model(recipe.sources.get(n, n)) for n in recipe.inputs]
+    base, *directories = [hub.model_directory(recipe.sources.get(n, n)) for n in recipe.inputs]
     check_target(Path(output), [base, *directories], overwrite)
-    expected = Qwen2Config.from_dir(base)
+    expected = ModelConfig.from_dir(base)
     if recipe.parameters.seq_len > expected.max_length:
         raise UserError(
             f"parameters.seq_len: {recipe.parameters.seq_len} is more than the base's context of "
             f"{expected.max_length} tokens; lower it"
         )
     for name, directory in zip(recipe.names, directories, strict=True):
-        found = Qwen2Config.from_dir(directory)
+        found = ModelConfig.from_dir(directory)
         shapes = [{row.name: row.shape for row in spec.table(config)} for config in (expected, found)]
         for parameter in dict.fromkeys([*shapes[0], *shapes[1]]):
             one, other = (own.get(parameter, "nothing") for own in shapes)
@@ -116,14 +118,14 @@ def check(recipe: CalibratedRecipe, output: str | Path, overwrite: bool) -> tupl
     return base, directories
 
 
-def _check_finite(name: str, tree: Tree, config: Qwen2Config) -> None:
+def _check_finite(name: str, tree: Tree, config: ModelConfig) -> None:
     for row in spec.table(config):
         if not bool(jnp.isfinite(get(tree, row.path)).all()):
             raise UserError(f"model '{name}': {row.name} holds NaN or infinity; the training run is broken")
 
 
 def _summaries(
-    recipe: CalibratedRecipe, config: Qwen2Config, base: Tree, params: Tree, parts: Sequence[Tree],
+    recipe: CalibratedRecipe, config: ModelConfig, base: Tree, params: Tree, parts: Sequence[Tree],
     factors: Sequence[Tree],
 ) -> dict[str, Any]:  # fmt: skip
     """`layers` and `total`, each {"merged": {reference_norm, moved_norm, models: {name: {kept, delta_norm,

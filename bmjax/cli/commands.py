@@ -23,7 +23,7 @@ def _run(options: Namespace) -> None:
 
 
 def _collect(options: Namespace) -> None:
-    from bmjax.branch.metrics import write_line
+    from bmjax.log import write_line
     from bmjax.teach.collect import collect
 
     failed = collect(options.settings, write_line)["failed"]
@@ -33,7 +33,7 @@ def _collect(options: Namespace) -> None:
 
 
 def _select(options: Namespace) -> None:
-    from bmjax.branch.metrics import write_line
+    from bmjax.log import write_line
     from bmjax.teach.select import render_table, select
 
     print(render_table(select(options.settings, write_line)))

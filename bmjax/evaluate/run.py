@@ -1,8 +1,9 @@
 """Score a model: accuracy by generating and judging, held-out loss by reading traces it was not trained on."""
 
+import itertools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -11,21 +12,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bmjax.branch.examples import Dataset, build_dataset, chat_template, check_vocabulary, read_rows, render_prompt
+from bmjax.branch.examples import Dataset, build_dataset, check_vocabulary
 from bmjax.branch.loader import Loader
 from bmjax.branch.step import load_batch
+from bmjax.chat.template import render_prompt
 from bmjax.config import UserError
 from bmjax.evaluate.score import accuracy
 from bmjax.evaluate.settings import EvalSettings, TaskSettings
 from bmjax.generate import sampler
-from bmjax.io.safetensors import write_atomic
+from bmjax.io.atomic import write_atomic
+from bmjax.io.rows import Row, read_rows
 from bmjax.model import qwen2
-from bmjax.model.spec import Qwen2Config
+from bmjax.model.config import ModelConfig
 from bmjax.parallel.mesh import make_mesh
 from bmjax.teach.judges.verify import verify
 from bmjax.weights import hf
-
-Row = tuple[str, dict[str, Any]]
+from bmjax.weights import student as students
 
 
 def evaluate(settings: EvalSettings, log: Callable[[str], None] = lambda line: None) -> dict[str, dict[str, Any]]:
@@ -34,23 +36,21 @@ def evaluate(settings: EvalSettings, log: Callable[[str], None] = lambda line: N
     A task with questions gets accuracy, ci95, n, k, truncated (answers cut at max_new_tokens); one with traces
     gets loss (nats a target token), bits_per_byte (of the target text) and loss_tokens.
     """
-    directory = hf.resolve_model(settings.model)
-    config = Qwen2Config.from_dir(directory)
-    tokenizer = hf.load_tokenizer(directory)
-    if tokenizer is None:
-        raise UserError(f"{directory}: no tokenizer files (tokenizer.json or vocab.json); evaluation needs a tokenizer")
-    template = chat_template(tokenizer, settings.template)
+    student = students.open(settings.model, template=settings.template, purpose="evaluation")
+    config, tokenizer, template = student.config, student.tokenizer, student.template
+    assert template is not None  # the student was opened for evaluation
     _check_tasks(settings)
     mesh = make_mesh(settings.mesh)
     dtype = jnp.dtype(settings.compute_dtype)
     scores: dict[str, dict[str, Any]] = {}
     with jax.set_mesh(mesh):
-        params = hf.load_params(directory, config, mesh, dtype=np.dtype(dtype))
+        params = hf.load_params(student.directory, config, mesh, dtype=np.dtype(dtype))
         for name, task in settings.tasks.items():
             scores[name] = {}
             if task.questions is not None:
-                eos = hf.end_tokens(directory, config, tokenizer)
-                score, samples = _accuracy(settings, name, task, config, params, tokenizer, template, eos)
+                score, samples = _accuracy(
+                    settings, name, task, config, params, tokenizer, template, student.end_tokens
+                )
                 scores[name] |= score
                 lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
                 write_atomic(Path(settings.output) / "samples" / f"{name}.jsonl", lines)
@@ -84,12 +84,12 @@ def summary(score: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _limited(rows: Sequence[Row], task: TaskSettings) -> list[Row]:
-    return list(rows[: task.limit] if task.limit else rows)
+def _limited(rows: Iterable[Row], task: TaskSettings) -> list[Row]:
+    return list(itertools.islice(rows, task.limit))
 
 
 def _accuracy(
-    settings: EvalSettings, name: str, task: TaskSettings, config: Qwen2Config, params: Any, tokenizer: Any,
+    settings: EvalSettings, name: str, task: TaskSettings, config: ModelConfig, params: Any, tokenizer: Any,
     template: str, eos: Sequence[int],
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:  # fmt: skip
     assert task.questions is not None
@@ -129,14 +129,14 @@ def _accuracy(
 
 
 @lru_cache(maxsize=16)
-def _loss_function(config: Qwen2Config, dtype: Any) -> Any:
+def _loss_function(config: ModelConfig, dtype: Any) -> Any:
     return jax.jit(
         lambda params, tokens, segments, mask: qwen2.loss_sum(config, params, tokens, mask, segments, dtype=dtype)
     )
 
 
 def held_out_loss(
-    settings: EvalSettings, config: Qwen2Config, params: Any, tokenizer: Any, template: str, rows: Sequence[Row],
+    settings: EvalSettings, config: ModelConfig, params: Any, tokenizer: Any, template: str, rows: Sequence[Row],
     mesh: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """loss (nats a target token), bits_per_byte (nats / ln 2 over the bytes of the target text), loss_tokens, cut_rows.

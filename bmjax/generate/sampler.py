@@ -15,7 +15,7 @@ import numpy as np
 
 from bmjax.config import UserError
 from bmjax.model import qwen2
-from bmjax.model.spec import Qwen2Config
+from bmjax.model.config import ModelConfig
 from bmjax.parallel.mesh import sharding
 
 PREFILL = 512  # prompt tokens per pass, which bounds the scores held at once
@@ -41,7 +41,7 @@ class Generation:
 
 
 def generate(
-    config: Qwen2Config, params: Any, prompts: Sequence[Sequence[int]], sampling: Sampling,
+    config: ModelConfig, params: Any, prompts: Sequence[Sequence[int]], sampling: Sampling,
     eos_ids: Sequence[int], batch: int = 64, dtype: Any = jnp.float32,
 ) -> list[Generation]:  # fmt: skip
     """A continuation of every prompt (token ids), in order.
@@ -87,7 +87,7 @@ def generate(
     return [result for result in results if result is not None]
 
 
-def check_prompt(config: Qwen2Config, prompt: Sequence[int], name: str) -> None:
+def check_prompt(config: ModelConfig, prompt: Sequence[int], name: str) -> None:
     """UserError, naming the prompt, unless the model can read it and has room for an answer."""
     if not len(prompt):
         raise UserError(f"{name}: empty; expected at least one token")
@@ -118,7 +118,7 @@ def _bucket(length: int) -> int:
 
 @lru_cache(maxsize=64)
 def _compiled(
-    config: Qwen2Config, new: int, greedy: bool, nucleus: bool, eos_ids: tuple[int, ...], dtype_name: str
+    config: ModelConfig, new: int, greedy: bool, nucleus: bool, eos_ids: tuple[int, ...], dtype_name: str
 ) -> Any:
     dtype = jnp.dtype(dtype_name)
     unroll = config.num_layers if config.num_layers <= 8 else 1

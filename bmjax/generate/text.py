@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from bmjax.config import UserError
 from bmjax.generate import sampler
-from bmjax.model.spec import Qwen2Config
+from bmjax.model.config import ModelConfig
 from bmjax.weights import hf
 
 
@@ -18,7 +18,7 @@ class Loaded(Protocol):
     """What is needed of a model: `bmjax.load` gives it."""
 
     @property
-    def config(self) -> Qwen2Config: ...
+    def config(self) -> ModelConfig: ...
     @property
     def params(self) -> dict[str, Any]: ...
     @property

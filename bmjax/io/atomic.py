@@ -8,6 +8,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Any, BinaryIO
 
 from bmjax.config import UserError
 
@@ -17,13 +18,23 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
 
     Makes missing parent directories. UserError, one line naming the file, when it cannot be written.
     """
+    with replacing_file(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+@contextlib.contextmanager
+def replacing_file(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a file to write that becomes `path` when the block ends well, and vanishes when it does not.
+
+    Makes missing parent directories. UserError, one line naming the file, when it cannot be written.
+    """
     path = Path(path)
     temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, "xb") as file:
-                file.write(data.encode() if isinstance(data, str) else data)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -33,6 +44,31 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
             raise
     except OSError as error:
         raise write_error(path, error) from None
+
+
+@contextlib.contextmanager
+def held(path: str | Path, holder: str) -> Iterator[None]:
+    """Hold the lock file `path` while the block runs, so that no second process writes beside it.
+
+    holder: what else holds it, named in the UserError when it is taken ("another run is writing here").
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.open("w")
+    except OSError as error:
+        raise UserError(f"{path.parent}: cannot be written: {error.strerror}") from None
+    with lock:
+        lock_file(lock, path.parent, holder)
+        yield
+
+
+def lock_file(file: IO[Any], name: Path, holder: str) -> None:
+    """Lock an open file for this process, or raise a UserError that says who holds `name`."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"{name}: {holder}; wait for it or choose another output") from None
 
 
 @contextlib.contextmanager

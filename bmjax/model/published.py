@@ -2,7 +2,7 @@
 
 import re
 
-from bmjax.model.spec import Qwen2Config, Rope
+from bmjax.model.config import ModelConfig, Rope
 
 # hidden, intermediate, layers, heads, kv heads, vocabulary: from the models' config.json; heads are of 64 or 128.
 _SIZES = {
@@ -20,14 +20,14 @@ _DISTILLED = ("1.5", "7", "14", "32")
 _NAME = re.compile(r"(?:(?:deepseek-ai/)?(DeepSeek-R1-Distill-Qwen)-|(?:Qwen/)?Qwen2\.5-)([\d.]+)B(-Instruct)?")
 
 
-def known(name: str) -> Qwen2Config | None:
+def known(name: str) -> ModelConfig | None:
     """The architecture of DeepSeek-R1-Distill-Qwen-*B and Qwen2.5-*B(-Instruct) by hub id; None for others."""
     match = _NAME.fullmatch(name)
     if match is None or match[2] not in (_DISTILLED if match[1] else _SIZES):
         return None
     size, distilled = match[2], bool(match[1])
     hidden, intermediate, layers, heads, kv_heads, vocab = _SIZES[size]
-    return Qwen2Config(
+    return ModelConfig(
         vocab_size=vocab, hidden_size=hidden, intermediate_size=intermediate, num_layers=layers, num_heads=heads,
         num_kv_heads=kv_heads, head_dim=hidden // heads, max_length=32_768 if match[3] or size in _SHORT else 131_072,
         tied=size in _TIED and not distilled,

@@ -18,8 +18,9 @@ from bmjax.model import loss, ops, rope, spec
 from bmjax.model import remat as checkpointed
 from bmjax.model.attention.dispatch import cached_attention, causal_attention
 from bmjax.model.attention.options import How, Remat
+from bmjax.model.config import ModelConfig
 from bmjax.model.embedding import lookup
-from bmjax.model.spec import Param, Qwen2Config
+from bmjax.model.spec import Param
 from bmjax.parallel.mesh import constrain, sharding
 
 Params = dict[str, Any]
@@ -46,24 +47,24 @@ class Context(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def _rows(config: Qwen2Config) -> dict[str, Param]:
+def _rows(config: ModelConfig) -> dict[str, Param]:
     return {row.name: row for row in spec.table(config)}
 
 
-def _initial(row: Param, config: Qwen2Config, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+def _initial(row: Param, config: ModelConfig, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     if row.init == "normal":
         return jax.random.normal(key, shape, dtype) * config.initializer_range
     return jnp.zeros(shape, dtype) if row.init == "zeros" else jnp.ones(shape, dtype)
 
 
-def _leaf(module: nn.Module, name: str, row_name: str, config: Qwen2Config) -> jax.Array:
+def _leaf(module: nn.Module, name: str, row_name: str, config: ModelConfig) -> jax.Array:
     row = _rows(config)[row_name]
     shape = row.shape[1:] if row.stacked else row.shape
     return module.param(name, lambda key: _initial(row, config, key, shape, jnp.float32))
 
 
 class RMSNorm(nn.Module):
-    config: Qwen2Config
+    config: ModelConfig
     row: str
 
     @nn.compact
@@ -75,7 +76,7 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Module):
-    config: Qwen2Config
+    config: ModelConfig
     row: str
     bias: bool = False
 
@@ -88,7 +89,7 @@ class Linear(nn.Module):
 
 
 class Attention(nn.Module):
-    config: Qwen2Config
+    config: ModelConfig
     how: How
 
     @nn.compact
@@ -123,7 +124,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
-    config: Qwen2Config
+    config: ModelConfig
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
@@ -134,7 +135,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    config: Qwen2Config
+    config: ModelConfig
     how: How
 
     @nn.compact
@@ -158,7 +159,7 @@ class Qwen2(nn.Module):
     unroll: layers per scan iteration (a small model on a CPU is faster with all of them). how: of attention.
     """
 
-    config: Qwen2Config
+    config: ModelConfig
     dtype: Any = jnp.float32
     remat: Remat = "none"
     unroll: int = 1
@@ -194,14 +195,14 @@ class Qwen2(nn.Module):
 
 
 class _Embedding(nn.Module):
-    config: Qwen2Config
+    config: ModelConfig
 
     @nn.compact
     def __call__(self) -> jax.Array:
         return _leaf(self, "embedding", "embed/embedding", self.config)
 
 
-def init(config: Qwen2Config, seed: int, mesh: Mesh | None = None, dtype: Any = jnp.float32) -> Params:
+def init(config: ModelConfig, seed: int, mesh: Mesh | None = None, dtype: Any = jnp.float32) -> Params:
     """Random parameters as the table says, each leaf born with its sharding on `mesh`."""
     rows = spec.table(config)
 
@@ -219,7 +220,7 @@ def default_positions(segment_ids_BT: jax.Array) -> jax.Array:
     return jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)[None, :] - ops.document_starts(segment_ids_BT)
 
 
-def head_weight(config: Qwen2Config, params: Params) -> jax.Array:
+def head_weight(config: ModelConfig, params: Params) -> jax.Array:
     """The matrix [D, V] from hidden states to logits: the embedding's transpose when it is tied."""
     return params["embed"]["embedding"].T if config.tied else params["lm_head"]["kernel"]
 
@@ -230,7 +231,7 @@ def trunk(params: Params) -> Params:
 
 
 def hidden(
-    config: Qwen2Config, params: Params, tokens_BT: jax.Array, segment_ids_BT: jax.Array | None = None,
+    config: ModelConfig, params: Params, tokens_BT: jax.Array, segment_ids_BT: jax.Array | None = None,
     positions_BT: jax.Array | None = None, *, dtype: Any = jnp.float32, remat: Remat = "none", unroll: int = 1,
     how: How = How(),
 ) -> jax.Array:  # fmt: skip
@@ -244,7 +245,7 @@ def hidden(
 
 
 def logits(
-    config: Qwen2Config, params: Params, tokens_BT: jax.Array, segment_ids_BT: jax.Array | None = None,
+    config: ModelConfig, params: Params, tokens_BT: jax.Array, segment_ids_BT: jax.Array | None = None,
     positions_BT: jax.Array | None = None, *, dtype: Any = jnp.float32,
 ) -> jax.Array:  # fmt: skip
     """Logits [B, T, V] in float32."""
@@ -254,7 +255,7 @@ def logits(
 
 
 def loss_sum(
-    config: Qwen2Config, params: Params, tokens_BT: jax.Array, loss_mask_BT: jax.Array,
+    config: ModelConfig, params: Params, tokens_BT: jax.Array, loss_mask_BT: jax.Array,
     segment_ids_BT: jax.Array | None = None, positions_BT: jax.Array | None = None, *,
     dtype: Any = jnp.float32, remat: Remat = "none", unroll: int = 1, how: How = How(),
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
@@ -267,13 +268,13 @@ def loss_sum(
     return nats, jnp.sum(mask)
 
 
-def empty_cache(config: Qwen2Config, batch: int, slots: int, dtype: Any) -> Cache:
+def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: Any) -> Cache:
     """A cache of `slots` tokens for `batch` rows, nothing valid yet."""
     shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch, slots), bool), jnp.int32(0))
 
 
-def check_length(config: Qwen2Config, length: int, what: str) -> None:
+def check_length(config: ModelConfig, length: int, what: str) -> None:
     """Raise UserError when `what` is longer than the model's context."""
     if length > config.max_length:
         raise UserError(f"{what}: {length} tokens, the model's context holds {config.max_length}; shorten it")

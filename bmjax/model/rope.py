@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bmjax.model.spec import Rope
+from bmjax.model.config import Rope
 
 
 def inverse_frequencies(rope: Rope, head_dim: int, max_length: int) -> tuple[np.ndarray, float]:

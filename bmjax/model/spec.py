@@ -4,182 +4,11 @@ Initialization, sharding, import, export and merging read this table and have no
 Shapes: V vocabulary, D hidden size, N query heads, K key/value heads, H head size, F feed-forward, L layers.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from bmjax.config import UserError, read_text
-
-MAX_CONFIG_CHARACTERS = 2**24  # the largest, with a label for each of 20,000 classes, have a million
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary position settings. `kind` is 'default', 'linear' or 'yarn' (arXiv 2309.00071)."""
-
-    theta: float = 10_000.0
-    kind: str = "default"
-    factor: float = 1.0
-    original_length: int | None = None
-    attention_factor: float | None = None
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    truncate: bool = True
-
-
-@dataclass(frozen=True)
-class Qwen2Config:
-    """What the architecture needs of a Hugging Face Qwen2 `config.json`.
-
-    `windows` holds one entry a layer: the sliding window in tokens, or None for full attention.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    max_length: int
-    norm_eps: float = 1e-6
-    tied: bool = False
-    rope: Rope = Rope()
-    windows: tuple[int | None, ...] = ()
-    initializer_range: float = 0.02
-    eos_token_ids: tuple[int, ...] = ()
-    pad_token_id: int | None = None
-
-    def __post_init__(self) -> None:
-        if len(self.windows) not in (0, self.num_layers):
-            raise UserError(f"{len(self.windows)} layer types for {self.num_layers} layers")
-        if self.num_heads % self.num_kv_heads:
-            raise UserError(
-                f"num_attention_heads {self.num_heads} is not a multiple of num_key_value_heads {self.num_kv_heads}"
-            )
-
-    @property
-    def uses_windows(self) -> bool:
-        return any(window is not None for window in self.windows)
-
-    @classmethod
-    def from_hf(cls, config: Mapping[str, Any], where: str = "config.json") -> "Qwen2Config":
-        """From the dictionary of a Hugging Face config.json (transformers 4 and 5 spellings).
-
-        Raises UserError for another `model_type`, a missing key, or a rope type that is not supported.
-        """
-        kind = config.get("model_type")
-        if kind != "qwen2":
-            raise UserError(f"{where}: model_type is {kind!r}, expected 'qwen2' (Qwen2, Qwen2.5, R1-Distill-Qwen)")
-        for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                    "num_key_value_heads", "head_dim", "max_position_embeddings"):  # fmt: skip
-            value = config.get(key)
-            if value is not None and (type(value) is not int or value < 1):
-                raise UserError(f"{where}: {key} is {value!r}, expected a whole number of at least 1")
-        if config.get("hidden_act", "silu") != "silu":
-            raise UserError(f"{where}: hidden_act is {config['hidden_act']!r}, expected 'silu'")
-        try:
-            heads, hidden, layers = (
-                int(config[k]) for k in ("num_attention_heads", "hidden_size", "num_hidden_layers")
-            )
-            rope = _rope(config, where)
-            return cls(
-                vocab_size=int(config["vocab_size"]),
-                hidden_size=hidden,
-                intermediate_size=int(config["intermediate_size"]),
-                num_layers=layers,
-                num_heads=heads,
-                num_kv_heads=int(config.get("num_key_value_heads") or heads),
-                head_dim=int(config.get("head_dim") or hidden // heads),
-                max_length=_context(config, rope),
-                norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-                tied=bool(config.get("tie_word_embeddings", False)),
-                rope=rope,
-                windows=_windows(config, layers, where),
-                initializer_range=float(config.get("initializer_range", 0.02)),
-                eos_token_ids=_ids(config.get("eos_token_id")),
-                pad_token_id=config.get("pad_token_id"),
-            )
-        except UserError as error:
-            message = str(error).removeprefix(f"{where}: ")
-            raise UserError(f"{where}: {message}") from None
-        except KeyError as error:
-            raise UserError(f"{where}: key {error} is missing") from None
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{where}: a value has the wrong type: {error}") from None
-
-    @classmethod
-    def from_dir(cls, directory: str | Path) -> "Qwen2Config":
-        """From DIR/config.json."""
-        return cls.from_hf(read_hf_config(directory), str(Path(directory) / "config.json"))
-
-
-def read_hf_config(directory: str | Path) -> dict[str, Any]:
-    """DIR/config.json as a dictionary; a UserError when it is missing or is not a JSON object."""
-    path = Path(directory) / "config.json"
-    try:
-        config = json.loads(read_text(path, MAX_CONFIG_CHARACTERS))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    except RecursionError:
-        raise UserError(f"{path}: not valid JSON: nested too deeply") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(config).__name__}")
-    return config
-
-
-def _ids(value: Any) -> tuple[int, ...]:
-    return () if value is None else tuple(value) if isinstance(value, (list, tuple)) else (int(value),)
-
-
-def _context(config: Mapping[str, Any], rope: Rope) -> int:
-    """Tokens of the context. Qwen2.5's YaRN configs leave max_position_embeddings at the length before scaling."""
-    length = int(config.get("max_position_embeddings") or 32_768)
-    stretched = int(rope.factor * rope.original_length) if rope.kind == "yarn" and rope.original_length else 0
-    return max(length, stretched)
-
-
-def _rope(config: Mapping[str, Any], where: str) -> Rope:
-    # transformers 5 writes `rope_parameters`, 4 wrote `rope_theta` and `rope_scaling`.
-    values: dict[str, Any] = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    kind = values.get("rope_type", values.get("type")) or "default"
-    theta = float(values.get("rope_theta") or config.get("rope_theta") or 10_000.0)
-    if kind == "default":
-        return Rope(theta=theta)
-    if kind not in ("yarn", "linear"):
-        raise UserError(f"{where}: rope type {kind!r} is not supported; 'default', 'linear' and 'yarn' are")
-    original = values.get("original_max_position_embeddings") or config.get("max_position_embeddings")
-    return Rope(
-        theta=theta,
-        kind=kind,
-        factor=float(values["factor"]),
-        original_length=int(original) if original else None,
-        attention_factor=values.get("attention_factor"),
-        beta_fast=float(values.get("beta_fast") or 32.0),
-        beta_slow=float(values.get("beta_slow") or 1.0),
-        mscale=values.get("mscale"),
-        mscale_all_dim=values.get("mscale_all_dim"),
-        truncate=bool(values.get("truncate", True)),
-    )
-
-
-def _windows(config: Mapping[str, Any], layers: int, where: str) -> tuple[int | None, ...]:
-    window = config.get("sliding_window", 4096)  # transformers' default
-    kinds = config.get("layer_types")
-    if not config.get("use_sliding_window", False) or window is None:
-        return ()
-    if kinds is None:
-        first = int(config.get("max_window_layers", 28))
-        kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
-    unknown = next((kind for kind in kinds if kind not in ("sliding_attention", "full_attention")), None)
-    if unknown is not None or len(kinds) != layers:
-        found = f"{unknown!r}" if unknown is not None else f"{len(kinds)} entries for {layers} layers"
-        raise UserError(f"{where}: layer_types has {found}; expected sliding_attention or full_attention a layer")
-    return tuple(int(window) if kind == "sliding_attention" else None for kind in kinds)
+from bmjax.model.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -228,7 +57,7 @@ def _param(path: str, shape: tuple[int, ...], axes: tuple[str, ...], hf_key: str
     )  # fmt: skip
 
 
-def table(c: Qwen2Config) -> tuple[Param, ...]:
+def table(c: ModelConfig) -> tuple[Param, ...]:
     """Every parameter of a Qwen2 model, in the order of a Hugging Face checkpoint."""
     L, D, F, V = c.num_layers, c.hidden_size, c.intermediate_size, c.vocab_size
     NH, KH = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
@@ -260,7 +89,7 @@ def table(c: Qwen2Config) -> tuple[Param, ...]:
     return tuple(rows)
 
 
-def count(c: Qwen2Config) -> int:
+def count(c: ModelConfig) -> int:
     """Number of parameters (a tied embedding counts once)."""
     total = 0
     for row in table(c):
@@ -287,3 +116,16 @@ def unflatten(leaves: Iterator[tuple[tuple[str, ...], Any]] | list[tuple[tuple[s
             block = block.setdefault(key, {})
         block[path[-1]] = leaf
     return tree
+
+
+def pick(params: Any, rows: tuple[Param, ...]) -> dict[str, Any]:
+    """The sub-dictionary of `params` with these rows only."""
+    return unflatten([(row.path, get(params, row.path)) for row in rows])
+
+
+def join(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
+    """Two disjoint nested dictionaries as one."""
+    out = dict(left)
+    for key, value in right.items():
+        out[key] = join(out[key], value) if key in out else value
+    return out

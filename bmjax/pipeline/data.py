@@ -7,23 +7,15 @@ DIR/data/DOMAIN/{validation,test}.jsonl  prompt, reference, reasoning, response
 """
 
 import hashlib
-import json
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bmjax.branch.examples import read_rows
 from bmjax.config import UserError
 from bmjax.demo.problems import Problem, make_problems, solve
-from bmjax.io.safetensors import write_atomic
+from bmjax.io.jsonl import write_jsonl
+from bmjax.io.rows import fill, read_rows
 from bmjax.pipeline.settings import BuiltinDomain, DomainSettings, SourceSettings
-from bmjax.teach.template import fill
-
-
-def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """JSON Lines, written whole or not at all."""
-    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def write_builtin(settings: BuiltinDomain, directory: Path, seed: int) -> None:
@@ -32,11 +24,11 @@ def write_builtin(settings: BuiltinDomain, directory: Path, seed: int) -> None:
     backbone = make_problems(domain, settings.backbone_count, seed, settings.backbone_levels, split="train")
     known = {problem.prompt for problem in backbone}
     asked = make_problems(domain, settings.count, seed + 1, settings.levels, exclude=known, split="train")
-    write_rows(directory / "backbone.jsonl", map(_solved, backbone))
-    write_rows(directory / "problems.jsonl", map(asdict, asked))
+    write_jsonl(directory / "backbone.jsonl", map(_solved, backbone))
+    write_jsonl(directory / "problems.jsonl", map(asdict, asked))
     for split, count in (("validation", settings.validation), ("test", settings.test)):
         problems = make_problems(domain, count, seed, settings.levels, split="val" if split == "validation" else "test")
-        write_rows(directory / f"{split}.jsonl", map(_solved, problems))
+        write_jsonl(directory / f"{split}.jsonl", map(_solved, problems))
 
 
 def _solved(problem: Problem) -> dict[str, Any]:
@@ -62,10 +54,10 @@ def write_sources(settings: DomainSettings, name: str, directory: Path) -> None:
     for split, part in (("train", train), ("validation", validation), ("test", test)):
         if not part:
             raise UserError(f"domains.{name}: no {split} rows are left; check files, between and the shares")
-        write_rows(directory / f"{split}.jsonl", (row for _, row in part))
+        write_jsonl(directory / f"{split}.jsonl", (row for _, row in part))
     places = sorted(_place(identity, "backbone") for identity, _ in train)
     last = places[min(settings.backbone_rows or len(train), len(train)) - 1]
-    write_rows(directory / "backbone.jsonl", (row for identity, row in train if _place(identity, "backbone") <= last))
+    write_jsonl(directory / "backbone.jsonl", (row for identity, row in train if _place(identity, "backbone") <= last))
 
 
 def _place(identity: str, purpose: str) -> float:

@@ -6,7 +6,6 @@ DIR/backbone/         the common start            DIR/merges/NAME/hf  every merg
 DIR/scores/SPLIT/...  every sample                DIR/merged/hf       the chosen one
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from bmjax.branch import fingerprint as identity
-from bmjax.branch.metrics import Log, write_line
 from bmjax.branch.settings import Training, TrainSettings
 from bmjax.branch.train import check, train
 from bmjax.calibrate.recipe import CalibratedRecipe, is_calibrated
@@ -25,10 +23,14 @@ from bmjax.calibrate.run import merge as calibrated_merge
 from bmjax.config import UserError, nearest
 from bmjax.evaluate.run import evaluate
 from bmjax.evaluate.settings import EvalSettings, TaskSettings
-from bmjax.io.safetensors import replacing, write_atomic
+from bmjax.io import hub
+from bmjax.io.atomic import held, replacing, write_atomic
+from bmjax.io.jsonl import write_jsonl
+from bmjax.io.rows import read_rows
+from bmjax.log import Log, write_line
 from bmjax.merge.engine import files as engine
 from bmjax.merge.recipe.recipe import read_recipe
-from bmjax.model.spec import Qwen2Config
+from bmjax.model.config import ModelConfig
 from bmjax.pipeline import data, student
 from bmjax.pipeline.choose import RULE, choose
 from bmjax.pipeline.settings import RunSettings
@@ -37,9 +39,7 @@ from bmjax.report import summary_table, write_report
 from bmjax.teach.collect import collect, wanted_ids
 from bmjax.teach.select import select
 from bmjax.teach.settings import CollectSettings, SelectSettings
-from bmjax.teach.template import read_rows
 from bmjax.version import __version__
-from bmjax.weights import hf
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 UNFINISHED = 75  # the exit code after SIGTERM: a training was saved, and stages are left to do
@@ -53,26 +53,8 @@ def run(settings: RunSettings, output: str | Path | None = None, log: Log = writ
     directory = Path(chosen)
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory}: is a file, expected a directory for the run")
-    with _alone(directory):
+    with held(directory / ".lock", "another run is writing here"):
         return _Run(settings, directory, log).everything()
-
-
-@contextlib.contextmanager
-def _alone(directory: Path):
-    """Hold the run directory: two runs writing the same one would mix their results."""
-    import fcntl
-
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = (directory / ".lock").open("w")
-    except OSError as error:
-        raise UserError(f"{directory}: cannot be written: {error.strerror}") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{directory}: another run is writing here; wait for it or choose another output") from None
-        yield
 
 
 class _Run:
@@ -213,7 +195,7 @@ class _Run:
                     "kept, the same command asks for the rest"
                 )
             wanted = wanted_ids(collecting)
-            data.write_rows(asked, (row for _, row in read_rows(answers / "traces.jsonl") if row["id"] in wanted))
+            write_jsonl(asked, (row for _, row in read_rows(answers / "traces.jsonl") if row["id"] in wanted))
             kept = select(selecting, self.log)[domain]
             write_atomic(train_rows, (folder / "selected" / f"{domain}.jsonl").read_bytes())
             dropped = {reason: n for reason, n in kept.items() if reason != "kept" and n}
@@ -255,9 +237,9 @@ class _Run:
         """Everything wrong with a training that can be known before the first one starts."""
         settings = self.settings
         if settings.student is not None:
-            config = Qwen2Config.from_dir(hf.resolve_model(settings.student))
+            config = ModelConfig.from_dir(hub.model_directory(settings.student))
         else:
-            config = Qwen2Config.from_hf(student.shape_of(settings.model, settings.model.vocab_size), "model")
+            config = ModelConfig.from_hf(student.shape_of(settings.model, settings.model.vocab_size), "model")
         trainings = {f"domains.{d}.branch" if settings.domains[d].branch else "branch": settings.branch_training(d)
                      for d in self.domains}  # fmt: skip
         if settings.backbone is not None:
@@ -363,7 +345,7 @@ class _Run:
             is_merge = name.startswith("merge/")
             own = name in trained or (name == "backbone" and self.settings.student is None)
             models[name] = {
-                "hf": os.path.relpath(hf.resolve_model(self._hf(name)), self.directory),
+                "hf": os.path.relpath(hub.model_directory(self._hf(name)), self.directory),
                 "metrics": f"{self._relative(name)}/metrics.jsonl" if own else None,
                 "merge_report": f"{self._relative(name)}/hf/{engine.REPORT}" if is_merge else None,
                 "tokens": tokens.get(name, together + self._calibration_tokens(name) if is_merge else 0),

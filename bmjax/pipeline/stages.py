@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bmjax.config import UserError
-from bmjax.io.safetensors import write_atomic
+from bmjax.io.atomic import write_atomic
 
 Log = Callable[[str], None]
 

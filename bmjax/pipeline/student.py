@@ -4,16 +4,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bmjax.branch.examples import TEMPLATES, chat_template, messages_of, read_rows
+from bmjax.chat.reasoning import CLOSE, OPEN
+from bmjax.chat.template import TEMPLATES, chat_template, messages_of
 from bmjax.config import UserError
+from bmjax.io import hub
+from bmjax.io.rows import read_rows
 from bmjax.model import qwen2
-from bmjax.model.spec import Qwen2Config
+from bmjax.model.config import ModelConfig
 from bmjax.pipeline.settings import ModelSettings
 from bmjax.weights import hf
 
 END, START = "<|im_end|>", "<|im_start|>"
 SPECIAL = ["<|endoftext|>", START, END]
-THINK = ["<think>", "</think>"]  # one token each, but text: what is special is left out when an answer is decoded
+THINK = [OPEN, CLOSE]  # one token each, but text: what is special is left out when an answer is decoded
 
 
 def train_tokenizer(files: Sequence[Path], vocab_size: int) -> Any:
@@ -54,7 +57,7 @@ def create(settings: ModelSettings, files: Sequence[Path], directory: Path, seed
     if settings.tokenizer is None:
         tokenizer = train_tokenizer(files, settings.vocab_size)
     else:
-        source = hf.resolve_model(settings.tokenizer)
+        source = hub.model_directory(settings.tokenizer)
         tokenizer = hf.load_tokenizer(source)
         if tokenizer is None:
             raise UserError(f"model.tokenizer: {source}: no tokenizer files (tokenizer.json or vocab.json)")
@@ -63,7 +66,7 @@ def create(settings: ModelSettings, files: Sequence[Path], directory: Path, seed
     hf_config = shape_of(settings, len(tokenizer)) | {
         "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
     }  # fmt: skip
-    params = qwen2.init(Qwen2Config.from_hf(hf_config), seed)
+    params = qwen2.init(ModelConfig.from_hf(hf_config), seed)
     hf.save_hf(directory, params, hf_config, tokenizer=tokenizer)
 
 

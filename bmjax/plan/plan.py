@@ -23,11 +23,12 @@ from bmjax.branch.metrics import flops_per_token
 from bmjax.branch.settings import Training, TrainSettings
 from bmjax.branch.step import StepPlan, abstract_arguments, make_step
 from bmjax.config import UserError, first_line
+from bmjax.io import hub
 from bmjax.model import spec
 from bmjax.model.attention import rows as short_rows
 from bmjax.model.attention.dispatch import backend
+from bmjax.model.config import ModelConfig
 from bmjax.model.published import known
-from bmjax.model.spec import Qwen2Config
 from bmjax.parallel.chips import Chip, topology_devices
 from bmjax.parallel.mesh import AXES
 from bmjax.plan.hlo import SLICES, Program, totals
@@ -70,13 +71,13 @@ class Plan:
         return dataclasses.asdict(self) | ({"overrides": dict(changes)} if changes else {})
 
 
-def student_config(student: str) -> Qwen2Config:
+def student_config(student: str) -> ModelConfig:
     """The architecture: of a directory, of a published student by its name, or from the hub."""
     if (Path(student) / "config.json").is_file():
-        return Qwen2Config.from_dir(student)
+        return ModelConfig.from_dir(student)
     if (found := known(student)) is not None:
         return found
-    return Qwen2Config.from_dir(hf.resolve_model(student))
+    return ModelConfig.from_dir(hub.model_directory(student))
 
 
 def plan_training(
@@ -88,7 +89,7 @@ def plan_training(
         settings: of the training; the student's weights are not needed.
         topology: the slice, CHIP:SHAPE, for instance v5p:4x4x4.
         try_meshes: compile several meshes, microbatches and remat, and take the best that fits.
-        log: gets a line before each compilation, and one after each that a search makes.
+        log: gets a line before the first compilation, and one after each that a search makes.
 
     Returns:
         The plan, and the changes to the settings that it is made with (empty without `try_meshes`).
@@ -106,13 +107,13 @@ def plan_training(
     return dataclasses.replace(best, steps=steps), changes
 
 
-def plan(settings: Training, config: Qwen2Config, topology: str) -> Plan:
+def plan(settings: Training, config: ModelConfig, topology: str) -> Plan:
     """Compiles `settings`' step for `topology`; raises UserError for what cannot be trained as it stands."""
     chip, devices = topology_devices(topology)
     return plan_on(settings, config, topology, chip, devices)
 
 
-def training_steps(settings: TrainSettings, config: Qwen2Config) -> int | None:
+def training_steps(settings: TrainSettings, config: ModelConfig) -> int | None:
     """Optimizer steps of the training; None where they are given in epochs of data, or for a student, not here."""
     if settings.steps is not None:
         return settings.steps
@@ -122,10 +123,10 @@ def training_steps(settings: TrainSettings, config: Qwen2Config) -> int | None:
         return None
     if hf.load_tokenizer(student) is None:
         return None
-    return training.total_steps(settings, training.load_data(settings, student, config)[2])
+    return training.total_steps(settings, training.load_data(settings, training.open_student(settings)))
 
 
-def plan_on(settings: Training, config: Qwen2Config, topology: str, chip: Chip, devices: Sequence[Any]) -> Plan:
+def plan_on(settings: Training, config: ModelConfig, topology: str, chip: Chip, devices: Sequence[Any]) -> Plan:
     """As `plan`, for devices at hand or not."""
     began = time.perf_counter()
     step_plan, kinds, lowered = lower_step(settings, config, devices)
@@ -171,7 +172,7 @@ def plan_on(settings: Training, config: Qwen2Config, topology: str, chip: Chip, 
 
 
 def lower_step(
-    settings: Training, config: Qwen2Config, devices: Sequence[Any]
+    settings: Training, config: ModelConfig, devices: Sequence[Any]
 ) -> tuple[StepPlan, dict[str, float], jax.stages.Lowered]:
     """(the step's plan, bytes that a chip holds by kind, the step ready to compile) for devices at hand or not."""
     mesh = training.check(settings, config, devices)
@@ -202,7 +203,7 @@ def _least_traffic(step_plan: StepPlan, settings: Training, kinds: dict[str, flo
     return settings.accumulate * passes * weights + 2 * (kinds["parameters"] + kinds["optimizer"])
 
 
-def _advice(settings: Training, config: Qwen2Config, mesh: Any, gib: dict[str, float]) -> str:
+def _advice(settings: Training, config: ModelConfig, mesh: Any, gib: dict[str, float]) -> str:
     """The setting to change first where it does not fit."""
     state = gib["parameters"] + gib["optimizer"] + gib["gradients"]
     rows = settings.batch // settings.accumulate // (mesh.shape["data"] * mesh.shape["fsdp"])
@@ -221,7 +222,7 @@ def _advice(settings: Training, config: Qwen2Config, mesh: Any, gib: dict[str, f
     return f"the number of chips: the share of the state alone is {state:.1f} GiB"
 
 
-def candidates(settings: TrainSettings, config: Qwen2Config, chips: int) -> Iterator[TrainSettings]:
+def candidates(settings: TrainSettings, config: ModelConfig, chips: int) -> Iterator[TrainSettings]:
     """Meshes and microbatches worth compiling, the likeliest first: little splitting, few microbatches."""
     found = []
     powers = [2**i for i in range(int(math.log2(chips)) + 1) if chips % 2**i == 0]
@@ -244,7 +245,7 @@ def candidates(settings: TrainSettings, config: Qwen2Config, chips: int) -> Iter
 
 
 def search(
-    settings: TrainSettings, config: Qwen2Config, topology: str, most: int = 6,
+    settings: TrainSettings, config: ModelConfig, topology: str, most: int = 6,
     log: Callable[[str], None] = lambda line: None,
 ) -> tuple[Plan, dict[str, Any]]:  # fmt: skip
     """(the best plan that fits, its overrides) of up to `most` meshes and microbatches, and other remat on the best of

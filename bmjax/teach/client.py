@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from bmjax.chat.reasoning import split_think
 from bmjax.config import UserError
 
 RETRYABLE = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
@@ -57,24 +58,6 @@ def api_key(variable: str | None) -> str | None:
     if not key:
         raise UserError(f"api_key_env: the environment variable {variable} is not set; export it with the API key")
     return key
-
-
-def split_think(content: str, reasoning: str | None = None) -> tuple[str, str]:
-    """(reasoning, response) of a reply.
-
-    One leading <think>...</think> is split; the opening tag may be missing, as when the chat template gives it. An
-    unclosed one is all reasoning. Anything else, two blocks for instance, stays whole in the response, tags included.
-    """
-    if reasoning:
-        return reasoning.strip(), content.strip()
-    text = content.strip()
-    opened, closed = text.count("<think>"), text.count("</think>")
-    if opened <= 1 and closed == 1 and (opened == 0 or text.startswith("<think>")):
-        before, _, after = text.removeprefix("<think>").partition("</think>")
-        return before.strip(), after.strip()
-    if opened == 1 and closed == 0 and text.startswith("<think>"):
-        return text.removeprefix("<think>").strip(), ""
-    return "", text
 
 
 class ChatClient:

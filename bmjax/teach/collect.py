@@ -7,6 +7,7 @@ again by the next run.
 
 import asyncio
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,11 +17,12 @@ from typing import Any
 from bmjax.config import UserError
 from bmjax.demo.problems import make_problems
 from bmjax.demo.teacher import MODEL, BuiltinTeacher
+from bmjax.io.jsonl import JsonLines
+from bmjax.io.rows import fill, read_rows
 from bmjax.teach.client import ChatClient, Reply, RequestFailed, api_key, run_async
 from bmjax.teach.judges.verify import kind_of, verify
-from bmjax.teach.record import JsonLines, Record, ids_present, record_id
+from bmjax.teach.record import Record, ids_present, record_id
 from bmjax.teach.settings import BuiltinProblems, CollectSettings, TeacherSettings
-from bmjax.teach.template import fill, read_rows
 
 TRACES = "traces.jsonl"
 FAILURES = "failures.jsonl"
@@ -266,15 +268,10 @@ def _problems(settings: CollectSettings) -> Iterator[tuple[str, Any, str]]:
         for problem in make_problems(spec.builtin, count, spec.seed, spec.levels, split=spec.split):
             yield problem.prompt, problem.reference, f"builtin/{spec.builtin}/{problem.level}"
         return
-    taken = 0
-    for path in [spec] if isinstance(spec, str) else spec:
-        for where, row in read_rows(path):
-            if taken == settings.limit:
-                return
-            taken += 1
-            prompt = fill(settings.prompt, row, where, "prompt")
-            if not isinstance(prompt, str) or not prompt.strip():
-                raise UserError(f"{where}: the prompt is empty or not text; check key 'prompt'")
-            reference = fill(settings.reference, row, where, "reference") if settings.reference else None
-            kind_of(_domain(settings), reference)
-            yield prompt, reference, where
+    for where, row in itertools.islice(read_rows(spec, "problems"), settings.limit):
+        prompt = fill(settings.prompt, row, where, "prompt")
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise UserError(f"{where}: the prompt is empty or not text; check key 'prompt'")
+        reference = fill(settings.reference, row, where, "reference") if settings.reference else None
+        kind_of(_domain(settings), reference)
+        yield prompt, reference, where

@@ -10,10 +10,13 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from bmjax.chat.reasoning import has_tags
 from bmjax.config import UserError
-from bmjax.teach.record import Record, indexed_records, json_line, normalise_prompt, replaced
+from bmjax.io.atomic import write_atomic
+from bmjax.io.jsonl import write_jsonl
+from bmjax.io.rows import fill, read_rows
+from bmjax.teach.record import Record, indexed_records, normalise_prompt
 from bmjax.teach.settings import SelectSettings
-from bmjax.teach.template import fill, read_rows
 
 REASONS = ("duplicate", "truncated", "malformed", "wrong", "right", "unjudged", "too long", "held out", "enough")
 SELECTION = "selection.json"
@@ -42,12 +45,9 @@ def select(settings: SelectSettings, log: Callable[[str], None] = lambda line: N
             dropped = ", ".join(f"{reason} {n}" for reason, n in table[domain].items() if n and reason != "kept")
             raise UserError(f"domain '{domain}': none of {len(entries)} traces is left to train on ({dropped})")
     for domain, kept in chosen.items():
-        with replaced(Path(settings.output) / f"{domain}.jsonl") as out:
-            for record in _records_at(files, kept):
-                out.write(json_line(_dataset_row(record)))
+        write_jsonl(Path(settings.output) / f"{domain}.jsonl", map(_dataset_row, _records_at(files, kept)))
         log(f"select {domain}: {len(kept)} of {sum(table[domain].values())} traces kept")
-    with replaced(Path(settings.output) / SELECTION) as out:
-        out.write(json.dumps(table, indent=1).encode() + b"\n")
+    write_atomic(Path(settings.output) / SELECTION, json.dumps(table, indent=1) + "\n")
     return table
 
 
@@ -87,7 +87,7 @@ def drop_reason(record: Record, settings: SelectSettings) -> str | None:
 
 def well_formed(record: Record, require_reasoning: bool = True) -> bool:
     """Whether the reply was exactly one <think>...</think> followed by a non-empty answer."""
-    tagged = any(tag in part for tag in ("<think>", "</think>") for part in (record.reasoning, record.response))
+    tagged = has_tags(record.reasoning, record.response)
     return not tagged and bool(record.response.strip()) and (bool(record.reasoning.strip()) or not require_reasoning)
 
 
@@ -136,11 +136,10 @@ class _HeldOut:
         self.n = settings.ngram
         self.whole: set[bytes] = set()
         self.grams: set[bytes] = set()
-        for path in _as_list(settings.held_out):
-            for where, row in read_rows(path):
-                prompt = str(fill(settings.held_out_prompt, row, where, "held_out_prompt"))
-                self.whole.add(_hash(" ".join(_words(prompt))))
-                self.grams.update(self._grams(prompt))
+        for where, row in read_rows(settings.held_out, "held_out") if settings.held_out else ():
+            prompt = str(fill(settings.held_out_prompt, row, where, "held_out_prompt"))
+            self.whole.add(_hash(" ".join(_words(prompt))))
+            self.grams.update(self._grams(prompt))
 
     def overlaps(self, prompt: str) -> bool:
         """Equal to a held-out prompt up to case, spaces and punctuation, or sharing an n-gram with one."""

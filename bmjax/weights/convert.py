@@ -7,9 +7,10 @@ from typing import Any
 import jax
 
 from bmjax.config import UserError
-from bmjax.io.safetensors import replacing
+from bmjax.io import hub
+from bmjax.io.atomic import replacing
 from bmjax.model import spec
-from bmjax.model.spec import Qwen2Config, read_hf_config
+from bmjax.model.config import ModelConfig, read_hf_config
 from bmjax.parallel.mesh import make_mesh, sharding
 from bmjax.weights import hf
 from bmjax.weights.checkpoint import Checkpoints
@@ -34,8 +35,8 @@ def convert(source: str, destination: str, to: str) -> None:
 
 def to_orbax(source: str, destination: str) -> None:
     """Parameters of a Hugging Face directory or hub id, in their stored dtype, to DST/params."""
-    target, directory = _new(destination), hf.resolve_model(source)
-    config = Qwen2Config.from_dir(directory)
+    target, directory = _new(destination), hub.model_directory(source)
+    config = ModelConfig.from_dir(directory)
     params = hf.load_params(directory, config, make_mesh())
     with replacing(target) as temporary:
         for file in directory.iterdir():
@@ -46,7 +47,7 @@ def to_orbax(source: str, destination: str) -> None:
         checkpoints.close()
 
 
-def _dtypes(config: Qwen2Config, params: Any) -> dict[str, str]:
+def _dtypes(config: ModelConfig, params: Any) -> dict[str, str]:
     return {row.name: str(spec.get(params, row.path).dtype) for row in spec.table(config)}
 
 
@@ -57,7 +58,7 @@ def to_hf(source: str, destination: str) -> None:
         ready = directory / "hf"
         hint = f"; {ready} is a Hugging Face directory already" if (ready / "config.json").is_file() else ""
         raise UserError(f"{directory}: not what `bmjax convert --to orbax` writes (no {PARAMS}/ in it){hint}")
-    config, mesh = Qwen2Config.from_dir(directory), make_mesh()
+    config, mesh = ModelConfig.from_dir(directory), make_mesh()
     checkpoints = Checkpoints(directory / PARAMS, keep=1, every=1)
     try:
         dtypes = checkpoints.meta(None)["dtypes"]

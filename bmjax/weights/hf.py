@@ -4,7 +4,6 @@ Import reads each device's block straight from the files' byte ranges; export fe
 memory never holds the model a second time, only the leaf in hand.
 """
 
-import difflib
 import json
 import shutil
 from collections import Counter, deque
@@ -19,9 +18,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bmjax.config import UserError, first_line, read_text
-from bmjax.io.safetensors import DTYPES, Checkpoint, Writer, listing, open_checkpoint, replacing
+from bmjax.io.atomic import replacing
+from bmjax.io.safetensors import DTYPES, Checkpoint, Writer, listing, open_checkpoint
 from bmjax.model import spec
-from bmjax.model.spec import Param, Qwen2Config
+from bmjax.model.config import ModelConfig
+from bmjax.model.spec import Param
 from bmjax.parallel.mesh import sharding
 from bmjax.parallel.processes import is_main
 
@@ -32,12 +33,11 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model",
     "added_tokens.json", "special_tokens_map.json", *TEMPLATE_FILES,
 )  # fmt: skip
-HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja", "tokenizer*"]
 COMPARE_ROWS = 4096
 
 
 def load_params(
-    directory: str | Path, config: Qwen2Config, mesh: Mesh | None = None, dtype: Any = None
+    directory: str | Path, config: ModelConfig, mesh: Mesh | None = None, dtype: Any = None
 ) -> dict[str, Any]:
     """The parameters in `directory` as a nested dictionary of jax.Array, laid out on `mesh` as the table says.
 
@@ -50,7 +50,7 @@ def load_params(
     return spec.unflatten([(row.path, _load_leaf(checkpoint, row, mesh, wanted)) for row in spec.table(config)])
 
 
-def check_tensors(checkpoint: Checkpoint, config: Qwen2Config) -> None:
+def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
     """UserError unless the checkpoint holds exactly the tensors of the table, in shape and in a float type.
 
     A tied checkpoint may also hold lm_head.weight if it equals the embedding; rotary_emb.inv_freq is ignored.
@@ -171,7 +171,7 @@ def save_hf(
     directory = Path(directory)
     if eos is not None:
         hf_config = {**hf_config, "eos_token_id": list(eos)}
-    config = Qwen2Config.from_hf(hf_config, "config")
+    config = ModelConfig.from_hf(hf_config, "config")
     rows = _file_order(spec.table(config))
     leaves = {row.path: _leaf(params, row) for row, _ in rows}
     stored = {path: np.dtype(leaf.dtype if dtype is None else dtype) for path, leaf in leaves.items()}
@@ -284,7 +284,7 @@ def load_tokenizer(directory: str | Path) -> Any:
         raise UserError(f"{directory}: the tokenizer cannot be loaded: {first_line(error)}") from None
 
 
-def end_tokens(directory: str | Path, config: Qwen2Config, tokenizer: Any = None) -> tuple[int, ...]:
+def end_tokens(directory: str | Path, config: ModelConfig, tokenizer: Any = None) -> tuple[int, ...]:
     """The token ids that end a generation: those of generation_config.json, of the config, of the tokenizer."""
     path = Path(directory) / "generation_config.json"
     found: Any = None
@@ -301,29 +301,3 @@ def end_tokens(directory: str | Path, config: Qwen2Config, tokenizer: Any = None
     if tokenizer is not None and tokenizer.eos_token_id is not None:
         ids.append(int(tokenizer.eos_token_id))
     return tuple(dict.fromkeys(ids))
-
-
-def resolve_model(name: str | Path) -> Path:
-    """The directory of a model: `name` if it is one, else the hub model `org/name`, downloaded on first use."""
-    text = str(name)
-    path = Path(text).expanduser()
-    if text and path.is_dir():
-        return path
-    if path.exists() and text:
-        raise UserError(f"{text}: is a file, expected a model directory or a hub id like org/name")
-    if text.startswith((".", "/", "~")) or text.count("/") != 1 or path.parent.is_dir():
-        near = difflib.get_close_matches(path.name, _siblings(path), n=1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else "; a hub id looks like org/name"
-        raise UserError(f"{text!r}: no such directory{hint}")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(text, allow_patterns=HUB_FILES))
-    except Exception as error:
-        raise UserError(
-            f"{text}: no such directory, and the Hugging Face Hub did not give it: {first_line(error)}"
-        ) from None
-
-
-def _siblings(path: Path) -> list[str]:
-    return [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []

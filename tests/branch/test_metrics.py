@@ -7,9 +7,9 @@ import pytest
 
 from bmjax.branch import metrics
 from bmjax.branch.metrics import MetricsLog, flops_per_token, peak_flops
-from bmjax.model.spec import Qwen2Config
+from bmjax.model.config import ModelConfig
 
-CONFIG = Qwen2Config(100, 8, 16, 2, 2, 1, 4, 64)
+CONFIG = ModelConfig(100, 8, 16, 2, 2, 1, 4, 64)
 VALUES = {"loss": 2.5, "targets": 9.0, "grad_norm": 0.75, "move": 0.0123}
 
 
@@ -75,7 +75,7 @@ def test_peaks_of_known_devices():
 @pytest.mark.parametrize("tied", [False, True])
 def test_flops_are_six_a_parameter_in_products_plus_causal_attention(tied):
     V, D, F, L, NH, KH, T = 1000, 64, 160, 3, 4 * 16, 2 * 16, 512
-    config = Qwen2Config(V, D, F, L, 4, 2, 16, T, tied=tied)
+    config = ModelConfig(V, D, F, L, 4, 2, 16, T, tied=tied)
     products = L * (D * NH + 2 * D * KH + NH * D + 3 * D * F) + D * V
     attention = sum(2 * 2 * NH * (t + 1) for t in range(T)) / T * 3 * L  # scores and values, forward and twice back
     assert flops_per_token(config, T) == pytest.approx(6 * products + attention, rel=0.01)

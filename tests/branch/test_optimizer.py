@@ -112,7 +112,7 @@ def test_freeze_patterns_split_the_table():
     assert len(trained) + len(frozen) == len(rows)
     assert optimizer.split_frozen(rows, []) == (rows, ())
     params = spec.unflatten([(row.path, jnp.float32(i)) for i, row in enumerate(rows)])
-    whole = optimizer.join(optimizer.pick(params, trained), optimizer.pick(params, frozen))
+    whole = spec.join(spec.pick(params, trained), spec.pick(params, frozen))
     assert jax.tree.map(float, whole) == jax.tree.map(float, params)
 
 

@@ -7,7 +7,8 @@ import transformers
 
 from bmjax.calibrate import contributions, run
 from bmjax.model import spec
-from bmjax.model.spec import Qwen2Config, get
+from bmjax.model.config import ModelConfig
+from bmjax.model.spec import get
 from bmjax.weights import hf
 from tests.calibrate.tiny_models import batches, documents, recipe, tensors
 
@@ -52,7 +53,7 @@ def test_regmean_is_the_closed_form_over_torchs_activations(models, tmp_path):
 
 
 def test_squares_are_torchs_squared_gradients(models):
-    config = Qwen2Config.from_dir(models / "a")
+    config = ModelConfig.from_dir(models / "a")
     _, read = batches(models, "a", 2)
     params = hf.load_params(models / "a", config, dtype=np.float32)
     found = contributions.squares(config, params, iter(read), np.float32, "none")

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from bmjax.calibrate import contributions, learn
-from bmjax.model.spec import Qwen2Config
+from bmjax.model.config import ModelConfig
 from bmjax.weights import hf
 from tests.calibrate.tiny_models import batches
 
 
 @pytest.mark.parametrize("per", ["row", "tensor"])
 def test_a_coefficients_gradient_is_the_difference_quotient_of_the_loss(models, per):
-    config = Qwen2Config.from_dir(models / "base")
+    config = ModelConfig.from_dir(models / "base")
     load = lambda name: hf.load_params(models / name, config, dtype=np.float32)  # noqa: E731
     base = load("base")
     parts = [contributions._plain(load("base"), load(name), 2) for name in ("a", "b")]

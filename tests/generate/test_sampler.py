@@ -9,7 +9,7 @@ import transformers
 
 from bmjax.config import UserError
 from bmjax.generate.sampler import Generation, Sampling, _compiled, generate
-from bmjax.model.spec import Qwen2Config
+from bmjax.model.config import ModelConfig
 from tests.model.reference import BASE, CONFIGS, from_state
 
 LENGTHS = [1, 3, 17, 40, 41, 70, 16]
@@ -36,7 +36,7 @@ def build(name: str, length: int = 128):
     torch.manual_seed(0)
     values = BASE | CONFIGS[name] | {"max_position_embeddings": length, "num_hidden_layers": 2, "max_window_layers": 1}
     hf = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**values, attn_implementation="eager")).eval()
-    config = Qwen2Config.from_hf(hf.config.to_dict())
+    config = ModelConfig.from_hf(hf.config.to_dict())
     return hf, config, from_state(config, {k: v.detach().numpy() for k, v in hf.state_dict().items()})
 
 

@@ -8,7 +8,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from bmjax.merge.engine.trees import merge_arrays
-from bmjax.model.spec import Qwen2Config, table
+from bmjax.model.config import ModelConfig
+from bmjax.model.spec import table
 
 EPSILON = 1e-8
 BF16 = ml_dtypes.bfloat16
@@ -66,7 +67,7 @@ def heavy_tailed(shape, seed, branches=1):
 
 
 # Few different shapes, because each is a compilation.
-SMALL = Qwen2Config(
+SMALL = ModelConfig(
     vocab_size=48, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4, num_kv_heads=4, head_dim=8,
     max_length=64,
 )  # fmt: skip

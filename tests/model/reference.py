@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from bmjax.model import spec
+from bmjax.model.config import ModelConfig
 
 BASE = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -40,7 +41,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def build(name: str, seed: int = 0) -> tuple[Any, spec.Qwen2Config, dict[str, Any]]:
+def build(name: str, seed: int = 0) -> tuple[Any, ModelConfig, dict[str, Any]]:
     """(transformers model in float32, our config, our parameters) with the same random weights."""
     torch.manual_seed(seed)
     hf = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**(BASE | CONFIGS[name]), attn_implementation="eager"))
@@ -48,12 +49,12 @@ def build(name: str, seed: int = 0) -> tuple[Any, spec.Qwen2Config, dict[str, An
         for key, value in hf.named_parameters():
             if "norm" in key or key.endswith("bias"):
                 value.add_(torch.randn_like(value) * 0.2)
-    config = spec.Qwen2Config.from_hf(hf.config.to_dict())
+    config = ModelConfig.from_hf(hf.config.to_dict())
     state = {key: value.detach().numpy() for key, value in hf.state_dict().items()}
     return hf.eval(), config, from_state(config, state)
 
 
-def from_state(config: spec.Qwen2Config, state: dict[str, np.ndarray]) -> dict[str, Any]:
+def from_state(config: ModelConfig, state: dict[str, np.ndarray]) -> dict[str, Any]:
     """A transformers state dictionary (or one of gradients) laid out as our parameters."""
     leaves = []
     for row in spec.table(config):

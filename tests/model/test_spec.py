@@ -4,7 +4,7 @@ import pytest
 from transformers import Qwen2Config as Reference
 
 from bmjax.config import UserError
-from bmjax.model.spec import Qwen2Config
+from bmjax.model.config import ModelConfig
 
 SMALL = {
     "model_type": "qwen2", "vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -29,25 +29,25 @@ SMALL = {
 )
 def test_what_is_no_qwen2_is_refused_in_one_line(changes, told):
     with pytest.raises(UserError, match=told) as error:
-        Qwen2Config.from_hf(SMALL | changes)
+        ModelConfig.from_hf(SMALL | changes)
     assert "\n" not in str(error.value) and str(error.value).startswith("config.json: ")
 
 
 @pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "num_hidden_layers"])
 def test_a_missing_key_is_named(key):
     with pytest.raises(UserError, match=f"key '{key}' is missing"):
-        Qwen2Config.from_hf({k: v for k, v in SMALL.items() if k != key})
+        ModelConfig.from_hf({k: v for k, v in SMALL.items() if k != key})
 
 
 def test_windows_follow_transformers_defaults():
     values = SMALL | {"use_sliding_window": True, "max_window_layers": 1}
     reference = Reference(**values)
     windows = [reference.sliding_window if kind == "sliding_attention" else None for kind in reference.layer_types]
-    assert list(Qwen2Config.from_hf(values).windows) == windows == [None, 4096]
+    assert list(ModelConfig.from_hf(values).windows) == windows == [None, 4096]
 
 
 def test_yarn_stretches_the_context():
     scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
-    assert Qwen2Config.from_hf(SMALL | {"rope_scaling": scaling}).max_length == 256
+    assert ModelConfig.from_hf(SMALL | {"rope_scaling": scaling}).max_length == 256
     long = SMALL | {"rope_scaling": scaling, "max_position_embeddings": 512}
-    assert Qwen2Config.from_hf(long).max_length == 512
+    assert ModelConfig.from_hf(long).max_length == 512

@@ -17,8 +17,8 @@ from bmjax.branch.step import init_state, make_step, place_batch
 from bmjax.cli import main as cli
 from bmjax.config import UserError
 from bmjax.model import qwen2, spec
+from bmjax.model.config import ModelConfig
 from bmjax.model.published import known
-from bmjax.model.spec import Qwen2Config
 from bmjax.parallel.chips import CHIPS, Chip, topology_devices
 from bmjax.plan import plan
 from bmjax.plan.hlo import Program
@@ -38,11 +38,11 @@ def settings(**changes):
 
 
 def test_the_steps_of_a_training_are_those_it_will_take(student, train_file):
-    config = Qwen2Config.from_dir(student)
+    config = ModelConfig.from_dir(student)
     given = settings(student=str(student), data=str(train_file), seq_len=128)
     assert plan.training_steps(given, config) == 1
     epochs = given.model_copy(update={"steps": None, "epochs": 2.5, "batch": 2})
-    loader = train.load_data(epochs, student, config)[2]
+    loader = train.load_data(epochs, train.open_student(epochs))
     assert plan.training_steps(epochs, config) == math.ceil(2.5 * math.ceil(len(loader.rows) / 2))
     assert plan.training_steps(epochs.model_copy(update={"data": "not/here.jsonl"}), config) is None
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from bmjax.chat.reasoning import split_think
 from bmjax.config import UserError
 from bmjax.teach import client as client_module
-from bmjax.teach.client import ChatClient, Reply, RequestFailed, api_key, backoff, run_async, split_think
+from bmjax.teach.client import ChatClient, Reply, RequestFailed, api_key, backoff, run_async
 
 Answer = tuple[int, dict[str, str], bytes]
 

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from bmjax.config import UserError
+from bmjax.io.atomic import replacing_file
+from bmjax.io.jsonl import JsonLines
 from bmjax.teach.record import (
-    JsonLines,
     Record,
     ids_present,
     normalise_prompt,
     read_records,
     record_id,
-    replaced,
 )
 
 
@@ -118,13 +118,13 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
 
 def test_replaced_writes_all_or_nothing(tmp_path: Path) -> None:
     path = tmp_path / "out" / "data.jsonl"
-    with replaced(path) as file:
+    with replacing_file(path) as file:
         file.write(b"old")
-    with pytest.raises(RuntimeError), replaced(path) as file:
+    with pytest.raises(RuntimeError), replacing_file(path) as file:
         file.write(b"half")
         raise RuntimeError
     assert path.read_bytes() == b"old"
     assert os.listdir(path.parent) == ["data.jsonl"]
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match="cannot be written"), replaced(tmp_path / "file" / "data.jsonl"):
+    with pytest.raises(UserError, match="cannot write"), replacing_file(tmp_path / "file" / "data.jsonl"):
         pass

@@ -9,7 +9,7 @@ import pytest
 from bmjax.cli.main import main
 from bmjax.io.safetensors import open_checkpoint
 from bmjax.model import qwen2
-from bmjax.model.spec import Qwen2Config
+from bmjax.model.config import ModelConfig
 from bmjax.weights import hf
 
 CONFIG = {
@@ -20,7 +20,7 @@ CONFIG = {
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 def test_there_and_back(tmp_path, dtype):
-    hf.save_hf(tmp_path / "hf", qwen2.init(Qwen2Config.from_hf(CONFIG), 0), CONFIG, dtype=dtype)
+    hf.save_hf(tmp_path / "hf", qwen2.init(ModelConfig.from_hf(CONFIG), 0), CONFIG, dtype=dtype)
     assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "orbax"), "--to", "orbax"]) == 0
     assert main(["convert", str(tmp_path / "orbax"), str(tmp_path / "back"), "--to", "hf"]) == 0
     before, after = open_checkpoint(tmp_path / "hf"), open_checkpoint(tmp_path / "back")
@@ -31,7 +31,7 @@ def test_there_and_back(tmp_path, dtype):
 
 
 def test_mistakes_are_one_line(tmp_path, capsys):
-    hf.save_hf(tmp_path / "hf", qwen2.init(Qwen2Config.from_hf(CONFIG), 0), CONFIG)
+    hf.save_hf(tmp_path / "hf", qwen2.init(ModelConfig.from_hf(CONFIG), 0), CONFIG)
     for source, target, told in (
         (tmp_path / "hf", tmp_path / "hf", "exists already"),
         (tmp_path / "hf", tmp_path / "new", "not what"),

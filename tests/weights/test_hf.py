@@ -17,9 +17,10 @@ import torch
 import transformers
 
 from bmjax.config import UserError
+from bmjax.io import hub
 from bmjax.io.safetensors import Writer, open_checkpoint
 from bmjax.model import spec
-from bmjax.model.spec import Qwen2Config
+from bmjax.model.config import ModelConfig, read_hf_config
 from bmjax.parallel.mesh import make_mesh, sharding
 from bmjax.weights import hf
 from tests.model.reference import BASE, from_state
@@ -40,7 +41,7 @@ def saved_by_transformers(directory: Path, tied: bool = False, dtype: str = "flo
 
 def raw_checkpoint(directory: Path, tied: bool = False, dtype: str = "bfloat16", **shape: int) -> dict[str, np.ndarray]:
     """A directory whose tensors are random *bits* (infinities, NaNs, subnormal numbers included)."""
-    config = Qwen2Config.from_hf({"model_type": "qwen2", **BASE, "tie_word_embeddings": tied, **shape})
+    config = ModelConfig.from_hf({"model_type": "qwen2", **BASE, "tie_word_embeddings": tied, **shape})
     rng = np.random.default_rng(0)
     kind = DTYPES[dtype]
     tensors = {
@@ -61,7 +62,7 @@ def write_checkpoint(directory: Path, tensors: dict[str, np.ndarray], tied: bool
 
 
 def load(directory: Path, mesh: Any = None, dtype: Any = None) -> dict[str, Any]:
-    return hf.load_params(directory, Qwen2Config.from_dir(directory), mesh, dtype)
+    return hf.load_params(directory, ModelConfig.from_dir(directory), mesh, dtype)
 
 
 def assert_same(tree: Any, expected: Any) -> None:
@@ -77,7 +78,7 @@ def test_imports_what_transformers_saved(tmp_path: Path, tied: bool, shard: str 
     model = saved_by_transformers(tmp_path, tied, **({"max_shard_size": shard} if shard else {}))
     assert (tmp_path / "model.safetensors.index.json").exists() == (shard is not None)
     state = {key: value.detach().numpy() for key, value in model.state_dict().items()}
-    assert_same(load(tmp_path), from_state(Qwen2Config.from_dir(tmp_path), state))
+    assert_same(load(tmp_path), from_state(ModelConfig.from_dir(tmp_path), state))
 
 
 @pytest.mark.parametrize(
@@ -87,7 +88,7 @@ def test_imports_what_transformers_saved(tmp_path: Path, tied: bool, shard: str 
 def test_a_mesh_gets_the_same_numbers(tmp_path: Path, sizes: dict[str, int], dtype: str | None) -> None:
     raw_checkpoint(tmp_path, dtype="float16")
     mesh = make_mesh(sizes)
-    config = Qwen2Config.from_dir(tmp_path)
+    config = ModelConfig.from_dir(tmp_path)
     on_mesh, whole = (load(tmp_path, m, None if dtype is None else DTYPES[dtype]) for m in (mesh, None))
     assert_same(on_mesh, whole)
     for row in spec.table(config):
@@ -98,7 +99,7 @@ def test_a_mesh_gets_the_same_numbers(tmp_path: Path, sizes: dict[str, int], dty
 def test_casts_round_to_nearest(tmp_path: Path) -> None:
     model = saved_by_transformers(tmp_path)
     state = {key: value.bfloat16().float().numpy() for key, value in model.state_dict().items()}
-    expected = from_state(Qwen2Config.from_dir(tmp_path), state)
+    expected = from_state(ModelConfig.from_dir(tmp_path), state)
     params = load(tmp_path, dtype=DTYPES["bfloat16"])
     assert_same(jax.tree.map(lambda a: a.astype(np.float32), params), expected)
 
@@ -121,7 +122,7 @@ def test_each_block_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_import_then_export_is_byte_identical(tmp_path: Path, dtype: str, tied: bool, mesh: Any) -> None:
     tensors = raw_checkpoint(tmp_path / "in", tied, dtype)
     params = load(tmp_path / "in", make_mesh(mesh) if mesh else None)
-    config = spec.read_hf_config(tmp_path / "in")
+    config = read_hf_config(tmp_path / "in")
     for shard_bytes, name in ((5e9, "whole"), (10_000, "shards")):
         hf.save_hf(tmp_path / name, params, config, shard_bytes=shard_bytes)
         files = sorted((tmp_path / name).glob("*.safetensors"))
@@ -135,7 +136,7 @@ def test_import_then_export_is_byte_identical(tmp_path: Path, dtype: str, tied: 
 
 def test_tensors_come_layer_by_layer(tmp_path: Path) -> None:
     raw_checkpoint(tmp_path / "in")
-    hf.save_hf(tmp_path / "out", load(tmp_path / "in"), spec.read_hf_config(tmp_path / "in"))
+    hf.save_hf(tmp_path / "out", load(tmp_path / "in"), read_hf_config(tmp_path / "in"))
     names = list(open_checkpoint(tmp_path / "out").tensors)
     assert names[0] == "model.embed_tokens.weight" and names[-2:] == ["model.norm.weight", "lm_head.weight"]
     layers = [int(name.split(".")[2]) for name in names[1:-2]]
@@ -147,7 +148,7 @@ def test_tensors_come_layer_by_layer(tmp_path: Path) -> None:
 def test_transformers_loads_the_export(tmp_path: Path, tied: bool, shard_bytes: float) -> None:
     source = saved_by_transformers(tmp_path / "in", tied)
     params = load(tmp_path / "in", make_mesh({"fsdp": 2, "tensor": 2}))
-    hf.save_hf(tmp_path / "out", params, spec.read_hf_config(tmp_path / "in"), side_files=tmp_path / "in",
+    hf.save_hf(tmp_path / "out", params, read_hf_config(tmp_path / "in"), side_files=tmp_path / "in",
                shard_bytes=shard_bytes)  # fmt: skip
     model, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -161,7 +162,7 @@ def test_transformers_loads_the_export(tmp_path: Path, tied: bool, shard_bytes: 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_export_casts(tmp_path: Path, dtype: str) -> None:
     source = saved_by_transformers(tmp_path / "in")
-    hf.save_hf(tmp_path / "out", load(tmp_path / "in"), spec.read_hf_config(tmp_path / "in"), dtype=DTYPES[dtype])
+    hf.save_hf(tmp_path / "out", load(tmp_path / "in"), read_hf_config(tmp_path / "in"), dtype=DTYPES[dtype])
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.dtype == getattr(torch, dtype) and hf.stored_dtype(tmp_path / "out") == DTYPES[dtype]
     for key, value in source.state_dict().items():
@@ -171,7 +172,7 @@ def test_export_casts(tmp_path: Path, dtype: str) -> None:
 def test_export_takes_numpy(tmp_path: Path) -> None:
     tensors = raw_checkpoint(tmp_path / "in", dtype="float32")
     params = jax.tree.map(np.asarray, load(tmp_path / "in"))
-    hf.save_hf(tmp_path / "out", params, spec.read_hf_config(tmp_path / "in"))
+    hf.save_hf(tmp_path / "out", params, read_hf_config(tmp_path / "in"))
     found = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
     assert all(found[key].tobytes() == value.tobytes() for key, value in tensors.items())
 
@@ -182,7 +183,7 @@ def test_mixed_dtypes_are_kept(tmp_path: Path) -> None:
         if "norm" in name:
             tensors[name] = np.ones(tensors[name].shape, np.float32)
     write_checkpoint(tmp_path / "in", tensors)
-    hf.save_hf(tmp_path / "out", load(tmp_path / "in"), spec.read_hf_config(tmp_path / "in"))
+    hf.save_hf(tmp_path / "out", load(tmp_path / "in"), read_hf_config(tmp_path / "in"))
     found = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
     assert all(found[key].dtype == value.dtype and found[key].tobytes() == value.tobytes()
                for key, value in tensors.items())  # fmt: skip
@@ -248,7 +249,7 @@ def test_tensors_that_do_not_fit(tmp_path: Path, case: str) -> None:
 
 def test_a_billion_layers_cost_nothing(tmp_path: Path) -> None:
     raw_checkpoint(tmp_path)
-    config = Qwen2Config.from_hf({"model_type": "qwen2", **BASE, "num_hidden_layers": 10**9})
+    config = ModelConfig.from_hf({"model_type": "qwen2", **BASE, "num_hidden_layers": 10**9})
     with pytest.raises(UserError, match="1000000000 layers"):
         hf.load_params(tmp_path, config)
 
@@ -270,7 +271,7 @@ def test_a_tied_checkpoint_may_repeat_the_embedding(tmp_path: Path) -> None:
 
 def test_export_refuses_what_does_not_fit(tmp_path: Path) -> None:
     raw_checkpoint(tmp_path / "in")
-    params, config = load(tmp_path / "in"), spec.read_hf_config(tmp_path / "in")
+    params, config = load(tmp_path / "in"), read_hf_config(tmp_path / "in")
     out = tmp_path / "out"
     with pytest.raises(UserError, match=r"embed/embedding is \[97, 32\], the config says \[98, 32\]"):
         hf.save_hf(out, params, config | {"vocab_size": 98})
@@ -289,10 +290,10 @@ FULL = """
 import resource, sys
 from pathlib import Path
 from bmjax.config import UserError
-from bmjax.model.spec import Qwen2Config, read_hf_config
+from bmjax.model.config import ModelConfig, read_hf_config
 from bmjax.weights import hf
 source, target = map(Path, sys.argv[1:])
-params = hf.load_params(source, Qwen2Config.from_dir(source))
+params = hf.load_params(source, ModelConfig.from_dir(source))
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 try:
     hf.save_hf(target, params, read_hf_config(source))
@@ -316,14 +317,14 @@ MEMORY = """
 import re, sys
 from pathlib import Path
 import jax, numpy as np
-from bmjax.model.spec import Qwen2Config, read_hf_config
+from bmjax.model.config import ModelConfig, read_hf_config
 from bmjax.weights import hf
 from bmjax.parallel.mesh import make_mesh
 jax.device_put(np.zeros(4)).block_until_ready()
 # Not getrusage: its peak includes that of the process before exec.
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
 start = peak()
-params = hf.load_params(Path(sys.argv[1]), Qwen2Config.from_dir(sys.argv[1]), make_mesh())
+params = hf.load_params(Path(sys.argv[1]), ModelConfig.from_dir(sys.argv[1]), make_mesh())
 jax.block_until_ready(params)
 loaded = peak()
 hf.save_hf(Path(sys.argv[2]), params, read_hf_config(sys.argv[1]))
@@ -373,14 +374,14 @@ def test_side_files_are_copied(tmp_path: Path) -> None:
     small_tokenizer().save_pretrained(tmp_path / "in")
     (tmp_path / "in" / "generation_config.json").write_text('{"eos_token_id": [1, 7], "top_k": 3}')
     (tmp_path / "in" / "README.md").write_text("not copied")
-    params, config = load(tmp_path / "in"), spec.read_hf_config(tmp_path / "in")
+    params, config = load(tmp_path / "in"), read_hf_config(tmp_path / "in")
     hf.save_hf(tmp_path / "out", params, config, side_files=tmp_path / "in")
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "in" / name).read_bytes()
     assert not (tmp_path / "out" / "README.md").exists()
     tokenizer = hf.load_tokenizer(tmp_path / "out")
     assert tokenizer("hello world")["input_ids"] == [3, 4]
-    assert hf.end_tokens(tmp_path / "out", Qwen2Config.from_dir(tmp_path / "out"), tokenizer) == (1, 7)
+    assert hf.end_tokens(tmp_path / "out", ModelConfig.from_dir(tmp_path / "out"), tokenizer) == (1, 7)
 
     tokenizer.chat_template = "{{ 'other' }}"
     hf.save_hf(tmp_path / "out", params, config, side_files=tmp_path / "in", tokenizer=tokenizer)
@@ -394,7 +395,7 @@ def test_side_files_are_copied(tmp_path: Path) -> None:
 
 def test_without_side_files_there_is_a_generation_config(tmp_path: Path) -> None:
     raw_checkpoint(tmp_path / "in")
-    hf.save_hf(tmp_path / "out", load(tmp_path / "in"), spec.read_hf_config(tmp_path / "in"))
+    hf.save_hf(tmp_path / "out", load(tmp_path / "in"), read_hf_config(tmp_path / "in"))
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == {
         "eos_token_id": 1,
         "pad_token_id": 0,
@@ -406,7 +407,7 @@ def test_without_side_files_there_is_a_generation_config(tmp_path: Path) -> None
 def test_an_export_may_replace_its_own_source(tmp_path: Path) -> None:
     tensors = raw_checkpoint(tmp_path / "in")
     small_tokenizer().save_pretrained(tmp_path / "in")
-    hf.save_hf(tmp_path / "in", load(tmp_path / "in"), spec.read_hf_config(tmp_path / "in"), side_files=tmp_path / "in")
+    hf.save_hf(tmp_path / "in", load(tmp_path / "in"), read_hf_config(tmp_path / "in"), side_files=tmp_path / "in")
     found = safetensors.numpy.load_file(tmp_path / "in" / "model.safetensors")
     assert all(found[key].tobytes() == value.tobytes() for key, value in tensors.items())
     assert hf.load_tokenizer(tmp_path / "in") is not None
@@ -421,7 +422,7 @@ def test_the_real_tokenizer(qwen2_tokenizer: Path, tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path)
     assert hf.load_tokenizer(tmp_path)("It's 1234 für <|im_end|>")["input_ids"] == tokenizer(
         "It's 1234 für <|im_end|>")["input_ids"]  # fmt: skip
-    config = Qwen2Config.from_dir(qwen2_tokenizer)
+    config = ModelConfig.from_dir(qwen2_tokenizer)
     assert hf.end_tokens(qwen2_tokenizer, config, tokenizer) == (151645, 151643)
 
 
@@ -431,7 +432,7 @@ def test_bad_tokenizers_and_generation_configs(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the tokenizer cannot be loaded") as error:
         hf.load_tokenizer(tmp_path)
     assert "\n" not in str(error.value)
-    config = Qwen2Config.from_dir(tmp_path)
+    config = ModelConfig.from_dir(tmp_path)
     for text in ("[]", "{", '{"eos_token_id": "x"}', '{"eos_token_id": [true]}'):
         (tmp_path / "generation_config.json").write_text(text)
         with pytest.raises(UserError, match=r"generation_config.json: "):
@@ -456,8 +457,8 @@ def test_names_of_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     (tmp_path / "models" / "student").mkdir(parents=True)
     (tmp_path / "file").write_text("x")
     monkeypatch.chdir(tmp_path)
-    assert hf.resolve_model("models/student") == Path("models/student")
-    assert hf.resolve_model(tmp_path / "models" / "student") == tmp_path / "models" / "student"
+    assert hub.model_directory("models/student") == Path("models/student")
+    assert hub.model_directory(tmp_path / "models" / "student") == tmp_path / "models" / "student"
     bad = {
         "models/studnet": r"no such directory; did you mean models/student\?", "./x": "no such directory",
         "/no/such": "no such directory", "a/b/c": "no such directory", "student": "a hub id looks like org/name",
@@ -465,7 +466,7 @@ def test_names_of_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     }  # fmt: skip
     for name, message in bad.items():
         with pytest.raises(UserError, match=message):
-            hf.resolve_model(name)
+            hub.model_directory(name)
 
 
 def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -480,29 +481,29 @@ def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert hf.resolve_model("org/name") == tmp_path
+    assert hub.model_directory("org/name") == tmp_path
     assert "*.safetensors" in asked["org/name"] and not any("bin" in pattern for pattern in asked["org/name"])
     with pytest.raises(UserError, match=r"org/absent: no such directory, and the Hugging Face Hub .*: 404$"):
-        hf.resolve_model("org/absent")
+        hub.model_directory("org/absent")
 
 
 def test_the_hub_offline() -> None:
     with pytest.raises(UserError, match="org-of-nobody/model: no such directory, and") as error:
-        hf.resolve_model("org-of-nobody/model")
+        hub.model_directory("org-of-nobody/model")
     assert "\n" not in str(error.value)
 
 
 LOADING = """
 import json, resource, sys
 import jax
-from bmjax.model.spec import Qwen2Config
+from bmjax.model.config import ModelConfig
 from bmjax.parallel.mesh import make_mesh
 from bmjax.weights import hf
 mesh = make_mesh({"fsdp": 4, "tensor": 2})
 jax.block_until_ready(jax.device_put(1.0))
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
-params = jax.block_until_ready(hf.load_params(sys.argv[1], Qwen2Config.from_dir(sys.argv[1]), mesh, dtype="float32"))
+params = jax.block_until_ready(hf.load_params(sys.argv[1], ModelConfig.from_dir(sys.argv[1]), mesh, dtype="float32"))
 held = sum(shard.data.nbytes for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards)
 print(json.dumps({"held": held, "above": peak() - before - held}))
 """

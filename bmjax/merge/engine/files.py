@@ -28,7 +28,7 @@ from bmjax.merge.recipe.recipe import Recipe, read_recipe
 from bmjax.merge.recipe.tokenizer import write_chat_template
 from bmjax.merge.report.card import write_card
 from bmjax.merge.report.statistics import report
-from bmjax.model.spec import read_hf_config
+from bmjax.model.config import read_hf_config
 from bmjax.version import __version__
 from bmjax.weights.hf import TOKENIZER_FILES
 

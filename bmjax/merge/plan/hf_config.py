@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bmjax.io.safetensors import Checkpoint
-from bmjax.model.spec import read_hf_config
+from bmjax.model.config import read_hf_config
 
 _TIED = "tie_word_embeddings"
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers")

@@ -1,14 +1,13 @@
 """Where a merge reads and writes: model directories, hub models, the output directory, and sizes in words."""
 
-import contextlib
-import errno
 import os
 import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from bmjax.config import UserError, is_text, nearest
+from bmjax.config import UserError, is_text
+from bmjax.io import hub
 from bmjax.merge.recipe.recipe import Recipe
 
 _UNITS = {"B": 1} | {f"{prefix}{kind}": base ** (i + 1)
@@ -16,63 +15,15 @@ _UNITS = {"B": 1} | {f"{prefix}{kind}": base ** (i + 1)
 
 
 def locate(recipe: Recipe, name: str, *, download: bool = True, weights: bool = True) -> Path:
-    """The directory of one of the recipe's inputs: an alias of `sources`, a directory, or a hub model `org/name@rev`.
+    """Return the directory of one of the recipe's inputs: an alias of `sources`, a directory, or a hub model.
 
     download False: a hub model must have been fetched before. weights False: only config and tokenizer are fetched.
     """
-    text, revision = recipe.path(name), recipe.revision(name)
-    path = Path(text).expanduser()
-    try:
-        with contextlib.suppress(ValueError):  # a zero byte
-            os.stat(path)
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            raise UserError(f"model '{name[:80]}...': {error.strerror}") from None
-    if path.is_dir():
-        if revision is not None:
-            raise UserError(f"model '{name}': {text} is a directory, which has no revisions; remove @{revision}")
-        return path
-    if path.exists():
-        raise UserError(f"model '{name}': {text} is a file, expected a model directory")
-    if "+" in text:
-        raise UserError(
-            f"model '{name}': no such directory; LoRA adapters (MODEL+ADAPTER) are not merged on the way: "
-            "merge the adapter into its model first (peft: merge_and_unload) and name the result"
-        )
-    if "@" in text:
-        raise UserError(f"model '{name}': no such directory; a hub model's revision is given as org/name@revision")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not path.parent.exists():
-        return _hub(text, revision, download, weights)
-    known = [*recipe.sources, *(step.name for step in recipe.steps)]
-    beside = [str(path.parent / p.name) for p in path.parent.glob("*") if p.is_dir()] if path.parent.is_dir() else []
-    hint = nearest(text, [*known, *beside])
-    if "did you mean" not in hint:
-        hint = f"; known here: {', '.join(known)}" if recipe.sources or len(recipe.steps) > 1 else ""
-    at = f"model '{name}': " if name in recipe.sources else ""
-    raise UserError(f"{at}{text}: no such model directory{hint}")
-
-
-def _hub(text: str, revision: str | None, download: bool, weights: bool) -> Path:
-    from huggingface_hub import snapshot_download
-
-    at = "" if revision is None else f"@{revision}"
-    if not download:
-        try:
-            return Path(snapshot_download(text, revision=revision, local_files_only=True))
-        except Exception:
-            raise UserError(
-                f"{text}{at}: no such directory, and the hub's model is not here yet, so it cannot be checked"
-            ) from None
-    from bmjax.weights.hf import HUB_FILES
-
-    patterns = [pattern for pattern in HUB_FILES if weights or "safetensors" not in pattern]
-    try:
-        return Path(snapshot_download(text, revision=revision, allow_patterns=patterns))
-    except Exception as error:
-        line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(
-            f"{text}{at}: no such directory, and the Hugging Face Hub did not give it: {line[:200]}"
-        ) from None
+    label = f"model '{name}': " if name in recipe.sources else ""
+    known = [*recipe.sources, *(step.name for step in recipe.steps)] if recipe.sources or len(recipe.steps) > 1 else []
+    return hub.model_directory(
+        recipe.sources.get(name, name), label=label, known=known, download=download, weights=weights
+    )
 
 
 def tokenizer_directory(recipe: Recipe, *, download: bool = True) -> list[Path]:

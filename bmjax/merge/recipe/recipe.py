@@ -1,12 +1,12 @@
 """Merge recipes: mergekit-style YAML, or named `steps:` of such blocks, read into checked, frozen steps."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from bmjax.config import UserError, nearest
+from bmjax.io.hub import split_revision
 from bmjax.merge.recipe.step import Slice, Step, build
 from bmjax.merge.recipe.tokenizer import TokenizerPlan, chat_template, tokenizer_plan
 from bmjax.merge.recipe.yaml_blocks import StepBlock, TopBlock, read_blocks
@@ -47,19 +47,9 @@ class Recipe:
             name = steps[name].donor
         return name
 
-    def path(self, name: str) -> str:
-        """The directory or hub id of an input, without a revision."""
-        return _located(self.sources.get(name, name))[0]
-
     def revision(self, name: str) -> str | None:
         """The hub revision asked for: what follows @ in `org/name@revision`."""
-        return _located(self.sources.get(name, name))[1]
-
-
-def _located(text: str) -> tuple[str, str | None]:
-    found = re.fullmatch(r"([\w.-]+/[\w.-]+)@([\w./-]+)", text)
-    # A directory may have an @ in its name.
-    return (text, None) if found is None or Path(text).exists() else (found[1], found[2])
+        return split_revision(self.sources.get(name, name))[1]
 
 
 def read_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:

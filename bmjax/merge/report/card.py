@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from bmjax.io.hub import split_revision
 from bmjax.merge.recipe.recipe import Recipe
 
 NAME = "README.md"
@@ -19,10 +20,11 @@ def write_card(folder: Path, recipe: Recipe, report: Mapping[str, Any]) -> None:
 
 def card(recipe: Recipe, report: Mapping[str, Any]) -> str:
     """The card as Markdown, its head as the hub reads it. Names of models are shown and not obeyed."""
-    hub = [path for path in (recipe.path(name) for name in recipe.inputs) if re.fullmatch(r"[\w.-]+/[\w.-]+", path)]
+    names = [split_revision(recipe.sources.get(name, name))[0] for name in recipe.inputs]
+    hub_ids = [name for name in names if re.fullmatch(r"[\w.-]+/[\w.-]+", name)]
     head: dict[str, Any] = {"library_name": "transformers", "tags": ["merge", "bmjax"]}
-    if hub and not any(Path(path).exists() for path in hub):
-        head["base_model"] = hub
+    if hub_ids and not any(Path(name).exists() for name in hub_ids):
+        head["base_model"] = hub_ids
     lines = ["---", yaml.safe_dump(head, sort_keys=False, allow_unicode=True).strip(), "---", "", "# A merge", ""]
     methods = ", then ".join(_code(step.method.name) for step in recipe.steps)
     lines += [f"Made by bmjax with {methods}. Arithmetic in float32, one rounding at the end.", "", "## Models", ""]

@@ -12,11 +12,11 @@ from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from typing import Any, Literal
 
+from bmjax.chat.reasoning import answer_of
 from bmjax.config import UserError, nearest
 from bmjax.teach.judges import programs, symbolic
 
 KINDS = ("math", "choice", "exact", "tests")
-THINK_END = "</think>"
 
 _LONGEST_ANSWER = 20_000
 _LONGEST_NUMBER = 400
@@ -49,7 +49,7 @@ def verify(kind: str, reference: Any, response: str, run_programs: bool = False)
     unjudged. Never raises for any response text; UserError for a reference of unknown shape.
     """
     kind = kind if kind in KINDS and kind != "math" else kind_of(kind, reference)
-    answer = extract_answer(response)
+    answer = answer_of(response)
     if kind == "tests":
         return _verify_program(reference, answer) if run_programs else Verdict("unjudged", "none")
     reference = "" if reference is None else str(reference).strip()
@@ -89,11 +89,6 @@ def check_kind(kind: str | None) -> None:
     """UserError unless `kind` is None or a known one."""
     if kind is not None and kind not in KINDS:
         raise UserError(f"verify: no such judge '{kind}'{nearest(kind, KINDS)}")
-
-
-def extract_answer(text: str) -> str:
-    """The text after the last </think>, stripped; all of it when there is none."""
-    return text.rpartition(THINK_END)[2].strip()
 
 
 def last_boxed(text: str) -> str | None:

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from bmjax.config import UserError
-from bmjax.teach.template import fill, read_rows
+from bmjax.io.rows import fill, read_rows
 
 
 def test_fields_braces_and_whole_values() -> None:
@@ -22,7 +22,7 @@ def test_a_missing_field_is_named_with_the_nearest() -> None:
 def test_rows(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": 1}\n\n{"a": 2}')
-    assert list(read_rows(path)) == [(f"{path}:1", {"a": 1}), (f"{path}:3", {"a": 2})]
+    assert list(read_rows(path)) == [(f"{path}, row 1", {"a": 1}), (f"{path}, row 3", {"a": 2})]
     path.write_text('{"a": 1}\n7\n')
     with pytest.raises(UserError, match=r"rows.jsonl:2: expected an object"):
         list(read_rows(path))

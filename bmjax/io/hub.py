@@ -1,0 +1,126 @@
+"""Models and data sets by name: the only place that resolves a directory or asks the Hugging Face Hub.
+
+A model's name is a directory, or a hub id: `org/name`, `name` (such as `gpt2`), each with an optional `@revision`. What
+exists on disk comes first; a directory that only shares the owner's name hides nothing.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from bmjax.config import UserError, first_line, nearest
+
+WEIGHT_FILES = ("*.safetensors",)
+SMALL_FILES = ("*.json", "*.txt", "*.jinja", "tokenizer*")
+DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".ndjson")
+
+_ID = r"[A-Za-z0-9][\w.-]*(?:/[\w.-]+)?"
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """Split `org/name@revision` into (id, revision); a name that exists on disk, or has no @, has no revision."""
+    match = re.fullmatch(rf"({_ID})@([\w./-]+)", name)
+    return (name, None) if match is None or _exists(Path(name)) else (match[1], match[2])
+
+
+def model_directory(
+    name: str | Path, *, label: str = "", known: Sequence[str] = (), download: bool = True, weights: bool = True
+) -> Path:
+    """Return the directory of a model, fetched from the hub when it is no directory here.
+
+    Arguments:
+        name: a directory, or a hub id with an optional `@revision`.
+        label: what errors begin with, for instance "model 'math': ".
+        known: other names that were possible there, for the hint of an error.
+        download: whether the hub may be asked; otherwise a hub model must have been fetched before.
+        weights: whether weights are fetched, too; otherwise config and tokenizer only.
+
+    Raises:
+        UserError: for a file, a misspelt directory, and a model that the hub does not give.
+    """
+    text, revision = split_revision(str(name))
+    path = Path(text).expanduser()
+    if len(text) > 4096 or len(path.name) > 255:
+        raise UserError(f"{label}{text[:80]}...: the name is too long")
+    if text and path.is_dir():
+        return path
+    if text and _exists(path):
+        raise UserError(f"{label}{text}: is a file, expected a model directory or a hub id like org/name")
+    if "@" in text and _exists(Path(directory := text.rpartition("@")[0])):
+        revision = text.rpartition("@")[2]
+        raise UserError(f"{label}{directory} is a directory, which has no revisions; remove @{revision}")
+    if "+" in text:
+        raise UserError(
+            f"{label}{text}: no such directory; LoRA adapters (MODEL+ADAPTER) are not merged on the way: "
+            "merge the adapter into its model first (peft: merge_and_unload) and name the result"
+        )
+    if "@" in text:
+        raise UserError(f"{label}{text}: no such directory; a hub model's revision is given as org/name@revision")
+    siblings = [str(path.parent / entry.name) for entry in _entries(path.parent) if entry.is_dir()]
+    hint = nearest(text, [*known, *siblings])
+    if "did you mean" not in hint:
+        hint = f"; known here: {', '.join(known)}" if known else "; a hub id looks like org/name"
+    if not re.fullmatch(_ID, text):
+        raise UserError(f"{label}{text!r}: no such model directory{hint}")
+    return _snapshot(text, revision, label, hint, download, weights)
+
+
+def _snapshot(name: str, revision: str | None, label: str, hint: str, download: bool, weights: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    spelt = name if revision is None else f"{name}@{revision}"
+    if not download:
+        try:
+            return Path(snapshot_download(name, revision=revision, local_files_only=True))
+        except Exception:
+            raise UserError(
+                f"{label}{spelt}: no such model directory{hint}; the hub's model of that name is not here yet, so it "
+                "cannot be checked"
+            ) from None
+    patterns = [*(WEIGHT_FILES if weights else ()), *SMALL_FILES]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except Exception as error:
+        raise UserError(
+            f"{label}{spelt}: no such model directory{hint}; the Hugging Face Hub did not give it, either: "
+            f"{first_line(error)}"
+        ) from None
+
+
+def is_dataset_id(name: str) -> bool:
+    """Return whether `name` means a hub data set: no file of that name, and of the form of an id."""
+    path = Path(name)
+    form = re.fullmatch(rf"{_ID}(?:@[\w./-]+)?(?::[\w.-]*){{0,2}}", name)
+    return form is not None and path.suffix not in DATA_SUFFIXES and not _exists(path)
+
+
+def dataset_rows(name: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a hub data set: `org/name`, `org/name:subset` or `org/name:subset:split`, `@revision` after
+    the id; without a split, `train`. UserError when the hub does not give it."""
+    import datasets
+
+    identity, _, rest = name.partition(":")
+    repository, _, revision = identity.partition("@")
+    subset, _, split = rest.partition(":")
+    try:
+        yield from datasets.load_dataset(repository, subset or None, split=split or "train", revision=revision or None)
+    except Exception as error:
+        raise UserError(
+            f"data: {name}: neither a file here nor a data set that the hub gives: {first_line(error)}"
+        ) from None
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return os.path.lexists(path)
+    except ValueError:  # a zero byte
+        return False
+
+
+def _entries(directory: Path) -> list[Path]:
+    try:
+        return list(directory.iterdir())
+    except OSError:
+        return []

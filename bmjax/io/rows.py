@@ -1,0 +1,143 @@
+"""Rows of data: the only reader of JSON Lines, JSON, Parquet and hub data sets, for every key that takes rows.
+
+Files are told apart by their content and read row by row, so that a file need not fit in memory. A row keeps the name
+of its file and its number, which every error about it begins with.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from bmjax.config import UserError, first_line, nearest, read_text
+from bmjax.io import hub
+
+Row = tuple[str, dict[str, Any]]  # ("FILE, row N", the row)
+
+_FIELD = re.compile(r"\{\{|\}\}|\{(\w+)\}")
+_CHUNK = 2**20  # characters of a JSON array read at a time
+
+
+def read_rows(data: str | Path | Sequence[str | Path], key: str = "data") -> Iterator[Row]:
+    """Yield (location, row) of every row, file after file.
+
+    Arguments:
+        data: one or several of: a file of JSON Lines, a JSON array, Parquet; a hub data set `org/name`,
+            `org/name:subset` or `org/name:subset:split` (without a split, `train`).
+        key: the setting that named the data, for errors.
+
+    Raises:
+        UserError: for a missing file, a row that is no JSON object, and data without a single row.
+    """
+    names = [data] if isinstance(data, (str, Path)) else list(data)
+    empty = True
+    for name in names:
+        for row in _read_source(str(name)):
+            empty = False
+            yield row
+    if empty:
+        raise UserError(f"{key}: {', '.join(map(str, names)) or 'an empty list'}: no rows; expected at least one")
+
+
+def _read_source(name: str) -> Iterator[Row]:
+    rows = enumerate(hub.dataset_rows(name), 1) if hub.is_dataset_id(name) else _read_file(Path(name))
+    for number, row in rows:
+        if not isinstance(row, dict):
+            raise UserError(f"{name}, row {number}: expected a JSON object, found {type(row).__name__}")
+        yield f"{name}, row {number}", row
+
+
+def _read_file(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield (number from 1, row); the number of a row of JSON Lines is its line's."""
+    if not path.is_file():
+        read_text(path)  # says what is wrong, and names what is near
+    with path.open("rb") as file:
+        is_parquet = file.read(4) == b"PAR1"
+    if is_parquet:
+        yield from _read_parquet(path)
+        return
+    try:
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
+            start = file.read(_CHUNK)
+            if start.lstrip().startswith("["):
+                yield from _json_array(path, file, start.lstrip()[1:])
+            else:
+                file.seek(0)
+                yield from _json_lines(path, file)
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+
+
+def _json_lines(path: Path, file: IO[str]) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}, line {number}: not valid JSON: {error}") from None
+
+
+def _json_array(path: Path, file: IO[str], text: str) -> Iterator[tuple[int, Any]]:
+    """Decode a JSON array element by element. `text` follows the opening bracket; the file holds the rest."""
+    decoder, number, expects_comma = json.JSONDecoder(), 1, False
+    while True:
+        text = text.lstrip()
+        if expects_comma and text.startswith(","):
+            text, expects_comma = text[1:].lstrip(), False
+        if text.startswith("]") and (expects_comma or number == 1):
+            if (text[1:] + file.read()).strip():
+                raise UserError(f"{path}: not valid JSON: text follows the closing bracket")
+            return
+        try:
+            if expects_comma and text:
+                raise ValueError("expected a comma or the closing bracket")
+            row, end = decoder.raw_decode(text)
+        except (ValueError, RecursionError) as error:
+            # The element may go on behind what was read; reading as much again keeps long ones linear.
+            if more := file.read(max(_CHUNK, len(text))):
+                text += more
+                continue
+            raise UserError(f"{path}, row {number}: not valid JSON: {error}") from None
+        yield number, row
+        number, expects_comma, text = number + 1, True, text[end:]
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(path) as file:
+            rows = (row for batch in file.iter_batches(batch_size=1024) for row in batch.to_pylist())
+            yield from enumerate(rows, 1)
+    except (ArrowException, OSError) as error:
+        raise UserError(f"{path}: not a readable Parquet file: {first_line(error)}") from None
+
+
+def fill(template: str, row: Mapping[str, Any], location: str, key: str) -> Any:
+    """Put a row's fields into a template: `{question}` stands for a field, `{{` and `}}` for braces.
+
+    Arguments:
+        template: the text; one that is a single lone field gives that field's value as it is.
+        row, location: the row and where it stands.
+        key: the setting that holds the template, for errors.
+
+    Raises:
+        UserError: when the row has no such field.
+    """
+    if (lone := _FIELD.fullmatch(template)) and lone[1]:
+        return _field(row, lone[1], location, key)
+
+    def put(match: re.Match[str]) -> str:
+        return match[0][0] if match[1] is None else str(_field(row, match[1], location, key))
+
+    return _FIELD.sub(put, template)
+
+
+def _field(row: Mapping[str, Any], name: str, location: str, key: str) -> Any:
+    if name not in row:
+        raise UserError(f"{location}: {key} asks for field '{name}', which the row lacks{nearest(name, list(row))}")
+    return row[name]
