@@ -144,7 +144,7 @@ def test_version(capsys):
     (["train", "CONFIG", "more"], "'more': expected key=value or key.sub=value"),
     (["train", "CONFIG", "stpes=3"], "CONFIG: unknown key 'stpes'; did you mean 'steps'?"),
     (["train", "CONFIG", "steps=ten"], "CONFIG: steps: expected a whole number, found text 'ten'"),
-    (["train", "CONFIG", "student=./nowhere"], "'./nowhere': no such directory"),
+    (["train", "CONFIG", "student=./nowhere"], "'./nowhere': no such model directory"),
     (["run", "CONFIG", "--output"], "--output: a value must follow"),
     (["run", "CONFIG", "--outpu", "x"], "unknown option '--outpu'"),
     (["plan", "CONFIG"], "bmjax plan: --topology is missing; see bmjax plan --help"),
@@ -154,7 +154,7 @@ def test_version(capsys):
     (["convert", "a", "b", "--to"], "--to: a value must follow"),
     (["convert", "a", "b", "--to", "gguf"], "--to: expected hf or orbax, found 'gguf'"),
     (["convert", "a", "b", "c", "--to", "hf"], "'c': bmjax convert takes SRC and DST, nothing more"),
-    (["convert", "./nowhere", "./dst", "--to", "orbax"], "'./nowhere': no such directory"),
+    (["convert", "./nowhere", "./dst", "--to", "orbax"], "'./nowhere': no such model directory"),
     (["eval", "CONFIG"], "CONFIG: unknown key 'student'"),
 ])  # fmt: skip
 def test_mistakes_are_one_line_and_exit_code_2(capsys, tmp_path, config, arguments, line):
@@ -193,7 +193,7 @@ def test_interrupt_says_what_becomes_of_the_output(capsys, monkeypatch, config, 
         assert merge_main(complete(name, config)[1:]) == 130
 
 
-def test_a_fault_of_ours_keeps_its_traceback(monkeypatch, config):
+def test_internal_error_keeps_its_traceback(monkeypatch, config):
     replace(monkeypatch, "train", lambda options: {}["fault"])
     with pytest.raises(KeyError):
         cli.main(["train", str(config)])
@@ -241,7 +241,7 @@ def test_help_is_light(name):
     assert float(seconds) < 0.6 and not {"jax", "transformers", "datasets", "httpx"} & {*modules}
 
 
-def test_train_eval_and_convert_do_what_they_say(capsys, student, train_file, tmp_path):
+def test_train_eval_and_convert_write_their_outputs(capsys, student, train_file, tmp_path):
     config = tmp_path / "train.yaml"
     config.write_text(
         f"student: {student}\ndata: {train_file}\noutput: {tmp_path / 'run'}\nsteps: 2\nbatch: 4\nseq_len: 128\n"
