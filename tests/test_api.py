@@ -216,7 +216,7 @@ def test_model_without_tokenizer_takes_token_ids(student, model, tmp_path):
     (lambda m: bmjax.generate(m, [""]), "prompt 0: empty"),
     (lambda m: bmjax.generate(m, ["a " * 300]), r"prompt 0: \d+ tokens, the model's context holds 256"),
     (lambda m: bmjax.load(m.directory, dtype="float23"), "dtype: 'float23' is not one of .*; did you mean 'float32'"),
-    (lambda m: bmjax.load(m.directory.parent / "studnet"), r"no such directory; did you mean .*student"),
+    (lambda m: bmjax.load(m.directory.parent / "studnet"), r"no such model directory; did you mean .*student"),
     (lambda m: bmjax.train({"student": "s"}), "key 'data' is missing"),
     (lambda m: bmjax.train("nowhere.yaml"), "nowhere.yaml: no such file"),
     (lambda m: bmjax.run({"domans": {}}), "unknown key 'domans'; did you mean 'domains'"),

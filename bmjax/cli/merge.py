@@ -4,10 +4,14 @@ import sys
 import time
 import warnings
 from argparse import Namespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bmjax.cli.parser import option
 from bmjax.errors import UserError
+
+if TYPE_CHECKING:
+    from bmjax.calibrate.recipe import CalibratedRecipe
+    from bmjax.merge.recipe.recipe import Recipe
 
 OPTIONS = (
     option("--check", action="store_true", help="only say what would be read and written; headers are read"),
@@ -74,8 +78,8 @@ def merge(options: Namespace) -> None:
     _streamed_merge(recipe, options, sizes)
 
 
-def _calibrated_merge(recipe: Any, options: Namespace, sizes: dict[str, Any]) -> None:
-    """A merge that looks at data."""
+def _calibrated_merge(recipe: "CalibratedRecipe", options: Namespace, sizes: dict[str, Any]) -> None:
+    """Run a merge that looks at data."""
     from bmjax.calibrate import run
     from bmjax.parallel.start import use_cpu_cores
 
@@ -97,8 +101,8 @@ def _calibrated_merge(recipe: Any, options: Namespace, sizes: dict[str, Any]) ->
         print(f"{options.out}: written; {time.perf_counter() - start:.1f} s")
 
 
-def _streamed_merge(recipe: Any, options: Namespace, sizes: dict[str, Any]) -> None:
-    """A merge of weights alone, from file to file."""
+def _streamed_merge(recipe: "Recipe", options: Namespace, sizes: dict[str, Any]) -> None:
+    """Run a merge of weights alone, from file to file."""
     if options.check:
         from bmjax.merge.plan.check import check
 

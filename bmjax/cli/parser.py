@@ -179,7 +179,7 @@ def parse(commands: Mapping[str, Command], arguments: Sequence[str]) -> argparse
         elif command.overrides:
             overrides.append(word)
         else:
-            raise UserError(f"'{word}': {program} takes {' and '.join(command.words)}, nothing more")
+            raise UserError(f"'{word}': a word too many; see {program} --help")
     if missing:
         verb = "is" if len(missing) == 1 else "are"
         raise UserError(f"{program}: {' and '.join(missing)} {verb} missing; see {program} --help")

@@ -153,7 +153,7 @@ def test_version(capsys):
     (["convert", "a", "b"], "bmjax convert: --to is missing; see bmjax convert --help"),
     (["convert", "a", "b", "--to"], "--to: a value must follow"),
     (["convert", "a", "b", "--to", "gguf"], "--to: expected hf or orbax, found 'gguf'"),
-    (["convert", "a", "b", "c", "--to", "hf"], "'c': bmjax convert takes SRC and DST, nothing more"),
+    (["convert", "a", "b", "c", "--to", "hf"], "'c': a word too many; see bmjax convert --help"),
     (["convert", "./nowhere", "./dst", "--to", "orbax"], "'./nowhere': no such model directory"),
     (["eval", "CONFIG"], "CONFIG: unknown key 'student'"),
 ])  # fmt: skip
