@@ -2,6 +2,7 @@
 
     m = bmjax.load("DIR or hub id")         bmjax.merge("recipe.yaml", "OUT")
     m.logits(tokens), m.loss(tokens, mask)  bmjax.train({...}), bmjax.run("configs/demo.yaml", output="DIR")
+    bmjax.generate(m, ["2 + 2 ="])          bmjax.evaluate({...}), bmjax.plan({...}, topology="v5p:4x4x4")
 
 Heavy libraries are imported when a function is first used.
 """
@@ -14,23 +15,39 @@ from typing import TYPE_CHECKING, Any
 from bmjax.version import __version__
 
 if TYPE_CHECKING:
-    from bmjax.api import Model, generate, load, merge, run, save, train
-    from bmjax.config import UserError
+    from bmjax.api import (
+        Model,
+        collect,
+        convert,
+        evaluate,
+        generate,
+        load,
+        merge,
+        plan,
+        run,
+        save,
+        select,
+        train,
+    )
+    from bmjax.errors import UserError
 
-__all__ = ["Model", "UserError", "__version__", "generate", "load", "merge", "run", "save", "train"]
+__all__ = [
+    "Model", "UserError", "__version__", "collect", "convert", "evaluate", "generate", "load", "merge", "plan", "run",
+    "save", "select", "train",
+]  # fmt: skip
 
 
 class _Package(types.ModuleType):
     """The package as a module whose names are the functions of `bmjax.api`, loaded when they are first used.
 
-    Some of these functions share their name with a folder (`bmjax.merge`, `bmjax.generate`). Importing a module of that
-    folder would set the name to the folder; here the function keeps it. `from bmjax.merge.engine import files` is
-    not touched by this.
+    Some of these functions share their name with a folder (`merge`, `generate`, `evaluate`, `plan`). Importing a module
+    of that folder would set the name to the folder; here the function keeps it. `from bmjax.merge.engine import files`
+    is not touched by this.
     """
 
     def __getattr__(self, name: str) -> Any:
         if name in __all__:
-            source = "bmjax.config" if name == "UserError" else "bmjax.api"
+            source = "bmjax.errors" if name == "UserError" else "bmjax.api"
             return getattr(importlib.import_module(source), name)
         raise AttributeError(f"module 'bmjax' has no attribute {name!r}")
 

@@ -1,6 +1,10 @@
-"""The Python interface: load, logits, loss, save, generate, merge, train, run."""
+"""The Python interface: what `import bmjax` offers. Every function hands its arguments to the phase that does the work.
 
-from collections.abc import Mapping
+Functions with `settings` take the keys of the command's YAML file as a dictionary, or the file's path, and then
+`key.sub=value` overrides. All raise UserError, one line, for what a user can mend.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -11,23 +15,34 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from bmjax.chat.template import chat_template, end_of_turn, messages_of, render_prompt
 from bmjax.config import UserError, nearest
-from bmjax.generate.text import generate
-from bmjax.model import qwen2
+from bmjax.generate import sampler
+from bmjax.model import qwen2, spec
 from bmjax.model.config import ModelConfig, read_hf_config
 from bmjax.parallel.mesh import make_mesh, sharding
 from bmjax.weights import hf
 from bmjax.weights import student as students
 
-__all__ = ["Model", "generate", "load", "merge", "run", "save", "train"]
+__all__ = [
+    "Model", "collect", "convert", "evaluate", "generate", "load", "merge", "plan", "run", "save", "select", "train",
+]  # fmt: skip
 DTYPES = ("float32", "bfloat16", "float16")
 
+Source = str | Path | Mapping[str, Any]  # the path of a YAML file, or its keys
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Model:
-    """A loaded model: its config, its parameters (nested dict of arrays), its tokenizer or None.
+    """A loaded model, as `load` returns it.
 
-    Computation runs in `dtype`, on `mesh`; `directory` is where its files are.
+    Attributes:
+        config: the sizes of the architecture.
+        params: the parameters, a nested dictionary of jax.Array.
+        tokenizer: transformers' fast tokenizer; None where the directory has none.
+        directory: where its files are.
+        mesh: the devices that it is on and computes on.
+        dtype: of the computation: 'float32', 'bfloat16' or 'float16'.
     """
 
     config: ModelConfig
@@ -37,55 +52,91 @@ class Model:
     mesh: Mesh
     dtype: str
 
-    def logits(self, tokens_BT: Any, segment_ids: Any = None, positions: Any = None) -> jax.Array:
-        """Logits, float32 [B, T, V], of tokens int32 [B, T].
+    def __repr__(self) -> str:
+        axes = " x ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items() if size > 1) or "one device"
+        millions = spec.count(self.config) / 1e6
+        return f"<bmjax.Model: Qwen2, {millions:,.2f} M parameters, {self.dtype}, {axes}, {self.directory}>"
 
-        segment_ids: 1.. per document of a packed row, 0 = padding; default: one document a row.
-        positions: default: counted from 0 in every document.
+    def logits(self, tokens_BT: Any, segment_ids: Any = None, positions: Any = None) -> jax.Array:
+        """Compute the logits of the next token after every token.
+
+        Arguments:
+            tokens_BT: token ids, whole numbers [B, T]: an array, or lists of equal length.
+            segment_ids: [B, T], 1.. for each document of a packed row, 0 for padding. Default: one document a row.
+            positions: [B, T] or [1, T], of each token in its document. Default: counted from 0 in every document.
+
+        Returns:
+            float32 [B, T, V].
+
+        Raises:
+            UserError: for shapes or types that do not fit, ids beyond the vocabulary, rows longer than the context.
         """
-        tokens, segments, places = self._arrays(tokens_BT, segment_ids, positions)
+        arrays = self._arrays(tokens_BT, segment_ids, positions)
         with jax.set_mesh(self.mesh):
-            return _logits(self.config, self.dtype)(self.params, tokens, segments, places)
+            return _logits(self.config, self.dtype)(self.params, *arrays)
 
     def loss(
         self, tokens_BT: Any, loss_mask_BT: Any, segment_ids: Any = None, positions: Any = None
     ) -> tuple[float, int]:
-        """(nats, count): next-token loss summed over the targets with mask 1, and how many those are.
+        """Compute the next-token loss of the tokens that the mask makes targets.
 
-        mask[b, t] = 1 makes tokens[b, t] a target, predicted from the tokens before it; a document's first
-        token has no prediction and is never counted.
+        Arguments:
+            tokens_BT: token ids, whole numbers [B, T].
+            loss_mask_BT: [B, T]; 1 makes tokens[b, t] a target, predicted from the tokens before it. The first token
+                of a document has nothing before it and is never counted.
+            segment_ids, positions: as for `logits`.
+
+        Returns:
+            (nats, count): the loss summed over the targets, and how many those are.
+
+        Raises:
+            UserError: as `logits`.
         """
-        tokens, segments, places = self._arrays(tokens_BT, segment_ids, positions)
-        mask = self._place(loss_mask_BT, "loss_mask", tokens.shape)
+        tokens, segments, numbered = self._arrays(tokens_BT, segment_ids, positions)
+        mask = self._on_mesh(loss_mask_BT, "loss_mask", tokens.shape)
         with jax.set_mesh(self.mesh):
-            nats, count = _loss(self.config, self.dtype)(self.params, tokens, mask, segments, places)
+            nats, count = _loss(self.config, self.dtype)(self.params, tokens, mask, segments, numbered)
         return float(nats), int(count)
 
     def _arrays(self, tokens: Any, segments: Any, positions: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-        tokens = self._place(tokens, "tokens")
+        """Return tokens, segment ids and positions, checked and on the mesh: int32 [B, T] each."""
+        tokens = self._on_mesh(tokens, "tokens")
         qwen2.check_length(self.config, tokens.shape[1], "tokens")
         low, high = (int(jnp.min(tokens)), int(jnp.max(tokens))) if tokens.size else (0, 0)
         if low < 0 or high >= self.config.vocab_size:
-            found = low if low < 0 else high
-            raise UserError(f"tokens: ids must lie in 0..{self.config.vocab_size - 1}, found {found}")
-        segments = jnp.ones_like(tokens) if segments is None else self._place(segments, "segment_ids", tokens.shape)
+            wrong = low if low < 0 else high
+            raise UserError(f"tokens: ids must lie in 0..{self.config.vocab_size - 1}, found {wrong}")
+        segments = jnp.ones_like(tokens) if segments is None else self._on_mesh(segments, "segment_ids", tokens.shape)
         if positions is None:
             return tokens, segments, qwen2.default_positions(segments)
-        positions = np.asarray(positions)
-        if positions.ndim == 2 and positions.shape[0] == 1:  # the same for every row
+        positions = _whole_numbers(positions, "positions")
+        if positions.shape[0] == 1:  # the same for every row
             positions = np.broadcast_to(positions, (tokens.shape[0], positions.shape[1]))
-        return tokens, segments, self._place(positions, "positions", tokens.shape)
+        return tokens, segments, self._on_mesh(positions, "positions", tokens.shape)
 
-    def _place(self, array: Any, name: str, shape: tuple[int, ...] | None = None) -> jax.Array:
-        array = np.asarray(array)
-        if array.ndim != 2:
-            raise UserError(f"{name}: {array.ndim} dimensions, expected 2: [rows, tokens]")
-        if array.dtype.kind not in "iub":
-            raise UserError(f"{name}: expected whole numbers, found {array.dtype}")
+    def _on_mesh(self, rows: Any, name: str, shape: tuple[int, ...] | None = None) -> jax.Array:
+        """Return `rows` as int32 [B, T] on the mesh; UserError unless they are whole numbers of `shape`."""
+        array = _whole_numbers(rows, name)
         if shape is not None and array.shape != shape:
             raise UserError(f"{name}: shape {array.shape}, expected that of the tokens, {shape}")
-        array = array.astype(np.int32)
         return jax.device_put(array, sharding(self.mesh, ("batch", "length"), array.shape))
+
+
+def _whole_numbers(rows: Any, name: str) -> np.ndarray:
+    """Return `rows` as int32 [B, T]; `name` is theirs in errors."""
+    try:
+        array = np.asarray(rows)
+    except ValueError:
+        lengths = sorted({len(row) for row in rows if hasattr(row, "__len__")})
+        raise UserError(
+            f"{name}: rows of different lengths ({', '.join(map(str, lengths[:5]))}); pad them to one length, "
+            "with segment_ids 0 for padding"
+        ) from None
+    if array.ndim != 2:
+        raise UserError(f"{name}: {array.ndim} dimensions, expected 2: [rows, tokens]")
+    if array.dtype.kind not in "iub":
+        raise UserError(f"{name}: expected whole numbers, found {array.dtype}")
+    return array.astype(np.int32)
 
 
 @lru_cache(maxsize=16)
@@ -105,57 +156,285 @@ def _cast(params: Any, dtype: str) -> Any:
 
 
 def load(source: str | Path, dtype: str | None = "float32", mesh: Mapping[str, int] | Mesh | None = None) -> Model:
-    """A Hugging Face Qwen2 model from a directory or a hub id.
+    """Load a Hugging Face model (Qwen2, Qwen2.5, R1-Distill-Qwen).
 
-    dtype: of the parameters and of computation ('float32', 'bfloat16', 'float16'); None keeps what is stored.
-    mesh: axis sizes such as {"fsdp": 4, "tensor": 2}; None is one device.
-    Raises UserError, one line, for anything wrong with the directory.
+    Arguments:
+        source: a directory or a hub id, org/name or org/name@revision.
+        dtype: of the parameters and of the computation: 'float32', 'bfloat16' or 'float16'; None: as stored.
+        mesh: devices along data, fsdp, context and tensor, for instance {"fsdp": 4, "tensor": 2}; None: one device.
+
+    Raises:
+        UserError: for anything wrong with the directory, the dtype or the mesh.
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype: '{dtype}' is not one of {', '.join(DTYPES)}{nearest(str(dtype), DTYPES)}")
     student = students.open(source)
-    directory, config = student.directory, student.config
     devices = mesh if isinstance(mesh, Mesh) else make_mesh(mesh)
-    params = hf.load_params(directory, config, devices, dtype=None if dtype is None else np.dtype(jnp.dtype(dtype)))
-    compute = dtype or str(params["embed"]["embedding"].dtype)
-    return Model(config, params, student.tokenizer, directory, devices, compute)
+    params = hf.load_params(
+        student.directory, student.config, devices, dtype=None if dtype is None else np.dtype(jnp.dtype(dtype))
+    )
+    compute_dtype = dtype or str(params["embed"]["embedding"].dtype)
+    return Model(student.config, params, student.tokenizer, student.directory, devices, compute_dtype)
 
 
 def save(model: Model, output: str | Path) -> Path:
-    """Write `model` as a Hugging Face directory, replacing `output` only once everything is written."""
+    """Write a model as a Hugging Face directory, with the config and tokenizer of the one it was loaded from.
+
+    Arguments:
+        model: what `load` returned, perhaps with other parameters (`dataclasses.replace(model, params=...)`).
+        output: the directory; it is replaced only once everything is written.
+
+    Returns:
+        `output` as a Path.
+
+    Raises:
+        UserError: when it cannot be written.
+    """
+    _check_loaded(model)
     hf.save_hf(Path(output), model.params, read_hf_config(model.directory), side_files=model.directory)
     return Path(output)
 
 
-def merge(
-    recipe: str | Path | Mapping[str, Any], output: str | Path, overwrite: bool = False, **options: Any
-) -> dict[str, Any]:
-    """Merge Hugging Face directories as `recipe` (YAML path or dict) says; returns the report.
+def generate(
+    model: Model,
+    prompts: Sequence[str | Sequence[int] | Sequence[Mapping[str, str]]],
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    top_p: float = 1.0,
+    batch: int = 64,
+    template: str | None = None,
+) -> list[str] | list[list[int]]:
+    """Continue every prompt.
 
-    options: further ones of `bmjax.merge.engine.files.merge`, or of `bmjax.calibrate.run.merge` for merges that look
-    at data.
+    Arguments:
+        model: what `load` returned.
+        prompts: each a text (tokenized as it stands), a list of token ids, or a chat: a list of turns
+            {"role": "system" | "user" | "assistant", "content": TEXT}, rendered with the chat template.
+        max_new_tokens: the most tokens of a continuation.
+        temperature: 0 takes the likeliest token; above, tokens are sampled.
+        seed: of the sampling. A prompt's tokens depend on the seed and its number only.
+        top_p: sample from the least set of tokens that has this probability.
+        batch: the most prompts that are computed at once.
+        template: of chats: None for the tokenizer's own, chatml, deepseek-r1, or FILE.jinja.
+
+    Returns:
+        The continuations in order, without prompt and end token: texts, or lists of token ids where the model has no
+        tokenizer.
+
+    Raises:
+        UserError: for a prompt that is empty, of another kind, or longer than the context.
     """
-    from bmjax.calibrate.recipe import is_calibrated
+    _check_loaded(model)
+    ends = list(hf.end_tokens(model.directory, model.config, model.tokenizer))
+    if isinstance(prompts, str):
+        raise UserError("prompts: expected a list of texts or of token lists, found one text")
+    if len(prompts) and isinstance(prompts[0], (int, np.integer, Mapping)):
+        kind = "one chat" if isinstance(prompts[0], Mapping) else "one list of token ids"
+        raise UserError(f"prompts: expected a list of prompts, found {kind}; put it in a list")
+    encoded: list[Sequence[int]] = []
+    for number, prompt in enumerate(prompts):
+        # Arrays of token ids are taken as lists.
+        tokens: Any = prompt.tolist() if isinstance(prompt, (np.ndarray, jax.Array)) else prompt
+        if isinstance(tokens, Sequence) and len(tokens) and all(isinstance(turn, Mapping) for turn in tokens):
+            _check_tokenizer(model, number)
+            text = chat_template(model.tokenizer, template)
+            messages = messages_of({"messages": list(tokens)}, f"prompt {number}")
+            tokens = render_prompt(model.tokenizer, messages, text, f"prompt {number}")
+            # A turn of the template may end otherwise than the model's texts.
+            end = end_of_turn(model.tokenizer, text)
+            ends += [] if end is None or end in ends else [end]
+        if isinstance(tokens, str):
+            _check_tokenizer(model, number)
+            tokens = model.tokenizer(tokens, add_special_tokens=False)["input_ids"]
+        if not isinstance(tokens, Sequence) or not all(type(t) is int or isinstance(t, np.integer) for t in tokens):
+            raise UserError(f"prompt {number}: expected a text, a list of token ids or a list of chat turns")
+        encoded.append(tokens)
+    sampling = sampler.Sampling(max_new_tokens, temperature, top_p, seed)
+    with jax.set_mesh(model.mesh):
+        outs = sampler.generate(model.config, model.params, encoded, sampling, ends, batch, jnp.dtype(model.dtype))
+    if model.tokenizer is None:
+        return [list(out.tokens) for out in outs]
+    return [model.tokenizer.decode(out.tokens, skip_special_tokens=True) for out in outs]
 
-    if is_calibrated(recipe):
+
+def _check_loaded(model: Any) -> None:
+    if not isinstance(model, Model):
+        name = f" '{model}'" if isinstance(model, (str, Path)) else ""
+        kind = "a name" if name else type(model).__name__
+        raise UserError(f"model: expected a loaded model, found {kind}{name}; load it first: m = bmjax.load(DIR)")
+
+
+def _check_tokenizer(model: Model, number: int) -> None:
+    if model.tokenizer is None:
+        raise UserError(
+            f"{model.directory}: no tokenizer, so prompts must be lists of token ids; prompt {number} is not"
+        )
+
+
+def merge(
+    recipe: Source,
+    output: str | Path,
+    overwrite: bool = False,
+    *,
+    overrides: Sequence[str] = (),
+    shard_bytes: float = 5e9,
+    memory: int | None = None,
+    log: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Merge Hugging Face directories into one; `bmjax merge`.
+
+    Arguments:
+        recipe: the path of a YAML file, or its keys.
+        output: the directory to write; it must not exist or be empty, and is never an input.
+        overwrite: replace a model directory `output` once the merge is done.
+        overrides: `key.sub=value` changes to the recipe.
+        shard_bytes: the most bytes of a file of the result.
+        memory: bytes of buffers, 1 GiB by default; it changes no result. Not for `learned` and `regmean`, which hold
+            all models in memory.
+        log: gets one line a remark.
+
+    Returns:
+        What output/merge_report.json holds.
+
+    Raises:
+        UserError: for anything wrong with the recipe or its models; `output` is then as it was.
+    """
+    from bmjax.calibrate.recipe import CalibratedRecipe, is_calibrated
+
+    if is_calibrated(recipe, overrides):
         from bmjax.calibrate.run import merge as calibrated_merge
 
-        return calibrated_merge(recipe, output, overwrite, **options)
-    from bmjax.merge.engine import files as engine
+        calibrated = CalibratedRecipe.read(recipe, overrides)
+        if memory is not None:
+            raise UserError(f"memory: {calibrated.merge_method} holds all its models in memory; leave it out")
+        return calibrated_merge(calibrated, output, overwrite, shard_bytes=shard_bytes, log=log)
+    from bmjax.merge.engine.files import MEMORY
+    from bmjax.merge.engine.files import merge as merge_files
 
-    return engine.merge(recipe, output, overwrite, **options)
+    return merge_files(
+        recipe, output, overwrite, overrides=overrides, shard_bytes=shard_bytes, memory=memory or MEMORY, log=log
+    )
 
 
-def train(settings: str | Path | Mapping[str, Any], *overrides: str) -> dict[str, Any]:
-    """Train one branch; the keys are those of `bmjax train`. Returns its summary (hf, steps, tokens, loss)."""
+def collect(settings: Source, *overrides: str) -> dict[str, int]:
+    """Ask a teacher for traces; `bmjax collect`. Traces that are there already are not asked for again.
+
+    Returns:
+        How many traces were wanted, present, collected, failed, right, wrong, unjudged and truncated.
+
+    Raises:
+        UserError: for bad settings or problems, and an endpoint that cannot be reached or refuses the key.
+    """
+    from bmjax.teach.collect import collect as collect_traces
+    from bmjax.teach.settings import CollectSettings
+
+    return collect_traces(CollectSettings.read(settings, overrides))
+
+
+def select(settings: Source, *overrides: str) -> dict[str, dict[str, int]]:
+    """Select the traces worth training on; `bmjax select`. Writes one dataset per domain.
+
+    Returns:
+        {domain: {"kept": count, reason: count of the traces dropped for it, ...}}.
+
+    Raises:
+        UserError: for bad settings or traces, and for a domain of which nothing is left.
+    """
+    from bmjax.teach.select import select as select_traces
+    from bmjax.teach.settings import SelectSettings
+
+    return select_traces(SelectSettings.read(settings, overrides))
+
+
+def train(settings: Source, *overrides: str) -> dict[str, Any]:
+    """Train a student on a dataset, or resume a training; `bmjax train`.
+
+    Returns:
+        hf (path of the trained model), steps, tokens (those seen, without padding), loss (nats a token, of the last
+        step), and more.
+
+    Raises:
+        UserError: for settings and data that cannot be trained with.
+    """
     from bmjax.branch.settings import TrainSettings
     from bmjax.branch.train import train as run_training
 
     return run_training(TrainSettings.read(settings, overrides))
 
 
-def run(config: str | Path | Mapping[str, Any], output: str | Path | None = None, *overrides: str) -> dict[str, Any]:
-    """The whole branch-merge run; the keys are those of `bmjax run`. Returns report.json as a dictionary."""
+def evaluate(settings: Source, *overrides: str) -> dict[str, dict[str, Any]]:
+    """Score a model on tasks; `bmjax eval`. Writes scores.json and every sample.
+
+    Returns:
+        {task: scores}: accuracy with its 95 % interval, and held-out loss in nats a token, as far as the task has
+        questions and traces.
+
+    Raises:
+        UserError: for bad settings, tasks or models.
+    """
+    from bmjax.evaluate.run import evaluate as run_evaluation
+    from bmjax.evaluate.settings import EvalSettings
+
+    return run_evaluation(EvalSettings.read(settings, overrides))
+
+
+def plan(settings: Source, *overrides: str, topology: str, search: bool = False) -> dict[str, Any]:
+    """Compile a training's step for TPU chips that are not there; `bmjax plan`. It can take minutes.
+
+    Arguments:
+        settings: of the training, as for `train`.
+        topology: CHIP:SHAPE, for instance "v5p:4x4x4".
+        search: try meshes, microbatches and remat, and return the best that fits; `overrides` are its changes.
+
+    Returns:
+        fits, chips, hbm_gib, gib_per_chip, flops_per_step, step_seconds_bound, tokens_per_second_bound,
+        collective_bytes (of a chip a step, by mesh axis), compile_seconds and more.
+
+    Raises:
+        UserError: for an unknown topology and settings that cannot be trained with.
+    """
+    from bmjax.branch.settings import TrainSettings
+    from bmjax.plan.plan import plan_training
+
+    result, changes = plan_training(TrainSettings.read(settings, overrides), topology, search)
+    return result.to_json(changes)
+
+
+def convert(source: str | Path, destination: str | Path, to: str) -> Path:
+    """Convert a Hugging Face directory to an Orbax checkpoint of its parameters, or back; `bmjax convert`.
+
+    Arguments:
+        source: for to="orbax" a Hugging Face directory or hub id; for to="hf" what to="orbax" has written.
+        destination: a directory that does not exist.
+        to: "hf" or "orbax". Tensors keep their dtype.
+
+    Returns:
+        `destination` as a Path.
+
+    Raises:
+        UserError: for a wrong source, an existing destination, another `to`.
+    """
+    from bmjax.weights.convert import convert as convert_files
+
+    convert_files(str(source), str(destination), to)
+    return Path(destination)
+
+
+def run(config: Source, output: str | Path | None = None, *overrides: str) -> dict[str, Any]:
+    """Run, or continue, the whole experiment; `bmjax run`.
+
+    Arguments:
+        config: the path of a YAML file, or its keys.
+        output: directory of the run; None: the config's `output`.
+        overrides: `key.sub=value` changes to the config.
+
+    Returns:
+        What output/report.json holds: models with their scores, stages, versions, config.
+
+    Raises:
+        UserError: for settings, data and models that do not fit.
+    """
     from bmjax import pipeline
 
     return pipeline.run(pipeline.RunSettings.read(config, overrides), output)

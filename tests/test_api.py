@@ -1,5 +1,6 @@
 """The Python contract: load, logits, loss, save, generate, train, merge."""
 
+import dataclasses
 import inspect
 import json
 
@@ -11,8 +12,10 @@ import transformers
 
 import bmjax
 from bmjax import UserError
-from tests.conftest import write_student
+from bmjax.parallel.mesh import make_mesh
+from tests.conftest import sums, write_rows, write_student
 
+TRAINING = {"student": "Qwen/Qwen2.5-0.5B", "data": "d", "output": "o", "steps": 1}
 TEXTS = ["What is 3 + 4?", "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "2"]
 
 
@@ -52,7 +55,7 @@ def test_load_gives_config_params_and_tokenizer(model, student):
     assert model.tokenizer("a")["input_ids"]
 
 
-def test_logits_of_plain_and_packed_rows_are_transformers(model, hf):
+def test_logits_equal_those_of_transformers(model, hf):
     tokens, segments, _, rows = packed()
     with torch.no_grad():
         plain = hf(torch.tensor(tokens)).logits.numpy()
@@ -79,7 +82,7 @@ def test_logits_of_plain_and_packed_rows_are_transformers(model, hf):
     np.testing.assert_allclose(shifted, want, atol=2e-4)
 
 
-def test_loss_is_a_sum_and_a_count(model, hf):
+def test_loss_equals_that_of_transformers(model, hf):
     tokens, segments, mask, rows = packed()
     total, count = 0.0, 0
     for b, row in enumerate(rows):
@@ -104,7 +107,7 @@ def test_loss_is_a_sum_and_a_count(model, hf):
 
 
 @pytest.mark.parametrize("sizes", [{"fsdp": 4, "tensor": 2}])
-def test_a_mesh_gives_the_same_numbers(model, student, sizes):
+def test_mesh_gives_the_same_numbers(model, student, sizes):
     tokens, segments, mask, _ = packed()
     meshed = bmjax.load(str(student), mesh=sizes)
     kernel = meshed.params["layers"]["mlp"]["up"]["kernel"]
@@ -115,7 +118,7 @@ def test_a_mesh_gives_the_same_numbers(model, student, sizes):
     assert bmjax.generate(meshed, TEXTS, max_new_tokens=8) == bmjax.generate(model, TEXTS, max_new_tokens=8)
 
 
-def test_generate_is_transformers_greedy_text(model, hf):
+def test_generate_equals_greedy_text_of_transformers(model, hf):
     tokenizer = model.tokenizer
     texts = bmjax.generate(model, TEXTS, max_new_tokens=10)
     for prompt, text in zip(TEXTS, texts, strict=True):
@@ -129,7 +132,7 @@ def test_generate_is_transformers_greedy_text(model, hf):
     assert bmjax.generate(model, []) == []
 
 
-def test_functions_stay_callable_beside_packages_of_their_names(model):
+def test_functions_win_over_folders_of_their_names(model):
     from bmjax.generate import sampler
     from bmjax.merge.engine import files
 
@@ -143,7 +146,7 @@ def test_functions_stay_callable_beside_packages_of_their_names(model):
     assert sampler.Sampling
 
 
-def test_saving_gives_what_transformers_loads_with_equal_logits(model, hf, tmp_path):
+def test_transformers_loads_a_saved_model(model, hf, tmp_path):
     assert bmjax.save(model, tmp_path / "out") == tmp_path / "out"
     again = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", dtype=torch.float32, attn_implementation="eager"
@@ -158,7 +161,7 @@ def test_saving_gives_what_transformers_loads_with_equal_logits(model, hf, tmp_p
 
 
 @pytest.mark.parametrize("dtype, kept, stored", [("bfloat16", "bfloat16", "BF16"), (None, "float16", "F16")])
-def test_dtypes(tmp_path, dtype, kept, stored):
+def test_dtype_is_computed_with_and_stored(tmp_path, dtype, kept, stored):
     directory = write_student(tmp_path / "half", dtype="float16")
     model = bmjax.load(directory, dtype=dtype)
     assert model.params["embed"]["embedding"].dtype == kept == model.dtype
@@ -170,7 +173,7 @@ def test_dtypes(tmp_path, dtype, kept, stored):
     assert header["model.embed_tokens.weight"]["dtype"] == stored
 
 
-def test_a_model_without_a_tokenizer_takes_and_gives_token_ids(student, model, tmp_path):
+def test_model_without_tokenizer_takes_token_ids(student, model, tmp_path):
     bare = tmp_path / "bare"
     bare.mkdir()
     for name in ("config.json", "model.safetensors"):
@@ -196,19 +199,87 @@ def test_a_model_without_a_tokenizer_takes_and_gives_token_ids(student, model, t
     (lambda m: m.logits([[1, 2]], segment_ids=[[1]]), r"segment_ids: shape \(1, 1\), expected that of the tokens"),
     (lambda m: m.logits([[1, 2]], positions=[[1, 2, 3]]), r"positions: shape \(1, 3\), expected that of the tokens"),
     (lambda m: m.loss([[1, 2]], [[1]]), r"loss_mask: shape \(1, 1\), expected that of the tokens, \(1, 2\)"),
+    (lambda m: m.logits([[1, 2, 3], [4, 5]]), r"tokens: rows of different lengths \(2, 3\); pad them to one length"),
+    (lambda m: m.loss([[1, 2]], [[1], [1, 0]]), r"loss_mask: rows of different lengths \(1, 2\)"),
+    (lambda m: m.logits([[1, 2]], positions=3), "positions: 0 dimensions, expected 2"),
+    (lambda m: bmjax.generate("DIR", ["a"]), "model: expected a loaded model, found a name 'DIR'; load it first"),
+    (lambda m: bmjax.generate(None, ["a"]), "model: expected a loaded model, found NoneType; load it first"),
+    (lambda m: bmjax.save("DIR", "OUT"), "model: expected a loaded model, found a name 'DIR'"),
+    (lambda m: bmjax.generate(m, [1, 2]), "prompts: expected a list of prompts, found one list of token ids"),
+    (lambda m: bmjax.generate(m, [{"role": "user", "content": "a"}]), "prompts: expected a list of prompts, found one"),
+    (lambda m: bmjax.generate(m, ["a", [1, "b"]]), "prompt 1: expected a text, a list of token ids or a list of chat"),
+    (lambda m: bmjax.generate(m, ["a", [1.5]]), "prompt 1: expected a text, a list of token ids or a list of chat"),
+    (lambda m: bmjax.generate(m, ["a", None]), "prompt 1: expected a text, a list of token ids or a list of chat"),
+    (lambda m: bmjax.generate(m, [[{"role": "user"}]]), "prompt 0: a turn has role 'user' and NoneType content"),
+    (lambda m: bmjax.generate(m, [[{"role": "robot", "content": "a"}]]), "prompt 0: a turn has role 'robot'"),
     (lambda m: bmjax.generate(m, "text"), "prompts: expected a list of texts or of token lists, found one text"),
     (lambda m: bmjax.generate(m, [""]), "prompt 0: empty"),
     (lambda m: bmjax.generate(m, ["a " * 300]), r"prompt 0: \d+ tokens, the model's context holds 256"),
     (lambda m: bmjax.load(m.directory, dtype="float23"), "dtype: 'float23' is not one of .*; did you mean 'float32'"),
-    (lambda m: bmjax.load(m.directory.parent / "studnet"), r"no such directory; did you mean .*student"),
+    (lambda m: bmjax.load(m.directory.parent / "studnet"), r"no such model directory; did you mean .*student"),
     (lambda m: bmjax.train({"student": "s"}), "key 'data' is missing"),
     (lambda m: bmjax.train("nowhere.yaml"), "nowhere.yaml: no such file"),
     (lambda m: bmjax.run({"domans": {}}), "unknown key 'domans'; did you mean 'domains'"),
+    (lambda m: bmjax.collect({"problms": "p"}), "unknown key 'problms'; did you mean 'problems'"),
+    (lambda m: bmjax.select({"traces": "nowhere.jsonl", "output": "o"}), "nowhere.jsonl: no such file"),
+    (lambda m: bmjax.evaluate({"model": "m"}, "tsks={}"), "unknown key 'tsks'; did you mean 'tasks'"),
+    (lambda m: bmjax.convert(m.directory, m.directory, to="orbax"), "exists already; choose a new directory"),
+    (lambda m: bmjax.convert(m.directory, "OUT", to="gguf"), "to: expected hf or orbax, found 'gguf'"),
+    (lambda m: bmjax.plan(TRAINING, topology="64"), "'64' is not like v5p:4x4x4"),
+    (lambda m: bmjax.merge({"merge_method": "learned", "base_model": "a", "models": [{"model": "b", "data": "c"}]},
+                           "OUT", memory=1), "memory: learned holds all its models in memory; leave it out"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(model, call, problem):
     with pytest.raises(UserError, match=problem) as error:
         call(model)
     assert "\n" not in str(error.value)
+
+
+def test_repr_of_a_model_is_one_line(model, student):
+    assert repr(model) == f"<bmjax.Model: Qwen2, 0.04 M parameters, float32, one device, {student}>"
+    meshed = dataclasses.replace(model, mesh=make_mesh({"fsdp": 4, "tensor": 2}))
+    assert "float32, fsdp 4 x tensor 2, " in repr(meshed)
+
+
+def test_help_shows_signatures_and_docstrings():
+    for name in set(bmjax.__all__) - {"Model", "UserError", "__version__"}:
+        function = getattr(bmjax, name)
+        assert inspect.isfunction(function) and function.__module__ == "bmjax.api", name
+        kinds = {parameter.kind for parameter in inspect.signature(function).parameters.values()}
+        assert inspect.Parameter.VAR_KEYWORD not in kinds, name
+        assert "Raises:" in inspect.getdoc(function), name
+    assert list(inspect.signature(bmjax.merge).parameters)[:3] == ["recipe", "output", "overwrite"]
+
+
+def test_chat_turns_are_rendered_with_the_template(model):
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2?"}]
+    text = model.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert text.count("<|im_start|>") == 3
+    chat, plain, tokens = [bmjax.generate(model, [prompt], max_new_tokens=8) for prompt in (
+        turns, text, model.tokenizer(text)["input_ids"])]  # fmt: skip
+    assert chat == plain == tokens
+    named = bmjax.generate(model, [turns], max_new_tokens=8, template="deepseek-r1")
+    assert isinstance(named[0], str)
+
+
+def test_evaluate_select_and_convert_from_python(student, tmp_path):
+    traces = write_rows(tmp_path / "held_out.jsonl", sums(3, seed=4))
+    keys = {"model": str(student), "output": str(tmp_path / "scores"), "tasks": {"sums": {"traces": str(traces)}}}
+    scores = bmjax.evaluate(keys, "seq_len=128")
+    assert scores == json.loads((tmp_path / "scores" / "scores.json").read_text()) and scores["sums"]["loss"] > 0
+    assert bmjax.convert(student, tmp_path / "orbax", to="orbax") == tmp_path / "orbax"
+    bmjax.convert(tmp_path / "orbax", tmp_path / "hf", to="hf")
+    before, after = (safetensors.numpy.load_file(d / "model.safetensors") for d in (student, tmp_path / "hf"))
+    assert {k: v.tobytes() for k, v in before.items()} == {k: v.tobytes() for k, v in after.items()}
+
+
+def test_collect_and_select_from_python(tmp_path):
+    keys = {"problems": {"builtin": "math", "count": 20}, "output": str(tmp_path / "traces"),
+            "teacher": {"builtin": True}}  # fmt: skip
+    counts = bmjax.collect(keys)
+    assert counts["collected"] == 20
+    table = bmjax.select({"traces": str(tmp_path / "traces"), "output": str(tmp_path / "rows")}, "per_prompt=1")
+    assert 0 < table["math"]["kept"] <= 20 and (tmp_path / "rows" / "math.jsonl").exists()
 
 
 def test_train_and_merge_from_python(student, train_file, tmp_path):

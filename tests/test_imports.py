@@ -14,7 +14,7 @@ FILES = sorted((ROOT / "bmjax").rglob("*.py"))
 # A module may import its own part and the parts before it; parts in one set know nothing of each other. An entry point
 # is a file that Python runs (`__main__.py`): nothing imports one.
 ORDER = [
-    {"version"}, {"config"}, {"log"}, {"io"}, {"chat", "parallel"}, {"model"}, {"weights"},
+    {"version"}, {"errors"}, {"safe_yaml"}, {"config"}, {"log"}, {"io"}, {"chat", "parallel"}, {"model"}, {"weights"},
     {"teach", "branch", "merge", "generate"},
     {"plan", "calibrate", "evaluate"}, {"report"}, {"pipeline"}, {"demo"}, {"api"}, {"cli"}, {"__init__"},
     {"entry point"},
@@ -147,7 +147,7 @@ def test_the_public_names_are_there():
 
     for name in bmjax.__all__:
         assert getattr(bmjax, name) is not None, name
-    assert bmjax.UserError.__module__ == "bmjax.config"
+    assert bmjax.UserError.__module__ == "bmjax.errors"
     with pytest.raises(AttributeError, match="no attribute 'lod'"):
         _ = bmjax.lod
     assert {"load", "save", "generate", "merge", "train", "run"} <= set(dir(bmjax))

@@ -1,7 +1,7 @@
 """A merge by a calibration set, from directories to a directory."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -162,3 +162,23 @@ def _summaries(
         for group, entry in sums.items()
     }
     return {"total": found.pop(""), "layers": found}
+
+
+def check_lines(recipe: CalibratedRecipe, output: str | Path, overwrite: bool) -> Iterator[str]:
+    """Yield what `merge` with the same arguments would read and write, line by line. Raises UserError as it would."""
+    base, directories = check(recipe, output, overwrite)
+    for directory in (base, *directories):
+        yield f"reads {directory}"
+    for entry in recipe.models:
+        yield f"reads {entry.data} for '{entry.model}'"
+    yield f"writes {output}; all models are in memory at once, and are run on the data"
+
+
+def summary_lines(report: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what a merge came to for the person who ran it. report: what merge_report.json holds."""
+    for stage, losses in report["held_out_loss"].items():
+        by_domain = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+        yield f"held-out loss, {stage}{' (kept)' if stage == report['kept'] else ''}: {by_domain}"
+    for name, model in report["total"]["merged"]["models"].items():
+        yield f"mean coefficient of {name}: {model['coefficient']:.2f}"
+    yield "tokens: " + ", ".join(f"{purpose} {count:,}" for purpose, count in report["tokens"].items())

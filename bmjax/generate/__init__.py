@@ -1,1 +1,1 @@
-"""Text from a model: prompts to tokens, jitted prefill and decode, tokens to text."""
+"""Generation of tokens: jitted prefill and decode with a key/value cache."""

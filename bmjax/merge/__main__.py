@@ -1,7 +1,15 @@
-"""`python -m bmjax.merge` is `bmjax merge`."""
+"""`python -m bmjax.merge RECIPE OUT` is `bmjax merge RECIPE OUT`."""
 
-from bmjax.cli.main import run
-from bmjax.cli.merge import main
+import sys
+from collections.abc import Sequence
+
+from bmjax.cli import main as cli
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run `bmjax merge` with `arguments`; return its exit code."""
+    return cli.main(["merge", *arguments])
+
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(["merge", *sys.argv[1:]])

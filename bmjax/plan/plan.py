@@ -10,7 +10,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,8 +66,9 @@ class Plan:
     change: str | None
     steps: int | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+    def to_json(self, changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Return the plan as plain values; `overrides` are the changes to the settings that a search made."""
+        return dataclasses.asdict(self) | ({"overrides": dict(changes)} if changes else {})
 
 
 def student_config(student: str) -> ModelConfig:
@@ -77,6 +78,33 @@ def student_config(student: str) -> ModelConfig:
     if (found := known(student)) is not None:
         return found
     return ModelConfig.from_dir(hub.model_directory(student))
+
+
+def plan_training(
+    settings: TrainSettings, topology: str, try_meshes: bool = False, log: Callable[[str], None] = lambda line: None
+) -> tuple[Plan, dict[str, Any]]:
+    """Plan a training from its settings, its number of steps included.
+
+    Arguments:
+        settings: of the training; the student's weights are not needed.
+        topology: the slice, CHIP:SHAPE, for instance v5p:4x4x4.
+        try_meshes: compile several meshes, microbatches and remat, and take the best that fits.
+        log: gets a line before the first compilation, and one after each that a search makes.
+
+    Returns:
+        The plan, and the changes to the settings that it is made with (empty without `try_meshes`).
+
+    Raises:
+        UserError: an unknown topology, or settings that cannot be trained with as they stand.
+    """
+    config = student_config(settings.student)
+    steps = training_steps(settings, config)
+    log(f"compiling the training step for {topology} ...")
+    if try_meshes:
+        best, changes = search(settings, config, topology, log=log)
+    else:
+        best, changes = plan(settings, config, topology), {}
+    return dataclasses.replace(best, steps=steps), changes
 
 
 def plan(settings: Training, config: ModelConfig, topology: str) -> Plan:

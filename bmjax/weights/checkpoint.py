@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from bmjax.config import UserError
+from bmjax.config import UserError, first_line
 from bmjax.parallel.processes import is_main, wait_for_all
 
 TEMPORARY = "*.orbax-checkpoint-tmp"
@@ -105,7 +105,7 @@ class Checkpoints:
             raise
         except Exception as error:
             raise UserError(
-                f"{where}: the checkpoint is damaged: {_one_line(error)}; delete this directory to use an earlier one"
+                f"{where}: the checkpoint is damaged: {first_line(error)}; delete this directory to use an earlier one"
             ) from None
 
     def meta(self, step: int | None) -> dict[str, Any]:
@@ -171,7 +171,3 @@ def _check_same(found: Mapping[str, str], expected: Mapping[str, str], where: Pa
                 f"{where}: the checkpoint is of another model or optimizer: {name} is {found.get(name, 'absent')}, "
                 f"expected {expected.get(name, 'absent')}; use another output, or delete the checkpoints"
             )
-
-
-def _one_line(error: Exception) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:200]

@@ -25,6 +25,14 @@ def _new(destination: str) -> Path:
     return path
 
 
+def convert(source: str, destination: str, to: str) -> None:
+    """Convert a model directory to the form `to`, 'hf' or 'orbax'; see `to_hf` and `to_orbax`."""
+    forms = {"hf": to_hf, "orbax": to_orbax}
+    if to not in forms:
+        raise UserError(f"to: expected hf or orbax, found '{to}'")
+    forms[to](source, destination)
+
+
 def to_orbax(source: str, destination: str) -> None:
     """Parameters of a Hugging Face directory or hub id, in their stored dtype, to DST/params."""
     target, directory = _new(destination), hub.model_directory(source)

@@ -9,8 +9,8 @@ import safetensors.numpy
 import bmjax
 from bmjax.calibrate import run
 from bmjax.calibrate.recipe import is_calibrated
-from bmjax.cli.merge import main
 from bmjax.config import UserError
+from bmjax.merge.__main__ import main
 from tests.calibrate.tiny_models import SMALL, batches, recipe, tensors
 from tests.conftest import write_student
 

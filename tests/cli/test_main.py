@@ -1,5 +1,6 @@
 """The commands: help that lists every key, mistakes as one line with exit code 2, and that they do what they say."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -12,11 +13,14 @@ import pytest
 import safetensors.numpy
 
 from bmjax.cli import main as cli
+from bmjax.cli.commands import COMMANDS
+from bmjax.merge.__main__ import main as merge_main
 from bmjax.version import __version__
 from tests.conftest import sums, write_rows
 from tests.test_config import keys_of
 
 ROOT = Path(__file__).resolve().parents[2]
+WITH_SETTINGS = [name for name, command in COMMANDS.items() if command.settings]
 
 
 def call(capsys, *arguments: str) -> tuple[int, str, str]:
@@ -25,34 +29,106 @@ def call(capsys, *arguments: str) -> tuple[int, str, str]:
     return code, out.out, out.err
 
 
-@pytest.mark.parametrize("command", cli.CALLS)
-def test_help_lists_every_key(capsys, command):
-    code, out, err = call(capsys, command, "--help")
-    assert code == 0 and not err
-    assert out.startswith(f"usage: bmjax {command} CONFIG")
-    found = {line.split(":")[0].strip() for line in out.partition("overridden as a.b=value:\n")[2].splitlines()}
-    assert set(keys_of(cli._settings_of(command))) == found
-    for example in cli.EXAMPLES[command]:
-        assert example in out and example.startswith(f"bmjax {command} ")
+def complete(name: str, config) -> list[str]:
+    """A command line of `name` with all that it must have; every word is `config`."""
+    options = [flag for row in COMMANDS[name].options if row.keywords.get("required") for flag in row.flags]
+    values = {"--topology": "v5p:4x4x4", "--to": "hf"}
+    return [name, *(str(config) for _ in COMMANDS[name].words), *(f"{flag}={values[flag]}" for flag in options)]
 
 
-@pytest.mark.parametrize(
-    "arguments", [["merge", "--help"], ["convert", "--help"], ["convert", "-h"], ["--help"], ["-h"], ["help"]]
-)
-def test_other_help(capsys, arguments):
-    try:
-        code = cli.main(arguments)
-    except SystemExit as stopped:
-        code = stopped.code
-    out = capsys.readouterr().out
-    assert code == 0 and "usage:" in out and len(out.splitlines()) > 5
+def replace(monkeypatch, name: str, call) -> None:
+    """Have the command `name` do something else once it is parsed."""
+    monkeypatch.setitem(cli.COMMANDS, name, dataclasses.replace(COMMANDS[name], call=call))
 
 
-def test_without_a_command_the_intro_names_all_of_them(capsys):
+@pytest.fixture
+def config(tmp_path):
+    file = tmp_path / "train.yaml"
+    file.write_text(f"student: s\ndata: d\nsteps: 1\noutput: {tmp_path / 'out'}\n")
+    return file
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_every_command(capsys, name, flag):
+    code, out, err = call(capsys, name, flag)
+    assert (code, err) == (0, "")
+    words = " ".join([name, *COMMANDS[name].words])
+    assert out.startswith(f"usage: bmjax {words}") and ("\nexamples:\n" in out or name == "merge")
+    assert all(line.startswith(f"  bmjax {name} ") for line in re.findall(r"^  bmjax .*", out, re.MULTILINE))
+    for row in COMMANDS[name].options:
+        assert re.search(rf"^  {row.flags[0]}\b", out, re.MULTILINE), row.flags
+
+
+@pytest.mark.parametrize("name", WITH_SETTINGS)
+def test_help_lists_every_key(capsys, name):
+    _, out, _ = call(capsys, name, "--help")
+    lines = out.partition("overridden as a.b=value:\n")[2].splitlines()
+    assert set(keys_of(COMMANDS[name].settings_class())) == {line.split(":")[0].strip() for line in lines}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_unknown_option_of_every_command(capsys, config, name):
+    settings = "settings are given as key=value, " if COMMANDS[name].overrides else ""
+    for unknown in (["--zzzz", "3"], ["--zzzz=3"], ["-z"]):
+        code, out, err = call(capsys, *complete(name, config), *unknown)
+        flag = unknown[0].partition("=")[0]
+        assert (code, out) == (2, "")
+        assert err == f"bmjax: error: unknown option '{flag}'; {settings}see bmjax {name} --help\n"
+
+
+@pytest.mark.parametrize("name", [name for name, command in COMMANDS.items() if command.options])
+def test_misspelt_option_names_the_nearest(capsys, config, name):
+    flag = COMMANDS[name].options[-1].flags[0]
+    code, out, err = call(capsys, *complete(name, config), flag + "x")
+    assert (code, out) == (2, "") and err.endswith(f"; did you mean '{flag}'?\n")
+
+
+@pytest.mark.parametrize("name", [name for name, command in COMMANDS.items() if command.overrides])
+def test_unknown_key_of_every_command(capsys, tmp_path, name):
+    config = tmp_path / "empty.yaml"
+    config.write_text("")
+    code, out, err = call(capsys, *complete(name, config), "zzz.y=3")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"bmjax: error: {config}: unknown key 'zzz'; known here: ")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_missing_words_of_every_command(capsys, config, name):
+    words = COMMANDS[name].words
+    options = complete(name, config)[1 + len(words) :]
+    for count in range(len(words)):
+        code, out, err = call(capsys, name, *[config] * count, *options)
+        missing = " and ".join(words[count:]) + (" is" if count == len(words) - 1 else " are")
+        assert (code, out) == (2, "")
+        assert err == f"bmjax: error: bmjax {name}: {missing} missing; see bmjax {name} --help\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_missing_file_of_every_command(capsys, tmp_path, name):
+    missing = tmp_path / "nowhere.yaml"
+    code, out, err = call(capsys, *complete(name, missing))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    line = f"{missing}: no such file" if name != "convert" else f"{missing}: not what `bmjax convert --to orbax` writes"
+    assert err.startswith(f"bmjax: error: {line}")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["help"]])
+def test_overview_on_request(capsys, arguments):
+    code, out, _ = call(capsys, *arguments)
+    assert code == 0 and out.startswith("usage: bmjax COMMAND")
+    assert call(capsys) == (2, out, "")
+
+
+def test_overview_names_all_commands(capsys):
     code, out, _ = call(capsys)
     assert code == 2 and __version__ in out
-    for command in [*cli.CALLS, "merge", "convert"]:
-        assert re.search(rf"^  {command} ", out, re.MULTILINE), command
+    for name in COMMANDS:
+        assert re.search(rf"^  {name} ", out, re.MULTILINE), name
+
+
+def test_help_of_a_command_by_the_word_help(capsys):
+    assert call(capsys, "help", "train") == call(capsys, "train", "--help")
 
 
 def test_version(capsys):
@@ -61,75 +137,111 @@ def test_version(capsys):
 
 @pytest.mark.parametrize("arguments, line", [
     (["trian", "x.yaml"], "unknown command 'trian'; did you mean 'train'?"),
-    (["train"], "bmjax train: the CONFIG file is missing; see bmjax train --help"),
-    (["train", "steps=3"], "bmjax train: the CONFIG file is missing; see bmjax train --help"),
-    (["train", "nowhere.yaml"], "nowhere.yaml: no such file"),
+    (["--verson"], "unknown option '--verson'; see bmjax --help"),
+    (["train", "steps=3"], "bmjax train: CONFIG is missing; see bmjax train --help"),
     (["train", "CONFIG", "--steps", "3"], "unknown option '--steps'; settings are given as key=value"),
     (["train", "CONFIG", "--output", "x"], "unknown option '--output'; settings are given as key=value"),
     (["train", "CONFIG", "more"], "'more': expected key=value or key.sub=value"),
     (["train", "CONFIG", "stpes=3"], "CONFIG: unknown key 'stpes'; did you mean 'steps'?"),
     (["train", "CONFIG", "steps=ten"], "CONFIG: steps: expected a whole number, found text 'ten'"),
-    (["train", "CONFIG", "student=./nowhere"], "'./nowhere': no such directory"),
+    (["train", "CONFIG", "student=./nowhere"], "'./nowhere': no such model directory"),
     (["run", "CONFIG", "--output"], "--output: a value must follow"),
-    (["convert", "a", "b"], "bmjax convert: --to hf or --to orbax is missing"),
+    (["run", "CONFIG", "--outpu", "x"], "unknown option '--outpu'"),
+    (["plan", "CONFIG"], "bmjax plan: --topology is missing; see bmjax plan --help"),
+    (["merge", "CONFIG", "out", "--check=3"], "--check: takes no value, found '3'"),
+    (["merge", "CONFIG", "dtype=float32"], "bmjax merge: OUT is missing; see bmjax merge --help"),
+    (["convert", "a", "b"], "bmjax convert: --to is missing; see bmjax convert --help"),
     (["convert", "a", "b", "--to"], "--to: a value must follow"),
     (["convert", "a", "b", "--to", "gguf"], "--to: expected hf or orbax, found 'gguf'"),
-    (["convert", "a", "--to", "hf"], "bmjax convert: expected SRC and DST, found 1 paths"),
-    (["convert", "a", "b", "--force", "--to=hf"], "unknown option '--force'; see bmjax convert --help"),
-    (["convert", "./nowhere", "./dst", "--to", "orbax"], "'./nowhere': no such directory"),
+    (["convert", "a", "b", "c", "--to", "hf"], "'c': a word too many; see bmjax convert --help"),
+    (["convert", "./nowhere", "./dst", "--to", "orbax"], "'./nowhere': no such model directory"),
     (["eval", "CONFIG"], "CONFIG: unknown key 'student'"),
 ])  # fmt: skip
-def test_mistakes_are_one_line_and_exit_code_2(capsys, tmp_path, arguments, line):
-    config = tmp_path / "train.yaml"
-    config.write_text(f"student: s\ndata: d\nsteps: 1\noutput: {tmp_path / 'out'}\n")
+def test_mistakes_are_one_line_and_exit_code_2(capsys, tmp_path, config, arguments, line):
     code, out, err = call(capsys, *[str(config) if a == "CONFIG" else a for a in arguments])
     assert code == 2 and not out and err.count("\n") == 1
     assert err.startswith("bmjax: error: " + line.replace("CONFIG:", f"{config}:"))
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("error, code, line", [
-    (KeyboardInterrupt(), 130, "bmjax: stopped; the same command continues where it was"),
-    (OSError(errno.ENOSPC, "No space left", "run/metrics.jsonl"), 2, "bmjax: error: run/metrics.jsonl: No space left"),
-    (PermissionError(errno.EACCES, "Permission denied", "run"), 2, "bmjax: error: run: Permission denied"),
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("error, line", [
+    (OSError(errno.ENOSPC, "No space left", "run/metrics.jsonl"), "run/metrics.jsonl: No space left"),
+    (PermissionError(errno.EACCES, "Permission denied", "a\nb\x1b[2J"), "a b [2J: Permission denied"),
 ])  # fmt: skip
-def test_what_stops_a_command_from_outside_is_one_line(capsys, monkeypatch, tmp_path, error, code, line):
-    def fail(settings, output):
+def test_disk_error_is_one_clean_line(capsys, monkeypatch, config, name, error, line):
+    def fail(options):
         raise error
 
-    monkeypatch.setitem(cli.CALLS, "train", fail)
-    config = tmp_path / "train.yaml"
-    config.write_text("student: s\ndata: d\nsteps: 1\noutput: o\n")
-    assert call(capsys, "train", config) == (code, "", line + "\n")
+    replace(monkeypatch, name, fail)
+    monkeypatch.setitem(cli.COMMANDS, name, dataclasses.replace(cli.COMMANDS[name], settings=None))
+    assert call(capsys, *complete(name, config)) == (2, "", f"bmjax: error: {line}\n")
 
 
-def test_a_fault_of_ours_keeps_its_traceback(monkeypatch, tmp_path):
-    monkeypatch.setitem(cli.CALLS, "train", lambda settings, output: {}["fault"])
-    config = tmp_path / "train.yaml"
-    config.write_text("student: s\ndata: d\nsteps: 1\noutput: o\n")
+@pytest.mark.parametrize("name, line", [
+    ("train", "stopped; the same command continues where it was"),
+    ("merge", "interrupted; OUT is as it was, and the same command goes on with the merge"),
+    ("convert", "stopped; DST is as it was"),
+])  # fmt: skip
+def test_interrupt_says_what_becomes_of_the_output(capsys, monkeypatch, config, name, line):
+    def interrupt(options):
+        raise KeyboardInterrupt
+
+    replace(monkeypatch, name, interrupt)
+    assert call(capsys, *complete(name, config)) == (130, "", f"bmjax: {line}\n")
+    if name == "merge":
+        assert merge_main(complete(name, config)[1:]) == 130
+
+
+def test_internal_error_keeps_its_traceback(monkeypatch, config):
+    replace(monkeypatch, "train", lambda options: {}["fault"])
     with pytest.raises(KeyError):
         cli.main(["train", str(config)])
 
 
 @pytest.mark.parametrize("option", [["--output", "runs/x"], ["--output=runs/x"]])
-def test_run_takes_its_output_before_or_after_the_config(monkeypatch, option):
-    seen = []
-    monkeypatch.setitem(cli.CALLS, "run", lambda settings, output: seen.append((settings.seed, output)))
+def test_words_options_and_keys_in_any_order(monkeypatch, option):
+    calls = []
+    replace(monkeypatch, "run", lambda options: calls.append((options.settings.seed, options.output)))
     config = str(ROOT / "configs" / "demo.yaml")
     assert cli.main(["run", config, *option, "seed=7"]) == 0
     assert cli.main(["run", *option, config, "seed=7"]) == 0
+    assert cli.main(["run", "seed=7", *option, config]) == 0
+    assert cli.main(["run", "seed=7", config, *option]) == 0
     assert cli.main(["run", config]) == 0
-    assert seen[:2] == [(7, "runs/x")] * 2 and seen[2][1] is None
+    assert calls[:4] == [(7, "runs/x")] * 4 and calls[4][1] is None
+
+
+def test_paths_may_hold_an_equals_sign(monkeypatch):
+    calls = []
+    replace(monkeypatch, "merge", lambda options: calls.append((options.recipe, options.out, options.overrides)))
+    assert cli.main(["merge", "seed=1", "runs/lr=1/r.yaml", "--quiet", "runs/lr=1/out", "dtype=float32"]) == 0
+    assert calls == [("runs/lr=1/r.yaml", "runs/lr=1/out", ["seed=1", "dtype=float32"])]
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_config_is_read_by_its_command(file):
     family = file.stem.partition("_")[0]
-    command = {"demo": "run", "real": "run", "tinyr1": "train", "qwen2": "train"}.get(family, family)
-    assert cli._settings_of(command).read(file).model_dump()
+    name = {"demo": "run", "real": "run", "tinyr1": "train", "qwen2": "train"}.get(family, family)
+    assert COMMANDS[name].settings_class().read(file).model_dump()
 
 
-def test_train_eval_and_convert_do_what_they_say(capsys, student, train_file, tmp_path):
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_is_light(name):
+    """The start-up of a help: no arrays, no models, and 0.6 s of processor time at the most."""
+    code = (
+        "import sys, time; from bmjax.cli.main import main; code = main(sys.argv[1:]); "
+        "print(time.process_time(), *{name.split('.')[0] for name in sys.modules}, file=sys.stderr); sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, name, "--help"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    seconds, *modules = done.stderr.split()
+    assert float(seconds) < 0.6 and not {"jax", "transformers", "datasets", "httpx"} & {*modules}
+
+
+def test_train_eval_and_convert_write_their_outputs(capsys, student, train_file, tmp_path):
     config = tmp_path / "train.yaml"
     config.write_text(
         f"student: {student}\ndata: {train_file}\noutput: {tmp_path / 'run'}\nsteps: 2\nbatch: 4\nseq_len: 128\n"

@@ -26,7 +26,7 @@ import pytest
 import yaml
 from safetensors.numpy import save
 
-from bmjax.cli.merge import main
+from bmjax.merge.__main__ import main
 from bmjax.merge.methods import METHODS
 
 SECONDS = 20  # of a case, on a machine busy with others; nearly all take milliseconds

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,3 +147,15 @@ def cosine(stats: Sequence[Stats], a: str, b: str) -> float:
 def _product(stats: Sequence[Stats], a: str, b: str) -> float:
     both = [s for s in stats if a in s.branches and b in s.branches]
     return sum(float(s.products[s.branches.index(a), s.branches.index(b)]) for s in both)
+
+
+def summary_lines(recipe: Recipe, report: Mapping[str, Any]) -> Iterator[str]:
+    """Yield one line per step for the person who ran the merge: how far it moved, and what it took of each model.
+
+    report: what merge_report.json holds.
+    """
+    for step in recipe.steps:
+        total = report["total"][step.name]
+        moved = total["moved_norm"] / max(total["reference_norm"], 1e-30)
+        kept = ", ".join(f"{name} {model['kept']:.1%}" for name, model in total["models"].items())
+        yield f"{step.name}: {step.method.name}, moved {moved:.2%} of its base's norm, entries taken: {kept}"

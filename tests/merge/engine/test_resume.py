@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from bmjax.cli.merge import main
 from bmjax.config import UserError
 from bmjax.io.safetensors import SharedWriter, Writer
+from bmjax.merge.__main__ import main
 from bmjax.merge.engine.files import merge
 from tests.merge.reference import SMALL, hf_dir, hf_tensors
 
@@ -441,7 +441,7 @@ def test_too_little_space_is_known_before_anything_is_read(models, monkeypatch):
 LIMITED = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-from bmjax.cli.merge import main
+from bmjax.merge.__main__ import main
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -1,0 +1,127 @@
+"""The table of commands: what each is called, what it takes, and the few lines that hand it to its phase.
+
+A new command is a row of COMMANDS, a function that calls the phase, and a text in help/. Phases are imported inside the
+functions, so that a mistake in the arguments is told at once.
+"""
+
+import json
+import sys
+from argparse import Namespace
+
+from bmjax.cli import merge
+from bmjax.cli.parser import Command, choice, option
+from bmjax.errors import UserError
+
+
+def _run(options: Namespace) -> None:
+    from bmjax.parallel.start import use_cpu_cores, use_gpu_memory
+    from bmjax.pipeline.phases import run
+
+    use_cpu_cores()
+    use_gpu_memory()
+    run(options.settings, options.output)
+
+
+def _collect(options: Namespace) -> None:
+    from bmjax.log import write_line
+    from bmjax.teach.collect import collect
+
+    failed = collect(options.settings, write_line)["failed"]
+    if failed:
+        failures = f"{options.settings.output}/failures.jsonl"
+        raise UserError(f"{failed} requests failed, see {failures}; the same command asks again")
+
+
+def _select(options: Namespace) -> None:
+    from bmjax.log import write_line
+    from bmjax.teach.select import render_table, select
+
+    print(render_table(select(options.settings, write_line)))
+
+
+def _train(options: Namespace) -> None:
+    from bmjax.branch.train import train
+    from bmjax.parallel.start import use_cpu_cores, use_gpu_memory
+
+    use_cpu_cores()
+    use_gpu_memory()
+    train(options.settings)
+
+
+def _eval(options: Namespace) -> None:
+    from bmjax.evaluate.run import evaluate, summary
+    from bmjax.parallel.start import use_cpu_cores
+
+    use_cpu_cores()
+    for task, score in evaluate(options.settings).items():
+        print(f"{task}: {summary(score)}")
+
+
+def _plan(options: Namespace) -> None:
+    from bmjax.plan import plan
+
+    def log(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    result, changes = plan.plan_training(options.settings, options.topology, options.search, log)
+    if options.json:
+        print(json.dumps(result.to_json(changes)))
+        return
+    for line in plan.lines(result, options.settings.model_copy(update=changes)):
+        print(line)
+    if changes:
+        print("with", *(f"{key}={json.dumps(value)}" for key, value in changes.items()))
+
+
+def _convert(options: Namespace) -> None:
+    from bmjax.weights.convert import convert
+
+    convert(options.src, options.dst, options.to)
+    print(f"{options.dst}: written")
+
+
+_ROWS = (
+    Command(
+        "run", "the whole experiment: teacher, branches, merges, mixture, scores, report.html", _run,
+        settings="bmjax.pipeline.settings:RunSettings",
+        options=(option("--output", metavar="DIR", help="directory of the run, in place of the config's `output`"),),
+    ),
+    Command(
+        "collect", "ask a teacher (any OpenAI-compatible endpoint) for reasoning traces", _collect,
+        settings="bmjax.teach.settings:CollectSettings",
+    ),
+    Command(
+        "select", "keep the traces worth training on, and say why the others were dropped", _select,
+        settings="bmjax.teach.settings:SelectSettings", stopped="stopped; the same command begins again",
+    ),
+    Command(
+        "train", "fine-tune a student on a dataset (a branch, the mixture, a backbone)", _train,
+        settings="bmjax.branch.settings:TrainSettings",
+    ),
+    Command(
+        "plan", "compile a training for TPUs that are not there: does it fit, how fast at most", _plan,
+        settings="bmjax.branch.settings:TrainSettings", stopped="stopped; nothing was written",
+        options=(
+            option("--topology", metavar="CHIP:SHAPE", required=True, help="the slice, for instance v5p:4x4x4"),
+            option("--search", action="store_true", help="try meshes, microbatches, remat; print the best that fits"),
+            option("--json", action="store_true", help="print one JSON object"),
+        ),
+    ),
+    Command(
+        "merge", "merge Hugging Face directories; the same as python -m bmjax.merge", merge.merge,
+        words=("RECIPE", "OUT"), options=merge.OPTIONS, details=merge.methods_text,
+        stopped="interrupted; OUT is as it was, and the same command goes on with the merge",
+    ),
+    Command(
+        "convert", "a Hugging Face directory to an Orbax checkpoint of parameters, and back", _convert,
+        words=("SRC", "DST"), overrides=False, stopped="stopped; DST is as it was",
+        options=(
+            option("--to", metavar="hf|orbax", required=True, type=choice("hf", "orbax"), help="what DST is to be"),
+        ),
+    ),
+    Command(
+        "eval", "accuracy with 95% intervals and held-out loss of a model", _eval,
+        settings="bmjax.evaluate.settings:EvalSettings", stopped="stopped; the same command begins again",
+    ),
+)  # fmt: skip
+COMMANDS = {row.name: row for row in _ROWS}

@@ -1,0 +1,171 @@
+"""Reads text files and YAML of any origin safely: size limits, no Python tags, no duplicate keys, no alias bombs.
+
+Settings and recipes are read through this module. It knows nothing of their keys.
+"""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bmjax.errors import UserError, first_line
+
+MAX_NODES = 100_000
+MAX_CHARACTERS = 256 * 1024  # a second or two of parsing; what is larger is not a config
+MAX_NUMBER = 400  # characters; no digits in an error message or a sum take seconds
+
+
+def is_text(value: str) -> bool:
+    """Return whether `value` is Unicode text.
+
+    Escapes in YAML and JSON and bytes in file names can make halves of characters, which no file takes.
+    """
+    return not any("\ud800" <= c <= "\udfff" for c in value)
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, with duplicate keys refused and `1e-5` read as the number it is."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys: set[str] = set()
+    for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+            continue
+        if key.value in keys:
+            line = key.start_mark.line + 1
+            raise UserError(f"line {line}: key '{key.value}' stands twice in the same block; remove one")
+        keys.add(key.value)
+    loader.flatten_mapping(node)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+
+def _number(loader: _Loader, node: yaml.ScalarNode) -> Any:
+    if len(node.value) > MAX_NUMBER:
+        raise UserError(f"line {node.start_mark.line + 1}: a number of {len(node.value)} characters; refused")
+    whole = node.tag == "tag:yaml.org,2002:int"
+    return loader.construct_yaml_int(node) if whole else loader.construct_yaml_float(node)
+
+
+def _text(loader: _Loader, node: yaml.ScalarNode) -> str:
+    if not is_text(node.value):
+        raise UserError(f"line {node.start_mark.line + 1}: {ascii(node.value)[:60]} is no text: half a character")
+    return node.value
+
+
+def _refused(loader: _Loader, node: yaml.Node) -> None:
+    raise yaml.constructor.ConstructorError(
+        None, None, f"could not determine a constructor for the tag {node.tag!r}", node.start_mark
+    )
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+_Loader.add_constructor("tag:yaml.org,2002:str", _text)
+_Loader.add_constructor("tag:yaml.org,2002:int", _number)
+_Loader.add_constructor("tag:yaml.org,2002:float", _number)
+# A set would be taken for a list, in an order that changes from run to run.
+_Loader.add_constructor("tag:yaml.org,2002:set", _refused)
+
+
+def _expanded_size(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """Count the nodes under `node` once every alias is written out.
+
+    An alias bomb has few nodes but an enormous size. sizes: the counts so far by id, 0 while a node is being counted.
+    """
+    if id(node) in sizes:
+        if sizes[id(node)] == 0:
+            raise UserError("an anchor contains itself")
+        return sizes[id(node)]
+    sizes[id(node)] = 0
+    children: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        children = [child for pair in node.value for child in pair]
+    elif isinstance(node, yaml.SequenceNode):
+        children = node.value
+    sizes[id(node)] = 1 + sum(_expanded_size(child, sizes) for child in children)
+    return sizes[id(node)]
+
+
+def parse_yaml_documents(text: str, name: str) -> list[Any]:
+    """Return all YAML documents of `text` as plain Python values.
+
+    name: of the text, in errors. Raises UserError, one line, for what is not YAML or is refused.
+    """
+    documents: list[Any] = []
+    loader: _Loader | None = None
+    try:
+        loader = _Loader(text)
+        while loader.check_node():
+            node = loader.get_node()
+            if node is None:
+                documents.append(None)
+                continue
+            if _expanded_size(node, {}) > MAX_NODES:
+                raise UserError(f"more than {MAX_NODES} values once aliases are written out; refused")
+            documents.append(loader.construct_document(node))
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f"line {mark.line + 1}: " if mark else ""
+        problem = getattr(error, "problem", None) or first_line(error)
+        raise UserError(f"{name}: {line}not valid YAML: {problem}") from None
+    except RecursionError:
+        raise UserError(f"{name}: not valid YAML: nested too deeply") from None
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        # PyYAML's constructors raise whatever int(), date() and their like do.
+        raise UserError(f"{name}: not valid YAML: a value is not what its tag or form says: {error}") from None
+    finally:
+        if loader is not None:
+            loader.dispose()
+    return documents
+
+
+def read_text(path: str | Path, limit: int | None = None) -> str:
+    """Return the UTF-8 text of a file.
+
+    limit: the most characters that are read. Raises UserError, one line, for a file that is missing, larger, no
+    regular file or not UTF-8.
+    """
+    path = Path(path)
+    too_long = UserError(f"{path}: more than {limit} characters; refused, is it the right file?")
+    try:
+        if path.is_dir():
+            raise UserError(f"{path}: is a directory, expected a file")
+        if not path.exists():
+            if path.is_symlink():
+                raise UserError(f"{path}: no such file, only a link that leads nowhere")
+            near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")], n=1)
+            hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+            raise UserError(f"{path}: no such file{hint}")
+        if not path.is_file():
+            raise UserError(f"{path}: not a regular file")
+        if limit is not None and path.stat().st_size > 4 * limit:
+            raise too_long
+        with open(path, encoding="utf-8") as file:
+            text = file.read() if limit is None else file.read(limit + 1)
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    if limit is not None and len(text) > limit:
+        raise too_long
+    return text
+
+
+def read_yaml_documents(path: str | Path) -> list[Any]:
+    """Return all YAML documents of a file as plain Python values."""
+    return parse_yaml_documents(read_text(path, MAX_CHARACTERS), str(path))
+
+
+def read_yaml(path: str | Path) -> Any:
+    """Return the single YAML document of a file; an empty file reads as {}."""
+    documents = read_yaml_documents(path)
+    if len(documents) > 1:
+        raise UserError(f"{path}: {len(documents)} YAML documents, expected one")
+    return documents[0] if documents and documents[0] is not None else {}
