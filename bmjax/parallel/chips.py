@@ -24,6 +24,12 @@ def peak_flops(device_kind: str) -> float | None:
     return next(found, None)
 
 
+def gpu_capability() -> tuple[int, int] | None:
+    """Return (major, minor) of the first device's CUDA compute capability; None where it is no NVIDIA GPU."""
+    match = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(jax.devices()[0], "compute_capability", "")))
+    return None if match is None else (int(match[1]), int(match[2]))
+
+
 @dataclass(frozen=True)
 class Chip:
     """One chip. hbm_gib: what XLA's compiler lets a program use. flops: dense bfloat16 peak a second. hbm_bandwidth,

@@ -1,7 +1,7 @@
 """The one mesh and the one place where logical axis names become mesh axes."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -127,6 +127,16 @@ def mesh_in_scope() -> AbstractMesh | None:
     """The mesh of `jax.set_mesh`; None where there is none, or of one device."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or mesh.size == 1 else mesh
+
+
+def on_each_device(local: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """Return `local` as a function of whole arrays: on the mesh in scope each device calls it with its own parts.
+
+    Without a mesh, or on one device, `local` is called with the arrays as they are.
+    """
+    if mesh_in_scope() is None:
+        return local
+    return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
