@@ -21,13 +21,12 @@ from bmjax.config import UserError, first_line, read_text
 from bmjax.io.atomic import replacing
 from bmjax.io.safetensors import DTYPES, Checkpoint, Writer, listing, open_checkpoint
 from bmjax.model import spec
-from bmjax.model.config import ModelConfig
-from bmjax.model.spec import Param
+from bmjax.model.config import ARCHITECTURES, ModelConfig
+from bmjax.model.spec import EMBEDDING, HEAD, Param
 from bmjax.parallel.mesh import sharding
 from bmjax.parallel.processes import is_main
 
 FLOATS = {name: DTYPES[name] for name in ("BF16", "F16", "F32")}
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model",
@@ -68,7 +67,9 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
         _check_tied(checkpoint)
         surplus.remove(HEAD)
     if surplus:
-        raise UserError(f"{where}: surplus {listing(surplus)} that a Qwen2 model with this config.json does not have")
+        raise UserError(
+            f"{where}: surplus {listing(surplus)} that a {config.model_type} model with this config.json does not have"
+        )
     misshapen = [
         f"{name} is {list(tensors[name].shape)}, expected {list(shape)}"
         for name, shape in expected.items()
@@ -192,7 +193,7 @@ def save_hf(
         sizes: Counter[str] = Counter()
         for _, kept, shape in plan:
             sizes[kept.name] += int(np.prod(shape))
-        _write_json(temporary / "config.json", _with_dtype(hf_config, sizes.most_common(1)[0][0]))
+        _write_json(temporary / "config.json", _with_dtype(hf_config, config.model_type, sizes.most_common(1)[0][0]))
         _write_side_files(temporary, hf_config, side_files, tokenizer)
         for name, text in (texts or {}).items():
             (temporary / name).write_text(text, encoding="utf-8")
@@ -222,9 +223,9 @@ def _leaf(params: Mapping[str, Any], row: Param) -> Any:
     return leaf
 
 
-def _with_dtype(hf_config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+def _with_dtype(hf_config: Mapping[str, Any], model_type: str, dtype: str) -> dict[str, Any]:
     # transformers 5 writes `dtype`, 4 wrote `torch_dtype`; both read the latter.
-    result = {"architectures": ["Qwen2ForCausalLM"], **hf_config}
+    result = {"architectures": [ARCHITECTURES[model_type]], **hf_config}
     keys = [key for key in ("dtype", "torch_dtype") if key in result] or ["torch_dtype"]
     return result | dict.fromkeys(keys, dtype)
 
