@@ -1,4 +1,4 @@
-"""Text in, text out: the generation of `bmjax.generate(model, prompts)`."""
+"""Text in, text out: what `bmjax.generate(model, prompts)` calls."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ from bmjax.weights import hf
 
 
 class Loaded(Protocol):
-    """What is needed of a model: `bmjax.load` gives it."""
+    """A loaded model, as `bmjax.load` returns it."""
 
     @property
     def config(self) -> ModelConfig: ...
@@ -32,13 +32,30 @@ class Loaded(Protocol):
 
 
 def generate(
-    model: Loaded, prompts: Sequence[str] | Sequence[Sequence[int]], max_new_tokens: int = 64,
-    temperature: float = 0.0, seed: int = 0, top_p: float = 1.0, batch: int = 64,
-) -> list[str] | list[list[int]]:  # fmt: skip
-    """The continuation of every prompt, without the prompt and without the end token.
+    model: Loaded,
+    prompts: Sequence[str] | Sequence[Sequence[int]],
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    top_p: float = 1.0,
+    batch: int = 64,
+) -> list[str] | list[list[int]]:
+    """Continue every prompt.
 
-    Prompts are text (tokenized as they stand, no chat template) or lists of token ids. Returns text where the
-    model has a tokenizer, else token ids.
+    Arguments:
+        prompts: texts (tokenized as they are, without a chat template) or lists of token ids.
+        max_new_tokens: of a prompt.
+        temperature: 0 is greedy.
+        seed: of the random numbers.
+        top_p: only the least set of tokens with this probability is sampled from.
+        batch: rows at a time.
+
+    Returns:
+        The continuations, without the prompt and without the end token: texts where the model has a tokenizer, else
+        token ids.
+
+    Raises:
+        UserError: for prompts that the model cannot continue.
     """
     if isinstance(prompts, str):
         raise UserError("prompts: expected a list of texts or of token lists, found one text")
