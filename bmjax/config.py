@@ -48,7 +48,7 @@ def disk_error(error: OSError) -> str:
     return f"{error.filename or 'writing'}: {error.strerror}"
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line that an error says, for a message of ours; its type where it says nothing."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines or [type(error).__name__])[0][:200]

@@ -13,10 +13,10 @@ from bmjax.model import qwen2, spec
 from bmjax.parallel.mesh import (
     AXES,
     RULES,
+    arrange,
     constrain,
     make_mesh,
     partition_spec,
-    place,
     sharding,
     slow_groups,
 )
@@ -76,7 +76,7 @@ class Device:
 ])  # fmt: skip
 def test_slices_and_hosts_lie_along_the_outermost_axes(platform, shape, slow):
     devices = [Device(i, platform) for i in range(32)]
-    placed = place(shape, devices)
+    placed = arrange(shape, devices)
     assert sorted(d.id for d in placed.flat) == list(range(32))
     groups = np.vectorize(lambda d: d.process_index)(placed)
     for number, axis in enumerate(AXES):
