@@ -79,7 +79,7 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary():
     assert memory.temp_size_in_bytes <= length * vocab * 4 / 20
 
 
-def test_a_frozen_head_costs_no_gradient_of_its_own():
+def test_a_frozen_head_costs_no_product():
     h, w = jnp.ones((2, 64, 32)), jnp.ones((32, 500))
     labels, mask = jnp.zeros((2, 64), jnp.int32), jnp.ones((2, 64))
 

@@ -392,7 +392,7 @@ def test_side_files_are_copied(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["top_k"] == 3
 
 
-def test_without_side_files_there_is_a_generation_config(tmp_path: Path) -> None:
+def test_a_generation_config_is_written_always(tmp_path: Path) -> None:
     raw_checkpoint(tmp_path / "in")
     hf.save_hf(tmp_path / "out", load(tmp_path / "in"), read_hf_config(tmp_path / "in"))
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == {
@@ -469,7 +469,7 @@ print(json.dumps({"held": held, "above": peak() - before - held}))
 
 
 @pytest.mark.slow
-def test_loading_15b_takes_less_than_1_gib_beside_the_arrays(tmp_path: Path) -> None:
+def test_loading_15b_takes_at_most_1_gib_extra(tmp_path: Path) -> None:
     """Qwen2.5-1.5B's shape in bfloat16, read onto eight devices in float32, by a process of its own."""
     from bmjax.model.published import known
 

@@ -76,7 +76,7 @@ def test_windows_on_a_mesh(exchange):
 
 
 @pytest.mark.parametrize("shape", [(3, 60, 8, 2), (8, 60, 6, 3), (8, 63, 7, 7)])
-def test_what_the_mesh_does_not_divide_stays_whole(shape):
+def test_indivisible_rows_and_heads_stay_whole(shape):
     with jax.set_mesh(make_mesh({"fsdp": 2, "context": 2, "tensor": 2})):
         assert_equal_to_dense(causal_attention, packed(*shape, 8))
 
