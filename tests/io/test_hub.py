@@ -120,7 +120,7 @@ def test_other_possible_names_are_listed(asked: list) -> None:
 
 
 def test_without_download_only_fetched_models_are_there(asked: list) -> None:
-    with pytest.raises(UserError, match="the hub's model of that name is not here yet, so it cannot be checked$"):
+    with pytest.raises(UserError, match=r"the hub's model of that name is not here yet, so it cannot be checked$"):
         hub.model_directory("org/name", download=False)
     assert asked[0][1]["local_files_only"]
 
