@@ -126,7 +126,7 @@ def test_without_download_only_fetched_models_are_there(asked: list) -> None:
 
 
 def test_the_hub_offline() -> None:
-    with pytest.raises(UserError, match="org-of-nobody/model: no such model directory.* did not give it") as error:
+    with pytest.raises(UserError, match=r"org-of-nobody/model: no such model directory.* did not give it") as error:
         hub.model_directory("org-of-nobody/model")
     assert "\n" not in str(error.value)
 
@@ -156,5 +156,5 @@ def test_rows_of_a_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(hub.dataset_rows("org/data")) == [{"a": 1}]
     list(hub.dataset_rows("org/data@v1:main:test"))
     assert calls == [("org/data", None, "train", None), ("org/data", "main", "test", "v1")]
-    with pytest.raises(UserError, match="data: org/absent: neither a file here nor .*: no such data set$"):
+    with pytest.raises(UserError, match=r"data: org/absent: neither a file here nor .*: no such data set$"):
         list(hub.dataset_rows("org/absent"))

@@ -60,6 +60,7 @@ def _forward(
     B, K, G, T, H = q_BKGTH.shape
     outs, saved = [], []
     for start, stop in blocks(T):
+        # A block of queries sees only the row's first `stop` tokens: R = G * (stop - start), S = stop.
         s = scores(_queries(q_BKGTH, start, stop), k_BKSH[:, :, :stop], _allowed(segments_BT, window, start, stop))
         p = jnp.exp(s - jnp.max(s, axis=-1, keepdims=True))
         total = jnp.sum(p, axis=-1, keepdims=True)
@@ -78,10 +79,12 @@ def _backward(residuals, d_out: jax.Array):
     einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
     dtype = q_BKGTH.dtype
     dq = []
+    # Keys are the last axis of the sums, so that a CPU's products take p and ds untransposed.
     dk_BKHS = jnp.zeros((B, K, H, T), jnp.float32)
     dv_BKHS = jnp.zeros((B, K, H, T), jnp.float32)
     for (start, stop), (p, total) in zip(blocks(T), saved, strict=True):
         q, k, v = _queries(q_BKGTH, start, stop), k_BKSH[:, :, :stop], v_BKSH[:, :, :stop]
+        # ds = p * (dp - delta), where p is divided by its sum through `do`.
         do = _queries(d_out, start, stop).astype(jnp.float32) / total
         delta = jnp.sum(do * _queries(out, start, stop), axis=-1, keepdims=True)
         do = do.astype(dtype)
