@@ -34,7 +34,7 @@ def disk_error(error: OSError) -> str:
     return f"{error.filename or 'writing'}: {error.strerror}"
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, to be quoted in ours; the error's type where it is empty."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines or [type(error).__name__])[0][:200]

@@ -15,7 +15,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from bmjax.config import UserError
-from bmjax.io.safetensors import write_atomic
+from bmjax.io.atomic import write_atomic
 from bmjax.parallel.start import use_cpu_cores
 from bmjax.pipeline import RunSettings, run
 

@@ -142,7 +142,8 @@ def make_models(folder: Path, shape: Shape) -> None:
     import ml_dtypes
     import numpy as np
 
-    from bmjax.io.safetensors import Writer, open_checkpoint, replacing
+    from bmjax.io.atomic import replacing
+    from bmjax.io.safetensors import SharedWriter, open_checkpoint
 
     plan = [(name, np.dtype(ml_dtypes.bfloat16), size) for name, size in tensors(shape)]
     for number in range(shape.branches + 1):
@@ -152,7 +153,7 @@ def make_models(folder: Path, shape: Shape) -> None:
         print(f"making {target.name} of {folder.name}", file=sys.stderr)
         base = open_checkpoint(folder / "base") if number else None
         with replacing(target) as whole:
-            with Writer(whole, plan) as writer:
+            with SharedWriter(whole, plan) as writer:
                 for i, (name, dtype, size) in enumerate(plan):
                     random = np.random.Generator(np.random.SFC64([number, i]))
                     tensor = np.empty(size, dtype)
@@ -165,7 +166,7 @@ def make_models(folder: Path, shape: Shape) -> None:
                             tensor[part] = base.read(name, (part,)).astype(np.float32) + scale * unit
                         else:
                             tensor[part] = 1 + 0.1 * unit if "norm" in name else 0.02 * unit
-                    writer.write(name, tensor)
+                    writer.write(name, 0, tensor)
             write_side_files(whole, shape, "bfloat16")
 
 

@@ -119,7 +119,8 @@ def make_models(folder: Path, rms: float, tail: float) -> None:
     """
     import numpy as np
 
-    from bmjax.io.safetensors import Writer, replacing
+    from bmjax.io.atomic import replacing
+    from bmjax.io.safetensors import SharedWriter
 
     random = np.random.default_rng(0)
 
@@ -143,9 +144,9 @@ def make_models(folder: Path, rms: float, tail: float) -> None:
             branch[name] = tensor
     for model, arrays in models.items():
         with replacing(folder / model) as whole:
-            with Writer(whole, plan) as writer:
+            with SharedWriter(whole, plan) as writer:
                 for name, _, size in plan:
-                    writer.write(name, arrays[name].reshape(size))
+                    writer.write(name, 0, arrays[name].reshape(size))
             write_side_files(whole, SHAPE, "float32")
 
 

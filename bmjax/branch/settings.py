@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from bmjax.config import Settings
-from bmjax.model.attention.options import Backend, Remat, Spread
+from bmjax.model.attention.options import Backend, Exchange, Remat
 
 MeshSizes = dict[str, int]
 
@@ -54,7 +54,7 @@ class Training(Settings):
         description="splash: Pallas kernels of TPUs; cudnn: of Hopper and Blackwell GPUs, in bfloat16; tokamax: of "
         "GPUs (bmjax[cuda]); xla: any device; auto: splash on a TPU and cudnn on a GPU where they can, else xla",
     )
-    context_parallel: Spread = Field(
+    context_parallel: Exchange = Field(
         "auto",
         description="rows split over mesh context: ulysses exchanges heads for tokens, gather keys and values, ring "
         "passes them on; auto: ulysses where heads suffice, else ring",

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from bmjax.branch import optimizer
 from bmjax.branch.loader import Batch, Loader
 from bmjax.model import qwen2, spec
-from bmjax.model.attention.options import How, Remat
+from bmjax.model.attention.options import AttentionOptions, Remat
 from bmjax.model.config import ModelConfig
 from bmjax.parallel.mesh import sharding
 
@@ -35,7 +35,7 @@ class StepPlan:
     compute_dtype: str
     remat: Remat
     unroll: int
-    how: How
+    attention_options: AttentionOptions
     track_move: bool
     mesh: Mesh
     moments_dtype: str = "float32"
@@ -119,7 +119,7 @@ def make_step(plan: StepPlan) -> Any:
         tokens, segments, mask = batch
         return qwen2.loss_sum(
             plan.config, params, tokens, mask, segments, dtype=dtype, remat=plan.remat, unroll=plan.unroll,
-            how=plan.how,
+            attention_options=plan.attention_options,
         )  # fmt: skip
 
     gradient = jax.value_and_grad(nats, has_aux=True)

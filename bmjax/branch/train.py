@@ -21,7 +21,7 @@ from bmjax.io.atomic import write_atomic
 from bmjax.io.rows import read_rows
 from bmjax.model import spec
 from bmjax.model.attention import cudnn
-from bmjax.model.attention.options import How
+from bmjax.model.attention.options import AttentionOptions
 from bmjax.model.config import ModelConfig
 from bmjax.parallel import processes
 from bmjax.parallel.mesh import make_mesh
@@ -38,7 +38,7 @@ def _unroll(config: ModelConfig) -> int:
 
 
 def step_plan(settings: Training, config: ModelConfig, mesh: Mesh, documents: int = 0) -> StepPlan:
-    """What the compiled step depends on. documents: the most of a row, 0 where it is not known, see `How`."""
+    """What the compiled step depends on. documents: the most of a row, 0 where it is not known (`AttentionOptions`)."""
     platform = mesh.devices.flat[0].platform
     needed = {"splash": "tpu", "cudnn": "gpu", "tokamax": "gpu"}.get(settings.attention, platform)
     if platform != needed:
@@ -55,7 +55,9 @@ def step_plan(settings: Training, config: ModelConfig, mesh: Mesh, documents: in
         config=config, freeze=tuple(settings.freeze), accumulate=settings.accumulate, beta1=settings.beta1,
         beta2=settings.beta2, eps=settings.eps, weight_decay=settings.weight_decay, clip=settings.clip,
         compute_dtype=settings.compute_dtype, remat=settings.remat, unroll=_unroll(config),
-        how=How(settings.attention, settings.context_parallel, platform, documents=documents),
+        attention_options=AttentionOptions(
+            settings.attention, settings.context_parallel, platform, documents=documents
+        ),
         track_move=settings.track_move, mesh=mesh, moments_dtype=settings.moments_dtype,
     )  # fmt: skip
 

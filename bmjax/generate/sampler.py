@@ -1,7 +1,8 @@
 """Batched generation with a key/value cache: greedy, or temperature with nucleus (top-p) sampling.
 
 Prompts are padded on the left, so that all rows of a batch write the same cache slot. A row's random numbers
-come from (seed, its number in the call), so its text doesn't depend on which rows share its batch.
+come from (seed, its number in the call), so its text does not depend on which rows share its batch. text.py and
+evaluation call `generate`; this module knows token ids only, no text.
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,11 @@ BUCKET = 32  # prompt lengths are padded up to a multiple, so that few programs 
 
 @dataclass(frozen=True)
 class Sampling:
-    """max_new_tokens a prompt; temperature 0 is greedy; top_p keeps the least set of tokens with that mass."""
+    """How tokens are chosen.
+
+    max_new_tokens: of a prompt. temperature: 0 is greedy. top_p: only the least set of tokens with this probability is
+    sampled from. seed: of the random numbers.
+    """
 
     max_new_tokens: int = 64
     temperature: float = 0.0
@@ -34,61 +39,80 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Generation:
-    """New token ids without the end token, and why it stopped: 'stop' (end token) or 'length'."""
+    """A prompt's new token ids without the end token, and why they end: 'stop' (end token) or 'length'."""
 
     tokens: tuple[int, ...]
     finish_reason: str
 
 
 def generate(
-    config: ModelConfig, params: Any, prompts: Sequence[Sequence[int]], sampling: Sampling,
-    eos_ids: Sequence[int], batch: int = 64, dtype: Any = jnp.float32,
-) -> list[Generation]:  # fmt: skip
-    """A continuation of every prompt (token ids), in order.
+    config: ModelConfig,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    eos_ids: Sequence[int],
+    batch: int = 64,
+    dtype: Any = jnp.float32,
+) -> list[Generation]:
+    """Continue every prompt, on the mesh in scope.
 
-    Raises UserError for an empty prompt, one that fills the model's context, or a token id that the model lacks.
-    Where prompt and new tokens together pass the context, the row stops there with 'length'.
+    Arguments:
+        params: nested dictionary of arrays, as the parameter table has it.
+        prompts: token ids of every prompt.
+        eos_ids: the tokens that end a generation.
+        batch: rows at a time.
+        dtype: of the computation.
+
+    Returns:
+        A generation for every prompt, in order. Where prompt and new tokens together reach the model's context, it
+        ends there with 'length'.
+
+    Raises:
+        UserError: for an empty prompt, one that fills the model's context, or a token id that the model lacks.
     """
     for number, prompt in enumerate(prompts):
         check_prompt(config, prompt, f"prompt {number}")
     if sampling.max_new_tokens < 1 or sampling.temperature < 0 or not 0 < sampling.top_p <= 1:
         raise UserError("generation: max_new_tokens must be at least 1, temperature at least 0, top_p in (0, 1]")
     results: list[Generation | None] = [None] * len(prompts)
+    # Prompts of like lengths share a batch.
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     mesh = jax.sharding.get_mesh()
-    ways = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+    row_shards = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
 
-    def place(array: np.ndarray) -> Any:
+    def put_on_mesh(array: np.ndarray) -> Any:
         axes = ("batch", *(None for _ in array.shape[1:]))
         return array if mesh.empty else jax.device_put(array, sharding(mesh, axes, array.shape))
 
     for start in range(0, len(order), batch):
-        chosen = order[start : start + batch]
-        rows = _rows(len(chosen), batch, ways)
-        length = _bucket(max(len(prompts[i]) for i in chosen))
-        room = [min(sampling.max_new_tokens, config.max_length - len(prompts[i])) for i in chosen]
-        new = min(sampling.max_new_tokens, _bucket(max(room)))
+        # Pad rows, prompts and new tokens to sizes that many batches share.
+        members = order[start : start + batch]
+        rows = _row_count(len(members), batch, row_shards)
+        length = _padded_length(max(len(prompts[i]) for i in members))
+        room = [min(sampling.max_new_tokens, config.max_length - len(prompts[i])) for i in members]
+        new = min(sampling.max_new_tokens, _padded_length(max(room)))
         tokens, pad = np.zeros((rows, length), np.int32), np.full(rows, length - 1, np.int32)
         numbers, limit = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
-        for b, i in enumerate(chosen):
+        for b, i in enumerate(members):
             pad[b], numbers[b] = length - len(prompts[i]), i
             tokens[b, pad[b] :], limit[b] = prompts[i], room[b]
+
+        # Generate, and cut every row at its first end token.
         run = _compiled(
             config, new, sampling.temperature == 0, sampling.top_p < 1, tuple(eos_ids), str(jnp.dtype(dtype))
         )
-        out = np.asarray(
-            run(params, *map(place, (tokens, pad, numbers, limit)), np.uint32(sampling.seed & 0xFFFFFFFF),
-                np.float32(sampling.temperature), np.float32(sampling.top_p))
-        )  # fmt: skip
-        for b, i in enumerate(chosen):
+        arrays = map(put_on_mesh, (tokens, pad, numbers, limit))
+        seed, temperature = np.uint32(sampling.seed & 0xFFFFFFFF), np.float32(sampling.temperature)
+        out = np.asarray(run(params, *arrays, seed, temperature, np.float32(sampling.top_p)))
+        for b, i in enumerate(members):
             ends = np.flatnonzero(np.isin(out[b, : room[b]], list(eos_ids)))
-            cut, reason = (ends[0], "stop") if len(ends) else (room[b], "length")
-            results[i] = Generation(tuple(int(t) for t in out[b, :cut]), reason)
+            stop, reason = (ends[0], "stop") if len(ends) else (room[b], "length")
+            results[i] = Generation(tuple(int(t) for t in out[b, :stop]), reason)
     return [result for result in results if result is not None]
 
 
 def check_prompt(config: ModelConfig, prompt: Sequence[int], name: str) -> None:
-    """UserError, naming the prompt, unless the model can read it and has room for an answer."""
+    """Raise UserError, naming the prompt, unless the model can read it and has room for an answer."""
     if not len(prompt):
         raise UserError(f"{name}: empty; expected at least one token")
     if len(prompt) >= config.max_length:
@@ -103,15 +127,15 @@ def check_prompt(config: ModelConfig, prompt: Sequence[int], name: str) -> None:
         )
 
 
-def _rows(count: int, batch: int, ways: int) -> int:
-    """A batch's rows: the next power of two, so that few shapes are compiled, rounded up to what the mesh divides."""
+def _row_count(prompts: int, batch: int, row_shards: int) -> int:
+    """Return the rows of a batch: a power of two, so that few shapes are compiled, and a multiple of the mesh's."""
     rows = 1
-    while rows < count:
+    while rows < prompts:
         rows *= 2
-    return -(-min(rows, max(batch, count)) // ways) * ways
+    return -(-min(rows, max(batch, prompts)) // row_shards) * row_shards
 
 
-def _bucket(length: int) -> int:
+def _padded_length(length: int) -> int:
     step = BUCKET if length <= PREFILL else PREFILL
     return -(-length // step) * step
 
@@ -120,15 +144,26 @@ def _bucket(length: int) -> int:
 def _compiled(
     config: ModelConfig, new: int, greedy: bool, nucleus: bool, eos_ids: tuple[int, ...], dtype_name: str
 ) -> Any:
+    """Return the jitted function (params, prompts, ...) -> `new` tokens of every row, int32 [B, new].
+
+    Its arguments: prompts [B, P] padded on the left by pad [B] tokens; numbers [B], the rows' in the call; limit [B],
+    how many tokens a row may have; seed, temperature and top_p as scalars.
+    """
     dtype = jnp.dtype(dtype_name)
     unroll = config.num_layers if config.num_layers <= 8 else 1
     model = qwen2.Qwen2(config, dtype, unroll=unroll)
     eos = jnp.array(eos_ids or (-1,), jnp.int32)
 
     def run(
-        params: Any, prompts_BP: jax.Array, pad_B: jax.Array, numbers_B: jax.Array, limit_B: jax.Array,
-        seed: jax.Array, temperature: jax.Array, top_p: jax.Array,
-    ) -> jax.Array:  # fmt: skip
+        params: Any,
+        prompts_BP: jax.Array,
+        pad_B: jax.Array,
+        numbers_B: jax.Array,
+        limit_B: jax.Array,
+        seed: jax.Array,
+        temperature: jax.Array,
+        top_p: jax.Array,
+    ) -> jax.Array:
         B, P = prompts_BP.shape
         params = jax.tree.map(lambda a: a.astype(dtype), params)
         w_DV = qwen2.head_weight(config, params)
@@ -145,6 +180,7 @@ def _compiled(
             z_BV = jnp.einsum("bd,dv->bv", h_BTD[:, -1], w_DV, preferred_element_type=jnp.float32)
             return z_BV, cache
 
+        # Prefill: the prompts go through the model in pieces, the last of which gives the first logits.
         z_BV = jnp.zeros((B, config.vocab_size), jnp.float32)
         for start in range(0, P, PREFILL):
             z_BV, cache = forward(prompts_BP[:, start : start + PREFILL], cache)
@@ -158,7 +194,7 @@ def _compiled(
             step_keys = jax.vmap(lambda key: jax.random.fold_in(key, step))(keys_B)
             return jax.vmap(jax.random.categorical)(step_keys, z_BV).astype(jnp.int32)
 
-        def more(carry: Any) -> jax.Array:
+        def unfinished(carry: Any) -> jax.Array:
             step, _, _, done_B, _ = carry
             return (step < new) & ~jnp.all(done_B)
 
@@ -170,14 +206,15 @@ def _compiled(
             z_BV, cache = forward(jnp.maximum(token_B, 0)[:, None], cache)
             return step + 1, z_BV, out_BN, done_B, cache
 
+        # Decode: a token of every row at a time, until all rows have ended.
         out_BN = jnp.full((B, new), eos[0], jnp.int32)
-        return jax.lax.while_loop(more, advance, (jnp.int32(0), z_BV, out_BN, limit_B == 0, cache))[2]
+        return jax.lax.while_loop(unfinished, advance, (jnp.int32(0), z_BV, out_BN, limit_B == 0, cache))[2]
 
     return jax.jit(run)
 
 
 def _nucleus(z_BV: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Logits outside the least set of tokens whose probability reaches top_p become -inf (arXiv 1904.09751)."""
+    """Set logits outside the least set of tokens whose probability reaches top_p to -inf (arXiv 1904.09751)."""
     sorted_BV = jnp.flip(jnp.sort(z_BV, axis=-1), axis=-1)
     before = jnp.cumsum(jax.nn.softmax(sorted_BV, axis=-1), axis=-1) - jax.nn.softmax(sorted_BV, axis=-1)
     least = jnp.min(jnp.where(before < top_p, sorted_BV, jnp.inf), axis=-1, keepdims=True)

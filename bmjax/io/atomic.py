@@ -1,4 +1,7 @@
-"""Outputs that appear whole or not at all: write beside the target, flush to disk, rename."""
+"""Outputs that appear whole or not at all: write beside the target, flush to disk, rename. Locks of writers.
+
+Everything that writes a result calls it. After an error nothing of the output is left, nor a directory made for it.
+"""
 
 import contextlib
 import fcntl
@@ -31,19 +34,34 @@ def replacing_file(path: str | Path) -> Iterator[BinaryIO]:
     path = Path(path)
     temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "xb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            sync_directory(path.parent)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        with _parents(path):
+            try:
+                with open(temporary, "xb") as file:
+                    yield file
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, path)
+                _sync(path.parent)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    temporary.unlink(missing_ok=True)
+                raise
     except OSError as error:
         raise write_error(path, error) from None
+
+
+@contextlib.contextmanager
+def _parents(path: Path) -> Iterator[None]:
+    """Make the missing parent directories of `path`; remove those that are empty when the block fails."""
+    made = [parent for parent in path.parents if not parent.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        raise
 
 
 @contextlib.contextmanager
@@ -73,12 +91,11 @@ def lock_file(file: IO[Any], name: Path, holder: str) -> None:
 
 @contextlib.contextmanager
 def replacing(target: str | Path, overwrite: bool = True) -> Iterator[Path]:
-    """An empty directory beside `target` that takes its place when the block ends well.
+    """Make an empty directory beside `target` that becomes `target` when the block ends well.
 
     An existing target is moved aside and deleted after that; with overwrite=False it is a UserError. After an
     error the temporary directory is removed and the target untouched. An OSError (a full disk, no permission)
-    becomes a UserError of one line that names the target. What a killed process left beside the target is
-    cleared away first.
+    becomes a UserError, one line naming the target. What a killed process left beside the target is removed first.
     """
     named, target = Path(target), Path(target).resolve()
     if target.exists() and not target.is_dir():
@@ -88,17 +105,17 @@ def replacing(target: str | Path, overwrite: bool = True) -> Iterator[Path]:
     stem = f".{target.name}.{secrets.token_hex(4)}"
     temporary, aside = target.parent / f"{stem}.tmp", target.parent / f"{stem}.old"
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _clear_leftovers(target)
-        temporary.mkdir()
-        lock = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield temporary
-            _take_place(temporary, target, aside)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-            os.close(lock)
+        with _parents(target):
+            _clear_leftovers(target)
+            temporary.mkdir()
+            lock = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                yield temporary
+                _rename_into_place(temporary, target, aside)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+                os.close(lock)
         shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
         raise write_error(named, error) from None
@@ -106,51 +123,50 @@ def replacing(target: str | Path, overwrite: bool = True) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def resuming(target: str | Path) -> Iterator[Path]:
-    """As `replacing`, but the directory has a name of its own, `.NAME.partial`, and what a killed or interrupted
-    process wrote there is still in it. After a UserError or an OSError it is removed, and so are parents that were
-    made for it.
+    """Do as `replacing`, but go on with what a killed or interrupted process wrote.
 
-    UserError when another process is writing it.
+    The directory is called `.NAME.partial`. After a UserError or an OSError it is removed; after another exception it
+    stays, for the next call. UserError when another process is writing it.
     """
     named, target = Path(target), Path(target).resolve()
     partial, aside = target.parent / f".{target.name}.partial", target.parent / f".{target.name}.replaced"
     try:
-        made = [parent for parent in target.parents if not parent.exists()]
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _clear_leftovers(target)
-        partial.mkdir(exist_ok=True)
-        lock = os.open(partial, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY | os.O_NOFOLLOW)
-        try:
+        with _parents(target):
+            _clear_leftovers(target)
+            partial.mkdir(exist_ok=True)
+            lock = os.open(partial, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # The one who had it may have renamed or removed it meanwhile.
-                mine = os.path.samestat(os.fstat(lock), os.stat(partial))
-            except (BlockingIOError, FileNotFoundError):
-                mine = False
-            if not mine:
-                raise UserError(f"{named}: another process is writing it; wait for it, or stop it")
-            try:
-                # From here on nobody else is between the two renames.
-                if aside.is_dir() and not target.exists():
-                    aside.rename(target)
-                shutil.rmtree(aside, ignore_errors=True)
-                yield partial
-                _take_place(partial, target, aside)
-            except (UserError, OSError):
-                shutil.rmtree(partial, ignore_errors=True)
-                for parent in made:
-                    with contextlib.suppress(OSError):
-                        parent.rmdir()
-                raise
-        finally:
-            os.close(lock)
+                if not _lock_partial(lock, partial):
+                    raise UserError(f"{named}: another process is writing it; wait for it, or stop it")
+                try:
+                    # From here on no other process is between the two renames.
+                    if aside.is_dir() and not target.exists():
+                        aside.rename(target)
+                    shutil.rmtree(aside, ignore_errors=True)
+                    yield partial
+                    _rename_into_place(partial, target, aside)
+                except (UserError, OSError):
+                    shutil.rmtree(partial, ignore_errors=True)
+                    raise
+            finally:
+                os.close(lock)
         shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
         raise write_error(named, error) from None
 
 
-def _take_place(temporary: Path, target: Path, aside: Path) -> None:
-    """Puts `temporary` on disk and in the place of `target`, which moves to `aside`."""
+def _lock_partial(lock: int, partial: Path) -> bool:
+    """Lock the open directory; return whether this process has it now and it is still called `partial`."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The process that had the lock may have renamed or removed the directory meanwhile.
+        return os.path.samestat(os.fstat(lock), os.stat(partial))
+    except (BlockingIOError, FileNotFoundError):
+        return False
+
+
+def _rename_into_place(temporary: Path, target: Path, aside: Path) -> None:
+    """Put `temporary` on disk and rename it to `target`; an old target moves to `aside`."""
     _sync_tree(temporary)
     if target.exists():
         target.rename(aside)
@@ -160,11 +176,11 @@ def _take_place(temporary: Path, target: Path, aside: Path) -> None:
         if aside.exists():
             aside.rename(target)
         raise
-    sync_directory(target.parent)
+    _sync(target.parent)
 
 
 def write_error(target: Path, error: OSError) -> UserError:
-    """The one line for an operating system error met while writing `target`."""
+    """Return the UserError for an operating system error met while writing `target`."""
     return UserError(f"{target}: cannot write: {error.strerror or error}; nothing was changed")
 
 
@@ -183,7 +199,7 @@ def _clear_leftovers(target: Path) -> None:
 
 
 def _locked(directory: Path) -> bool:
-    """Whether a living process is writing `directory`: its lock ends with it, however it ends."""
+    """Return whether a living process is writing `directory`: its lock ends with it, however it ends."""
     if not directory.is_dir():
         return False
     fd = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
@@ -198,17 +214,12 @@ def _locked(directory: Path) -> bool:
 
 def _sync_tree(directory: Path) -> None:
     for parent, _, files in os.walk(directory):
-        for name in files:
-            _sync(Path(parent) / name)
-        _sync(Path(parent))
-
-
-def sync_directory(directory: Path) -> None:
-    """Put the names in `directory` on disk."""
-    _sync(directory)
+        for path in [*(Path(parent) / name for name in files), Path(parent)]:
+            _sync(path)
 
 
 def _sync(path: Path) -> None:
+    """Put the contents of a file, or the names in a directory, on disk."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

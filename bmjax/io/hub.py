@@ -44,13 +44,13 @@ def model_directory(
     path = Path(text).expanduser()
     if len(text) > 4096 or len(path.name) > 255:
         raise UserError(f"{label}{text[:80]}...: the name is too long")
+    directory, _, suffix = str(name).rpartition("@")
+    if directory and not _exists(Path(name)) and _exists(Path(directory)):
+        raise UserError(f"{label}{directory} is a directory, which has no revisions; remove @{suffix}")
     if text and path.is_dir():
         return path
     if text and _exists(path):
         raise UserError(f"{label}{text}: is a file, expected a model directory or a hub id like org/name")
-    if "@" in text and _exists(Path(directory := text.rpartition("@")[0])):
-        revision = text.rpartition("@")[2]
-        raise UserError(f"{label}{directory} is a directory, which has no revisions; remove @{revision}")
     if "+" in text:
         raise UserError(
             f"{label}{text}: no such directory; LoRA adapters (MODEL+ADAPTER) are not merged on the way: "

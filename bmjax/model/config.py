@@ -1,6 +1,7 @@
 """config.json of a Hugging Face directory, read into the sizes that the architecture needs.
 
-Every other module takes a `ModelConfig`. Nothing else reads model hyperparameters out of config.json.
+Every other module takes a `ModelConfig`. Nothing else reads model hyperparameters out of config.json. A new
+architecture gets its model_type in ARCHITECTURES here, its rows in spec.py, and its modules in a file beside qwen2.py.
 """
 
 import json
@@ -12,6 +13,20 @@ from typing import Any
 from bmjax.config import UserError, read_text
 
 MAX_CONFIG_CHARACTERS = 2**24  # the largest, with a label for each of 20,000 classes, have a million
+
+
+# model_type -> the architecture's class in transformers, which config.json names under `architectures`.
+ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM"}
+_COUNTS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
 
 
 @dataclass(frozen=True)
@@ -32,9 +47,10 @@ class Rope:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What the architecture needs of a Hugging Face Qwen2 `config.json`.
+    """What the architecture needs of a Hugging Face `config.json`.
 
-    `windows` holds one entry a layer: the sliding window in tokens, or None for full attention.
+    max_length: tokens of the context. windows: for every layer the sliding window in tokens, or None for full
+    attention; empty: no layer has one. tied: the embedding's transpose is the head.
     """
 
     vocab_size: int
@@ -52,6 +68,7 @@ class ModelConfig:
     initializer_range: float = 0.02
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
+    model_type: str = "qwen2"
 
     def __post_init__(self) -> None:
         if len(self.windows) not in (0, self.num_layers):
@@ -63,29 +80,33 @@ class ModelConfig:
 
     @property
     def uses_windows(self) -> bool:
+        """Whether any layer has a sliding window."""
         return any(window is not None for window in self.windows)
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any], where: str = "config.json") -> "ModelConfig":
-        """From the dictionary of a Hugging Face config.json (transformers 4 and 5 spellings).
+    def from_hf(cls, config: Mapping[str, Any], source: str = "config.json") -> "ModelConfig":
+        """Read the dictionary of a Hugging Face config.json (transformers 4 and 5 spellings).
 
-        Raises UserError for another `model_type`, a missing key, or a rope type that is not supported.
+        source: what errors begin with. Raises UserError for an unknown `model_type`, a missing key, a value of the
+        wrong type, or a rope type that is not supported.
         """
-        kind = config.get("model_type")
-        if kind != "qwen2":
-            raise UserError(f"{where}: model_type is {kind!r}, expected 'qwen2' (Qwen2, Qwen2.5, R1-Distill-Qwen)")
-        for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                    "num_key_value_heads", "head_dim", "max_position_embeddings"):  # fmt: skip
+        model_type = config.get("model_type")
+        if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
+            expected = " or ".join(f"'{name}'" for name in ARCHITECTURES)
+            raise UserError(
+                f"{source}: model_type is {model_type!r}, expected {expected} (Qwen2, Qwen2.5, R1-Distill-Qwen)"
+            )
+        for key in _COUNTS:
             value = config.get(key)
             if value is not None and (type(value) is not int or value < 1):
-                raise UserError(f"{where}: {key} is {value!r}, expected a whole number of at least 1")
+                raise UserError(f"{source}: {key} is {value!r}, expected a whole number of at least 1")
         if config.get("hidden_act", "silu") != "silu":
-            raise UserError(f"{where}: hidden_act is {config['hidden_act']!r}, expected 'silu'")
+            raise UserError(f"{source}: hidden_act is {config['hidden_act']!r}, expected 'silu'")
         try:
             heads, hidden, layers = (
                 int(config[k]) for k in ("num_attention_heads", "hidden_size", "num_hidden_layers")
             )
-            rope = _rope(config, where)
+            rope = _rope(config, source)
             return cls(
                 vocab_size=int(config["vocab_size"]),
                 hidden_size=hidden,
@@ -98,27 +119,28 @@ class ModelConfig:
                 norm_eps=float(config.get("rms_norm_eps", 1e-6)),
                 tied=bool(config.get("tie_word_embeddings", False)),
                 rope=rope,
-                windows=_windows(config, layers, where),
+                windows=_windows(config, layers, source),
                 initializer_range=float(config.get("initializer_range", 0.02)),
                 eos_token_ids=_ids(config.get("eos_token_id")),
                 pad_token_id=config.get("pad_token_id"),
+                model_type=model_type,
             )
         except UserError as error:
-            message = str(error).removeprefix(f"{where}: ")
-            raise UserError(f"{where}: {message}") from None
+            message = str(error).removeprefix(f"{source}: ")
+            raise UserError(f"{source}: {message}") from None
         except KeyError as error:
-            raise UserError(f"{where}: key {error} is missing") from None
+            raise UserError(f"{source}: key {error} is missing") from None
         except (TypeError, ValueError) as error:
-            raise UserError(f"{where}: a value has the wrong type: {error}") from None
+            raise UserError(f"{source}: a value has the wrong type: {error}") from None
 
     @classmethod
     def from_dir(cls, directory: str | Path) -> "ModelConfig":
-        """From DIR/config.json."""
+        """Read DIR/config.json."""
         return cls.from_hf(read_hf_config(directory), str(Path(directory) / "config.json"))
 
 
 def read_hf_config(directory: str | Path) -> dict[str, Any]:
-    """DIR/config.json as a dictionary; a UserError when it is missing or is not a JSON object."""
+    """Return DIR/config.json as a dictionary; a UserError when it is missing or is not a JSON object."""
     path = Path(directory) / "config.json"
     try:
         config = json.loads(read_text(path, MAX_CONFIG_CHARACTERS))
@@ -136,13 +158,14 @@ def _ids(value: Any) -> tuple[int, ...]:
 
 
 def _context(config: Mapping[str, Any], rope: Rope) -> int:
-    """Tokens of the context. Qwen2.5's YaRN configs leave max_position_embeddings at the length before scaling."""
+    """Return the tokens of the context."""
+    # YaRN configs of Qwen2.5 leave max_position_embeddings at the length before scaling.
     length = int(config.get("max_position_embeddings") or 32_768)
     stretched = int(rope.factor * rope.original_length) if rope.kind == "yarn" and rope.original_length else 0
     return max(length, stretched)
 
 
-def _rope(config: Mapping[str, Any], where: str) -> Rope:
+def _rope(config: Mapping[str, Any], source: str) -> Rope:
     # transformers 5 writes `rope_parameters`, 4 wrote `rope_theta` and `rope_scaling`.
     values: dict[str, Any] = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     kind = values.get("rope_type", values.get("type")) or "default"
@@ -150,7 +173,7 @@ def _rope(config: Mapping[str, Any], where: str) -> Rope:
     if kind == "default":
         return Rope(theta=theta)
     if kind not in ("yarn", "linear"):
-        raise UserError(f"{where}: rope type {kind!r} is not supported; 'default', 'linear' and 'yarn' are")
+        raise UserError(f"{source}: rope type {kind!r} is not supported; 'default', 'linear' and 'yarn' are")
     original = values.get("original_max_position_embeddings") or config.get("max_position_embeddings")
     return Rope(
         theta=theta,
@@ -166,7 +189,7 @@ def _rope(config: Mapping[str, Any], where: str) -> Rope:
     )
 
 
-def _windows(config: Mapping[str, Any], layers: int, where: str) -> tuple[int | None, ...]:
+def _windows(config: Mapping[str, Any], layers: int, source: str) -> tuple[int | None, ...]:
     window = config.get("sliding_window", 4096)  # transformers' default
     kinds = config.get("layer_types")
     if not config.get("use_sliding_window", False) or window is None:
@@ -176,6 +199,6 @@ def _windows(config: Mapping[str, Any], layers: int, where: str) -> tuple[int | 
         kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
     unknown = next((kind for kind in kinds if kind not in ("sliding_attention", "full_attention")), None)
     if unknown is not None or len(kinds) != layers:
-        found = f"{unknown!r}" if unknown is not None else f"{len(kinds)} entries for {layers} layers"
-        raise UserError(f"{where}: layer_types has {found}; expected sliding_attention or full_attention a layer")
+        problem = f"{unknown!r}" if unknown is not None else f"{len(kinds)} entries for {layers} layers"
+        raise UserError(f"{source}: layer_types has {problem}; expected sliding_attention or full_attention a layer")
     return tuple(int(window) if kind == "sliding_attention" else None for kind in kinds)

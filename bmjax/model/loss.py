@@ -1,32 +1,36 @@
-"""Next-token cross-entropy without keeping the logits.
+"""Next-token cross-entropy without keeping the logits. The model, calibration and evaluation call it.
 
-loss = sum over target tokens / count of target tokens; this module returns the sum and the count, and only the
-training step divides, once, over all microbatches and devices.
+loss = sum over target tokens / count of target tokens. This module returns the sum and the count; only the training
+step divides, once, over all microbatches and devices.
 
-On a mesh every device has its own tokens and, along `tensor`, its own part of the vocabulary; the head is gathered over
+On a mesh every device has its own tokens and, along `tensor`, its own part of the vocabulary. The head is gathered over
 `fsdp` and `context` once, not for every chunk, and its gradient is reduce-scattered once.
+Letters: n tokens of a chunk, V the device's part of the vocabulary.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from bmjax.parallel.mesh import fitting_spec, mesh_in_scope, split_axes
+from bmjax.model.vocabulary_parallel import Layout, layout
+from bmjax.parallel.mesh import on_each_device
 
 CHUNK_ELEMENTS = 2**26  # logits held at once: 256 MiB in float32
 GPU_CHUNK_ELEMENTS = 2**27  # products of a GPU are slow where few tokens meet a whole head
+HEAD_AXES = ("embed", "vocab")
 
 
 def next_token_targets(
     tokens_BT: jax.Array, loss_mask_BT: jax.Array, segment_ids_BT: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Labels and weights at the place that predicts them: labels[t] = tokens[t+1], where mask[t+1] is 1.
+    """Return labels [B, T] and float32 weights [B, T] at the position that predicts them.
 
-    A target in another segment than its predecessor is nobody's (the first token of a packed document).
+    labels[t] is tokens[t + 1], and its weight mask[t + 1]. A document's first token is never a target: nothing in its
+    own segment precedes it.
     """
     labels = jnp.pad(tokens_BT[:, 1:], ((0, 0), (0, 1)))
     mask = jnp.pad(loss_mask_BT[:, 1:], ((0, 0), (0, 1))).astype(jnp.float32)
@@ -37,176 +41,174 @@ def next_token_targets(
 
 
 def cross_entropy_sum(h_BTD: jax.Array, w_DV: jax.Array, labels_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
-    """Sum of -log p(label) * mask in nats, float32 scalar; softmax and accumulation in float32.
+    """Compute the sum of -log p(label) * mask in nats, a float32 scalar; softmax and accumulation are in float32.
 
     The gradient of the sum is computed together with it, chunk by chunk, and scaled in the backward pass, so
     logits are neither kept nor computed twice. The logits' cotangent is rounded to the dtype of `h`, so that
     the two backward products run in it (float32 operands would be upcast silently). Where logits are too many
     for one chunk, a device's targets are moved to the front of its tokens, and chunks without any target are skipped.
     """
-    return _sum(h_BTD, w_DV, jnp.asarray(labels_BT), jnp.asarray(mask_BT, jnp.float32))
+    return _loss(h_BTD, w_DV, jnp.asarray(labels_BT), jnp.asarray(mask_BT, jnp.float32))
 
 
-class _Split(NamedTuple):
-    """How the mesh axes split the work. tokens, embed: axes that split the tokens, the head's width; vocab: the axis of
-    its vocabulary, or None."""
+def _softmax_of_chunk(split: Layout, h: jax.Array, w: jax.Array, labels: jax.Array, mask: jax.Array) -> Any:
+    """Return the loss of a chunk and what its gradient needs.
 
-    tokens: tuple[str, ...] = ()
-    vocab: str | None = None
-    embed: tuple[str, ...] = ()
-
-
-def _on_mesh(function: Any, h_BTD: jax.Array, w_DV: jax.Array, y_BT: jax.Array, m_BT: jax.Array, head: bool) -> Any:
-    """`function` of every device's part, with the sums over devices made: (loss, dh, dw or None), or the loss alone
-    where `function` gives that."""
-    mesh = mesh_in_scope()
-    if mesh is None:
-        return function(_Split(), h_BTD, w_DV, y_BT, m_BT, head)
-    h_spec = fitting_spec(mesh, ("batch", "length", None), h_BTD.shape)
-    w_spec = fitting_spec(mesh, ("embed", "vocab"), w_DV.shape)
-    tokens = split_axes(h_spec)
-    split = _Split(tokens, w_spec[1], split_axes(w_spec[:1]))
-
-    def local(h: jax.Array, w: jax.Array, y: jax.Array, m: jax.Array) -> Any:
-        if split.embed:
-            w = lax.all_gather(w, split.embed, axis=0, tiled=True)
-        found = function(split, h, w, y, m, head)
-        if not isinstance(found, tuple):
-            return lax.psum(found, tokens) if tokens else found
-        loss, dh, dw = found
-        if split.vocab:
-            dh = lax.psum(dh, split.vocab)
-        return lax.psum(loss, tokens) if tokens else loss, dh, _reduced(split, dw) if head else jnp.float32(0)
-
-    both = function is _chunks_with_gradients
-    place, token_spec = PartitionSpec(), PartitionSpec(*h_spec[:2])
-    run = jax.shard_map(
-        local, in_specs=(h_spec, w_spec, token_spec, token_spec),
-        out_specs=(place, h_spec, w_spec if head else place) if both else place, check_vma=False,
-    )  # fmt: skip
-    return run(h_BTD, w_DV, y_BT, m_BT)
+    Returns: the loss; e = exp(logits - max) [n, V]; mask / sum(e) [n, 1], so that dz = e * scale - onehot; the label's
+    index on this device [n], outside of 0..V-1 where another device has it.
+    """
+    z_NV = jnp.einsum("nd,dv->nv", h, w, preferred_element_type=jnp.float32)
+    largest = jnp.max(z_NV, axis=-1, keepdims=True)
+    if split.vocab:
+        largest = lax.pmax(largest, split.vocab)
+        labels = labels - lax.axis_index(split.vocab) * w.shape[1]
+    e_NV = jnp.exp(z_NV - largest)
+    total = jnp.sum(e_NV, axis=-1, keepdims=True)
+    label_logit = jnp.take_along_axis(z_NV, jnp.clip(labels, 0, w.shape[1] - 1)[:, None], axis=-1)[:, 0]
+    if split.vocab:
+        label_logit = jnp.where((labels >= 0) & (labels < w.shape[1]), label_logit, 0.0)
+        total, label_logit = lax.psum((total, label_logit), split.vocab)
+    loss = jnp.sum((jnp.log(total[:, 0]) + largest[:, 0] - label_logit) * mask)
+    return loss, e_NV, mask[:, None] / total, labels
 
 
-def _reduced(split: _Split, dw: jax.Array) -> jax.Array:
-    """A head's gradient summed over the devices with other tokens; each keeps its own part of it."""
+def _gradients_of_chunk(
+    split: Layout, h: jax.Array, w: jax.Array, labels: jax.Array, mask: jax.Array, train_head: bool
+) -> Any:
+    """Return (loss, dh [n, D] of the local vocabulary, dw [D, V] float32 or None) of a chunk."""
+    loss, e_NV, scale, labels = _softmax_of_chunk(split, h, w, labels, mask)
+    is_label = jnp.arange(w.shape[1]) == labels[:, None]
+    dz = (e_NV * scale - jnp.where(is_label, mask[:, None], 0.0)).astype(h.dtype)
+    dh = jnp.einsum("nv,dv->nd", dz, w, preferred_element_type=jnp.float32).astype(h.dtype)
+    return loss, dh, jnp.einsum("nd,nv->dv", h, dz, preferred_element_type=jnp.float32) if train_head else None
+
+
+def _chunk_count(tokens: int, vocab: int) -> int:
+    """Return the least power of two of chunks whose logits are at most CHUNK_ELEMENTS."""
+    most = GPU_CHUNK_ELEMENTS if jax.default_backend() == "gpu" else CHUNK_ELEMENTS
+    chunks = 1
+    while chunks * 2 <= tokens and -(-tokens // chunks) * vocab > most:
+        chunks *= 2
+    return chunks
+
+
+def _chunked(arrays: Sequence[jax.Array], mask: jax.Array, chunks: int) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Return the order that puts targets first, and the arrays [N, ...] in it, zero-padded, as [chunks, n, ...]."""
+    order = jnp.argsort(mask <= 0, stable=True)
+
+    def split_up(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x[order], [(0, -len(x) % chunks)] + [(0, 0)] * (x.ndim - 1))
+        return x.reshape(chunks, -1, *x.shape[1:])
+
+    return order, tuple(split_up(x) for x in arrays)
+
+
+def _device_loss(split: Layout, h: jax.Array, w: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.Array:
+    """Return the loss of a device's tokens. h [N, D], w [D, V], labels and mask [N]."""
+    chunks = _chunk_count(len(labels), w.shape[1])
+    if chunks == 1:
+        return _softmax_of_chunk(split, h, w, labels, mask)[0]
+
+    def add_chunk(total: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        h, labels, mask = chunk
+
+        def compute() -> jax.Array:
+            return _softmax_of_chunk(split, h, w, labels, mask)[0]
+
+        return total + lax.cond(jnp.any(mask > 0), compute, lambda: jnp.float32(0)), None
+
+    return lax.scan(add_chunk, jnp.float32(0), _chunked((h, labels, mask), mask, chunks)[1])[0]
+
+
+def _device_gradients(
+    split: Layout, h: jax.Array, w: jax.Array, labels: jax.Array, mask: jax.Array, train_head: bool
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Return (loss, dh [N, D], dw [D, V] or None) of a device's tokens. h [N, D], w [D, V], labels and mask [N]."""
+    chunks = _chunk_count(len(labels), w.shape[1])
+    if chunks == 1:
+        return _gradients_of_chunk(split, h, w, labels, mask, train_head)
+
+    def add_chunk(sums: Any, chunk: tuple[jax.Array, ...]) -> Any:
+        h, labels, mask = chunk
+
+        def compute() -> Any:
+            loss, dh, dw = _gradients_of_chunk(split, h, w, labels, mask, train_head)
+            return jax.tree.map(jnp.add, sums, (loss, dw)), dh  # in here, so that the product adds to the sum in place
+
+        return lax.cond(jnp.any(mask > 0), compute, lambda: (sums, jnp.zeros_like(h)))
+
+    order, chunked = _chunked((h, labels, mask), mask, chunks)
+    zeros = (jnp.float32(0), jnp.zeros(w.shape, jnp.float32) if train_head else None)
+    (loss, dw), dh = lax.scan(add_chunk, zeros, chunked)
+    return loss, dh.reshape(-1, h.shape[1])[jnp.argsort(order)], dw
+
+
+def _reduce_head_gradient(split: Layout, dw: jax.Array) -> jax.Array:
+    """Sum a head's gradient [D, V/tensor] over the devices with other tokens; each keeps [D/(fsdp context), V/tensor].
+
+    Where an axis splits the width and not the tokens, its devices hold the same sum, and each cuts its part out.
+    """
+    tokens = split.token_axes
     if not split.embed:
-        return lax.psum(dw, split.tokens) if split.tokens else dw
-    if set(split.embed) <= set(split.tokens):
-        others = tuple(axis for axis in split.tokens if axis not in split.embed)
-        if others:
-            dw = lax.psum(dw, others)
+        return lax.psum(dw, tokens) if tokens else dw
+    if set(split.embed) <= set(tokens):
+        other_axes = tuple(axis for axis in tokens if axis not in split.embed)
+        if other_axes:
+            dw = lax.psum(dw, other_axes)
         # The barrier keeps it in the loop over microbatches: XLA fails at moving it out (libtpu 0.0.42).
         return lax.optimization_barrier(lax.psum_scatter(dw, split.embed, scatter_dimension=0, tiled=True))
-    if split.tokens:
-        dw = lax.psum(dw, split.tokens)
+    if tokens:
+        dw = lax.psum(dw, tokens)
     size = dw.shape[0] // lax.axis_size(split.embed)
     return lax.dynamic_slice_in_dim(dw, lax.axis_index(split.embed) * size, size)
 
 
-def _pieces(tokens: int, vocab: int) -> int:
-    """How many chunks the tokens are cut into: the least power of two that keeps one small."""
-    most = GPU_CHUNK_ELEMENTS if jax.default_backend() == "gpu" else CHUNK_ELEMENTS
-    pieces = 1
-    while pieces * 2 <= tokens and -(-tokens // pieces) * vocab > most:
-        pieces *= 2
-    return pieces
-
-
-def _cut(arrays: Sequence[jax.Array], m_N: jax.Array, pieces: int) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """(order that puts targets first, the arrays [N, ...] in it, padded with zeros, as [pieces, n, ...])."""
-    order = jnp.argsort(m_N <= 0, stable=True)
-
-    def cut(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x[order], [(0, -len(x) % pieces)] + [(0, 0)] * (x.ndim - 1))
-        return x.reshape(pieces, -1, *x.shape[1:])
-
-    return order, tuple(cut(x) for x in arrays)
-
-
-def _piece(split: _Split, h: jax.Array, w: jax.Array, y: jax.Array, m: jax.Array) -> Any:
-    """(loss, e = exp(logits - top), what dz multiplies e with, which local token of the vocabulary is the label)."""
-    z_NV = jnp.einsum("nd,dv->nv", h, w, preferred_element_type=jnp.float32)
-    top = jnp.max(z_NV, axis=-1, keepdims=True)
-    if split.vocab:
-        top = lax.pmax(top, split.vocab)
-        y = y - lax.axis_index(split.vocab) * w.shape[1]
-    e_NV = jnp.exp(z_NV - top)
-    total = jnp.sum(e_NV, axis=-1, keepdims=True)
-    picked = jnp.take_along_axis(z_NV, jnp.clip(y, 0, w.shape[1] - 1)[:, None], axis=-1)[:, 0]
-    if split.vocab:
-        picked = jnp.where((y >= 0) & (y < w.shape[1]), picked, 0.0)
-        total, picked = lax.psum((total, picked), split.vocab)
-    loss = jnp.sum((jnp.log(total[:, 0]) + top[:, 0] - picked) * m)
-    return loss, e_NV, m[:, None] / total, y
-
-
-def _flat(h: jax.Array, y: jax.Array, m: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    return h.reshape(-1, h.shape[-1]), y.reshape(-1), m.reshape(-1)
-
-
-def _chunks(split: _Split, h: jax.Array, w: jax.Array, y: jax.Array, m: jax.Array, head: bool) -> jax.Array:
-    """The loss of a device's tokens."""
-    h, y, m = _flat(h, y, m)
-    pieces = _pieces(len(y), w.shape[1])
-    if pieces == 1:
-        return _piece(split, h, w, y, m)[0]
-
-    def body(total: jax.Array, xs: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        h, y, m = xs
-        return total + lax.cond(jnp.any(m > 0), lambda: _piece(split, h, w, y, m)[0], lambda: jnp.float32(0)), None
-
-    return lax.scan(body, jnp.float32(0), _cut((h, y, m), m, pieces)[1])[0]
-
-
-def _gradients(split: _Split, h: jax.Array, w: jax.Array, y: jax.Array, m: jax.Array, head: bool) -> Any:
-    """(loss, dh, dw) of a chunk; dw float32, None unless the head is trained. dh: of the local vocabulary."""
-    loss, e_NV, scale, y = _piece(split, h, w, y, m)
-    hot = jnp.arange(w.shape[1]) == y[:, None]
-    dz = (e_NV * scale - jnp.where(hot, m[:, None], 0.0)).astype(h.dtype)
-    dh = jnp.einsum("nv,dv->nd", dz, w, preferred_element_type=jnp.float32).astype(h.dtype)
-    return loss, dh, jnp.einsum("nd,nv->dv", h, dz, preferred_element_type=jnp.float32) if head else None
-
-
-def _chunks_with_gradients(
-    split: _Split, h_BTD: jax.Array, w: jax.Array, y: jax.Array, m: jax.Array, head: bool
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """(loss, dh, dw) of a device's tokens."""
-    h, y, m = _flat(h_BTD, y, m)
-    pieces = _pieces(len(y), w.shape[1])
-    if pieces == 1:
-        loss, dh, dw = _gradients(split, h, w, y, m, head)
-        return loss, dh.reshape(h_BTD.shape), dw
-
-    def body(carry: Any, xs: tuple[jax.Array, ...]) -> Any:
-        h, y, m = xs
-
-        def more() -> Any:  # added here, so that the product adds to the sum in place
-            loss, dh, dw = _gradients(split, h, w, y, m, head)
-            return jax.tree.map(jnp.add, carry, (loss, dw)), dh
-
-        return lax.cond(jnp.any(m > 0), more, lambda: (carry, jnp.zeros_like(h)))
-
-    order, cut = _cut((h, y, m), m, pieces)
-    start = (jnp.float32(0), jnp.zeros(w.shape, jnp.float32) if head else None)
-    (loss, dw), dh = lax.scan(body, start, cut)
-    dh = dh.reshape(-1, h.shape[1])[jnp.argsort(order)]
-    return loss, dh.reshape(h_BTD.shape), dw
+def _gather_head(split: Layout, w: jax.Array) -> jax.Array:
+    """Gather the width of a head: [D/(fsdp context), V/tensor] -> [D, V/tensor]."""
+    return lax.all_gather(w, split.embed, axis=0, tiled=True) if split.embed else w
 
 
 @jax.custom_vjp
-def _sum(h_BTD: jax.Array, w_DV: jax.Array, y_BT: jax.Array, m_BT: jax.Array) -> jax.Array:
-    return _on_mesh(_chunks, h_BTD, w_DV, y_BT, m_BT, False)
+def _loss(h_BTD: jax.Array, w_DV: jax.Array, labels_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
+    split = layout(labels_BT.shape, w_DV.shape, HEAD_AXES)
+
+    def local(h: jax.Array, w: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.Array:
+        # h [B/(data fsdp), T/context, D], w [D/(fsdp context), V/tensor], labels and mask [B/(data fsdp), T/context]
+        w = _gather_head(split, w)
+        loss = _device_loss(split, h.reshape(-1, h.shape[-1]), w, labels.reshape(-1), mask.reshape(-1))
+        return lax.psum(loss, split.token_axes) if split.token_axes else loss
+
+    in_specs = (PartitionSpec(*split.tokens, None), split.matrix, split.tokens, split.tokens)
+    return on_each_device(local, in_specs, PartitionSpec())(h_BTD, w_DV, labels_BT, mask_BT)
 
 
-def _forward(h_BTD: Any, w_DV: Any, y_BT: Any, m_BT: Any):
-    head = w_DV.perturbed  # a frozen head needs no gradient: a third of the products
-    loss, dh, dw = _on_mesh(_chunks_with_gradients, h_BTD.value, w_DV.value, y_BT.value, m_BT.value, head)
-    return loss, (dh, dw.astype(w_DV.value.dtype) if head else None)
+def _loss_forward(h_BTD: Any, w_DV: Any, labels_BT: Any, mask_BT: Any):
+    split = layout(labels_BT.value.shape, w_DV.value.shape, HEAD_AXES)
+    train_head = w_DV.perturbed  # a frozen head needs no gradient: a third of the products
+
+    def local(h: jax.Array, w: jax.Array, labels: jax.Array, mask: jax.Array) -> Any:
+        # h [B/(data fsdp), T/context, D], w [D/(fsdp context), V/tensor], labels and mask [B/(data fsdp), T/context]
+        w = _gather_head(split, w)  # [D, V/tensor]
+        loss, dh, dw = _device_gradients(
+            split, h.reshape(-1, h.shape[-1]), w, labels.reshape(-1), mask.reshape(-1), train_head
+        )
+        dh = dh.reshape(h.shape)
+        if split.vocab:
+            dh = lax.psum(dh, split.vocab)
+        if split.token_axes:
+            loss = lax.psum(loss, split.token_axes)
+        return loss, dh, jnp.float32(0) if dw is None else _reduce_head_gradient(split, dw)
+
+    h_spec = PartitionSpec(*split.tokens, None)
+    out_specs = (PartitionSpec(), h_spec, split.matrix if train_head else PartitionSpec())
+    on_devices = on_each_device(local, (h_spec, split.matrix, split.tokens, split.tokens), out_specs)
+    loss, dh, dw = on_devices(h_BTD.value, w_DV.value, labels_BT.value, mask_BT.value)
+    return loss, (dh, dw.astype(w_DV.value.dtype) if train_head else None)
 
 
-def _backward(saved: tuple[jax.Array, jax.Array | None], g: jax.Array):
+def _loss_backward(saved: tuple[jax.Array, jax.Array | None], g: jax.Array):
     dh, dw = saved
     return (dh * g).astype(dh.dtype), None if dw is None else (dw * g).astype(dw.dtype), None, None
 
 
-_sum.defvjp(_forward, _backward, symbolic_zeros=True)
+_loss.defvjp(_loss_forward, _loss_backward, symbolic_zeros=True)

@@ -1,4 +1,4 @@
-"""The matrix product and SwiGLU with backward passes written for how compilers lay them out.
+"""The matrix product and SwiGLU with backward passes of their own, and where documents start in packed rows.
 
 The values and gradients are the ordinary ones. Left to itself, XLA on a CPU transposes the larger operand of a
 weight's gradient, fused with everything that computes it, element by strided element.
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 @jax.custom_vjp
 def matmul(x_BTD: jax.Array, w_DF: jax.Array) -> jax.Array:
-    """x @ w, [B, T, F]."""
+    """Compute x @ w, [B, T, F]."""
     return x_BTD @ w_DF
 
 
@@ -36,7 +36,7 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 
 @jax.custom_vjp
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """silu(gate) * up (arXiv 2002.05202), elementwise."""
+    """Compute silu(gate) * up (arXiv 2002.05202), elementwise."""
     return gate * jax.nn.sigmoid(gate) * up
 
 
@@ -56,12 +56,12 @@ swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
 def document_changes(segment_ids_BT: jax.Array) -> jax.Array:
-    """Which tokens are the first of a document, bool [B, T]: where the segment id changes along the row."""
+    """Return which tokens are the first of a document, bool [B, T]: the segment id changes there along the row."""
     changed = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]
     return jnp.pad(changed, ((0, 0), (1, 0)), constant_values=True)
 
 
 def document_starts(segment_ids_BT: jax.Array) -> jax.Array:
-    """The place in the row of the first token of each token's document, int32 [B, T]."""
+    """Return the position in the row where the document of every token starts, int32 [B, T]."""
     index = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)[None, :]
     return jax.lax.cummax(jnp.where(document_changes(segment_ids_BT), index, 0), axis=1)

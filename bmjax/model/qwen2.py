@@ -1,7 +1,8 @@
 """Qwen2 in Flax linen, used as pure functions over a nested dictionary of parameters.
 
-Shapes, names and initializers come from the parameter table (spec.py). Layers are stacked and scanned over,
-so the program's size does not grow with depth.
+Shapes, names and initializers come from the parameter table (spec.py), and so does which linear layers have a bias.
+Layers are stacked and scanned over, so the program's size does not grow with depth. Training, generation, calibration
+and the Python interface call the functions below the modules.
 """
 
 from functools import lru_cache
@@ -17,7 +18,7 @@ from bmjax.config import UserError
 from bmjax.model import loss, ops, rope, spec
 from bmjax.model import remat as checkpointed
 from bmjax.model.attention.dispatch import cached_attention, causal_attention
-from bmjax.model.attention.options import How, Remat
+from bmjax.model.attention.options import AttentionOptions, Remat
 from bmjax.model.config import ModelConfig
 from bmjax.model.embedding import lookup
 from bmjax.model.spec import Param
@@ -47,7 +48,7 @@ class Context(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def _rows(config: ModelConfig) -> dict[str, Param]:
+def _rows_by_name(config: ModelConfig) -> dict[str, Param]:
     return {row.name: row for row in spec.table(config)}
 
 
@@ -57,40 +58,46 @@ def _initial(row: Param, config: ModelConfig, key: jax.Array, shape: tuple[int, 
     return jnp.zeros(shape, dtype) if row.init == "zeros" else jnp.ones(shape, dtype)
 
 
-def _leaf(module: nn.Module, name: str, row_name: str, config: ModelConfig) -> jax.Array:
-    row = _rows(config)[row_name]
+def _parameter(module: nn.Module, name: str, row_name: str, config: ModelConfig) -> jax.Array:
+    """Return a module's parameter `name`: the table's row `row_name`, or one layer of a stacked row."""
+    row = _rows_by_name(config)[row_name]
     shape = row.shape[1:] if row.stacked else row.shape
     return module.param(name, lambda key: _initial(row, config, key, shape, jnp.float32))
 
 
 class RMSNorm(nn.Module):
+    """Root-mean-square normalization (arXiv 1910.07467), computed in float32. row: of the table, without /scale."""
+
     config: ModelConfig
     row: str
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        scale = _leaf(self, "scale", f"{self.row}/scale", self.config)
+        scale = _parameter(self, "scale", f"{self.row}/scale", self.config)
         x = x_BTD.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.config.norm_eps)
         return scale.astype(x_BTD.dtype) * x.astype(x_BTD.dtype)
 
 
 class Linear(nn.Module):
+    """x @ kernel, plus a bias where the table has a row for it. row: of the table, without /kernel."""
+
     config: ModelConfig
     row: str
-    bias: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = ops.matmul(x, _leaf(self, "kernel", f"{self.row}/kernel", self.config).astype(x.dtype))
-        if self.bias:
-            y = y + _leaf(self, "bias", f"{self.row}/bias", self.config).astype(x.dtype)
+        y = ops.matmul(x, _parameter(self, "kernel", f"{self.row}/kernel", self.config).astype(x.dtype))
+        if f"{self.row}/bias" in _rows_by_name(self.config):
+            y = y + _parameter(self, "bias", f"{self.row}/bias", self.config).astype(x.dtype)
         return y
 
 
 class Attention(nn.Module):
+    """Grouped-query attention with rotary positions: within rows, or of new tokens to a cache."""
+
     config: ModelConfig
-    how: How
+    attention_options: AttentionOptions
 
     @nn.compact
     def __call__(
@@ -100,19 +107,19 @@ class Attention(nn.Module):
         B, T, _ = x_BTD.shape
 
         def project(letter: str, heads: int) -> jax.Array:
-            y = Linear(c, f"layers/attention/{letter}", bias=True, name=letter)(x_BTD)
+            y = Linear(c, f"layers/attention/{letter}", name=letter)(x_BTD)
             return constrain(y.reshape(B, T, heads, c.head_dim), "batch", "length", "heads", None)
 
         q = rope.rotate(project("q", c.num_heads), ctx.cos, ctx.sin)
         k = rope.rotate(project("k", c.num_kv_heads), ctx.cos, ctx.sin)
         v = project("v", c.num_kv_heads)
         if kv is None:
-            out = causal_attention(q, k, v, ctx.segment_ids_BT, window, self.how)
+            out = causal_attention(q, k, v, ctx.segment_ids_BT, window, self.attention_options)
         else:
             assert ctx.start is not None and ctx.valid_BS is not None  # they come with the cache
-            place = (layer, jnp.int32(0), jnp.int32(0), ctx.start, jnp.int32(0))
+            offsets = (layer, jnp.int32(0), jnp.int32(0), ctx.start, jnp.int32(0))
             kv = tuple(
-                jax.lax.dynamic_update_slice(old, new.astype(old.dtype).swapaxes(1, 2)[None], place)
+                jax.lax.dynamic_update_slice(old, new.astype(old.dtype).swapaxes(1, 2)[None], offsets)
                 for old, new in zip(kv, (k, v), strict=True)
             )
             k, v = (jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False) for cache in kv)
@@ -135,8 +142,10 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
+    """One layer of the scan: attention and MLP, each after a norm and with a residual."""
+
     config: ModelConfig
-    how: How
+    attention_options: AttentionOptions
 
     @nn.compact
     def __call__(
@@ -145,7 +154,7 @@ class Layer(nn.Module):
         x_BTD, kv = carry  # the whole cache is carried, so that a step writes its slots in place
         x_BTD = checkpoint_name(x_BTD, checkpointed.LAYER_INPUT)
         normed = RMSNorm(self.config, "layers/attention_norm", name="attention_norm")(x_BTD)
-        out, kv = Attention(self.config, self.how, name="attention")(normed, ctx, window, layer, kv)
+        out, kv = Attention(self.config, self.attention_options, name="attention")(normed, ctx, window, layer, kv)
         x_BTD = constrain(x_BTD + out, "batch", "length", None)
         normed = RMSNorm(self.config, "layers/mlp_norm", name="mlp_norm")(x_BTD)
         x_BTD = constrain(x_BTD + MLP(self.config, name="mlp")(normed), "batch", "length", None)
@@ -155,15 +164,15 @@ class Layer(nn.Module):
 class Qwen2(nn.Module):
     """Tokens to final hidden states [B, T, D]; `head_weight` turns those into logits.
 
-    dtype: of activations. remat: see `model.remat`.
-    unroll: layers per scan iteration (a small model on a CPU is faster with all of them). how: of attention.
+    dtype: of activations. remat: what layers keep for the backward pass, see `model.remat`. unroll: layers per scan
+    iteration (a small model on a CPU is faster with all of them).
     """
 
     config: ModelConfig
     dtype: Any = jnp.float32
     remat: Remat = "none"
     unroll: int = 1
-    how: How = How()
+    attention_options: AttentionOptions = AttentionOptions()
 
     @nn.compact
     def __call__(
@@ -183,12 +192,15 @@ class Qwen2(nn.Module):
             kv = (cache.k, cache.v)
         # grams: what bmjax.calibrate sows in the linear layers; empty otherwise.
         stack = nn.scan(
-            checkpointed.remat(Layer, self.remat), variable_axes={"params": 0, "grams": 0},
-            split_rngs={"params": True}, length=c.num_layers,
+            checkpointed.remat(Layer, self.remat),
+            variable_axes={"params": 0, "grams": 0},
+            split_rngs={"params": True},
+            length=c.num_layers,
             in_axes=(nn.broadcast, 0 if windows is not None else nn.broadcast, 0),
             unroll=min(self.unroll, c.num_layers),
-        )  # fmt: skip
-        (x_BTD, kv), _ = stack(c, self.how, name="layers")((x_BTD, kv), ctx, windows, jnp.arange(c.num_layers))
+        )
+        layers = stack(c, self.attention_options, name="layers")
+        (x_BTD, kv), _ = layers((x_BTD, kv), ctx, windows, jnp.arange(c.num_layers))
         if cache is not None:
             cache = cache._replace(k=kv[0], v=kv[1], next_slot=cache.next_slot + tokens_BT.shape[1])
         return RMSNorm(c, "final_norm", name="final_norm")(x_BTD), cache
@@ -199,69 +211,107 @@ class _Embedding(nn.Module):
 
     @nn.compact
     def __call__(self) -> jax.Array:
-        return _leaf(self, "embedding", "embed/embedding", self.config)
+        return _parameter(self, "embedding", "embed/embedding", self.config)
 
 
 def init(config: ModelConfig, seed: int, mesh: Mesh | None = None, dtype: Any = jnp.float32) -> Params:
-    """Random parameters as the table says, each leaf born with its sharding on `mesh`."""
+    """Draw random parameters as the table says; every leaf is made with its sharding on `mesh`."""
     rows = spec.table(config)
 
     def build(key: jax.Array) -> list[jax.Array]:
         keys = list(jax.random.split(key, len(rows)))
         return [_initial(row, config, key, row.shape, dtype) for row, key in zip(rows, keys, strict=True)]
 
-    where = None if mesh is None else [sharding(mesh, row.axes, row.shape) for row in rows]
-    leaves = jax.jit(build, out_shardings=where)(jax.random.key(seed))
+    shardings = None if mesh is None else [sharding(mesh, row.axes, row.shape) for row in rows]
+    leaves = jax.jit(build, out_shardings=shardings)(jax.random.key(seed))
     return spec.unflatten([(row.path, leaf) for row, leaf in zip(rows, leaves, strict=True)])
 
 
 def default_positions(segment_ids_BT: jax.Array) -> jax.Array:
-    """0, 1, 2, ... restarting where the segment id changes along the row."""
+    """Count positions 0, 1, 2, ... along each row, int32 [B, T], restarting where the segment id changes."""
     return jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)[None, :] - ops.document_starts(segment_ids_BT)
 
 
 def head_weight(config: ModelConfig, params: Params) -> jax.Array:
-    """The matrix [D, V] from hidden states to logits: the embedding's transpose when it is tied."""
+    """Return the matrix [D, V] from hidden states to logits: the embedding's transpose when it is tied."""
     return params["embed"]["embedding"].T if config.tied else params["lm_head"]["kernel"]
 
 
 def trunk(params: Params) -> Params:
-    """The parameters that the linen module reads (all but the head)."""
+    """Return the parameters that the linen module reads: all but the head."""
     return {key: value for key, value in params.items() if key != "lm_head"}
 
 
 def hidden(
-    config: ModelConfig, params: Params, tokens_BT: jax.Array, segment_ids_BT: jax.Array | None = None,
-    positions_BT: jax.Array | None = None, *, dtype: Any = jnp.float32, remat: Remat = "none", unroll: int = 1,
-    how: How = How(),
-) -> jax.Array:  # fmt: skip
-    """Final hidden states [B, T, D] in `dtype`. segment_ids: int32 1.. per document, 0 = padding; default all 1."""
+    config: ModelConfig,
+    params: Params,
+    tokens_BT: jax.Array,
+    segment_ids_BT: jax.Array | None = None,
+    positions_BT: jax.Array | None = None,
+    *,
+    dtype: Any = jnp.float32,
+    remat: Remat = "none",
+    unroll: int = 1,
+    attention_options: AttentionOptions = AttentionOptions(),
+) -> jax.Array:
+    """Compute the final hidden states of every token.
+
+    Arguments:
+        tokens_BT: int32 token ids.
+        segment_ids_BT: int32, 1.. per document, 0 for padding. None: a row is one document.
+        positions_BT: int32. None: they count from 0 in every document.
+        dtype, remat, unroll, attention_options: see `Qwen2`.
+
+    Returns:
+        [B, T, D] in `dtype`.
+    """
     if segment_ids_BT is None:
         segment_ids_BT = jnp.ones_like(tokens_BT)
     if positions_BT is None:
         positions_BT = default_positions(segment_ids_BT)
-    model = Qwen2(config, dtype, remat, unroll, how)
+    model = Qwen2(config, dtype, remat, unroll, attention_options)
     return model.apply({"params": trunk(params)}, tokens_BT, segment_ids_BT, positions_BT)[0]
 
 
 def logits(
-    config: ModelConfig, params: Params, tokens_BT: jax.Array, segment_ids_BT: jax.Array | None = None,
-    positions_BT: jax.Array | None = None, *, dtype: Any = jnp.float32,
-) -> jax.Array:  # fmt: skip
-    """Logits [B, T, V] in float32."""
+    config: ModelConfig,
+    params: Params,
+    tokens_BT: jax.Array,
+    segment_ids_BT: jax.Array | None = None,
+    positions_BT: jax.Array | None = None,
+    *,
+    dtype: Any = jnp.float32,
+) -> jax.Array:
+    """Compute logits [B, T, V] in float32; arguments as of `hidden`."""
     h_BTD = hidden(config, params, tokens_BT, segment_ids_BT, positions_BT, dtype=dtype)
     w_DV = head_weight(config, params).astype(dtype)
     return jnp.einsum("btd,dv->btv", h_BTD, w_DV, preferred_element_type=jnp.float32)
 
 
 def loss_sum(
-    config: ModelConfig, params: Params, tokens_BT: jax.Array, loss_mask_BT: jax.Array,
-    segment_ids_BT: jax.Array | None = None, positions_BT: jax.Array | None = None, *,
-    dtype: Any = jnp.float32, remat: Remat = "none", unroll: int = 1, how: How = How(),
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """Summed next-token loss in nats over targets with mask 1, and their number; both float32 scalars."""
+    config: ModelConfig,
+    params: Params,
+    tokens_BT: jax.Array,
+    loss_mask_BT: jax.Array,
+    segment_ids_BT: jax.Array | None = None,
+    positions_BT: jax.Array | None = None,
+    *,
+    dtype: Any = jnp.float32,
+    remat: Remat = "none",
+    unroll: int = 1,
+    attention_options: AttentionOptions = AttentionOptions(),
+) -> tuple[jax.Array, jax.Array]:
+    """Compute the summed next-token loss in nats over targets with mask 1, and their number; both float32 scalars."""
     h_BTD = hidden(
-        config, params, tokens_BT, segment_ids_BT, positions_BT, dtype=dtype, remat=remat, unroll=unroll, how=how
+        config,
+        params,
+        tokens_BT,
+        segment_ids_BT,
+        positions_BT,
+        dtype=dtype,
+        remat=remat,
+        unroll=unroll,
+        attention_options=attention_options,
     )
     labels, mask = loss.next_token_targets(tokens_BT, loss_mask_BT, segment_ids_BT)
     nats = loss.cross_entropy_sum(h_BTD, head_weight(config, params).astype(dtype), labels, mask)
@@ -269,7 +319,7 @@ def loss_sum(
 
 
 def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: Any) -> Cache:
-    """A cache of `slots` tokens for `batch` rows, nothing valid yet."""
+    """Make a cache of `slots` tokens for `batch` rows, nothing valid yet."""
     shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch, slots), bool), jnp.int32(0))
 

@@ -1,9 +1,9 @@
 """What a layer keeps for its backward pass, and what is computed again (arXiv 1604.06174).
 
-A layer's input, and:
+Every policy keeps a layer's input, and besides:
 - full: nothing. One activation a layer; every product of the forward pass is computed twice.
-- save_attention: what attention gave, so that its kernels don't run again. For long rows.
-- minimal: that and every product with a weight; only what lies between them is computed again.
+- save_attention: the results of attention, so that its kernels do not run again. For long rows.
+- minimal: these and every product with a weight; only elementwise operations are computed again.
 - offload: as full, but the inputs wait in the host's memory.
 - none: everything.
 """
@@ -19,24 +19,26 @@ ATTENTION = "attention"  # outputs and log-sums of attention kernels
 LAYER_INPUT = "layer_input"
 
 
-def remat(layer: type[nn.Module], how: Remat) -> type[nn.Module]:
-    """The layer with what `how` says kept. Raises KeyError for a name that is not one."""
-    return layer if how == "none" else nn.remat(layer, prevent_cse=False, policy=_POLICIES[how])
+def remat(layer: type[nn.Module], policy: Remat) -> type[nn.Module]:
+    """Return the layer with this policy. Raises KeyError for an unknown policy."""
+    return layer if policy == "none" else nn.remat(layer, prevent_cse=False, policy=_POLICIES[policy])
 
 
-def _kernel_results(primitive: Any, *_: Any, **__: Any) -> bool:
-    """What cuDNN's kernel gives: it names nothing itself."""
+def _is_cudnn_result(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Tell cuDNN's kernel by its primitive: it names no result."""
     return primitive.name == "dot_product_attention_fwd_wrapper"
 
 
 _policies = jax.checkpoint_policies
-_attention = _policies.save_from_both_policies(_policies.save_only_these_names(ATTENTION), _kernel_results)
+_attention = _policies.save_from_both_policies(_policies.save_only_these_names(ATTENTION), _is_cudnn_result)
 _POLICIES: dict[str, Any] = {
     "full": None,
     "save_attention": _attention,
     "minimal": _policies.save_from_both_policies(_policies.dots_with_no_batch_dims_saveable, _attention),
     "offload": _policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[], names_which_can_be_offloaded=[LAYER_INPUT], offload_src="device",
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[LAYER_INPUT],
+        offload_src="device",
         offload_dst="pinned_host",
     ),
-}  # fmt: skip
+}

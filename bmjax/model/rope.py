@@ -10,7 +10,7 @@ from bmjax.model.config import Rope
 
 
 def inverse_frequencies(rope: Rope, head_dim: int, max_length: int) -> tuple[np.ndarray, float]:
-    """Inverse frequencies, float32 [H/2], and the factor on cos and sin.
+    """Return inverse frequencies, float32 [H/2], and the factor on cos and sin.
 
     YaRN blends interpolated and extrapolated frequencies by a linear ramp between the dimensions that turn
     `beta_fast` and `beta_slow` times over the original length (section 3.2), and scales attention by
@@ -52,7 +52,7 @@ def _attention_factor(rope: Rope) -> float:
 
 
 def tables(rope: Rope, head_dim: int, max_length: int, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, float32 [B, T, 1, H/2], of every token's position (bf16 would round 257 to 256)."""
+    """Return cos and sin, float32 [B, T, 1, H/2], of every token's position (bf16 would round 257 to 256)."""
     frequencies, factor = inverse_frequencies(rope, head_dim, max_length)
     angles = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor

@@ -1,14 +1,18 @@
 """THE parameter table: every parameter's path, shape, logical axes, initializer, Hugging Face key and layout.
 
-Initialization, sharding, import, export and merging read this table and have none of their own.
+Initialization, sharding, import, export and merging read this table and have none of their own. A new architecture
+gets its rows here: what a model has no row for (a bias, a head), its modules leave out.
 Shapes: V vocabulary, D hidden size, N query heads, K key/value heads, H head size, F feed-forward, L layers.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from bmjax.model.config import ModelConfig
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # Hugging Face keys
 
 
 @dataclass(frozen=True)
@@ -32,11 +36,12 @@ class Param:
 
     @property
     def stacked(self) -> bool:
+        """Whether the array holds all layers, along its first axis."""
         return "{layer}" in self.hf_key
 
     @property
     def name(self) -> str:
-        """The path as one string, as `freeze:` patterns and logs write it: layers/attention/q/kernel."""
+        """The path as a string, as `freeze:` patterns and logs write it: layers/attention/q/kernel."""
         return "/".join(self.path)
 
     @property
@@ -45,26 +50,29 @@ class Param:
         return len(self.shape) - self.stacked >= 2
 
     def hf_keys(self) -> list[str]:
-        """The checkpoint's tensor names that make up this parameter, in layer order."""
+        """Return the names of the checkpoint's tensors that make up this parameter, in layer order."""
         return [self.hf_key.format(layer=i) for i in range(self.shape[0])] if self.stacked else [self.hf_key]
 
 
 def _param(path: str, shape: tuple[int, ...], axes: tuple[str, ...], hf_key: str, init: str, transposed: bool) -> Param:
     per_layer = shape[1:] if "{layer}" in hf_key else shape
     return Param(
-        path=tuple(path.split("/")), shape=shape, axes=axes, hf_key=hf_key, init=init, transposed=transposed,
+        path=tuple(path.split("/")),
+        shape=shape,
+        axes=axes,
+        hf_key=hf_key,
+        init=init,
+        transposed=transposed,
         hf_shape=per_layer[::-1] if transposed else per_layer,
-    )  # fmt: skip
+    )
 
 
 def table(c: ModelConfig) -> tuple[Param, ...]:
-    """Every parameter of a Qwen2 model, in the order of a Hugging Face checkpoint."""
+    """Return a row for every parameter of the model, in the order of a Hugging Face checkpoint."""
     L, D, F, V = c.num_layers, c.hidden_size, c.intermediate_size, c.vocab_size
     NH, KH = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     layer = "model.layers.{layer}."
-    rows: list[Param] = [
-        _param("embed/embedding", (V, D), ("vocab", "embed"), "model.embed_tokens.weight", "normal", False)
-    ]
+    rows = [_param("embed/embedding", (V, D), ("vocab", "embed"), EMBEDDING, "normal", False)]
 
     def kernel(path: str, shape: tuple[int, int], axes: tuple[str, str], hf: str) -> None:
         rows.append(
@@ -85,30 +93,24 @@ def table(c: ModelConfig) -> tuple[Param, ...]:
     kernel("mlp/down", (F, D), ("mlp", "embed"), "mlp.down_proj")
     rows.append(_param("final_norm/scale", (D,), ("norm",), "model.norm.weight", "ones", False))
     if not c.tied:
-        rows.append(_param("lm_head/kernel", (D, V), ("embed", "vocab"), "lm_head.weight", "normal", True))
+        rows.append(_param("lm_head/kernel", (D, V), ("embed", "vocab"), HEAD, "normal", True))
     return tuple(rows)
 
 
 def count(c: ModelConfig) -> int:
-    """Number of parameters (a tied embedding counts once)."""
-    total = 0
-    for row in table(c):
-        size = 1
-        for n in row.shape:
-            size *= n
-        total += size
-    return total
+    """Return the number of parameters (a tied embedding counts once)."""
+    return sum(math.prod(row.shape) for row in table(c))
 
 
 def get(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:
-    """The leaf of a nested dictionary at `path`."""
+    """Return the leaf of a nested dictionary at `path`."""
     for key in path:
         tree = tree[key]
     return tree
 
 
 def unflatten(leaves: Iterator[tuple[tuple[str, ...], Any]] | list[tuple[tuple[str, ...], Any]]) -> dict[str, Any]:
-    """A nested dictionary from (path, leaf) pairs."""
+    """Build a nested dictionary from (path, leaf) pairs."""
     tree: dict[str, Any] = {}
     for path, leaf in leaves:
         block = tree
@@ -119,12 +121,12 @@ def unflatten(leaves: Iterator[tuple[tuple[str, ...], Any]] | list[tuple[tuple[s
 
 
 def pick(params: Any, rows: tuple[Param, ...]) -> dict[str, Any]:
-    """The sub-dictionary of `params` with these rows only."""
+    """Return the nested dictionary of these rows' parameters only."""
     return unflatten([(row.path, get(params, row.path)) for row in rows])
 
 
 def join(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
-    """Two disjoint nested dictionaries as one."""
+    """Return two disjoint nested dictionaries as one."""
     out = dict(left)
     for key, value in right.items():
         out[key] = join(out[key], value) if key in out else value

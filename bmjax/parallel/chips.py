@@ -1,4 +1,4 @@
-"""Devices by their makers' data sheets, and topologies of TPU chips that are not there."""
+"""Devices by their makers' data sheets, a GPU's capability, and topologies of TPU chips that this machine lacks."""
 
 import importlib.util
 import math
@@ -19,16 +19,25 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """FLOP/s of one device, or None where it is not known (a CPU)."""
-    found = (peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\b{name}(?!\d)", device_kind, re.IGNORECASE))
-    return next(found, None)
+    """Return the FLOP/s of a device, or None where they are not known (a CPU)."""
+    peaks = (peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\b{name}(?!\d)", device_kind, re.IGNORECASE))
+    return next(peaks, None)
+
+
+def gpu_capability() -> tuple[int, int] | None:
+    """Return (major, minor) of the first device's CUDA compute capability; None where it is no NVIDIA GPU."""
+    match = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(jax.devices()[0], "compute_capability", "")))
+    return None if match is None else (int(match[1]), int(match[2]))
 
 
 @dataclass(frozen=True)
 class Chip:
-    """One chip. hbm_gib: what XLA's compiler lets a program use. flops: dense bfloat16 peak a second. hbm_bandwidth,
-    link_bandwidth: bytes a second, the latter what it sends over all its links; slice_bandwidth: its share of what its
-    host sends to other slices. price: US$ an hour on demand."""
+    """A TPU chip.
+
+    hbm_gib: memory that XLA's compiler lets a program use. flops: dense bfloat16 peak a second. hbm_bandwidth: bytes a
+    second. link_bandwidth: bytes a second that it sends over all its links. slice_bandwidth: its share of the bytes a
+    second that its host sends to other slices. price: US$ an hour on demand.
+    """
 
     hbm_gib: float
     flops: float
@@ -49,9 +58,9 @@ _TOPOLOGY = re.compile(r"(?:(\d+)x)?([a-z0-9]+):(\d+(?:x\d+)*)")
 
 
 def topology_devices(name: str) -> tuple[Chip, list[Any]]:
-    """(chip, devices to compile for) of a slice like v5p:4x4x4, or of several like 2xv5p:4x4x4. Needs libtpu, no TPU.
+    """Return the chip and the devices to compile for, of a slice like v5p:4x4x4 or of several like 2xv5p:4x4x4.
 
-    Raises UserError for a name that is not one, a shape that does not exist, or without libtpu.
+    It needs libtpu, but no TPU. Raises UserError for a malformed name, a shape that does not exist, or without libtpu.
     """
     match = _TOPOLOGY.fullmatch(name)
     if match is None or match[1] == "0":
@@ -63,7 +72,7 @@ def topology_devices(name: str) -> tuple[Chip, list[Any]]:
         raise UserError(
             "--topology: planning for TPUs needs their compiler; pip install 'bmjax[tpu]' (no TPU is needed)"
         )
-    # There is no TPU to ask, and no other program of this machine to keep from it.
+    # libtpu must not look for a TPU here, nor lock this machine's.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -72,10 +81,10 @@ def topology_devices(name: str) -> tuple[Chip, list[Any]]:
     jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies
 
-    several = {"num_slices": slices} if slices > 1 else {}
+    options = {"num_slices": slices} if slices > 1 else {}
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{shape}", **several)
-        devices = list(found.devices)
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{shape}", **options)
+        devices = list(topology.devices)
     except Exception as error:
         raise UserError(f"--topology: {name}: {first_line(error)}") from None
     if len(devices) != slices * math.prod(map(int, shape.split("x"))):

@@ -1,7 +1,7 @@
-"""The one mesh and the one place where logical axis names become mesh axes."""
+"""The mesh, and the rules by which logical axis names become mesh axes. Nothing else names a mesh's layout."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,11 +29,15 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 
 
 def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with the axes data, fsdp, context, tensor over `devices` (default: all there are).
+    """Make a mesh with the axes data, fsdp, context, tensor.
 
-    `sizes` gives the size per axis, absent axes are 1, at most one may be -1: whatever is left over. Without
-    any -1 the product may be smaller than the number of devices: the first ones are used.
-    Raises UserError for an unknown axis or sizes that do not fit the devices.
+    Arguments:
+        sizes: of the axes. Absent axes are 1; at most one may be -1, the devices left over. Without a -1 the product
+            may be smaller than the number of devices: the first ones are used.
+        devices: default: all.
+
+    Raises:
+        UserError: for an unknown axis or sizes that do not fit the devices.
     """
     devices = list(devices if devices is not None else jax.devices())
     sizes = dict(sizes or {})
@@ -46,9 +50,7 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     shape = [sizes.get(axis, 1) for axis in AXES]
     if any(size < 1 and size != -1 for size in shape) or shape.count(-1) > 1:
         raise UserError(f"mesh: sizes {sizes}: each must be at least 1, and at most one may be -1 (the rest)")
-    fixed = 1
-    for size in shape:
-        fixed *= size if size != -1 else 1
+    fixed = math.prod(size for size in shape if size != -1)
     if -1 in shape:
         if len(devices) % fixed:
             raise UserError(
@@ -60,49 +62,51 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     if fixed > len(devices):
         raise UserError(f"mesh: sizes {sizes} need {fixed} devices, there are {len(devices)}; make a size smaller")
     try:
-        placed = place(shape, devices[:fixed])
+        device_array = arrange(shape, devices[:fixed])
     except (AssertionError, NotImplementedError, ValueError):
         raise UserError(
             f"mesh: sizes {sizes} cannot be laid out on these {len(devices)} devices; use all of them, one size -1"
         ) from None
-    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(device_array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def slow_groups(devices: Sequence[Any]) -> list[int]:
-    """Which group each device belongs to, of those whose own links are much faster than those between them: a TPU's
-    slice, a GPU's host. All 0 where there is one."""
+    """Return the number of every device's group: a TPU's slice, a GPU's host; 0 for other devices.
+
+    Links within a group are much faster than those between groups.
+    """
     kinds = {"tpu": "slice_index", "gpu": "process_index"}
     return [getattr(device, kinds.get(device.platform, ""), 0) for device in devices]
 
 
-def place(shape: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
-    """The devices as an array of this shape (data, fsdp, context, tensor), near ones along the inner axes.
+def arrange(shape: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
+    """Arrange the devices in an array of this shape (data, fsdp, context, tensor), near ones along the inner axes.
 
-    Groups of devices with slow links between them are told apart by the outermost axes that they divide, so that
-    little has to pass between them: data before fsdp before context before tensor.
+    Groups with slow links between them lie along the outermost axes that their number divides, so that little has to
+    pass between them: data before fsdp before context before tensor.
     """
     groups = slow_groups(devices)
     count = len(set(groups))
     if count == 1 or len(devices) % count or any(groups.count(group) * count != len(devices) for group in groups):
         # A TPU slice's links may serve two axes: the shape of the mesh need not be that of the slice.
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    outer, left = [], count
+    outer, undivided = [], count
     for size in shape:
-        outer.append(math.gcd(size, left))
-        left //= outer[-1]
-    inner = [size // among for size, among in zip(shape, outer, strict=True)]
+        outer.append(math.gcd(size, undivided))
+        undivided //= outer[-1]
+    inner = [size // groups_along for size, groups_along in zip(shape, outer, strict=True)]
     return mesh_utils.create_hybrid_device_mesh(
         inner, outer, devices, process_is_granule=devices[0].platform == "gpu", allow_split_physical_axes=True
     )
 
 
 def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
-    """The mesh axes of an array whose dimensions carry these logical names (None: not split)."""
+    """Return the mesh axes of an array whose dimensions have these logical names (None: not split)."""
     return PartitionSpec(*(None if axis is None else RULES[axis] for axis in axes))
 
 
 def fitting_spec(mesh: Mesh | AbstractMesh, axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
-    """As `partition_spec`, but a dimension that its mesh axes do not divide stays whole."""
+    """Return the `partition_spec`, with those dimensions whole that their mesh axes do not divide."""
     parts = []
     for size, part in zip(shape, partition_spec(axes), strict=True):
         names = (part,) if isinstance(part, str) else tuple(part or ())
@@ -111,7 +115,7 @@ def fitting_spec(mesh: Mesh | AbstractMesh, axes: Sequence[str | None], shape: S
 
 
 def sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int] | None = None) -> NamedSharding:
-    """Where an array with these logical axes lives on `mesh`.
+    """Return the sharding on `mesh` of an array with these logical axes.
 
     With `shape`, a dimension that its mesh axes do not divide stays whole (small models on large meshes).
     """
@@ -119,18 +123,28 @@ def sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int] | None
 
 
 def split_axes(spec: Iterable[Any]) -> tuple[str, ...]:
-    """All mesh axes that split an array of this layout (a PartitionSpec or a part of one), whichever its dimensions."""
+    """Return all mesh axes that split an array of this layout, a PartitionSpec or a part of one."""
     return tuple(axis for part in spec if part for axis in ((part,) if isinstance(part, str) else part))
 
 
 def mesh_in_scope() -> AbstractMesh | None:
-    """The mesh of `jax.set_mesh`; None where there is none, or of one device."""
+    """Return the mesh of `jax.set_mesh`; None where there is none, or it has one device."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or mesh.size == 1 else mesh
 
 
+def on_each_device(local: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """Return `local` as a function of whole arrays: on the mesh in scope each device calls it with its own parts.
+
+    Without a mesh, or on one device, `local` is called with the arrays as they are.
+    """
+    if mesh_in_scope() is None:
+        return local
+    return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Tell the compiler how `x` is laid out by logical names; without a mesh in scope it does nothing."""
+    """Tell the compiler the layout of `x` by logical names; without a mesh in scope it does nothing."""
     mesh = mesh_in_scope()
     if mesh is None:
         return x

@@ -1,7 +1,7 @@
-"""Several processes that train as one: how they find each other, agree, stop together, and notice a dead one.
+"""Several processes that train as one: how they meet, agree, stop together, and notice a dead one.
 
-All processes run the same program on the same inputs; JAX's own runtime (`jax.distributed`) joins their devices.
-Without several processes every function here costs nothing.
+All processes run the same program on the same inputs; JAX's runtime (`jax.distributed`) joins their devices. Training
+enters `together`; everything that writes asks `is_main`. In a single process every function here costs nothing.
 """
 
 import atexit
@@ -21,9 +21,9 @@ import numpy as np
 
 from bmjax.config import UserError, first_line
 
-SLACK = 60  # seconds that the runtime's own watch, which ends with a stack trace, lets ours speak first
-BEAT = 5.0  # seconds between looks at the others, at most
-TOGETHER = 5  # seconds within which processes that fail for one reason have all said so
+SLACK = 60  # seconds that the runtime's watch, which ends with a stack trace, waits longer than ours
+BEAT = 5.0  # seconds between looks at the other processes, at most
+TOGETHER = 5  # seconds within which processes that fail for the same reason have all reported it
 _REASON = "bmjax/alive/reason"
 _AGAIN = "the same command on all of them resumes from the newest checkpoint"
 _DEAD = (
@@ -36,28 +36,35 @@ _DEAD = (
 def together(
     coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: int
 ) -> Iterator[None]:
-    """Within it this process is one of the run's; entered before JAX makes its first array.
+    """Join this process with the others of a run while the block runs; entered before JAX makes its first array.
 
-    coordinator: host:port of process 0, with num_processes and process_id; all None: as the launcher says (Cloud TPU
-    and GKE slices, SLURM's srun, Open MPI 4, Kubernetes indexed jobs with the kubernetes package). timeout: seconds
-    until a silent process is taken for dead; every process then stops with a line that names it, and at once where
-    one leaves by an error. (Where process 0 is killed, the runtime ends the others in its own words, for it is the
-    one that they meet at.) Nothing is done where there is no launcher, or where num_processes is 1.
-    Raises UserError for settings that do not belong together and for processes that do not come.
+    When a process is silent for too long, every other process stops with a line that names it; when a process leaves by
+    an error, they stop at once. (When process 0 is killed, JAX's runtime ends the others with its message, since they
+    meet at process 0.) Nothing is done without a launcher, or where num_processes is 1.
+
+    Arguments:
+        coordinator: host:port of process 0, with num_processes and process_id. All None: as the launcher says (Cloud
+            TPU and GKE slices, SLURM's srun, Open MPI 4, Kubernetes indexed jobs with the kubernetes package).
+        num_processes: of the run.
+        process_id: this process's number, from 0 on.
+        timeout: seconds until a silent process counts as dead.
+
+    Raises:
+        UserError: for settings that do not belong together, and when processes do not come.
     """
     _connect(coordinator, num_processes, process_id, timeout)
     if jax.process_count() == 1:
         yield
         return
-    left, beat = threading.Event(), min(BEAT, timeout / 5)
-    threading.Thread(target=_watch, args=(timeout, beat, left), name="bmjax-watch", daemon=True).start()
+    ended, beat = threading.Event(), min(BEAT, timeout / 5)
+    threading.Thread(target=_watch, args=(timeout, beat, ended), name="bmjax-watch", daemon=True).start()
     try:
         yield
         wait_for_all("bmjax/done")
     except SystemExit:
         raise
     except BaseException as error:
-        _tell_others(error)
+        _leave_reason(error)
         atexit.register(_leave, 2 if isinstance(error, UserError | jax.errors.JaxRuntimeError) else 1, beat)
         if isinstance(error, jax.errors.JaxRuntimeError):
             raise UserError(
@@ -66,32 +73,32 @@ def together(
             ) from error
         raise
     finally:
-        left.set()
+        ended.set()
 
 
 def _client() -> Any:
-    """The runtime's client: a store that process 0 holds, and barriers."""
+    """Return the runtime's client: a store that process 0 holds, and barriers."""
     from jax._src.distributed import global_state
 
     return global_state.client
 
 
-def _tell_others(error: BaseException) -> None:
-    """Leaves the reason where the others' watch finds it, and time to find it: without process 0 they could not."""
-    said = f"process {jax.process_index()} of {jax.process_count()} stopped: {first_line(error)}"  # type: ignore[arg-type]
+def _leave_reason(error: BaseException) -> None:
+    """Write the reason of this process's end to the store, where the watch of the other processes looks for it."""
+    reason = f"process {jax.process_index()} of {jax.process_count()} stopped: {first_line(error)}"
     with contextlib.suppress(Exception):
-        _client().key_value_set(_REASON, said)
+        _client().key_value_set(_REASON, reason)
 
 
 def _leave(code: int, beat: float) -> None:
-    """Ends a process that failed without waiting for the others, unless they have failed, too.
+    """End a failed process without waiting for the others, unless they have failed, too.
 
-    Runs before JAX's own end, which waits for all and aborts where they don't come.
+    It runs before JAX's exit handler, which waits for all processes and aborts where they do not come.
     """
     sys.stdout.flush()
     sys.stderr.flush()
     try:
-        # Process 0 stays until all have looked, for the runtime ends who loses it with a stack trace.
+        # Process 0 stays until all have looked: the runtime ends a process that loses it with a stack trace.
         seconds = TOGETHER if jax.process_index() else TOGETHER + TOGETHER + 2 * beat
         _client().wait_at_barrier("bmjax/left", int(1000 * seconds))
     except Exception:
@@ -99,8 +106,8 @@ def _leave(code: int, beat: float) -> None:
 
 
 def _connect(coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: int) -> None:
-    given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
-    missing = [name for name, value in given.items() if value is None]
+    settings = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
+    missing = [name for name, value in settings.items() if value is None]
     if missing and (coordinator is not None or process_id is not None or num_processes not in (None, 1)):
         raise UserError(f"{', '.join(missing)}: missing; coordinator, num_processes and process_id belong together")
     if num_processes == 1 or jax.distributed.is_initialized():
@@ -116,9 +123,11 @@ def _connect(coordinator: str | None, num_processes: int | None, process_id: int
         if not 0 <= process_id < num_processes:
             raise UserError(f"process_id: {process_id} is not one of 0 to {num_processes - 1} (num_processes)")
         arguments = {
-            "coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id,
+            "coordinator_address": coordinator,
+            "num_processes": num_processes,
+            "process_id": process_id,
             "cluster_detection_method": "deactivate",
-        }  # fmt: skip
+        }
     try:
         jax.distributed.initialize(
             **arguments,
@@ -127,21 +136,21 @@ def _connect(coordinator: str | None, num_processes: int | None, process_id: int
             shutdown_timeout_seconds=timeout + SLACK,
         )
     except Exception as error:
-        alone = "should be defined" in str(error) or "must be called before" in str(error)
-        if missing and alone and jax.process_count() == 1:
-            return  # a single TPU host, or one whose program has begun without others
+        no_others = "should be defined" in str(error) or "must be called before" in str(error)
+        if missing and no_others and jax.process_count() == 1:
+            return  # a single TPU host, or a host whose program began without others
         raise UserError(f"coordinator: the processes did not come together: {first_line(error)}") from None
 
 
 def _launched() -> dict[str, Any] | None:
-    """What `jax.distributed.initialize` needs where a launcher started this process beside others; None elsewhere."""
+    """Return the arguments of `jax.distributed.initialize` that suit the launcher; None when none started us."""
     env = os.environ
     if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in env:
-        found: dict[str, Any] = {"cluster_detection_method": "slurm"}
+        arguments: dict[str, Any] = {"cluster_detection_method": "slurm"}
         if env.get("SLURM_STEP_NUM_NODES") == env["SLURM_STEP_NUM_TASKS"] and "SLURM_GPUS_ON_NODE" in env:
-            # JAX gives a task under SLURM one GPU; a node's only task gets all of them.
-            found["local_device_ids"] = list(range(int(env["SLURM_GPUS_ON_NODE"])))
-        return found
+            # JAX gives a task under SLURM a single GPU; a node's only task gets all of them.
+            arguments["local_device_ids"] = list(range(int(env["SLURM_GPUS_ON_NODE"])))
+        return arguments
     if int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
         return {"cluster_detection_method": "ompi"}
     if _on_tpu():
@@ -157,52 +166,51 @@ def _launched() -> dict[str, Any] | None:
 
 
 def _on_tpu() -> bool:
-    """Whether this is a host of a TPU slice, whose software JAX may use."""
+    """Return whether this is a host of a TPU slice whose software JAX may use."""
     if os.environ.get("JAX_PLATFORMS", "tpu") not in ("", "tpu") or importlib.util.find_spec("libtpu") is None:
         return False
     return any(path.name[-1].isdigit() for path in [*Path("/dev").glob("accel*"), *Path("/dev/vfio").glob("*")])
 
 
-def _watch(timeout: int, beat: float, left: threading.Event) -> None:
-    """Ends this process with one line when another one is silent for `timeout` seconds.
+def _watch(timeout: int, beat: float, ended: threading.Event) -> None:
+    """End this process with a line when another process is silent for `timeout` seconds, or has left a reason.
 
-    A collective that waits for a dead process never returns, so a thread watches: every process counts up a number of
-    its own in the runtime's store, which is process 0's, and reads those of all others. One that fails leaves the
-    reason there.
+    A collective that waits for a dead process never returns, so a thread watches. Every process counts up a number in
+    the runtime's store, which process 0 holds, and reads the numbers of all others.
     """
     client = _client()
-    mine, count = jax.process_index(), jax.process_count()
-    seen = {i: ("", time.monotonic()) for i in range(count) if i != mine}
+    process, count = jax.process_index(), jax.process_count()
+    last_change = {i: ("", time.monotonic()) for i in range(count) if i != process}  # the number, and since when
     number = 0
-    while not left.wait(beat):
+    while not ended.wait(beat):
         number += 1
         try:
-            client.key_value_set(f"bmjax/alive/{mine}", str(number), allow_overwrite=True)
-            found = dict(client.key_value_dir_get("bmjax/alive"))
+            client.key_value_set(f"bmjax/alive/{process}", str(number), allow_overwrite=True)
+            store = dict(client.key_value_dir_get("bmjax/alive"))
         except Exception:
             return  # the store is gone, and process 0 with it: the runtime says so itself
-        if (reason := found.get(_REASON)) is not None and not left.wait(TOGETHER):
+        if (reason := store.get(_REASON)) is not None and not ended.wait(TOGETHER):
             print(f"bmjax: error: {reason}; {_AGAIN}", file=sys.stderr, flush=True)
             os._exit(1)
         now = time.monotonic()
-        for other, (before, last) in seen.items():
-            told = found.get(f"bmjax/alive/{other}", "")
-            if told != before:
-                seen[other] = (told, now)
-            elif now - last > timeout and not left.is_set():
-                print(_DEAD.format(dead=other, count=count, seconds=now - last), file=sys.stderr, flush=True)
-                if mine == 0:
-                    time.sleep(2 * beat)  # for the others to find the same
+        for other, (last_number, since) in last_change.items():
+            other_number = store.get(f"bmjax/alive/{other}", "")
+            if other_number != last_number:
+                last_change[other] = (other_number, now)
+            elif now - since > timeout and not ended.is_set():
+                print(_DEAD.format(dead=other, count=count, seconds=now - since), file=sys.stderr, flush=True)
+                if process == 0:
+                    time.sleep(2 * beat)  # for the others to see the same
                 os._exit(1)
 
 
 def is_main() -> bool:
-    """Whether this process writes what is written once: logs, metrics, the exported model."""
+    """Return whether this is the process that writes logs, metrics and the exported model."""
     return jax.process_index() == 0
 
 
 def wait_for_all(what: str) -> None:
-    """Returns once every process is here. what: a name, the same for all."""
+    """Wait until every process has made this call. what: a name, the same for all."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -210,7 +218,7 @@ def wait_for_all(what: str) -> None:
 
 
 def mains(value: bool) -> bool:
-    """What process 0 says."""
+    """Return process 0's value in all processes."""
     if jax.process_count() == 1:
         return value
     from jax.experimental import multihost_utils
@@ -219,17 +227,15 @@ def mains(value: bool) -> bool:
 
 
 def check_agreement(values: Mapping[str, str]) -> None:
-    """UserError on every process, naming the key, where the processes have different values."""
+    """Raise UserError in every process, naming the key, where processes have different values."""
     if jax.process_count() == 1:
         return
     from jax.experimental import multihost_utils
 
     names = sorted(values)
-    own = np.array(
-        [np.frombuffer(sha256(values[name].encode()).digest()[:8], np.int32) for name in names], np.int32
-    )  # [keys, 2]
-    every = np.asarray(multihost_utils.process_allgather(own))
-    for process, row in zip(*np.nonzero((every != every[:1]).any(-1)), strict=True):
+    digests = [np.frombuffer(sha256(values[name].encode()).digest()[:8], np.int32) for name in names]
+    gathered = np.asarray(multihost_utils.process_allgather(np.array(digests, np.int32)))  # [processes, keys, 2]
+    for process, row in zip(*np.nonzero((gathered != gathered[:1]).any(-1)), strict=True):
         raise UserError(
             f"{names[row]}: process {process} has another value or other contents than process 0; "
             "start all processes with the same settings and files"

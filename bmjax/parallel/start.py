@@ -1,4 +1,7 @@
-"""What has to be said to JAX before it starts."""
+"""Process settings to make before JAX starts: CPU devices, GPU memory, threads, compile cache, malloc.
+
+The commands call it. Each function leaves alone what the user has set by an environment variable.
+"""
 
 import ctypes
 import hashlib
@@ -39,16 +42,16 @@ def use_cpu_cores() -> None:
 def use_gpu_memory() -> None:
     """Give JAX nearly all of a GPU's memory instead of three quarters: a training has the device for itself.
 
-    To be called before JAX starts. A variable that the user has set stays.
+    To be called before JAX starts.
     """
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # the older name; JAX refuses both at once
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.95")
 
 
 def use_own_threads() -> None:
-    """For a program whose own threads keep the cores busy: XLA computes on a CPU in the thread that asks for it.
+    """Have XLA compute on a CPU in the thread that asks for it, in programs whose threads keep the cores busy.
 
-    To be called before JAX makes its first array. A variable that the user has set stays.
+    To be called before JAX makes its first array.
     """
     os.environ.setdefault("NPROC", "1")  # the size of XLA's thread pool
     jax.config.update("jax_cpu_enable_async_dispatch", False)
@@ -57,11 +60,11 @@ def use_own_threads() -> None:
 
 
 def keep_compiled_programs() -> None:
-    """Have JAX keep what it compiled, in the user's cache directory, for the next process.
+    """Have JAX keep compiled programs in the user's cache directory for the next process.
 
-    For commands that are over in seconds, of which compiling would be half. Entries are made for this processor and
-    this version of JAX; one that cannot be read is compiled again. Nothing happens where JAX_COMPILATION_CACHE_DIR
-    is set (empty: no cache).
+    For commands that take seconds, half of which would be compiling. Entries are made for this processor and this
+    version of JAX; a program whose entry cannot be read is compiled again. Nothing happens where
+    JAX_COMPILATION_CACHE_DIR is set (empty: no cache).
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
@@ -74,12 +77,12 @@ def keep_compiled_programs() -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    # Of an entry that a killed process left half-written.
+    # A killed process may have left an entry half-written; that is no news to the user.
     warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache entry")
 
 
 def _processor() -> str:
-    """A name for what a CPU program is compiled for: the processor's abilities and JAX's version."""
+    """Return a name for the target of a compiled CPU program: the processor's abilities and JAX's version."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         abilities = next((line for line in lines if line.startswith(("flags", "Features"))), "")
@@ -90,7 +93,7 @@ def _processor() -> str:
 
 
 def _accelerators() -> bool:
-    """Whether an accelerator's JAX plugin is installed and allowed."""
+    """Return whether an accelerator's JAX plugin is installed and allowed."""
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         return False
     return bool(importlib.metadata.entry_points(group="jax_plugins")) or importlib.util.find_spec("libtpu") is not None

@@ -1,4 +1,4 @@
-"""An orderly end on SIGTERM, which schedulers send before they take a machine away."""
+"""An orderly end on SIGTERM, which schedulers send before they take a machine away. Training calls it."""
 
 import signal
 import threading
@@ -9,25 +9,25 @@ import jax
 
 
 class Stop:
-    """Within it SIGTERM ends nothing by itself; `reached` says when to end.
+    """A context in which SIGTERM does not end the process; `reached` returns when to end.
 
-    In a run of several processes JAX's runtime passes one process's SIGTERM to all of them and picks the step after
+    In a run of several processes JAX's runtime passes a SIGTERM of any process to all of them and picks the step after
     which they end together.
     """
 
     def __init__(self) -> None:
-        self._asked = False
+        self._signalled = False
         self._previous: Any = None
         self._alone = jax.process_count() == 1
 
     def __enter__(self) -> Self:
-        # Only the main thread may say what a signal does; with several processes JAX has said it.
+        # Only the main thread may set a signal's handler; with several processes JAX has set it.
         if self._alone and threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGTERM, self._ask)
+            self._previous = signal.signal(signal.SIGTERM, self._on_signal)
         return self
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._signalled = True
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -36,9 +36,9 @@ class Stop:
             signal.signal(signal.SIGTERM, self._previous)
 
     def reached(self, step: int) -> bool:
-        """Whether to end after this step. To be asked once a step, by all processes."""
+        """Return whether to end after this step. All processes call it once a step."""
         if self._alone:
-            return self._asked
+            return self._signalled
         from jax.experimental import multihost_utils
 
         return multihost_utils.reached_preemption_sync_point(step)

@@ -189,7 +189,7 @@ def _kernel_flops(step_plan: StepPlan, settings: Training) -> float:
     """
     c = step_plan.config
     q = jax.ShapeDtypeStruct((1, settings.seq_len, c.num_heads, c.head_dim), step_plan.compute_dtype)
-    if backend(step_plan.how, q, c.uses_windows) == "xla" and settings.seq_len <= short_rows.LONGEST:
+    if backend(step_plan.attention_options, q, c.uses_windows) == "xla" and settings.seq_len <= short_rows.LONGEST:
         return 0.0
     products = 7 + (2 if settings.remat in WHOLE else 0)
     square = settings.batch * settings.seq_len**2 / 2

@@ -1,7 +1,8 @@
-"""Training checkpoints: Orbax in the background, the newest few kept, a half-written one never seen.
+"""Training checkpoints: written by Orbax in the background, the newest few kept, a half-written one never seen.
 
-Orbax writes a step into a temporary directory and renames it when everything is on disk; a process may die at any
-moment. What it left is cleared when the directory is opened again.
+Orbax writes a step into a temporary directory and renames it when everything is on disk, so a process may die at any
+moment. What it left is removed when the directory is opened again. Training and `bmjax convert` call this module;
+nothing else calls Orbax.
 """
 
 import errno
@@ -35,10 +36,10 @@ logging.getLogger("absl").addFilter(_NotOrbax())
 
 
 class Checkpoints:
-    """The checkpoints of one training run in `directory`: one every `every` steps, of which the last `keep` stay and
-    those of a multiple of `keep_every` steps.
+    """The checkpoints of a training run.
 
-    All processes of a run make the same calls. An error of a background save is raised by the next call.
+    keep: how many of the newest stay. every: steps between two. keep_every: checkpoints of a multiple of so many steps
+    stay, too. All processes of a run make the same calls. An error of a background save is raised by the next call.
     """
 
     def __init__(self, directory: str | Path, keep: int, every: int, keep_every: int | None = None) -> None:
@@ -63,7 +64,7 @@ class Checkpoints:
             raise UserError(f"{self.directory}: cannot hold checkpoints: {error.strerror}") from None
 
     def due(self, step: int, last: int | None = None) -> bool:
-        """Whether a run saves after `step` steps: every `every` steps, and at the `last`."""
+        """Return whether a run saves after `step` steps: every `every` steps, and at the `last`."""
         return step % self.every == 0 or step == last
 
     def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
@@ -82,40 +83,46 @@ class Checkpoints:
             raise self._failed(error) from None
 
     def latest(self) -> int | None:
-        """The newest step that is whole, None when there is none."""
+        """Return the newest complete step, None when there is none."""
         self._wait()
         newest = self._checkpointer.latest
         return None if newest is None else int(newest.step)
 
     def restore(self, step: int | None, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
-        """(state, meta) of `step`, or of the newest for None.
+        """Read the checkpoint of `step`, or the newest for None.
 
-        abstract_state: a pytree of jax.ShapeDtypeStruct with shardings, which may be those of another mesh, and with
-        dtypes, of which float32 and bfloat16 may stand for one another.
-        Raises UserError when there is no such checkpoint, when it is another model's (naming the first leaf that
-        differs) or when it is damaged.
+        Arguments:
+            abstract_state: a pytree of jax.ShapeDtypeStruct with shardings, which may be those of another mesh. A
+                float32 leaf may be restored as bfloat16, and the other way round.
+
+        Returns:
+            (state, meta) as they were saved.
+
+        Raises:
+            UserError: when there is no such checkpoint, when it is another model's (naming the first leaf that
+                differs) or when it is damaged.
         """
-        step = self._known(step)
-        where = self.directory / str(step)
+        step = self._existing_step(step)
+        path = self.directory / str(step)
         try:
             saved = self._checkpointer.metadata(step).custom_metadata
-            _check_same(saved["leaves"], _leaves(abstract_state), where)
+            _check_same(saved["leaves"], _leaves(abstract_state), path)
             return self._checkpointer.load(step, abstract_state), saved["meta"]
         except UserError:
             raise
         except Exception as error:
             raise UserError(
-                f"{where}: the checkpoint is damaged: {first_line(error)}; delete this directory to use an earlier one"
+                f"{path}: the checkpoint is damaged: {first_line(error)}; delete this directory to use an earlier one"
             ) from None
 
     def meta(self, step: int | None) -> dict[str, Any]:
-        """The `meta` saved with `step`, or with the newest for None; UserError when there is none."""
-        return self._checkpointer.metadata(self._known(step)).custom_metadata["meta"]
+        """Return the `meta` saved with `step`, or with the newest for None; UserError when there is none."""
+        return self._checkpointer.metadata(self._existing_step(step)).custom_metadata["meta"]
 
-    def _known(self, step: int | None) -> int:
-        latest = self.latest()  # waits for the save under way, which may be the one asked for
+    def _existing_step(self, step: int | None) -> int:
+        latest = self.latest()  # waits for the save under way, which may be of this step
         step = latest if step is None else operator.index(step)
-        if step is None or step not in [found.step for found in self._checkpointer.checkpoints]:
+        if step is None or step not in [checkpoint.step for checkpoint in self._checkpointer.checkpoints]:
             raise UserError(f"{self.directory}: no checkpoint" + ("" if step is None else f" of step {step}"))
         return step
 
@@ -133,7 +140,7 @@ class Checkpoints:
             raise self._failed(error) from None
 
     def _failed(self, error: Exception) -> Exception:
-        """The UserError for a save that the file system refused, its files removed; other errors as they are."""
+        """Remove what a failed save left; return the UserError of a disk's error, or the error as it is."""
         code = re.search(r"os_error_code='(\d+)'", str(error))
         if isinstance(error, OSError) or code:
             self._clear_leftovers()
@@ -151,23 +158,20 @@ class Checkpoints:
 
 
 def _leaves(tree: Any) -> dict[str, str]:
-    """Dtype and shape of every leaf, as `float32 [3, 4]`, by its path, as `a/b/0`."""
+    """Return the dtype and shape of every leaf, such as `float32 [3, 4]`, by its path, such as `a/b/0`."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): f"{np.dtype(leaf.dtype).name} {list(leaf.shape)}"
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
 
 
-def _same_but_for_precision(found: str | None, expected: str | None) -> bool:
-    """Whether both are floating-point leaves of one shape: Orbax casts what it restores."""
-    (kind, _, shape), (other, _, wanted) = ((text or "").partition(" ") for text in (found, expected))
-    return shape == wanted and {kind, other} <= {"float32", "bfloat16"}
-
-
-def _check_same(found: Mapping[str, str], expected: Mapping[str, str], where: Path) -> None:
-    for name in [*expected, *found]:
-        if found.get(name) != expected.get(name) and not _same_but_for_precision(found.get(name), expected.get(name)):
+def _check_same(saved: Mapping[str, str], expected: Mapping[str, str], path: Path) -> None:
+    for name in [*expected, *saved]:
+        dtype, _, shape = saved.get(name, "absent").partition(" ")
+        expected_dtype, _, expected_shape = expected.get(name, "absent").partition(" ")
+        castable = {dtype, expected_dtype} <= {"float32", "bfloat16"}  # Orbax casts what it restores
+        if shape != expected_shape or (dtype != expected_dtype and not castable):
             raise UserError(
-                f"{where}: the checkpoint is of another model or optimizer: {name} is {found.get(name, 'absent')}, "
+                f"{path}: the checkpoint is of another model or optimizer: {name} is {saved.get(name, 'absent')}, "
                 f"expected {expected.get(name, 'absent')}; use another output, or delete the checkpoints"
             )

@@ -1,10 +1,13 @@
-"""Hugging Face directory <-> Orbax checkpoint of the parameters, with config and tokenizer beside it."""
+"""A Hugging Face directory <-> an Orbax checkpoint of the parameters, with config and tokenizer beside it.
+
+`bmjax convert` and `bmjax.convert` call it. The parameters keep their stored dtypes.
+"""
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from bmjax.config import UserError
 from bmjax.io import hub
@@ -18,7 +21,7 @@ from bmjax.weights.checkpoint import Checkpoints
 PARAMS = "params"  # DST/params/0: an Orbax checkpoint whose only step is 0
 
 
-def _new(destination: str) -> Path:
+def _new_path(destination: str) -> Path:
     path = Path(destination)
     if path.exists():
         raise UserError(f"{path}: exists already; choose a new directory")
@@ -34,8 +37,8 @@ def convert(source: str, destination: str, to: str) -> None:
 
 
 def to_orbax(source: str, destination: str) -> None:
-    """Parameters of a Hugging Face directory or hub id, in their stored dtype, to DST/params."""
-    target, directory = _new(destination), hub.model_directory(source)
+    """Write the parameters of a Hugging Face directory or hub id, in their stored dtype, to DESTINATION/params."""
+    target, directory = _new_path(destination), hub.model_directory(source)
     config = ModelConfig.from_dir(directory)
     params = hf.load_params(directory, config, make_mesh())
     with replacing(target) as temporary:
@@ -43,17 +46,14 @@ def to_orbax(source: str, destination: str) -> None:
             if file.name in (*hf.TOKENIZER_FILES, "config.json", "generation_config.json"):
                 shutil.copyfile(file, temporary / file.name)
         checkpoints = Checkpoints(temporary / PARAMS, keep=1, every=1)
-        checkpoints.save(0, params, {"dtypes": _dtypes(config, params)})
+        dtypes = {row.name: str(spec.get(params, row.path).dtype) for row in spec.table(config)}
+        checkpoints.save(0, params, {"dtypes": dtypes})
         checkpoints.close()
 
 
-def _dtypes(config: ModelConfig, params: Any) -> dict[str, str]:
-    return {row.name: str(spec.get(params, row.path).dtype) for row in spec.table(config)}
-
-
 def to_hf(source: str, destination: str) -> None:
-    """The reverse: DST gets safetensors, config and tokenizer from what `to_orbax` wrote."""
-    target, directory = _new(destination), Path(source)
+    """Write a Hugging Face directory from what `to_orbax` wrote: safetensors, config and tokenizer."""
+    target, directory = _new_path(destination), Path(source)
     if not (directory / PARAMS).is_dir():
         ready = directory / "hf"
         hint = f"; {ready} is a Hugging Face directory already" if (ready / "config.json").is_file() else ""
@@ -62,12 +62,13 @@ def to_hf(source: str, destination: str) -> None:
     checkpoints = Checkpoints(directory / PARAMS, keep=1, every=1)
     try:
         dtypes = checkpoints.meta(None)["dtypes"]
-        abstract = spec.unflatten([(row.path, _shape(mesh, row, dtypes[row.name])) for row in spec.table(config)])
-        params = checkpoints.restore(None, abstract)[0]
+        shapes = {
+            row.path: jax.ShapeDtypeStruct(
+                row.shape, jnp.dtype(dtypes[row.name]), sharding=sharding(mesh, row.axes, row.shape)
+            )
+            for row in spec.table(config)
+        }
+        params = checkpoints.restore(None, spec.unflatten(list(shapes.items())))[0]
     finally:
         checkpoints.close()
     hf.save_hf(target, params, read_hf_config(directory), side_files=directory)
-
-
-def _shape(mesh: Any, row: spec.Param, dtype: str) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(row.shape, jax.numpy.dtype(dtype), sharding=sharding(mesh, row.axes, row.shape))

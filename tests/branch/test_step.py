@@ -9,7 +9,7 @@ import torch
 
 from bmjax.branch.step import StepPlan, all_params, init_state, make_step, place_batch
 from bmjax.model import spec
-from bmjax.model.attention.options import How
+from bmjax.model.attention.options import AttentionOptions
 from bmjax.parallel.mesh import AXES, make_mesh, sharding
 from tests.model.reference import build
 
@@ -31,7 +31,8 @@ def plan(config, **changes) -> StepPlan:
     # Adam with a tiny eps turns rounding of a gradient near 0 into a whole step; this eps shows real differences only.
     base = StepPlan(
         config=config, freeze=(), accumulate=1, beta1=0.9, beta2=0.95, eps=1e-4, weight_decay=0.1, clip=1.0,
-        compute_dtype="float32", remat="none", unroll=1, how=How(), track_move=True, mesh=make_mesh({}),
+        compute_dtype="float32", remat="none", unroll=1, attention_options=AttentionOptions(), track_move=True,
+        mesh=make_mesh({}),
     )  # fmt: skip
     return replace(base, **changes)
 

@@ -49,7 +49,7 @@ def test_greedy_tokens_of_a_mixed_batch_are_transformers(name):
     assert {out.finish_reason for out in outs} == {"length"}
 
 
-def test_end_tokens_stop_a_row_and_only_that_row():
+def test_an_end_token_stops_its_row_only():
     hf, config, params = build("gqa_untied")
     mine = prompts(config)
     free = generate(config, params, mine, Sampling(24), ())
@@ -71,7 +71,7 @@ def test_the_size_of_a_batch_changes_nothing():
     assert generate(config, params, mine, sampling, (5,), batch=4) == outs
 
 
-def test_one_seed_one_text():
+def test_a_seed_gives_the_same_text_again():
     _, config, params = build("gqa_untied")
     mine = prompts(config)
     texts = {seed: generate(config, params, mine, Sampling(24, 1.0, seed=seed), (5,)) for seed in (0, 1, 2**40 + 2, -1)}
@@ -134,7 +134,7 @@ def test_prompts_of_several_prefill_passes():
     assert [list(out.tokens) for out in outs] == reference(hf, mine, 12)
 
 
-def test_a_row_stops_at_the_context_and_its_neighbours_do_not():
+def test_a_row_stops_at_the_end_of_the_context():
     hf, config, params = build("gqa_untied")
     mine = prompts(config, [120, 10, 127, 50])
     outs = generate(config, params, mine, Sampling(40), ())

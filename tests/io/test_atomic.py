@@ -1,4 +1,4 @@
-"""Directories that are written over several lives of a process: one writer, one place, all or nothing."""
+"""Files and directories that appear whole or not at all, also when a process is killed or the disk is full."""
 
 import fcntl
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bmjax.config import UserError
-from bmjax.io.atomic import resuming
+from bmjax.io.atomic import replacing, resuming, write_atomic
 
 KILLED = (
     "import os, sys; from pathlib import Path; from bmjax.io.atomic import resuming\n"
@@ -52,7 +52,7 @@ def test_an_error_of_the_user_or_the_disk_leaves_nothing(tmp_path: Path, error: 
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, MemoryError])
-def test_after_an_interrupt_or_a_mistake_of_ours_it_goes_on(tmp_path: Path, error: type[BaseException]) -> None:
+def test_it_goes_on_after_an_interrupt_or_a_bug(tmp_path: Path, error: type[BaseException]) -> None:
     target = tmp_path / "out"
     target.mkdir()
     (target / "old").write_text("x")
@@ -102,7 +102,7 @@ def test_a_living_writers_old_target_is_not_put_back(tmp_path: Path) -> None:
     assert names(target) == ["new"]
 
 
-def test_the_lock_of_a_directory_that_took_its_place_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_taken_after_the_rename_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Opened before the first writer's rename, locked after it: that directory is the result now."""
     target = tmp_path / "out"
     flock = fcntl.flock
@@ -173,3 +173,101 @@ def test_the_target_may_be_a_link(tmp_path: Path) -> None:
         (folder / "file").write_text("x")
         assert folder.parent == tmp_path / "disk", "a rename to another disk would fail"
     assert (tmp_path / "out").is_symlink() and names(tmp_path / "disk" / "out") == ["file"]
+
+
+# replacing and write_atomic
+
+
+def test_replacing_is_all_or_nothing(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "out"
+    with replacing(target) as temporary:
+        (temporary / "file").write_text("one")
+        assert not target.exists()
+    assert (target / "file").read_text() == "one"
+    with pytest.raises(RuntimeError, match="boom"), replacing(target) as temporary:
+        (temporary / "file").write_text("two")
+        raise RuntimeError("boom")
+    assert (target / "file").read_text() == "one"
+    with replacing(target) as temporary:
+        (temporary / "other").write_text("three")
+    assert [p.name for p in target.iterdir()] == ["other"]
+    assert [p.name for p in target.parent.iterdir()] == ["out"]
+
+
+def test_replacing_refuses(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "dir").mkdir()
+    with pytest.raises(UserError, match="not a directory"), replacing(tmp_path / "file"):
+        pass
+    with pytest.raises(UserError, match="exists already"), replacing(tmp_path / "dir", overwrite=False):
+        pass
+    with pytest.raises(UserError, match="cannot write"), replacing(tmp_path / "file" / "below"):
+        pass
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dir", "file"]
+
+
+def test_what_a_killed_writer_left_is_cleared(tmp_path: Path) -> None:
+    script = (
+        "import os, sys; from pathlib import Path; from bmjax.io.atomic import replacing\n"
+        "with replacing(Path(sys.argv[1])) as t: (t / 'half').write_text('x'); os.kill(os.getpid(), 9)"
+    )
+    target = tmp_path / "out"
+    subprocess.run([sys.executable, "-c", script, str(target)], timeout=60)
+    assert not target.exists() and len(list(tmp_path.iterdir())) == 1
+    with replacing(target) as outer, pytest.raises(RuntimeError), replacing(target):
+        assert outer.exists(), "a living writer's directory was cleared"
+        raise RuntimeError
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    # Killed between the two renames: the old target comes back.
+    target.rename(tmp_path / ".out.0123abcd.old")
+    (tmp_path / ".out.0123abcd.tmp").mkdir()
+    with pytest.raises(RuntimeError), replacing(target):
+        raise RuntimeError
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+FULL = """
+import resource, sys, numpy as np
+from pathlib import Path
+from bmjax.config import UserError
+from bmjax.io.atomic import replacing, write_atomic
+from bmjax.io.safetensors import SharedWriter
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+target = Path(sys.argv[1])
+plan = [(f"t{i}", np.dtype(np.float32), (1000,)) for i in range(50)]
+try:
+    if sys.argv[2] == "writer":
+        with replacing(target) as temporary, SharedWriter(temporary, plan) as writer:
+            for name, dtype, shape in plan:
+                writer.write(name, 0, np.zeros(shape, dtype))
+    elif sys.argv[2] == "new file":
+        write_atomic(target / "new" / "file", b"x" * 200_000)
+    else:
+        write_atomic(target / "file", b"x" * 200_000)
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("what", ["writer", "file", "new file"])
+def test_full_disk(tmp_path: Path, what: str) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "file").write_text("old")
+    command = [sys.executable, "-c", FULL, str(target), what]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith(str(target)) and "File too large" in done.stdout, done.stderr
+    assert done.stdout.count("\n") == 1
+    assert (target / "file").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"] and [p.name for p in target.iterdir()] == ["file"]
+
+
+def test_write_atomic(tmp_path: Path) -> None:
+    path = tmp_path / "sub" / "file.json"
+    write_atomic(path, "für")
+    assert path.read_text(encoding="utf-8") == "für"
+    write_atomic(path, b"\x00\x01")
+    assert path.read_bytes() == b"\x00\x01"
+    assert [p.name for p in path.parent.iterdir()] == ["file.json"]
+    with pytest.raises(UserError, match="cannot write"):
+        write_atomic(tmp_path / "sub", "a directory is in the way")

@@ -3,8 +3,6 @@
 import json
 import os
 import struct
-import subprocess
-import sys
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,15 +14,7 @@ import safetensors
 import safetensors.numpy
 
 from bmjax.config import UserError
-from bmjax.io.safetensors import (
-    DTYPES,
-    Reader,
-    SharedWriter,
-    Writer,
-    open_checkpoint,
-    replacing,
-    write_atomic,
-)
+from bmjax.io.safetensors import DTYPES, Reader, SharedWriter, open_checkpoint
 
 
 def random_tensors(seed: int = 0) -> dict[str, np.ndarray]:
@@ -41,11 +31,15 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
+def plan_of(tensors: dict[str, np.ndarray]) -> list[tuple[str, np.dtype, tuple[int, ...]]]:
+    return [(name, value.dtype, value.shape) for name, value in tensors.items()]
+
+
 def write_all(directory: Path, tensors: dict[str, np.ndarray], shard_bytes: float = 5e9) -> None:
     directory.mkdir(exist_ok=True)
-    with Writer(directory, [(k, v.dtype, v.shape) for k, v in tensors.items()], shard_bytes) as writer:
+    with SharedWriter(directory, plan_of(tensors), shard_bytes) as writer:
         for name, value in tensors.items():
-            writer.write(name, value)
+            writer.write(name, 0, value)
 
 
 def test_reads_what_the_library_wrote(tmp_path: Path) -> None:
@@ -142,26 +136,12 @@ def test_shards_like_hugging_face(tmp_path: Path) -> None:
             assert same_bits(value, tensors[name])
 
 
-def test_the_writer_holds_callers_to_the_plan(tmp_path: Path) -> None:
-    plan = [("a", np.dtype(np.float32), (2,)), ("b", np.dtype(np.float32), (2,))]
-    for name, value in [("b", np.ones(2, np.float32)), ("a", np.ones(2)), ("a", np.ones(3, np.float32))]:
-        with pytest.raises(ValueError, match="the plan has"), Writer(tmp_path, plan) as writer:
-            writer.write(name, value)
-    with pytest.raises(ValueError, match="1 planned"), Writer(tmp_path, plan) as writer:
-        writer.write("a", np.ones(2, np.float32))
-    assert list(tmp_path.iterdir()) == []
-
-
 # Reader and SharedWriter
 
 
-def plan_of(tensors: dict[str, np.ndarray]) -> list[tuple[str, np.dtype, tuple[int, ...]]]:
-    return [(name, value.dtype, value.shape) for name, value in tensors.items()]
-
-
 @pytest.mark.parametrize("shard_bytes", [5e9, 60])
-def test_a_shared_writer_writes_as_the_other_does(tmp_path: Path, shard_bytes: float) -> None:
-    """Parts of all tensors in any order from several threads: the same files."""
+def test_parts_in_any_order_give_the_same_files(tmp_path: Path, shard_bytes: float) -> None:
+    """Parts written by several threads, against whole tensors one after another."""
     tensors = random_tensors(3)
     write_all(tmp_path / "one", tensors, shard_bytes)
     (tmp_path / "two").mkdir()
@@ -187,7 +167,7 @@ def test_a_shared_writer_writes_as_the_other_does(tmp_path: Path, shard_bytes: f
     assert {path.name for path in writer.files} == files[1].keys() - {"model.safetensors.index.json"}
 
 
-def test_a_shared_writer_goes_on_with_its_files(tmp_path: Path) -> None:
+def test_a_writer_goes_on_with_its_files(tmp_path: Path) -> None:
     plan = [("a", np.dtype(np.float32), (1000,)), ("b", np.dtype(np.float32), (1000,))]
     first = SharedWriter(tmp_path, plan)
     assert (tmp_path / "model.safetensors").stat().st_size > 8000, "the space is not taken at the start"
@@ -208,7 +188,7 @@ def test_a_shared_writer_goes_on_with_its_files(tmp_path: Path) -> None:
     assert open_checkpoint(tmp_path).read("b").shape == (1000,)
 
 
-def test_a_shared_writer_stays_within_the_tensor(tmp_path: Path) -> None:
+def test_a_writer_stays_within_the_tensor(tmp_path: Path) -> None:
     writer = SharedWriter(tmp_path, [("a", np.dtype(np.float32), (4,)), ("b", np.dtype(np.float32), (4,))])
     for start in (4, 16, 100):
         with pytest.raises(ValueError, match="a: bytes"):
@@ -219,14 +199,26 @@ def test_a_shared_writer_stays_within_the_tensor(tmp_path: Path) -> None:
     assert open_checkpoint(tmp_path).read("b").tolist() == [0, 0, 0, 0]
 
 
-def test_a_shared_writer_of_nothing(tmp_path: Path) -> None:
+def test_a_plan_names_a_tensor_once(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="twice"):
+        SharedWriter(tmp_path, [("a", np.dtype(np.float32), (4,))] * 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_while_writing_closes_the_files(tmp_path: Path) -> None:
+    writer = SharedWriter(tmp_path, [("a", np.dtype(np.float32), (4,))])
+    with pytest.raises(RuntimeError), writer:
+        raise RuntimeError
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        writer.write("a", 0, np.ones(4, np.float32))
+
+
+def test_a_writer_of_an_empty_tensor(tmp_path: Path) -> None:
     SharedWriter(tmp_path, [("empty", np.dtype(np.float32), (0, 4))]).finish()
     assert open_checkpoint(tmp_path).tensors["empty"].shape == (0, 4)
 
 
-def test_a_shared_writer_leaves_no_file_open_when_the_disk_is_full(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_writer_closes_its_files_when_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     allocate = os.posix_fallocate
 
@@ -478,98 +470,3 @@ def test_writing_holds_no_second_copy(tmp_path: Path) -> None:
         assert tracemalloc.get_traced_memory()[1] < 2**20
     finally:
         tracemalloc.stop()
-
-
-# replacing and write_atomic
-
-
-def test_replacing_is_all_or_nothing(tmp_path: Path) -> None:
-    target = tmp_path / "deep" / "out"
-    with replacing(target) as temporary:
-        (temporary / "file").write_text("one")
-        assert not target.exists()
-    assert (target / "file").read_text() == "one"
-    with pytest.raises(RuntimeError, match="boom"), replacing(target) as temporary:
-        (temporary / "file").write_text("two")
-        raise RuntimeError("boom")
-    assert (target / "file").read_text() == "one"
-    with replacing(target) as temporary:
-        (temporary / "other").write_text("three")
-    assert [p.name for p in target.iterdir()] == ["other"]
-    assert [p.name for p in target.parent.iterdir()] == ["out"]
-
-
-def test_replacing_refuses(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("x")
-    (tmp_path / "dir").mkdir()
-    with pytest.raises(UserError, match="not a directory"), replacing(tmp_path / "file"):
-        pass
-    with pytest.raises(UserError, match="exists already"), replacing(tmp_path / "dir", overwrite=False):
-        pass
-    with pytest.raises(UserError, match="cannot write"), replacing(tmp_path / "file" / "below"):
-        pass
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["dir", "file"]
-
-
-def test_what_a_killed_writer_left_is_cleared(tmp_path: Path) -> None:
-    script = (
-        "import os, sys; from pathlib import Path; from bmjax.io.safetensors import replacing\n"
-        "with replacing(Path(sys.argv[1])) as t: (t / 'half').write_text('x'); os.kill(os.getpid(), 9)"
-    )
-    target = tmp_path / "out"
-    subprocess.run([sys.executable, "-c", script, str(target)], timeout=60)
-    assert not target.exists() and len(list(tmp_path.iterdir())) == 1
-    with replacing(target) as outer, pytest.raises(RuntimeError), replacing(target):
-        assert outer.exists(), "a living writer's directory was cleared"
-        raise RuntimeError
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    # Killed between the two renames: the old target comes back.
-    target.rename(tmp_path / ".out.0123abcd.old")
-    (tmp_path / ".out.0123abcd.tmp").mkdir()
-    with pytest.raises(RuntimeError), replacing(target):
-        raise RuntimeError
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
-
-
-FULL = """
-import resource, sys, numpy as np
-from pathlib import Path
-from bmjax.config import UserError
-from bmjax.io.safetensors import Writer, replacing, write_atomic
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-target = Path(sys.argv[1])
-plan = [(f"t{i}", np.dtype(np.float32), (1000,)) for i in range(50)]
-try:
-    if sys.argv[2] == "writer":
-        with replacing(target) as temporary, Writer(temporary, plan) as writer:
-            for name, dtype, shape in plan:
-                writer.write(name, np.zeros(shape, dtype))
-    else:
-        write_atomic(target / "file", b"x" * 200_000)
-except UserError as error:
-    print(error)
-"""
-
-
-@pytest.mark.parametrize("what", ["writer", "file"])
-def test_full_disk(tmp_path: Path, what: str) -> None:
-    target = tmp_path / "out"
-    target.mkdir()
-    (target / "file").write_text("old")
-    command = [sys.executable, "-c", FULL, str(target), what]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.stdout.startswith(str(target)) and "File too large" in done.stdout, done.stderr
-    assert done.stdout.count("\n") == 1
-    assert (target / "file").read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["out"] and [p.name for p in target.iterdir()] == ["file"]
-
-
-def test_write_atomic(tmp_path: Path) -> None:
-    path = tmp_path / "sub" / "file.json"
-    write_atomic(path, "für")
-    assert path.read_text(encoding="utf-8") == "für"
-    write_atomic(path, b"\x00\x01")
-    assert path.read_bytes() == b"\x00\x01"
-    assert [p.name for p in path.parent.iterdir()] == ["file.json"]
-    with pytest.raises(UserError, match="cannot write"):
-        write_atomic(tmp_path / "sub", "a directory is in the way")

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from bmjax.io.safetensors import Writer, open_checkpoint
+from bmjax.io.safetensors import SharedWriter, open_checkpoint
 
 
 @pytest.fixture
@@ -13,9 +13,9 @@ def save(tmp_path, monkeypatch):
     def write(name, values, **config):
         folder = tmp_path / name
         folder.mkdir()
-        with Writer(folder, [(key, value.dtype, value.shape) for key, value in values.items()]) as writer:
+        with SharedWriter(folder, [(key, value.dtype, value.shape) for key, value in values.items()]) as writer:
             for key, value in values.items():
-                writer.write(key, value)
+                writer.write(key, 0, value)
         (folder / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
         return open_checkpoint(folder)
 

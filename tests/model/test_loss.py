@@ -36,7 +36,7 @@ def test_sum_and_gradients(monkeypatch, elements):
     np.testing.assert_allclose(total, 3 * want, rtol=1e-5)
     np.testing.assert_allclose(dh, 3 * want_dh, atol=1e-4)
     np.testing.assert_allclose(dw, 3 * want_dw, atol=1e-4)
-    assert (loss._pieces(64, 50) > 1) == (elements == 1000)
+    assert (loss._chunk_count(64, 50) > 1) == (elements == 1000)
     alone = jax.jit(lambda h, w: loss.cross_entropy_sum(h, w, labels, mask))(h, w)
     np.testing.assert_allclose(alone, want, rtol=1e-5)
 
@@ -79,7 +79,7 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary():
     assert memory.temp_size_in_bytes <= length * vocab * 4 / 20
 
 
-def test_a_frozen_head_costs_no_gradient_of_its_own():
+def test_a_frozen_head_costs_no_product():
     h, w = jnp.ones((2, 64, 32)), jnp.ones((32, 500))
     labels, mask = jnp.zeros((2, 64), jnp.int32), jnp.ones((2, 64))
 

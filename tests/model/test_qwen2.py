@@ -105,7 +105,7 @@ def test_loss_and_gradients(name, form):
     ],
 )
 @pytest.mark.parametrize("name", ["gqa_untied", "window_all_tied"])
-def test_a_mesh_of_eight_gives_the_numbers_of_one_device(name, sizes):
+def test_eight_devices_give_the_numbers_of_a_single_one(name, sizes):
     _, config, params = build(name)
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, config.vocab_size, (8, 64)).astype(np.int32)
@@ -154,7 +154,7 @@ def test_positions_restart_with_every_document():
     assert qwen2.default_positions(segments).tolist() == [[0, 1, 2, 0, 1, 0, 0, 1]]
 
 
-def test_init_draws_every_leaf_of_the_table_where_the_mesh_wants_it():
+def test_init_draws_every_leaf_with_its_sharding():
     config = build("mha_tied")[1]
     mesh = make_mesh({"fsdp": 4, "tensor": 2})
     alone, placed = qwen2.init(config, 7), qwen2.init(config, 7, mesh)

@@ -40,13 +40,13 @@ def test_every_policy_gives_the_same_loss_and_gradients(attention, monkeypatch):
         )
 
 
-def test_what_is_computed_again():
+def test_policies_recompute_what_they_say():
     flops = {remat: Program(compiled(remat)[1].as_text()).flops() for remat in HOW}
     assert flops["none"] <= flops["minimal"] < flops["save_attention"] < flops["full"]
     assert flops["offload"] == flops["full"]
 
 
-def test_the_loops_of_attention_in_tiles_run_once_where_their_results_are_kept(monkeypatch):
+def test_saved_tiles_are_not_computed_again(monkeypatch):
     monkeypatch.setattr(rows, "LONGEST", 32)
     loops = {}
     for remat in ("full", "save_attention", "minimal"):
@@ -55,7 +55,7 @@ def test_the_loops_of_attention_in_tiles_run_once_where_their_results_are_kept(m
     assert loops["save_attention"] == loops["minimal"] == loops["full"] - 1
 
 
-def test_offload_keeps_layers_inputs_in_the_hosts_memory():
+def test_offload_puts_layer_inputs_into_host_memory():
     """As the program is handed to the compiler; a CPU's has one memory and drops it."""
     gradient, _, params = compiled("offload")
     assert re.search(rf"\w+:f32<host>\[{B},{T},32\] = device_put", str(jax.make_jaxpr(gradient)(params)))

@@ -1,53 +1,39 @@
-"""config.json to the table's numbers: what is refused, and by which words."""
+"""The parameter table against published numbers of parameters."""
 
 import pytest
-from transformers import Qwen2Config as Reference
 
-from bmjax.config import UserError
-from bmjax.model.config import ModelConfig
-
-SMALL = {
-    "model_type": "qwen2", "vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
-}  # fmt: skip
+from bmjax.model import spec
+from bmjax.model.published import known
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("name", "parameters"),
     [
-        ({"model_type": "llama"}, "model_type is 'llama', expected 'qwen2'"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', expected 'silu'"),
-        ({"num_attention_heads": 0}, "num_attention_heads is 0, expected a whole number of at least 1"),
-        ({"num_hidden_layers": -1}, "num_hidden_layers is -1, expected a whole number"),
-        ({"hidden_size": True}, "hidden_size is True, expected a whole number"),
-        ({"vocab_size": "50"}, "vocab_size is '50', expected a whole number"),
-        ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
-        ({"rope_scaling": {"rope_type": "llama3"}}, "rope type 'llama3' is not supported"),
-        ({"use_sliding_window": True, "layer_types": ["chunked_attention"] * 2}, "layer_types has 'chunked_attention'"),
-        ({"use_sliding_window": True, "layer_types": ["full_attention"]}, "layer_types has 1 entries for 2 layers"),
+        ("Qwen/Qwen2.5-0.5B", 494_032_768),
+        ("Qwen/Qwen2.5-1.5B-Instruct", 1_543_714_304),
+        ("Qwen/Qwen2.5-7B", 7_615_616_512),
+        ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", 1_777_088_000),
+        ("deepseek-ai/DeepSeek-R1-Distill-Qwen-32B", 32_763_876_352),
     ],
 )
-def test_what_is_no_qwen2_is_refused_in_one_line(changes, told):
-    with pytest.raises(UserError, match=told) as error:
-        ModelConfig.from_hf(SMALL | changes)
-    assert "\n" not in str(error.value) and str(error.value).startswith("config.json: ")
+def test_published_models_have_the_published_parameters(name, parameters):
+    """As the safetensors files on the hub say."""
+    assert spec.count(known(name)) == parameters
 
 
-@pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "num_hidden_layers"])
-def test_a_missing_key_is_named(key):
-    with pytest.raises(UserError, match=f"key '{key}' is missing"):
-        ModelConfig.from_hf({k: v for k, v in SMALL.items() if k != key})
+def test_a_table_has_each_path_and_tensor_once():
+    rows = spec.table(known("Qwen/Qwen2.5-7B"))
+    keys = [key for row in rows for key in row.hf_keys()]
+    assert len({row.name for row in rows}) == len(rows) and len(set(keys)) == len(keys)
+    assert spec.EMBEDDING in keys and spec.HEAD in keys
 
 
-def test_windows_follow_transformers_defaults():
-    values = SMALL | {"use_sliding_window": True, "max_window_layers": 1}
-    reference = Reference(**values)
-    windows = [reference.sliding_window if kind == "sliding_attention" else None for kind in reference.layer_types]
-    assert list(ModelConfig.from_hf(values).windows) == windows == [None, 4096]
+def test_join_undoes_pick():
+    rows = spec.table(known("Qwen/Qwen2.5-0.5B"))
+    tree = spec.unflatten([(row.path, row.name) for row in rows])
+    assert spec.join(spec.pick(tree, rows[:5]), spec.pick(tree, rows[5:])) == tree
 
 
-def test_yarn_stretches_the_context():
-    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
-    assert ModelConfig.from_hf(SMALL | {"rope_scaling": scaling}).max_length == 256
-    long = SMALL | {"rope_scaling": scaling, "max_position_embeddings": 512}
-    assert ModelConfig.from_hf(long).max_length == 512
+@pytest.mark.parametrize("name", ["Qwen/Qwen2.5-8B", "Qwen/Qwen3-0.6B", "deepseek-ai/DeepSeek-R1-Distill-Qwen-72B"])
+def test_other_names_are_unknown(name):
+    assert known(name) is None

@@ -13,10 +13,10 @@ from bmjax.model import qwen2, spec
 from bmjax.parallel.mesh import (
     AXES,
     RULES,
+    arrange,
     constrain,
     make_mesh,
     partition_spec,
-    place,
     sharding,
     slow_groups,
 )
@@ -39,7 +39,7 @@ def test_sizes_become_a_mesh(sizes, shape):
     assert set(mesh.devices.ravel()) <= set(jax.devices())
 
 
-def test_given_devices_are_used():
+def test_devices_by_argument_are_used():
     devices = jax.devices()[3:5]
     assert set(make_mesh({"fsdp": -1}, devices).devices.ravel()) == set(devices)
 
@@ -76,7 +76,7 @@ class Device:
 ])  # fmt: skip
 def test_slices_and_hosts_lie_along_the_outermost_axes(platform, shape, slow):
     devices = [Device(i, platform) for i in range(32)]
-    placed = place(shape, devices)
+    placed = arrange(shape, devices)
     assert sorted(d.id for d in placed.flat) == list(range(32))
     groups = np.vectorize(lambda d: d.process_index)(placed)
     for number, axis in enumerate(AXES):
@@ -113,7 +113,7 @@ def test_logical_names_become_mesh_axes():
 
 
 @pytest.mark.parametrize("name", ["gqa_untied", "mha_tied"])
-def test_every_axis_of_the_parameter_table_has_a_rule_and_no_mesh_axis_twice(name):
+def test_rules_cover_the_parameter_table(name):
     for row in spec.table(build(name)[1]):
         assert set(row.axes) <= set(RULES), row.name
         used = [
@@ -122,7 +122,7 @@ def test_every_axis_of_the_parameter_table_has_a_rule_and_no_mesh_axis_twice(nam
         assert len(used) == len(set(used)), row.name
 
 
-def test_what_does_not_divide_stays_whole():
+def test_indivisible_dimensions_stay_whole():
     mesh = make_mesh({"fsdp": 4, "tensor": 2})
     assert sharding(mesh, ("embed", "mlp"), (8, 6)).spec == PartitionSpec(("fsdp", "context"), "tensor")
     assert sharding(mesh, ("embed", "mlp"), (6, 6)).spec == PartitionSpec(None, "tensor")
@@ -143,7 +143,7 @@ def test_constrain_lays_out_and_changes_no_value():
     assert {shard.data.shape for shard in y.addressable_shards} == {(2, 2)}
 
 
-def test_a_model_with_fewer_heads_and_rows_than_the_mesh_has_devices_still_runs():
+def test_a_model_smaller_than_the_mesh_runs():
     _, config, params = build("mqa")  # one key/value head on tensor = 2, one row on data = 4
     tokens = np.arange(2, 26, dtype=np.int32)[None]
     plain = qwen2.logits(config, params, tokens)

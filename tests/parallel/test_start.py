@@ -73,7 +73,7 @@ def test_compiled_programs_are_kept_for_the_next_process(tmp_path) -> None:
     assert (done.stdout.strip(), done.stderr) == ("7.0", "")
 
 
-def test_without_a_place_for_them_nothing_is_kept(tmp_path) -> None:
+def test_without_a_cache_directory_nothing_is_kept(tmp_path) -> None:
     (tmp_path / "file").touch()
     assert output(COMPILE, JAX_PLATFORMS="cpu", XDG_CACHE_HOME=str(tmp_path / "file")) == "7.0"
     assert output(COMPILE, JAX_PLATFORMS="cpu", XDG_CACHE_HOME=str(tmp_path), JAX_COMPILATION_CACHE_DIR="") == "7.0"
@@ -84,7 +84,7 @@ def test_without_a_place_for_them_nothing_is_kept(tmp_path) -> None:
     ({}, ["0.95", None]), ({"XLA_CLIENT_MEM_FRACTION": "0.5"}, ["0.5", None]),
     ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}, [None, "0.5"]),
 ])  # fmt: skip
-def test_a_gpus_memory_is_taken_unless_the_user_says_how_much(given, expected) -> None:
+def test_gpu_memory_is_taken_unless_the_user_set_it(given, expected) -> None:
     code = (
         "import os; from bmjax.parallel.start import use_gpu_memory; use_gpu_memory(); "
         "print([os.environ.get(n) for n in ('XLA_CLIENT_MEM_FRACTION', 'XLA_PYTHON_CLIENT_MEM_FRACTION')])"

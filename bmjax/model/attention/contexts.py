@@ -1,13 +1,13 @@
 """Attention on a mesh: batches over data and fsdp, heads over tensor, and rows that are split over context.
 
 Each device runs its kernel on whole rows, or tiles on parts of them, inside `shard_map` (kernels have no start that
-differs by device, nor a gradient for the log-sum). Three ways to put a split row together:
+differs by device, nor a gradient for the log-sum). There are three ways to attend over a split row:
 
-- ulysses (arXiv 2309.14509): heads are exchanged for tokens, so that a device has whole rows of fewer heads, and any
+- ulysses (arXiv 2309.14509): devices exchange heads for tokens, so that each has whole rows of fewer heads, and any
   kernel will do. Key/value heads are repeated where there are fewer of them than devices.
 - gather: a device keeps its queries and gathers all keys and values (few under grouped-query attention).
-- ring (arXiv 2310.01889): keys and values go round; partial results are joined by their log-sums. A row's devices
-  wait for the last one, which sees most. For more devices than there are heads.
+- ring (arXiv 2310.01889): keys and values go round the devices; partial results are joined by their log-sums. All
+  devices of a row wait for the last one, which sees most. It works with more devices than there are heads.
 """
 
 import math
@@ -21,88 +21,115 @@ from jax.sharding import PartitionSpec
 
 from bmjax.config import UserError
 from bmjax.model.attention import tiles
-from bmjax.model.attention.options import Spread
-from bmjax.parallel.mesh import fitting_spec, mesh_in_scope
+from bmjax.model.attention.options import Exchange
+from bmjax.parallel.mesh import fitting_spec, mesh_in_scope, on_each_device
 
 AXIS = "context"
-Whole = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]  # q, k, v, segments, window
+# Attention of whole rows: q, k, v, segments, window.
+RowsAttention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
 
 
 def spread(
-    whole: Whole, how: Spread, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array,
+    whole_rows: RowsAttention,
+    exchange: Exchange,
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segments_BT: jax.Array,
     window: jax.Array | None,
-) -> jax.Array:  # fmt: skip
-    """Attention [B, T, N, H] on the mesh in scope; see `causal_attention`. whole: attention of whole rows."""
+) -> jax.Array:
+    """Compute attention [B, T, N, H] on the mesh in scope. whole_rows: attention of whole rows on one device.
+
+    Raises UserError where `exchange` is ulysses and the heads do not divide among the devices.
+    """
     mesh = mesh_in_scope()
     if mesh is None:
-        return whole(q_BTNH, k_BTKH, v_BTKH, segments_BT, window)
+        return whole_rows(q_BTNH, k_BTKH, v_BTKH, segments_BT, window)
+
+    # Choose the exchange.
     batch, length, heads, _ = q_spec = fitting_spec(mesh, ("batch", "length", "heads", None), q_BTNH.shape)
     tensor = mesh.shape["tensor"] if heads else 1
-    ways = mesh.shape[AXIS] if length else 1
+    context = mesh.shape[AXIS] if length else 1
     N, K = q_BTNH.shape[2], k_BTKH.shape[2]
-    if how == "auto":
+    if exchange == "auto":
         # Repeating a few key/value heads is cheaper than waiting for a ring's slowest device.
-        how = "ulysses" if N % (tensor * ways) == 0 else "ring"
-    if how == "ulysses" and N % (tensor * ways):
+        exchange = "ulysses" if N % (tensor * context) == 0 else "ring"
+    if exchange == "ulysses" and N % (tensor * context):
         raise UserError(
-            f"context: ulysses gives each of tensor x context = {tensor * ways} devices a share of the heads, and "
+            f"context: ulysses gives each of tensor x context = {tensor * context} devices a share of the heads, and "
             f"there are {N}; change mesh, or use ring or gather"
         )
-    least = tensor * ways if how == "ulysses" else tensor
-    repeat = math.lcm(K, least) // K
-    if repeat > 1:
-        k_BTKH, v_BTKH = (jnp.repeat(x, repeat, axis=2) for x in (k_BTKH, v_BTKH))
-    limit = () if window is None else (jnp.int32(window),)
 
-    def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, *limit: jax.Array) -> jax.Array:
-        window = limit[0] if limit else None
-        return _WAYS[how](whole, q, k, v, segments, window) if ways > 1 else whole(q, k, v, segments, window)
+    # Repeat key/value heads until they divide among the devices.
+    head_shares = tensor * context if exchange == "ulysses" else tensor
+    repeats = math.lcm(K, head_shares) // K
+    if repeats > 1:
+        k_BTKH, v_BTKH = (jnp.repeat(x, repeats, axis=2) for x in (k_BTKH, v_BTKH))
 
-    segment_spec = PartitionSpec(batch, length)
-    run = jax.shard_map(
-        local, in_specs=(q_spec, q_spec, q_spec, segment_spec, *[PartitionSpec()] * len(limit)), out_specs=q_spec,
-        check_vma=False,
-    )  # fmt: skip
-    return run(q_BTNH, k_BTKH, v_BTKH, segments_BT, *limit)
+    optional_window = () if window is None else (jnp.int32(window),)
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, *optional_window: jax.Array) -> jax.Array:
+        # q [B/(data fsdp), T/context, N/tensor, H], k and v [B/(data fsdp), T/context, K/tensor, H]
+        # segments [B/(data fsdp), T/context]
+        window = optional_window[0] if optional_window else None
+        if context == 1:
+            return whole_rows(q, k, v, segments, window)
+        return _EXCHANGES[exchange](whole_rows, q, k, v, segments, window)
+
+    in_specs = (q_spec, q_spec, q_spec, PartitionSpec(batch, length), *[PartitionSpec()] * len(optional_window))
+    return on_each_device(local, in_specs, q_spec)(q_BTNH, k_BTKH, v_BTKH, segments_BT, *optional_window)
 
 
-def _gathered(x: jax.Array) -> jax.Array:
-    return lax.all_gather(x, AXIS, axis=1, tiled=True)
+# Below, local shapes leave out the batch and `tensor`, which split every array alike.
 
 
-def _ulysses(whole: Whole, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, window: Any) -> jax.Array:
+def _all_tokens(x: jax.Array) -> jax.Array:
+    return lax.all_gather(x, AXIS, axis=1, tiled=True)  # [B, T/context, ...] -> [B, T, ...]
+
+
+def _ulysses(
+    whole_rows: RowsAttention, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, window: Any
+) -> jax.Array:
+    # q [B, T/context, N, H] -> [B, T, N/context, H]; k, v likewise
     q, k, v = (lax.all_to_all(x, AXIS, split_axis=2, concat_axis=1, tiled=True) for x in (q, k, v))
-    out = whole(q, k, v, _gathered(segments), window)
-    return lax.all_to_all(out, AXIS, split_axis=1, concat_axis=2, tiled=True)
+    out = whole_rows(q, k, v, _all_tokens(segments), window)  # [B, T, N/context, H]
+    return lax.all_to_all(out, AXIS, split_axis=1, concat_axis=2, tiled=True)  # [B, T/context, N, H]
 
 
-def _gather(whole: Whole, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, window: Any) -> jax.Array:
+def _gather(
+    whole_rows: RowsAttention, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, window: Any
+) -> jax.Array:
+    # q [B, T/context, N, H]; keys and values are gathered to [B, T, K, H]
     start = lax.axis_index(AXIS) * q.shape[1]
-    return tiles.attention(q, _gathered(k), _gathered(v), segments, _gathered(segments), start, window)[0]
+    return tiles.attention(q, _all_tokens(k), _all_tokens(v), segments, _all_tokens(segments), start, window)[0]
 
 
-def _ring(whole: Whole, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, window: Any) -> jax.Array:
-    ways, mine = lax.axis_size(AXIS), lax.axis_index(AXIS)
-    onward = [(i, (i + 1) % ways) for i in range(ways)]
+def _ring(
+    whole_rows: RowsAttention, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, window: Any
+) -> jax.Array:
+    # q, out [B, T/context, N, H]; k, v [B, T/context, K, H]; lse [B, T/context, N]; segments [B, T/context]
+    devices, device = lax.axis_size(AXIS), lax.axis_index(AXIS)
+    to_next = [(i, (i + 1) % devices) for i in range(devices)]
     length = q.shape[1]
 
-    def seen(turn: jax.Array | int, k: jax.Array, v: jax.Array, k_segments: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """What comes from the keys that are here after so many turns: those of the device that many places back."""
-        start = (mine - (mine - turn) % ways) * length
+    def attend(turn: jax.Array | int, k: jax.Array, v: jax.Array, k_segments: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Attend to the keys that are here after `turn` turns: those of the device `turn` steps back."""
+        start = (device - (device - turn) % devices) * length
         out, lse = tiles.attention(q, k, v, segments, k_segments, start, window)
         return out.astype(jnp.float32), lse
 
-    def go(carry: Any, turn: jax.Array) -> tuple[Any, None]:
-        out, lse, here = carry
-        here = jax.tree.map(lambda x: lax.ppermute(x, AXIS, onward), here)
-        more, more_lse = seen(turn, *here)
-        both = jnp.logaddexp(lse, more_lse)
-        out = out * jnp.exp(lse - both)[..., None] + more * jnp.exp(more_lse - both)[..., None]
-        return (out, both, here), None
+    def advance(carry: Any, turn: jax.Array) -> tuple[Any, None]:
+        out, lse, block = carry
+        # Pass keys and values on, attend to those that came, and join the results by their log-sums.
+        block = jax.tree.map(lambda x: lax.ppermute(x, AXIS, to_next), block)
+        block_out, block_lse = attend(turn, *block)
+        joined_lse = jnp.logaddexp(lse, block_lse)
+        out = out * jnp.exp(lse - joined_lse)[..., None] + block_out * jnp.exp(block_lse - joined_lse)[..., None]
+        return (out, joined_lse, block), None
 
-    here = (k, v, segments)
-    (out, _, _), _ = lax.scan(go, (*seen(0, *here), here), jnp.arange(1, ways))
+    block = (k, v, segments)
+    (out, _, _), _ = lax.scan(advance, (*attend(0, *block), block), jnp.arange(1, devices))
     return out.astype(q.dtype)
 
 
-_WAYS = {"ulysses": _ulysses, "gather": _gather, "ring": _ring}
+_EXCHANGES = {"ulysses": _ulysses, "gather": _gather, "ring": _ring}

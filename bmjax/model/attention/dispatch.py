@@ -1,8 +1,12 @@
-"""Causal attention over packed rows: one function, whatever the device and however rows and heads are spread.
+"""Causal attention over packed rows: one function for every device, whatever the mesh splits.
 
-A token sees the tokens of its own segment at or before its place in the row, and no further back than the
-sliding window. Packed == unpacked, exactly: nothing else enters a row's softmax.
+A token sees the tokens of its own segment at or before its position in the row, no further back than the sliding
+window. Packed == unpacked, exactly: nothing else enters a token's softmax. The model calls this module; the kernels
+beside it are called from here only.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,54 +14,83 @@ import jax.numpy as jnp
 from bmjax.config import UserError
 from bmjax.model.attention import cudnn, rows, splash, tiles, tokamax
 from bmjax.model.attention.contexts import spread
-from bmjax.model.attention.options import Backend, How
+from bmjax.model.attention.options import AttentionOptions, Backend
 
 
-def backend(how: How, q: jax.Array | jax.ShapeDtypeStruct, windows: bool) -> Backend:
-    """What computes rows with queries like `q` [B, T, N, H]: what `auto` stands for. windows: sliding ones."""
-    if how.backend != "auto":
-        return how.backend
-    platform = how.platform or jax.default_backend()
-    if platform == "tpu" and not splash.refuses(q.shape[1], windows):
-        return "splash"
-    return (
-        "cudnn" if platform == "gpu" and cudnn.runs_here() and not cudnn.refuses(q, windows, how.documents) else "xla"
-    )
+class _Kernel(NamedTuple):
+    """A backend of whole rows. `refuses` returns why it cannot compute queries like these, or None."""
+
+    refuses: Callable[[jax.Array | jax.ShapeDtypeStruct, AttentionOptions], str | None]
+    attention: Callable[[jax.Array, jax.Array, jax.Array, jax.Array, AttentionOptions], jax.Array]
+
+
+# None of them takes a sliding window that differs by layer. xla, which is not here, computes everything.
+_KERNELS = {
+    "splash": _Kernel(splash.refuses, splash.attention),
+    "cudnn": _Kernel(cudnn.refuses, cudnn.attention),
+    "tokamax": _Kernel(tokamax.refuses, tokamax.attention),
+}
+
+
+def _refusal(name: str, options: AttentionOptions, q: jax.Array | jax.ShapeDtypeStruct, windows: bool) -> str | None:
+    if name == "xla":
+        return None
+    return "knows no sliding window that differs by layer" if windows else _KERNELS[name].refuses(q, options)
+
+
+def backend(options: AttentionOptions, q: jax.Array | jax.ShapeDtypeStruct, windows: bool) -> Backend:
+    """Return the backend that `auto` means for queries [B, T, N, H] of this shape and dtype.
+
+    windows: whether the model has sliding windows.
+    """
+    if options.backend != "auto":
+        return options.backend
+    platform = options.platform or jax.default_backend()
+    preferred: Backend = "xla"
+    if platform == "tpu":
+        preferred = "splash"
+    elif platform == "gpu" and cudnn.runs_here():
+        preferred = "cudnn"
+    return "xla" if _refusal(preferred, options, q, windows) else preferred
 
 
 def causal_attention(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array,
-    window: jax.Array | None = None, how: How = How(),
-) -> jax.Array:  # fmt: skip
-    """Attention [B, T, N, H] within segments of packed rows, on the mesh in scope.
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segment_ids_BT: jax.Array,
+    window: jax.Array | None = None,
+    options: AttentionOptions = AttentionOptions(),
+) -> jax.Array:
+    """Compute attention within the segments of packed rows, on the mesh in scope.
 
-    segment_ids: int32, equal within a document. window: int32 scalar, how many tokens back (the own one included)
-    are seen, None for all; it may be traced, so that layers of both kinds share one scan. Raises UserError where
-    a backend is asked for that can't.
+    Arguments:
+        q_BTNH, k_BTKH, v_BTKH: queries, keys and values; N is a multiple of K (grouped-query attention).
+        segment_ids_BT: int32, equal within a document.
+        window: int32 scalar: how many tokens a token sees, itself included. None: all. It may be traced, so that
+            layers with and without a window share one scan.
+
+    Returns:
+        [B, T, N, H] in the dtype of `q`.
+
+    Raises:
+        UserError: where the options name a backend that cannot compute these rows.
     """
-    windows = window is not None
-    chosen = backend(how, q_BTNH, windows)
-    if chosen == "splash":
-        reason = splash.refuses(q_BTNH.shape[1], windows)
-    elif chosen == "cudnn":
-        reason = cudnn.refuses(q_BTNH, windows, how.documents)
-    else:
-        reason = tokamax.refuses(windows) if chosen == "tokamax" else None
+    name = backend(options, q_BTNH, window is not None)
+    reason = _refusal(name, options, q_BTNH, window is not None)
     if reason:
-        raise UserError(f"attention: {chosen} {reason}; use auto or xla")
+        raise UserError(f"attention: {name} {reason}; use auto or xla")
 
-    def whole(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, window: jax.Array | None) -> jax.Array:
-        if chosen == "splash":
-            return splash.attention(q, k, v, segments, how.interpret)
-        if chosen == "cudnn":
-            return cudnn.attention(q, k, v, segments, how.documents)
-        if chosen == "tokamax":
-            return tokamax.attention(q, k, v, segments, how.interpret)
+    def whole_rows(
+        q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, window: jax.Array | None
+    ) -> jax.Array:
+        if name != "xla":
+            return _KERNELS[name].attention(q, k, v, segments, options)
         if q.shape[1] <= rows.LONGEST:
             return rows.attention(q, k, v, segments, window)
         return tiles.attention(q, k, v, segments, segments, 0, window)[0]
 
-    return spread(whole, how.context, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, window)
+    return spread(whole_rows, options.context, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, window)
 
 
 def cached_attention(
@@ -68,7 +101,10 @@ def cached_attention(
     start: jax.Array | int,
     window: jax.Array | None = None,
 ) -> jax.Array:
-    """Attention [B, T, N, H] of T new tokens, written at slots start..start+T-1 of a cache, to its valid slots."""
+    """Compute attention [B, T, N, H] of T new tokens to the valid slots of a cache.
+
+    The new tokens are in the cache already, at slots start..start+T-1.
+    """
     B, T, N, H = q_BTNH.shape
     K, S = k_BKSH.shape[1:3]
     q_slot, k_slot = start + jnp.arange(T)[:, None], jnp.arange(S)[None, :]

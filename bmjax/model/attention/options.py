@@ -1,26 +1,31 @@
-"""How attention is computed and what is kept for the backward pass: names for settings, without JAX."""
+"""Names for how attention is computed and what a layer keeps for its backward pass.
+
+Settings read them, so this module must not import JAX.
+"""
 
 from typing import Literal, NamedTuple
 
 Backend = Literal["auto", "splash", "cudnn", "tokamax", "xla"]
 Remat = Literal["full", "save_attention", "minimal", "offload", "none"]
-Spread = Literal["auto", "ulysses", "gather", "ring"]
+Exchange = Literal["auto", "ulysses", "gather", "ring"]
 
 
-class How(NamedTuple):
-    """Every choice gives the same values.
+class AttentionOptions(NamedTuple):
+    """How attention is computed. All choices give the same numbers; they differ in speed and in what devices they
+    run on.
 
-    backend: splash (Pallas kernels of TPUs), cudnn, tokamax (kernels of GPUs), xla (any device), auto: splash on a TPU
-    and cudnn on a GPU where they can, else xla.
-    context: how a row that is split over the mesh axis `context` is put together, see `model.attention.contexts`.
-    platform: of the devices, for auto; None: JAX's own.
+    backend: splash (Pallas kernels of TPUs), cudnn and tokamax (kernels of GPUs), xla (any device). auto: splash on a
+        TPU and cudnn on a GPU where they can compute the rows, else xla.
+    context: how devices exchange what they need of a row that the mesh axis `context` splits, see
+        `model.attention.contexts`.
+    platform: of the devices, for auto. None: JAX's default.
     interpret: run kernels without their device, slowly, to test them.
-    documents: the most that a row of the batches holds, padding counted as one, which cudnn has to know; 0: not known.
-        Rows with more come out wrong.
+    documents: the most documents that a row of the batches holds, padding counted as one. cudnn needs the number, and
+        rows with more documents come out wrong. 0: unknown.
     """
 
     backend: Backend = "auto"
-    context: Spread = "auto"
+    context: Exchange = "auto"
     platform: str | None = None
     interpret: bool = False
     documents: int = 0

@@ -1,8 +1,8 @@
-"""Causal attention in blocks of queries that skip the masked half: for short rows, in plain XLA.
+"""Causal attention in blocks of queries that skip the masked half: for short rows, in plain XLA. dispatch.py calls it.
 
-The probabilities of the whole row are kept for the backward pass, which is written out (FlashAttention,
-arXiv 2205.14135, section 3.1) so that they are touched as few times as possible, and every product takes them
-untransposed, since a CPU pays for each pass over T x T numbers as much as for the products themselves.
+The probabilities of the whole row are kept for the backward pass. It is written out (FlashAttention, arXiv 2205.14135,
+section 3.1), so that they are read as few times as possible, and every product takes them untransposed: on a CPU a pass
+over T x T numbers costs as much as a product.
 Letters: R = G * T rows of one key/value head's G query heads, H head size, S source tokens.
 """
 
@@ -20,7 +20,7 @@ BLOCK = 128  # of them, as queries at a time
 
 
 def _allowed(segments_BT: jax.Array, window: jax.Array | None, start: int, stop: int) -> jax.Array:
-    """Which of the row's first `stop` tokens each token of start..stop sees: bool [B, T, S]."""
+    """Return which of the row's first `stop` tokens are seen by each of the tokens start..stop: bool [B, T, S]."""
     q_index, k_index = jnp.arange(start, stop)[:, None], jnp.arange(stop)[None, :]
     allowed_TS = k_index <= q_index
     if window is not None:
@@ -29,7 +29,7 @@ def _allowed(segments_BT: jax.Array, window: jax.Array | None, start: int, stop:
 
 
 def scores(q_BKRH: jax.Array, k_BKSH: jax.Array, allowed_BTS: jax.Array) -> jax.Array:
-    """Masked scores, float32 [B, K, R, S]; q is scaled already."""
+    """Compute masked scores, float32 [B, K, R, S], of queries that are scaled already."""
     s = jnp.einsum("bkrh,bksh->bkrs", q_BKRH, k_BKSH, preferred_element_type=jnp.float32)
     B, K, R, S = s.shape
     T = allowed_BTS.shape[1]
@@ -38,11 +38,11 @@ def scores(q_BKRH: jax.Array, k_BKSH: jax.Array, allowed_BTS: jax.Array) -> jax.
 
 
 def blocks(length: int) -> list[tuple[int, int]]:
-    """First and last-plus-one token of each block of queries."""
+    """Return the first token of each block of queries, and the last plus one."""
     return [(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK)]
 
 
-def _rows(x_BKGTH: jax.Array, start: int, stop: int) -> jax.Array:
+def _queries(x_BKGTH: jax.Array, start: int, stop: int) -> jax.Array:
     B, K, G, _, H = x_BKGTH.shape
     return x_BKGTH[:, :, :, start:stop].reshape(B, K, G * (stop - start), H)
 
@@ -60,9 +60,9 @@ def _forward(
     B, K, G, T, H = q_BKGTH.shape
     outs, saved = [], []
     for start, stop in blocks(T):
-        s = scores(_rows(q_BKGTH, start, stop), k_BKSH[:, :, :stop], _allowed(segments_BT, window, start, stop))
-        top = jnp.max(s, axis=-1, keepdims=True)
-        p = jnp.exp(s - top)
+        # A block of queries sees only the row's first `stop` tokens: R = G * (stop - start), S = stop.
+        s = scores(_queries(q_BKGTH, start, stop), k_BKSH[:, :, :stop], _allowed(segments_BT, window, start, stop))
+        p = jnp.exp(s - jnp.max(s, axis=-1, keepdims=True))
         total = jnp.sum(p, axis=-1, keepdims=True)
         out = jnp.einsum(
             "bkrs,bksh->bkrh", p.astype(v_BKSH.dtype), v_BKSH[:, :, :stop], preferred_element_type=jnp.float32
@@ -79,12 +79,14 @@ def _backward(residuals, d_out: jax.Array):
     einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
     dtype = q_BKGTH.dtype
     dq = []
+    # Keys are the last axis of the sums, so that a CPU's products take p and ds untransposed.
     dk_BKHS = jnp.zeros((B, K, H, T), jnp.float32)
     dv_BKHS = jnp.zeros((B, K, H, T), jnp.float32)
     for (start, stop), (p, total) in zip(blocks(T), saved, strict=True):
-        q, k, v = _rows(q_BKGTH, start, stop), k_BKSH[:, :, :stop], v_BKSH[:, :, :stop]
-        do = _rows(d_out, start, stop).astype(jnp.float32) / total
-        delta = jnp.sum(do * _rows(out, start, stop), axis=-1, keepdims=True)
+        q, k, v = _queries(q_BKGTH, start, stop), k_BKSH[:, :, :stop], v_BKSH[:, :, :stop]
+        # ds = p * (dp - delta), where p is divided by its sum through `do`.
+        do = _queries(d_out, start, stop).astype(jnp.float32) / total
+        delta = jnp.sum(do * _queries(out, start, stop), axis=-1, keepdims=True)
         do = do.astype(dtype)
         ds = (p * (einsum("bkrh,bksh->bkrs", do, v) - delta)).astype(dtype)
         dq.append(einsum("bkrs,bksh->bkrh", ds, k).reshape(B, K, G, stop - start, H))
@@ -94,10 +96,11 @@ def _backward(residuals, d_out: jax.Array):
     return dq_BKGTH, dk_BKHS.swapaxes(2, 3).astype(dtype), dv_BKHS.swapaxes(2, 3).astype(dtype), None, None
 
 
-def _add(sum_BKHS: jax.Array, more_BKHS: jax.Array) -> jax.Array:
-    """The sum with `more`, which is of its first tokens. (As .at[].add jaxlib 0.11.2 crashes compiling it on a CPU.)"""
-    first = sum_BKHS[..., : more_BKHS.shape[-1]]
-    return jax.lax.dynamic_update_slice(sum_BKHS, first + more_BKHS, (0, 0, 0, 0))
+def _add(sum_BKHS: jax.Array, term_BKHS: jax.Array) -> jax.Array:
+    """Add a term that covers the sum's first tokens."""
+    # Written as .at[].add, it makes jaxlib 0.11.2 crash when it compiles for a CPU.
+    first = sum_BKHS[..., : term_BKHS.shape[-1]]
+    return jax.lax.dynamic_update_slice(sum_BKHS, first + term_BKHS, (0, 0, 0, 0))
 
 
 _attention.defvjp(_forward, _backward)
@@ -106,7 +109,7 @@ _attention.defvjp(_forward, _backward)
 def attention(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array, window: jax.Array | None
 ) -> jax.Array:
-    """Attention [B, T, N, H] of whole rows."""
+    """Compute attention [B, T, N, H] of whole rows of at most LONGEST tokens."""
     B, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
     q_BKGTH = (q_BTNH * H**-0.5).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)

@@ -1,8 +1,9 @@
 """Causal attention in tiles, in plain XLA: for long rows where no kernel of the device is at hand.
 
-FlashAttention (arXiv 2205.14135) as loops over tiles of queries and of keys: nothing of the size of T x T is ever
-built, and a tile is only visited where some query of it sees some key of it, so packed rows of short documents cost
-what their documents cost. Every row of the batch goes by itself, since each has its documents elsewhere.
+FlashAttention (arXiv 2205.14135) as loops over tiles of queries and of keys. Nothing of the size of T x T is ever
+built. A pair of tiles is visited only where some query sees some key of it, so packed rows of short documents cost
+what their documents cost. The rows of a batch are computed one after another, since their documents differ.
+dispatch.py and contexts.py call it.
 Letters: R = G * t rows of one key/value head's G query heads in a tile, H head size, s keys of a tile.
 """
 
@@ -14,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from bmjax.model import remat
 
-MASKED = -1e30  # finite, so that a query with nothing to see stays free of NaN
+MASKED = -1e30  # finite, so that a query that sees nothing stays free of NaN
 QUERIES, KEYS = 256, 256  # of a tile
 # Segments of padding: equal to no document's, nor to each other.
 NO_QUERY, NO_KEY = -1, -2
@@ -23,14 +24,26 @@ einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def attention(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, q_segments_BT: jax.Array, k_segments_BS: jax.Array,
-    start: jax.Array | int = 0, window: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """(out [B, T, N, H], lse [B, T, N] float32): softmax over what each query sees, and the log of its sum.
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    q_segments_BT: jax.Array,
+    k_segments_BS: jax.Array,
+    start: jax.Array | int = 0,
+    window: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Compute attention and the log of the softmax's sum.
 
-    A query sees the keys of its own segment at or before its place, and within the window. start: the place of
-    the first query, counted from the first key; may be negative, may be traced. A query with nothing to see gives 0
-    and an lse of -1e30. Both results can be differentiated.
+    A query sees the keys of its segment at or before its position, and within the window.
+
+    Arguments:
+        q_segments_BT, k_segments_BS: int32 segment ids of queries and keys.
+        start: position of the first query, counted from the first key. It may be negative or traced.
+        window: int32 scalar: how many tokens a query sees, itself included. None: all.
+
+    Returns:
+        out [B, T, N, H] in the dtype of `q`, and lse [B, T, N] float32; 0 and -1e30 for a query that sees nothing.
+        Both can be differentiated.
     """
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
@@ -53,7 +66,7 @@ def _pad(x: jax.Array, axis: int, multiple: int, value: int = 0) -> jax.Array:
 def visits(
     tiles: tuple[int, int], q_segments_BT: jax.Array, k_segments_BS: jax.Array, start: jax.Array, window: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The first tile of keys that each tile of queries has to visit and the one after the last: int32 [B, tiles]."""
+    """Return the first tile of keys that each tile of queries has to visit, and the last plus one: int32 [B, tiles]."""
     tile, keys = tiles
     q = q_segments_BT.reshape(len(q_segments_BT), -1, 1, tile)
     k = k_segments_BS.reshape(len(k_segments_BS), 1, -1, keys)
@@ -66,12 +79,12 @@ def visits(
     count = k.shape[2]
     low = jnp.argmax(needed, axis=-1)
     high = count - jnp.argmax(needed[..., ::-1], axis=-1)
-    some = jnp.any(needed, axis=-1)
-    return jnp.where(some, low, 0).astype(jnp.int32), jnp.where(some, high, 0).astype(jnp.int32)
+    any_needed = jnp.any(needed, axis=-1)
+    return jnp.where(any_needed, low, 0).astype(jnp.int32), jnp.where(any_needed, high, 0).astype(jnp.int32)
 
 
 def _slice(x: jax.Array, b: jax.Array, start: jax.Array, size: int, axis: int) -> jax.Array:
-    """Row b of x, `size` from `start` on along `axis`."""
+    """Return row b of x, cut to `size` entries from `start` on along `axis`."""
     starts = [jnp.int32(0)] * x.ndim
     starts[0], starts[axis] = b, start
     sizes = (1, *(size if i == axis else n for i, n in enumerate(x.shape[1:], 1)))
@@ -79,7 +92,11 @@ def _slice(x: jax.Array, b: jax.Array, start: jax.Array, size: int, axis: int) -
 
 
 class _Grid:
-    """The tiles of one call, and what a pair of them sees of each other."""
+    """The tiles of one call, and the masked scores of a pair of them.
+
+    query_tiles: for every tile of queries of every row: the row, the tile's index, and the range of tiles of keys that
+    it visits, int32 [rows * tiles] each.
+    """
 
     def __init__(self, tiles: tuple[int, int], q_segments: jax.Array, k_segments: jax.Array, start, window) -> None:
         self.tile, self.keys = tiles
@@ -87,16 +104,16 @@ class _Grid:
         low, high = visits(tiles, q_segments, k_segments, start, window)
         self.rows, self.count = low.shape
         index = jnp.arange(self.rows * self.count, dtype=jnp.int32)
-        self.each = (index // self.count, index % self.count, low.reshape(-1), high.reshape(-1))
+        self.query_tiles = (index // self.count, index % self.count, low.reshape(-1), high.reshape(-1))
 
     def scores(self, q_KRH: jax.Array, k_KsH: jax.Array, b: jax.Array, i: jax.Array, j: jax.Array) -> jax.Array:
-        """Masked scores, float32 [K, R, s]."""
+        """Return masked scores, float32 [K, R, s], of query tile i and key tile j of row b."""
         query = self.start + i * self.tile + jnp.arange(self.tile)[:, None]
         key = j * self.keys + jnp.arange(self.keys)[None, :]
-        mine = _slice(self.q_segments, b, i * self.tile, self.tile, 1)
-        theirs = _slice(self.k_segments, b, j * self.keys, self.keys, 1)
-        allowed = (key <= query) & (query - key < self.window) & (mine[:, None] == theirs[None, :])
-        # Made once for all heads, not again in each of their fused loops: a CPU's vector units are the limit here.
+        q_segments = _slice(self.q_segments, b, i * self.tile, self.tile, 1)
+        k_segments = _slice(self.k_segments, b, j * self.keys, self.keys, 1)
+        allowed = (key <= query) & (query - key < self.window) & (q_segments[:, None] == k_segments[None, :])
+        # Computed once for all heads, not in the fused loop of every head: a CPU's vector units are the limit here.
         bias = jax.lax.optimization_barrier(jnp.where(allowed, 0.0, MASKED))
         s = einsum("krh,ksh->krs", q_KRH, k_KsH)
         K, R, _ = s.shape
@@ -113,29 +130,32 @@ def _forward(tiles, q_BKGTH, k_BKSH, v_BKSH, q_segments, k_segments, start, wind
     grid = _Grid(tiles, q_segments, k_segments, start, window)
     R = G * grid.tile
 
-    def tile(_, place):
-        b, i, low, high = place
+    def tile(_, query_tile):
+        b, i, low, high = query_tile
+        # q [K, R, H]: the tile's queries; the carry is the largest score [K, R, 1], the sum of exp(score - largest)
+        # [K, R, 1], and the values summed with these weights [K, R, H].
         q = _slice(q_BKGTH, b, i * grid.tile, grid.tile, 3).reshape(K, R, H)
 
         def visit(j, carry):
-            top, total, out = carry
+            largest, total, out = carry
             k, v = (_slice(x, b, j * grid.keys, grid.keys, 2) for x in (k_BKSH, v_BKSH))
             s = grid.scores(q, k, b, i, j)
-            new = jnp.maximum(top, jnp.max(s, axis=-1, keepdims=True))
-            p = jnp.exp(s - new)
-            scale = jnp.exp(top - new)
+            new_largest = jnp.maximum(largest, jnp.max(s, axis=-1, keepdims=True))
+            p = jnp.exp(s - new_largest)
+            scale = jnp.exp(largest - new_largest)
             out = out * scale + einsum("krs,ksh->krh", p.astype(v.dtype), v)
-            return new, total * scale + jnp.sum(p, axis=-1, keepdims=True), out
+            return new_largest, total * scale + jnp.sum(p, axis=-1, keepdims=True), out
 
-        begin = (jnp.full((K, R, 1), MASKED), jnp.zeros((K, R, 1)), jnp.zeros((K, R, H)))
-        top, total, out = jax.lax.fori_loop(low, high, visit, begin)
-        # Where nothing was seen, all of it was masked alike: the sums are of no meaning.
-        seen = top > 0.5 * MASKED
+        nothing_seen = (jnp.full((K, R, 1), MASKED), jnp.zeros((K, R, 1)), jnp.zeros((K, R, H)))
+        largest, total, out = jax.lax.fori_loop(low, high, visit, nothing_seen)
+        # Divide by the sum. Where all keys were masked, sums are meaningless and the result is 0.
+        seen = largest > 0.5 * MASKED
         out = jnp.where(seen, out / jnp.where(seen, total, 1.0), 0.0)
-        lse = jnp.where(seen, top + jnp.log(jnp.where(seen, total, 1.0)), MASKED)
+        lse = jnp.where(seen, largest + jnp.log(jnp.where(seen, total, 1.0)), MASKED)
         return None, (out.reshape(K, G, grid.tile, H).astype(q.dtype), lse.reshape(K, G, grid.tile))
 
-    _, (out, lse) = jax.lax.scan(tile, None, grid.each)
+    # Scan the tiles of queries, and put their results together in the order of the rows.
+    _, (out, lse) = jax.lax.scan(tile, None, grid.query_tiles)
     out = out.reshape(B, -1, K, G, grid.tile, H).transpose(0, 2, 3, 1, 4, 5).reshape(B, K, G, T, H)
     lse = lse.reshape(B, -1, K, G, grid.tile).transpose(0, 2, 3, 1, 4).reshape(B, K, G, T)
     out, lse = checkpoint_name(out, remat.ATTENTION), checkpoint_name(lse, remat.ATTENTION)
@@ -149,14 +169,15 @@ def _backward(tiles, saved, cotangents):
     grid = _Grid(tiles, q_segments, k_segments, start, window)
     R, dtype = G * grid.tile, q_BKGTH.dtype
     # d s = p * (d p - delta), with the cotangent of the log-sum in delta.
-    lse_BKGT = jnp.where(lse_BKGT > 0.5 * MASKED, lse_BKGT, 0.0)  # so that what sees nothing has a p of 0
+    lse_BKGT = jnp.where(lse_BKGT > 0.5 * MASKED, lse_BKGT, 0.0)  # so that a query that sees nothing has a p of 0
     delta_BKGT = jnp.sum(d_out_BKGTH.astype(jnp.float32) * out_BKGTH.astype(jnp.float32), axis=-1) - d_lse_BKGT
 
-    def tile(carry, place):
-        b, i, low, high = place
+    def tile(carry, query_tile):
+        b, i, low, high = query_tile
         q, do = (_slice(x, b, i * grid.tile, grid.tile, 3).reshape(K, R, H) for x in (q_BKGTH, d_out_BKGTH))
         do = do.astype(dtype)
         lse, delta = (_slice(x, b, i * grid.tile, grid.tile, 3).reshape(K, R, 1) for x in (lse_BKGT, delta_BKGT))
+        # dq [K, R, H] is summed over the tiles of keys, dk and dv over the tiles of queries, too.
 
         def visit(j, carry):
             dq, dk_BKHS, dv_BKHS = carry
@@ -164,22 +185,22 @@ def _backward(tiles, saved, cotangents):
             s = grid.scores(q, k, b, i, j)
             p = jnp.exp(s - lse)
             ds = (p * (einsum("krh,ksh->krs", do, v) - delta)).astype(dtype)
-            at = (b, jnp.int32(0), jnp.int32(0), j * grid.keys)
+            offsets = (b, jnp.int32(0), jnp.int32(0), j * grid.keys)
 
-            def added(whole, part):
-                old = jax.lax.dynamic_slice(whole, at, (1, *part.shape))
-                return jax.lax.dynamic_update_slice(whole, old + part[None], at)
+            def add_to_tile(sum_BKHS, term_KHs):
+                old = jax.lax.dynamic_slice(sum_BKHS, offsets, (1, *term_KHs.shape))
+                return jax.lax.dynamic_update_slice(sum_BKHS, old + term_KHs[None], offsets)
 
-            dv_BKHS = added(dv_BKHS, einsum("krh,krs->khs", do, p.astype(dtype)))
-            dk_BKHS = added(dk_BKHS, einsum("krh,krs->khs", q, ds))
+            dv_BKHS = add_to_tile(dv_BKHS, einsum("krh,krs->khs", do, p.astype(dtype)))
+            dk_BKHS = add_to_tile(dk_BKHS, einsum("krh,krs->khs", q, ds))
             return dq + einsum("krs,ksh->krh", ds, k), dk_BKHS, dv_BKHS
 
         dq, *sums = jax.lax.fori_loop(low, high, visit, (jnp.zeros((K, R, H)), *carry))
         return tuple(sums), dq.reshape(K, G, grid.tile, H).astype(dtype)
 
-    # Keys last: a CPU's products then take p and ds as they lie.
+    # Keys are the last axis: a CPU's products then take p and ds untransposed.
     zeros = jnp.zeros((B, K, H, k_BKSH.shape[2]), jnp.float32)
-    (dk, dv), dq = jax.lax.scan(tile, (zeros, zeros), grid.each)
+    (dk, dv), dq = jax.lax.scan(tile, (zeros, zeros), grid.query_tiles)
     dk, dv = dk.swapaxes(2, 3), dv.swapaxes(2, 3)
     dq = dq.reshape(B, -1, K, G, grid.tile, H).transpose(0, 2, 3, 1, 4, 5).reshape(B, K, G, T, H)
     return dq, dk.astype(k_BKSH.dtype), dv.astype(v_BKSH.dtype), None, None, None, None

@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from bmjax.config import UserError
-from bmjax.io.safetensors import SharedWriter, Writer
+from bmjax.io.safetensors import SharedWriter
 from bmjax.merge.__main__ import main
 from bmjax.merge.engine.files import merge
 from tests.merge.reference import SMALL, hf_dir, hf_tensors
@@ -49,9 +49,9 @@ def write_large(root: Path, rows: int, tensors: int) -> None:
         (root / name).mkdir()
         plan = [(f"model.layers.{k}.up.weight", np.dtype(ml_dtypes.bfloat16), shape) for k in range(tensors)]
         change = 0.001 * (rng.random(shape, np.float32) - 0.5)
-        with Writer(root / name, plan, 2 * base.nbytes) as writer:
+        with SharedWriter(root / name, plan, 2 * base.nbytes) as writer:
             for k, (tensor, dtype, _) in enumerate(plan):
-                writer.write(tensor, (np.roll(base, k, 0) + (i > 0) * np.roll(change, 7 * k, 1)).astype(dtype))
+                writer.write(tensor, 0, (np.roll(base, k, 0) + (i > 0) * np.roll(change, 7 * k, 1)).astype(dtype))
         (root / name / "config.json").write_text(json.dumps({"model_type": "other", "made for": name}))
         (root / name / "additional_chat_templates").mkdir()
         (root / name / "additional_chat_templates/tools.jinja").write_text(name)

@@ -10,7 +10,7 @@ import pytest
 from bmjax.config import UserError
 from bmjax.model.attention import rows, tiles
 from bmjax.model.attention.dispatch import causal_attention
-from bmjax.model.attention.options import How
+from bmjax.model.attention.options import AttentionOptions
 from bmjax.parallel.mesh import make_mesh
 from tests.model.attention.reference import assert_equal_to_dense, packed, value_and_gradients
 
@@ -21,6 +21,7 @@ MESHES = {
     "context 4": {"context": 4, "tensor": 2},
     "context 8": {"context": 8},
 }
+EXCHANGES = ("ulysses", "gather", "ring")
 
 
 @pytest.mark.parametrize(
@@ -41,39 +42,41 @@ TOKAMAX = pytest.param("tokamax", marks=needs_tokamax)
 def test_heads_in_groups(backend, heads):
     length = 1100 if backend == "xla" else 256
     assert_equal_to_dense(
-        lambda *x: causal_attention(*x, None, How(backend, interpret=True)), packed(1, length, *heads, 16)
+        lambda *x: causal_attention(*x, None, AttentionOptions(backend, interpret=True)), packed(1, length, *heads, 16)
     )
 
 
-@pytest.mark.parametrize(("mesh", "how", "kv_heads"), [
+@pytest.mark.parametrize(("mesh", "exchange", "kv_heads"), [
     ("batch", "auto", 2), ("tensor", "auto", 8), ("tensor", "auto", 2),
-    *((mesh, how, 2) for mesh in ("context 2", "context 4", "context 8") for how in ("ulysses", "gather", "ring")),
-    *(("context 4", how, 8) for how in ("ulysses", "gather", "ring")),
+    *((mesh, exchange, 2) for mesh in ("context 2", "context 4", "context 8") for exchange in EXCHANGES),
+    *(("context 4", exchange, 8) for exchange in EXCHANGES),
 ])  # fmt: skip
-def test_meshes(mesh, how, kv_heads):
+def test_meshes(mesh, exchange, kv_heads):
     with jax.set_mesh(make_mesh(MESHES[mesh])):
         inputs = packed(8, 64, 8, kv_heads, 8, seed=1)
-        assert_equal_to_dense(lambda *x: causal_attention(*x, None, How("xla", how)), inputs)
+        assert_equal_to_dense(lambda *x: causal_attention(*x, None, AttentionOptions("xla", exchange)), inputs)
 
 
 @pytest.mark.parametrize("backend", ["splash", TOKAMAX])
-@pytest.mark.parametrize("how", ["ulysses", "gather", "ring"])
-def test_kernels_on_a_mesh(how, backend):
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_kernels_on_a_mesh(exchange, backend):
     with jax.set_mesh(make_mesh({"fsdp": 2, "context": 2, "tensor": 2})):
         inputs = packed(2, 256, 8, 2, 16, seed=2)
-        assert_equal_to_dense(lambda *x: causal_attention(*x, None, How(backend, how, interpret=True)), inputs)
+        assert_equal_to_dense(
+            lambda *x: causal_attention(*x, None, AttentionOptions(backend, exchange, interpret=True)), inputs
+        )
 
 
-@pytest.mark.parametrize("how", ["ulysses", "gather", "ring"])
-def test_windows_on_a_mesh(how):
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_windows_on_a_mesh(exchange):
     with jax.set_mesh(make_mesh({"context": 4, "tensor": 2})):
         inputs = packed(1, 512, 8, 4, 8, seed=3)
-        function = lambda *x: causal_attention(*x, jnp.int32(50), How("xla", how))  # noqa: E731
+        function = lambda *x: causal_attention(*x, jnp.int32(50), AttentionOptions("xla", exchange))  # noqa: E731
         assert_equal_to_dense(function, inputs, window=50)
 
 
 @pytest.mark.parametrize("shape", [(3, 60, 8, 2), (8, 60, 6, 3), (8, 63, 7, 7)])
-def test_what_the_mesh_does_not_divide_stays_whole(shape):
+def test_indivisible_rows_and_heads_stay_whole(shape):
     with jax.set_mesh(make_mesh({"fsdp": 2, "context": 2, "tensor": 2})):
         assert_equal_to_dense(causal_attention, packed(*shape, 8))
 
@@ -84,7 +87,7 @@ def test_what_the_mesh_does_not_divide_stays_whole(shape):
 def test_packed_equals_alone(backend, length):
     """Each document of a row whatever lies around it: nothing of another enters, not a bit."""
     q, k, v, segments, weight = packed(1, length, 4, 2, 16, seed=4)
-    run = value_and_gradients(lambda *x: causal_attention(*x, None, How(backend, interpret=True)))
+    run = value_and_gradients(lambda *x: causal_attention(*x, None, AttentionOptions(backend, interpret=True)))
     whole = run(q, k, v, segments, weight)
     for document in np.unique(segments):
         others = (segments != document)[..., None, None]
@@ -111,8 +114,8 @@ def test_a_query_with_nothing_to_see():
     assert not np.any(out) and np.all(lse == tiles.MASKED)
 
 
-@pytest.mark.parametrize("how", ["values", "gradients"])
-def test_log_sums(how):
+@pytest.mark.parametrize("compared", ["values", "gradients"])
+def test_log_sums(compared):
     q, k, v, segments, _ = packed(1, 96, 2, 2, 8, seed=9)
 
     def dense(q, k):
@@ -125,7 +128,7 @@ def test_log_sums(how):
     def tiled(q, k):
         return tiles.attention(q, k, v, segments, segments)[1]
 
-    if how == "values":
+    if compared == "values":
         np.testing.assert_allclose(tiled(q, k), dense(q, k), atol=1e-5)
         return
     weight = np.random.default_rng(10).normal(size=(1, 96, 2))
@@ -170,9 +173,9 @@ def test_long_rows_never_build_the_square():
 def test_splash_says_why_it_cannot(length, window, message):
     q, k, v, segments, _ = packed(1, length, 2, 1, 8)
     with pytest.raises(UserError, match=message):
-        causal_attention(q, k, v, segments, window, How("splash"))
+        causal_attention(q, k, v, segments, window, AttentionOptions("splash"))
 
 
 def test_ulysses_needs_heads():
     with jax.set_mesh(make_mesh({"context": 4, "tensor": 2})), pytest.raises(UserError, match="ulysses gives each"):
-        causal_attention(*packed(1, 64, 4, 2, 8)[:4], None, How("xla", "ulysses"))
+        causal_attention(*packed(1, 64, 4, 2, 8)[:4], None, AttentionOptions("xla", "ulysses"))

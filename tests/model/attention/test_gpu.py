@@ -17,7 +17,7 @@ from bmjax.config import UserError
 from bmjax.model import qwen2
 from bmjax.model.attention import cudnn
 from bmjax.model.attention.dispatch import backend, causal_attention
-from bmjax.model.attention.options import How
+from bmjax.model.attention.options import AttentionOptions
 from bmjax.model.ops import document_changes
 from bmjax.parallel.mesh import make_mesh
 from tests.model.attention.reference import dense, packed, value_and_gradients
@@ -45,10 +45,10 @@ def distance(a, b) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
-def assert_near_dense(how, inputs):
+def assert_near_dense(options, inputs):
     """In bfloat16, within 1 % of the float32 formula of the same inputs."""
     inputs = rounded(inputs)
-    got = value_and_gradients(lambda *x: causal_attention(*x, None, how).astype(jnp.float32))(*inputs)
+    got = value_and_gradients(lambda *x: causal_attention(*x, None, options).astype(jnp.float32))(*inputs)
     exact = (*(x.astype(jnp.float32) for x in inputs[:3]), *inputs[3:])
     with jax.default_matmul_precision("highest"):
         want = value_and_gradients(dense)(*exact)
@@ -64,14 +64,14 @@ def assert_near_dense(how, inputs):
 )
 def test_kernels(name, heads, length, size, documents):
     inputs = packed(2, length, *heads, size, documents=documents)
-    assert_near_dense(How(name, documents=most_documents(inputs[3])), inputs)
+    assert_near_dense(AttentionOptions(name, documents=most_documents(inputs[3])), inputs)
 
 
 @needs_gpu
 @pytest.mark.parametrize("name", BACKENDS)
 def test_one_document_of_whole_rows(name):
     q, k, v, segments, weight = packed(2, 1024, 8, 2, 128, seed=1)
-    assert_near_dense(How(name, documents=1), (q, k, v, np.ones_like(segments), weight))
+    assert_near_dense(AttentionOptions(name, documents=1), (q, k, v, np.ones_like(segments), weight))
 
 
 @needs_gpu
@@ -79,7 +79,7 @@ def test_one_document_of_whole_rows(name):
 def test_kernels_on_a_mesh(name):
     inputs = packed(2, 1024, 8, 2, 128, seed=2)
     with jax.set_mesh(make_mesh({"fsdp": -1})):
-        assert_near_dense(How(name, documents=16), inputs)
+        assert_near_dense(AttentionOptions(name, documents=16), inputs)
 
 
 @needs_gpu
@@ -87,8 +87,8 @@ def test_kernels_on_a_mesh(name):
 def test_packed_equals_alone(name):
     """Whatever lies around a document, its values are the same to the bit, and its gradients but for their order."""
     q, k, v, segments, weight = rounded(packed(1, 2048, 8, 2, 128, seed=3))
-    how = How(name, documents=most_documents(segments))
-    run = value_and_gradients(lambda *x: causal_attention(*x, None, how).astype(jnp.float32))
+    options = AttentionOptions(name, documents=most_documents(segments))
+    run = value_and_gradients(lambda *x: causal_attention(*x, None, options).astype(jnp.float32))
     whole = run(q, k, v, segments, weight)
     for document in np.unique(segments):
         mine = segments == document
@@ -113,13 +113,13 @@ def test_a_model_by_cudnn(remat):
     segments = np.sort(rng.integers(1, 4, (2, 128)), axis=1).astype(np.int32)
     params = jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), params)
 
-    def total(how, params):
-        return qwen2.loss_sum(
-            config, params, tokens, np.ones_like(tokens), segments, dtype=jnp.bfloat16, remat=remat, how=how
-        )[0]
+    def total(options, params):
+        kinds = {"dtype": jnp.bfloat16, "remat": remat, "attention_options": options}
+        return qwen2.loss_sum(config, params, tokens, np.ones_like(tokens), segments, **kinds)[0]
 
     (loss, grads), (want_loss, want) = (
-        jax.jit(jax.value_and_grad(partial(total, how)))(params) for how in (How("cudnn", documents=3), How("xla"))
+        jax.jit(jax.value_and_grad(partial(total, options)))(params)
+        for options in (AttentionOptions("cudnn", documents=3), AttentionOptions("xla"))
     )
     assert abs(float(loss) / float(want_loss) - 1) < 5e-3
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(want), strict=True):
@@ -129,7 +129,7 @@ def test_a_model_by_cudnn(remat):
 @needs_gpu
 def test_auto():
     q = jax.ShapeDtypeStruct((1, 1024, 8, 128), jnp.bfloat16)
-    assert backend(How(documents=4), q, False) == ("cudnn" if cudnn.runs_here() else "xla")
+    assert backend(AttentionOptions(documents=4), q, False) == ("cudnn" if cudnn.runs_here() else "xla")
 
 
 def test_extents():
@@ -147,11 +147,11 @@ def test_extents():
     ({"window": 5}, "no sliding window"),
 ])  # fmt: skip
 def test_cudnn_says_why_it_cannot(change, message):
-    given = {"dtype": jnp.bfloat16, "size": 64, "documents": 2, "window": None} | change
-    x = jnp.zeros((1, 32, 2, given["size"]), given["dtype"])
+    case = {"dtype": jnp.bfloat16, "size": 64, "documents": 2, "window": None} | change
+    x = jnp.zeros((1, 32, 2, case["size"]), case["dtype"])
     segments = jnp.ones((1, 32), jnp.int32)
     with pytest.raises(UserError, match=message):
-        causal_attention(x, x, x, segments, given["window"], How("cudnn", documents=given["documents"]))
+        causal_attention(x, x, x, segments, case["window"], AttentionOptions("cudnn", documents=case["documents"]))
 
 
 @pytest.mark.parametrize("remat", ["full", "save_attention", "minimal"])
@@ -166,8 +166,10 @@ def test_cudnn_runs_once_where_its_result_is_kept(remat, monkeypatch):
     tokens = np.ones((1, 64), np.int32)
 
     def total(params):
-        how = How("cudnn", documents=3)
-        return qwen2.loss_sum(config, params, tokens, tokens, tokens, dtype=jnp.bfloat16, remat=remat, how=how)[0]
+        options = AttentionOptions("cudnn", documents=3)
+        return qwen2.loss_sum(
+            config, params, tokens, tokens, tokens, dtype=jnp.bfloat16, remat=remat, attention_options=options
+        )[0]
 
     text = str(jax.make_jaxpr(jax.grad(total))(params))
     assert text.count("dot_product_attention_fwd_wrapper") == (2 if remat == "full" else 1)
