@@ -1,4 +1,4 @@
-"""A run in words, tables and pictures: report.html, and the tables for a terminal and a README."""
+"""A run in words, tables and pictures. `bmjax run` calls write_report and summary_table."""
 
 from bmjax.report.page import write_report
 from bmjax.report.tables import markdown_table, summary_table

@@ -1,130 +1,131 @@
-"""report.html: one file with its style and figures inside, no script, nothing loaded from elsewhere."""
+"""Writes a run's report: report.html, figures/*.svg and table.md. Called by `bmjax run`.
 
-from collections.abc import Mapping, Sequence
-from html import escape
+The page is one file with its style and figures inside, without scripts; it loads nothing. What it says stands in
+templates/. This module reads the run, draws the figures and hands both to the templates.
+"""
+
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
+from markupsafe import escape
 
 from bmjax.io.atomic import write_atomic
-from bmjax.report.markup import bar, decimal, missing, section, table, words
-from bmjax.report.process import merges, moves, selected, training
-from bmjax.report.results import bars, chosen_merge, scores
-from bmjax.report.style import CSS
-from bmjax.report.tables import EMPTY, headline, number
-
-NAME = "report.html"
-# The browser itself refuses to load anything: what the page shows is in the page.
-POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+from bmjax.report import figures
+from bmjax.report.figures import Panel
+from bmjax.report.records import kept, layers, read_all, read_curves, read_merge
+from bmjax.report.render import number, render
+from bmjax.report.tables import MEASURES, columns, headline, interval, markdown_table
 
 
 def write_report(directory: Path, report: Mapping[str, Any]) -> Path:
-    """Write DIRECTORY/report.html from report.json's content and the run's metrics and merge reports.
+    """Write DIRECTORY/report.html, its figures as DIRECTORY/figures/*.svg and its first table as DIRECTORY/table.md.
 
-    The same input gives the same bytes. A file that is missing or broken is named where its figure would stand.
+    The same input gives the same bytes. A missing or broken file of the run is named where its figure would stand.
+
+    Arguments:
+        directory: the run's directory, with the metrics and merge reports that `report` names.
+        report: content of report.json.
+    Returns:
+        The path of report.html.
+    Raises:
+        UserError: a file cannot be written.
     """
-    directory = Path(directory)
-    path = directory / NAME
-    write_atomic(path, page(directory, report))
-    return path
-
-
-def page(directory: Path, report: Mapping[str, Any]) -> str:
-    """The HTML of a run's report."""
-    models = report["models"]
-    sections = [
-        section("Models and domains", scores(models)),
-        section("Accuracy", bars(models, "accuracy")),
-        section("Held-out loss", bars(models, "loss")),
-        section("Training", training(directory, models)),
-        section("How far the branches moved", moves(directory, models)),
-        section("What the merges kept", merges(directory, report)),
-        section("How the merge was chosen", chosen_merge(report.get("chosen") or {})),
-        section("What the selection kept", selected(report.get("selection") or {})),
-        section("Time and memory", _stages(report.get("stages") or {})),
-        section("Versions and config", _versions(report)),
+    models, chosen = report["models"], report.get("chosen") or {}
+    winner = f"merge/{chosen.get('merge')}"
+    # Read the run. "merged" is a copy of the winner.
+    branches = {name: entry for name, entry in models.items() if name != "backbone"}
+    curves, no_loss = read_all(models, "metrics", partial(read_curves, directory, key="loss"))
+    moves, no_move = read_all(branches, "metrics", partial(read_curves, directory, key="move"))
+    merges, no_merge = read_all(models, "merge_report", partial(read_merge, directory))
+    if winner in merges:
+        merges.pop("merged", None)
+    # Draw the figures. Trainings that start from the backbone share one scale.
+    table = columns(models)
+    panels: dict[str, list[Panel]] = {}
+    for measure in MEASURES:
+        group = enumerate(column for column in table if column.measure is measure and not column.mean)
+        panels[measure.key] = [figures.bars(column, f"{measure.key}{i}") for i, column in group]
+    shared = figures.loss_limits([curve["loss"] for name, curve in curves.items() if name != "backbone"])
+    panels["training"] = [
+        figures.loss_curve(name, curve["loss"], None if name == "backbone" else shared, f"curve{i}")
+        for i, (name, curve) in enumerate(curves.items())
     ]
-    sentences = "".join(f"<p>{words(sentence)}</p>\n" for sentence in headline(report))
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
-        f"<title>bmjax: branch-merge run</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n"
-        f'<header class="headline">\n<h1>Branch-merge run</h1>\n{sentences}</header>\n'
-        f"{''.join(sections)}</main>\n</body>\n</html>\n"
+    panels["moves"] = [figures.move_curves(moves, "move")] if moves else []
+    merge_panels, dense, moved = _draw_merges(merges, winner)
+    panels |= merge_panels
+    # Validation scores stand under the names of the test table.
+    validation = {}
+    for name, scores in (chosen.get("validation") or {}).items():
+        mark = " (chosen)" if name == chosen.get("merge") else ""
+        validation[name if name == "backbone" else f"merge/{name}{mark}"] = {"scores": scores}
+    page = render(
+        "page.html.jinja",
+        **{key: report.get(key) or {} for key in ("models", "chosen", "selection", "stages", "versions", "config")},
+        colours=figures.COLOURS,
+        role=figures.role,
+        interval=interval,
+        measures=MEASURES,
+        headline=headline(report),
+        columns=table,
+        panels=panels,
+        curves=curves,
+        merges={name: kept(merge.get("total")) for name, merge in merges.items()},
+        lacking={"loss": no_loss, "move": no_move, "merges": no_merge},
+        winner=winner,
+        dense=dense,
+        moved=moved,
+        validation=validation,
+        validation_columns=columns(validation),
+        phases=_phases(report.get("stages") or {}),
+        config_text=escape(yaml.safe_dump(report.get("config") or {}, sort_keys=False, allow_unicode=True, width=100)),
     )
+    for panel in (panel for group in panels.values() for panel in group):
+        write_atomic(directory / "figures" / f"{panel.name}.svg", panel.svg)
+    write_atomic(directory / "table.md", markdown_table(report))
+    write_atomic(directory / "report.html", page)
+    return directory / "report.html"
 
 
-def _stages(stages: Mapping[str, Any]) -> str:
-    if not stages:
-        return missing("The run recorded no stage.")
-    groups: dict[str, list[tuple[float, float | None]]] = {}
-    for name, own in stages.items():
-        groups.setdefault(name.split("/")[0], []).append(
-            (number(own.get("seconds")) or 0.0, number(own.get("peak_rss_mib")))
-        )
-    total = sum(seconds for group in groups.values() for seconds, _ in group)
-    rows = []
-    for name, group in groups.items():
-        seconds = sum(s for s, _ in group)
-        rows.append(
-            [
-                words(name),
-                str(len(group)),
-                _time(seconds),
-                bar(seconds / total if total else 0.0),
-                _peak([peak for _, peak in group]),
-            ]
-        )
-    rows.append(
-        [
-            "<b>all</b>",
-            str(len(stages)),
-            f"<b>{_time(total)}</b>",
-            "",
-            _peak([peak for group in groups.values() for _, peak in group]),
-        ]
-    )
-    single = [
-        [words(name), decimal(own.get("seconds"), 1, 1), decimal(own.get("peak_rss_mib"), 1, 0)]
-        for name, own in stages.items()
-    ]
-    phases = table(["phase", "stages", "time", "share", "peak memory, MiB"], rows)
-    every = table(["stage", "seconds", "peak memory, MiB"], single)
-    return f"{phases}\n<details><summary>Every stage</summary>\n{every}\n</details>"
+def _draw_merges(
+    merges: Mapping[str, Mapping[str, Any]], winner: str
+) -> tuple[dict[str, list[Panel]], list[str], list[str]]:
+    """Draw what the merges took from each layer, the winner first.
+
+    Returns:
+        The panels: "kept" of each merge that leaves entries out, and "change" of every branch by layer.
+        The merges that leave nothing out.
+        The merge whose changes are drawn, if there is one that can show them.
+    """
+    names = sorted(merges, key=lambda name: name != winner)
+    rows = {name: layers(merges[name]) for name in names}
+    cells = {name: [cell for row in rows[name].values() for cell in row] for name in names}
+    dense = [name for name in names if cells[name] and all(cell.kept == 1 for cell in cells[name])]
+    # Layers make a table where all went through the same steps with the same models.
+    even = [name for name in names if len({tuple((c.step, c.model) for c in row) for row in rows[name].values()}) == 1]
+    kept_panels = []
+    for i, name in enumerate(name for name in even if name not in dense):
+        title = name.removeprefix("merge/") + (" (chosen)" if name in (winner, "merged") else "")
+        kept_panels.append(figures.heat(title, f"{name}: share kept", rows[name], lambda c: c.kept, f"kept{i}"))
+    # Changes are the branches' own in a merge of one step in which no branch is itself the reference.
+    single = [name for name in even if len({c.step for c in cells[name]}) == 1]
+    moved = [n for n in single if {c.model for c in cells[n]} == {c.model for c in cells[n] if c.move > 0}][:1]
+    title, what = "change by layer, % of its norm", "Change of each branch by layer"
+    changes = [figures.heat(title, what, rows[name], lambda c: c.move, "change") for name in moved]
+    return {"kept": kept_panels, "change": changes}, dense, moved
 
 
-def _peak(peaks: Sequence[float | None]) -> str:
-    known = [peak for peak in peaks if peak is not None]
-    return f"{max(known):,.0f}" if known else EMPTY
+def _phases(stages: Mapping[str, Any]) -> list[tuple[str, int, float, float | None]]:
+    """Return name, number of stages, seconds and highest peak memory in MiB of each phase, at last of the whole run.
 
-
-def _time(seconds: float) -> str:
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s"
-    return (
-        f"{whole // 60} min {whole % 60:02d} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    )
-
-
-def _versions(report: Mapping[str, Any]) -> str:
-    versions = report.get("versions") or {}
-    rows = [[words(name), words(value)] for name, value in versions.items()]
-    known = table(["package", "version"], rows, 2) if rows else missing("The run recorded no versions.")
-    paths = [[words(name), words(entry.get("hf") or EMPTY)] for name, entry in report["models"].items()]
-    where = f"<details><summary>Where each model lies</summary>\n{table(['model', 'directory'], paths, 2)}\n</details>"
-    text = yaml.safe_dump(_plain(report.get("config") or {}), sort_keys=False, allow_unicode=True, width=100)
-    return (
-        f"{known}\n{where}\n<details><summary>The config of this run</summary>\n<pre>{escape(text)}</pre>\n</details>"
-    )
-
-
-def _plain(value: Any) -> Any:
-    """Values that YAML can write: what JSON knows as it is, all else as text."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(own) for key, own in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(own) for own in value]
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+    A stage's phase is the first part of its name.
+    """
+    phases = []
+    for name in [*dict.fromkeys(stage.split("/")[0] for stage in stages), "all"]:
+        group = [stage for key, stage in stages.items() if name in ("all", key.split("/")[0])]
+        seconds = sum(number(stage.get("seconds")) or 0.0 for stage in group)
+        peaks = [peak for stage in group if (peak := number(stage.get("peak_rss_mib"))) is not None]
+        phases.append((name, len(group), seconds, max(peaks, default=None)))
+    return phases
