@@ -13,6 +13,22 @@ from bmjax.cli.parser import Command, choice, option
 from bmjax.errors import UserError
 
 
+def _demo(options: Namespace) -> None:
+    from bmjax.demo.run import run_demo
+    from bmjax.parallel.start import use_cpu_cores, use_gpu_memory
+
+    use_cpu_cores()
+    use_gpu_memory()
+    run_demo(options.output, options.overrides)
+
+
+def _demo_keys() -> str:
+    from bmjax.config import describe
+    from bmjax.demo.settings import DemoSettings
+
+    return "\n".join(["keys, beside those of `bmjax run`:", *describe(DemoSettings)])
+
+
 def _run(options: Namespace) -> None:
     from bmjax.parallel.start import use_cpu_cores, use_gpu_memory
     from bmjax.pipeline.phases import run
@@ -81,6 +97,11 @@ def _convert(options: Namespace) -> None:
 
 
 _ROWS = (
+    Command(
+        "demo", "the whole experiment in small, with problems and a teacher of its own; no config needed", _demo,
+        words=(), details=_demo_keys,
+        options=(option("--output", metavar="DIR", help="directory of the run (runs/demo)"),),
+    ),
     Command(
         "run", "the whole experiment: teacher, branches, merges, mixture, scores, report.html", _run,
         settings="bmjax.pipeline.settings:RunSettings",

@@ -113,7 +113,7 @@ def _accuracy(
     for number, (where, row) in enumerate(rows):
         mine = range(number * settings.samples, (number + 1) * settings.samples)
         try:
-            verdicts = [verify(task.kind or name, row["reference"], answers[i]) for i in mine]
+            verdicts = [verify(task.kind or name, row["reference"], answers[i], settings.run_programs) for i in mine]
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
         right.append([verdict.verdict == "right" for verdict in verdicts])

@@ -38,6 +38,7 @@ class EvalSettings(Settings):
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling; 0.95 with temperature 0.6")
     samples: int = Field(1, ge=1, description="answers a question; accuracy is their mean (avg@k)")
     seed: int = Field(0, description="of the sampling")
+    run_programs: bool = Field(False, description="run answers that are programs against their tests (not a sandbox)")
     batch: int = Field(64, ge=1, description="rows generated or scored at once")
     compute_dtype: Literal["bfloat16", "float32"] = Field("float32", description="of weights and activations")
     mesh: dict[str, int] = Field({"data": -1}, description="devices along data, fsdp, context, tensor; -1: the rest")
