@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 from bmjax.cli.merge import main
 from bmjax.config import UserError
 from bmjax.io.safetensors import SharedWriter, Writer
+from bmjax.merge.engine import chunks, files, journal, stream
 from bmjax.merge.engine.files import merge
 from tests.merge.reference import SMALL, hf_dir, hf_tensors
 
@@ -432,7 +433,7 @@ def test_a_full_disk_changes_nothing(models, monkeypatch, capsys, function, call
 
 def test_too_little_space_is_known_before_anything_is_read(models, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 5000, 5000))
-    monkeypatch.setattr("bmjax.merge.engine.files.Stream", None)
+    monkeypatch.setattr(files, "Stream", None)
     with pytest.raises(UserError, match=r"out: the result takes .* KB, 5\.0 KB are free there"):
         merge(TIES, "out")
     assert not (models / "out").exists() and hidden(models) == []
@@ -464,10 +465,10 @@ def test_a_limit_on_files_changes_nothing(models):
 
 @pytest.mark.parametrize("method", ["linear", "ties", "dare_ties", "della", "arcee_fusion", "sce", "karcher"])
 def test_small_chunks_give_the_same_bytes_in_any_memory(models, monkeypatch, method):
-    for module in ("chunks", "stream", "journal"):
-        monkeypatch.setattr(f"bmjax.merge.{module}.CHUNK", 512)
-    monkeypatch.setattr("bmjax.merge.engine.chunks.COLUMNS", 32)
-    monkeypatch.setattr("bmjax.merge.engine.chunks.SAMPLE", 64)
+    for module in (chunks, stream, journal):
+        monkeypatch.setattr(module, "CHUNK", 512)
+    monkeypatch.setattr(chunks, "COLUMNS", 32)
+    monkeypatch.setattr(chunks, "SAMPLE", 64)
     recipe = {"merge_method": method, "models": ["math", "code", "science"]}
     if method not in ("linear", "karcher"):
         recipe["base_model"] = "base"
