@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from bmjax.calibrate.recipe import CalibratedRecipe, CalibrationSettings, is_calibrated
 from bmjax.config import DISK_ERRORS, UserError, describe, disk_error
 from bmjax.merge.methods import METHODS
+from bmjax.merge.methods.method import WITHOUT_EFFECT
 from bmjax.merge.plan.check import check
 from bmjax.merge.plan.output import parse_size
 from bmjax.merge.recipe.recipe import Recipe, read_recipe
@@ -64,6 +65,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _methods() -> str:
     lines = ["methods and their parameters (a * marks those given per model, or once for all):"]
+    lines += [f"  all accept {p.name}, which has no effect: {p.about.text}" for p in WITHOUT_EFFECT.values()]
     for method in METHODS.values():
         least, most = method.branches
         count = f"{least} or more" if most is None else str(least) if least == most else f"{least} to {most}"
@@ -72,7 +74,7 @@ def _methods() -> str:
         lines += [f"    {line}".rstrip() for line in method.summary.splitlines()]
         for p in method.parameters.values():
             default = "none" if p.default is None else str(p.default).lower()
-            title = f"{p.name}{'*' if p.about.each else ''}: {default}"
+            title = f"{p.name}{'*' if p.about.per_model else ''}: {default}"
             lines.append(f"      {title:<18} {p.expected}. {p.about.text[:1].upper()}{p.about.text[1:]}.")
     lines += ["", "  learned, regmean: base_model and 1 or more models, each with `data:` (rows of its domain)"]
     lines += [

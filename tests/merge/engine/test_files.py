@@ -54,12 +54,12 @@ def test_what_is_kept_of_a_tensor_goes_with_it(method, models, monkeypatch):
     """Without a garbage collector: its inputs would wait for that, gigabytes of them."""
     jobs = []
 
-    class Watched(stream.Job):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
+    class Watched(stream.ChunkCache):
+        def __init__(self, *arguments, **keywords):
+            super().__init__(*arguments, **keywords)
             jobs.append(weakref.ref(self))
 
-    monkeypatch.setattr(stream, "Job", Watched)
+    monkeypatch.setattr(stream, "ChunkCache", Watched)
     gc.disable()
     try:
         merge({"merge_method": method, "base_model": "science", "models": ["math", "code"]}, "out")
@@ -79,6 +79,18 @@ def test_the_papers_two_steps_take_the_last_base(models):
         mid = fuse(MODELS["science"][key], MODELS["math"][key]).astype(np.float32)
         np.testing.assert_array_equal(tensor, fuse(MODELS["code"][key], mid).astype(np.float32), err_msg=key)
     assert json.loads((models / "out/tokenizer.json").read_text()) == {"made for": "code"}
+
+
+def test_steps_may_differ_in_their_number_of_models(models):
+    steps = [
+        {"name": "mean", "merge_method": "linear", "models": ["math", "code"]},
+        {"name": "end", "merge_method": "task_arithmetic", "base_model": "science", "models": ["mean"]},
+    ]
+    report = merge({"steps": steps}, "out")
+    for key, tensor in load_file("out/model.safetensors").items():
+        mean = (MODELS["math"][key].astype(np.float64) + MODELS["code"][key]) / 2
+        np.testing.assert_allclose(tensor, mean, atol=1e-6)
+    assert {step: len(report["total"][step]["models"]) for step in ("mean", "end")} == {"mean": 2, "end": 1}
 
 
 @pytest.mark.parametrize("asked, stored", [({}, "bfloat16"), ({"dtype": "float32"}, "float32"),

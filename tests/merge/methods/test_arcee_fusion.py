@@ -7,7 +7,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from bmjax.io.safetensors import open_checkpoint
 from bmjax.merge.engine.files import merge
-from bmjax.merge.engine.trees import merge_arrays
 from bmjax.merge.recipe.recipe import read_recipe
 from bmjax.parallel.mesh import make_mesh
 from tests.merge.reference import (
@@ -19,6 +18,7 @@ from tests.merge.reference import (
     hf_dir,
     jaccard,
     leaf,
+    merge_arrays,
     real_sized,
     softmax,
 )

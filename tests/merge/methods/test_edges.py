@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 
 from bmjax.config import UserError
-from bmjax.merge.engine.trees import merge_arrays
 from bmjax.merge.methods import METHODS
 from tests.merge.cases import CASES, SHAPE, assert_near, has_base, label, method_of
 from tests.merge.formulas import FORMULAS, exact
-from tests.merge.reference import heavy_tailed, jaccard, leaf, real_sized
+from tests.merge.reference import heavy_tailed, jaccard, leaf, merge_arrays, real_sized
 
 
 def one_changed(n):

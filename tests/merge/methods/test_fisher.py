@@ -4,8 +4,7 @@ from safetensors.numpy import load_file
 
 from bmjax.config import UserError
 from bmjax.merge.engine.files import merge
-from bmjax.merge.engine.trees import merge_arrays
-from tests.merge.reference import heavy_tailed, hf_dir, real_sized
+from tests.merge.reference import heavy_tailed, hf_dir, merge_arrays, real_sized
 
 SHAPE = (48, 64)
 

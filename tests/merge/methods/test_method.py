@@ -6,13 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from bmjax.merge.engine.trees import merge_arrays
 from bmjax.merge.methods.method import Block, random_bits
 from bmjax.merge.recipe.recipe import read_recipe
 from bmjax.merge.report.statistics import keys
 from tests.merge.cases import SHAPE
 from tests.merge.formulas import exact, uniform
-from tests.merge.reference import heavy_tailed, leaf, real_sized
+from tests.merge.reference import heavy_tailed, leaf, merge_arrays, real_sized
 
 SIZE = SHAPE[0] * SHAPE[1]
 

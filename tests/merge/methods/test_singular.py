@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from bmjax.merge.engine import chunks
 from bmjax.merge.engine.files import merge
-from bmjax.merge.engine.trees import merge_arrays
-from tests.merge.reference import heavy_tailed, hf_dir, real_sized
+from tests.merge.reference import heavy_tailed, hf_dir, merge_arrays, real_sized
 
 SHAPES = [(48, 64), (64, 48)]
 
@@ -68,7 +68,7 @@ def test_vectors_are_added_and_nothing_changed_stays(name):
 @pytest.mark.parametrize("name", ["isotropic", "tsv"])
 def test_over_files_in_chunks(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("bmjax.merge.engine.chunks.CHUNK", 1024)
+    monkeypatch.setattr(chunks, "CHUNK", 1024)
     base, branches = real_sized((64, 48), 5, branches=2)
     for model, tensor in zip(("base", "a", "b"), (base, *branches), strict=True):
         hf_dir(tmp_path / model, {"x": tensor})
