@@ -50,7 +50,7 @@ def test_pairwise_fusion_of_directories(models):
 
 
 @pytest.mark.parametrize("method", ["della", "arcee_fusion", "ties", "model_stock"])
-def test_what_is_kept_of_a_tensor_goes_with_it(method, models, monkeypatch):
+def test_kept_chunks_are_freed_with_their_tensor(method, models, monkeypatch):
     """Without a garbage collector: its inputs would wait for that, gigabytes of them."""
     jobs = []
 
@@ -69,7 +69,7 @@ def test_what_is_kept_of_a_tensor_goes_with_it(method, models, monkeypatch):
         gc.enable()
 
 
-def test_the_papers_two_steps_take_the_last_base(models):
+def test_two_steps_of_the_paper_take_the_last_base(models):
     steps = [
         {"name": "mid", **ARCEE},
         {"name": "student", "merge_method": "arcee_fusion", "base_model": "code", "models": ["mid"]},
@@ -189,7 +189,7 @@ def test_a_tied_models_head_is_its_embedding(models, base, other):
     assert any("'math' is tied" in line for line in lines)
 
 
-def test_surplus_tensors_are_not_merged_and_said(models):
+def test_surplus_tensors_are_noted_and_not_merged(models):
     damaged("math", lambda t: t.update(x=t[UP]))(models)
     lines = []
     merge(ARCEE, "out", log=lines.append)
@@ -239,7 +239,7 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("name", FAILURES)
-def test_failures_are_one_line_and_leave_everything_as_it_was(models, name):
+def test_failures_are_one_line_and_change_nothing(models, name):
     prepare, recipe, message = FAILURES[name]
     if prepare:
         prepare(models)
@@ -261,7 +261,7 @@ def test_integer_tensors_must_agree(models):
 
 
 @pytest.mark.parametrize("out", ["science", "math", ".", "link"])
-def test_out_is_never_an_input(models, out):
+def test_output_is_never_an_input(models, out):
     os.symlink("science", models / "link")
     before = snapshot(models)
     with pytest.raises(UserError, match="contains"):

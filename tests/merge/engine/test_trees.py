@@ -98,7 +98,7 @@ def test_a_mesh_of_eight_equals_one_device():
             assert values["kept"] == pytest.approx(many_report["total"][step]["models"][model]["kept"], abs=1e-6)
 
 
-def test_the_papers_order():
+def test_order_of_the_papers_steps():
     """The result is code's except where mid's change is salient; mid is science's except where math's is."""
     params, _ = merge_trees(RECIPES["paper"], TREES, TABLE)
     for key, tensor in tensors_of(SMALL, params).items():
@@ -106,7 +106,7 @@ def test_the_papers_order():
         np.testing.assert_array_equal(tensor, fuse(BRANCHES["code"][key], mid).astype(np.float32), err_msg=key)
 
 
-def test_a_rebased_sequence_keeps_what_earlier_steps_brought():
+def test_a_rebased_sequence_keeps_changes_of_earlier_steps():
     recipe = read_recipe(RECIPES["rebased"])
     rebased, _ = merge_trees(recipe, TREES, TABLE)
     first, second = RECIPES["rebased"]["steps"]
@@ -145,7 +145,7 @@ def test_rebase_takes_a_tree():
         np.testing.assert_allclose(tensor, exact, atol=1e-7)
 
 
-def test_result_type_is_the_bases_or_the_one_asked_for():
+def test_result_type_is_that_of_the_base_or_dtype():
     rows = [row for row in TABLE if "norm" in row.name]
     half = jax.tree.map(lambda x: x.astype("bfloat16"), TREES["backbone"])
     params, _ = merge_by("task_arithmetic", half, {"math": TREES["math"]}, rows)

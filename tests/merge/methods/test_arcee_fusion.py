@@ -38,7 +38,7 @@ REAL = {
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_mask_at_the_changes_of_fine_tuning(name):
+def test_mask_of_fine_tuned_models(name):
     shape, weight_rms, delta_rms, stored = REAL[name]
     base, (branch,) = real_sized(shape, 1, weight_rms, delta_rms)
     base, branch = base.astype(stored), branch.astype(stored)
@@ -83,7 +83,7 @@ def test_mask_on_heavy_tails(seed, shape):
 
 
 @pytest.mark.parametrize("delta_rms", [1e-5, 1e-4, 1e-3, 0.01, 0.1, 1.0, 30.0])
-def test_row_divergences(delta_rms):
+def test_row_kl_against_extended_precision(delta_rms):
     """Against extended precision, because float64 cancels at the smallest changes."""
     base, (branch,) = real_sized((50, 896), 2, 0.3, delta_rms)
     b, w = base.astype(np.longdouble), base.astype(np.longdouble) + (branch - base)
@@ -93,7 +93,7 @@ def test_row_divergences(delta_rms):
     np.testing.assert_allclose(found, exact.astype(np.float64), rtol=2e-5)
 
 
-def test_both_paths_agree_where_they_meet():
+def test_both_forms_of_the_kl_agree_where_they_meet():
     base, (branch,) = real_sized(SHAPE, 3, 0.3, 4e-3)
     delta = branch - base
     found, beyond = module._kl_small(base, delta)
@@ -102,7 +102,7 @@ def test_both_paths_agree_where_they_meet():
 
 
 @pytest.mark.parametrize("change", [4e-3, 1e-3])
-def test_one_large_entry_takes_the_tensor_to_the_form_for_any_values(change):
+def test_one_large_entry_needs_the_form_for_any_values(change):
     """A weight of 25 where its exponential would drown the row's others, or a change of 0.03."""
     base, (branch,) = real_sized(SHAPE, 3, 0.3, change)
     base[3, 5], branch[3, 5] = (25.0, 25.5) if change == 4e-3 else (0.1, 0.13)

@@ -68,7 +68,7 @@ SCALED = ("linear", "passthrough")
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c[0] not in SCALED or c[1:] == (3, {})], ids=label)
-def test_nothing_changed_is_the_model_bit_for_bit(case):
+def test_equal_models_give_the_model_bit_for_bit(case):
     _, n, parameters = case
     base, _ = heavy_tailed(SHAPE, 18)
     merged = leaf(method_of(case), base if has_base(case) else None, [base] * n, **parameters)
@@ -197,7 +197,7 @@ def test_a_model_of_weight_zero_takes_no_part(method):
 
 @pytest.mark.parametrize("method", ["linear", "karcher", "nuslerp", "model_stock", "task_arithmetic", "breadcrumbs",
                                     "dare_linear", "della_linear"])  # fmt: skip
-def test_weights_that_sum_to_zero_are_refused_where_they_divide(method):
+def test_weights_that_sum_to_zero_are_refused(method):
     base = None if METHODS[method].base == "unused" else BASE
     more = {"normalize": True} if "normalize" in METHODS[method].parameters else {}
     with pytest.raises(UserError, match="weight"):

@@ -142,7 +142,7 @@ FIRST = {method_of(case): case for case in reversed(CASES)}
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("value", [np.nan, -np.inf])
 @pytest.mark.parametrize("method", FIRST)
-def test_a_number_that_is_none_is_an_error_that_names_model_and_tensor(method, value, directories, tmp_path):
+def test_nan_and_infinity_name_model_and_tensor(method, value, directories, tmp_path):
     case = FIRST[method]
     broken = MODELS["a"].copy()
     broken[77, 123] = value

@@ -56,7 +56,7 @@ def test_one_model_of_full_rank_is_itself():
 
 
 @pytest.mark.parametrize("name", ["isotropic", "tsv"])
-def test_vectors_are_added_and_nothing_changed_stays(name):
+def test_vectors_are_added_and_equal_models_stay(name):
     base, branches = real_sized((96,), 3, branches=2)
     found, _ = merge_arrays(name, base, branches)
     exact = base.astype(np.float64) + sum(x.astype(np.float64) - base for x in branches)
