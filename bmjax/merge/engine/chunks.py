@@ -291,7 +291,7 @@ class View(BlockTensor):
             return [np.partition(f, list(r))[list(r)] for f, r in zip(flat, ranks, strict=True)]
         # Rows of an earlier step's result are alike within themselves: a sample of them says less.
         search = BracketSearch(self.size, ranks, arrays(self._quantile_sample()), 1.0 if self._stored else 4.0)
-        program = passes.brackets(kernel, keywords)
+        program = passes.brackets(kernel, keywords, search.arrays)
 
         def work(x: Block, chunk: Chunk) -> tuple[list[np.ndarray], np.ndarray]:
             # Of the counts < low, <= low and <= high, padding is in the last one where there is no upper end.

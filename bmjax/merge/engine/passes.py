@@ -68,21 +68,21 @@ def lookup() -> Callable[..., jax.Array]:
 
 
 @functools.cache
-def brackets(kernel: Kernel, keywords: Static) -> Callable[..., Any]:
-    """Compile (block, operands, valid, low [K, R], high [K, R]) -> (values, inside, counts).
+def brackets(kernel: Kernel, keywords: Static, owners: tuple[int, ...]) -> Callable[..., Any]:
+    """Compile (block, operands, valid, low [B], high [B]) -> (values, inside, counts).
 
-    valid: entries before the padding. values: K arrays of the kernel. inside: K masks of what is strictly within a
-    bracket. counts: how many entries of each row are < low, <= low and <= high, int32 [K * R * 3, rows].
+    owners: of which of the kernel's K arrays a bracket is. valid: entries before the padding. values: the K arrays.
+    inside: K masks of what is strictly within a bracket. counts: how many entries of each row are < low, <= low and
+    <= high, int32 [B * 3, rows].
     """
 
     def run(x: Block, operands: Sequence[Any], valid: Any, low: jax.Array, high: jax.Array) -> Any:
         # Padding is infinite: it lies below nothing but a bracket without an upper end.
         arrays = [_valid(a, valid, np.inf) for a in kernel(_float32(x), *operands, **dict(keywords))]
-        inside, tests = [], []
-        for k, a in enumerate(arrays):
-            pairs = [(low[k, r], high[k, r]) for r in range(low.shape[1])]
-            inside.append(functools.reduce(jnp.logical_or, [(a > lo) & (a < hi) for lo, hi in pairs]))
-            tests += [test for lo, hi in pairs for test in (a < lo, a <= lo, a <= hi)]
+        inside, tests = [jnp.zeros(a.shape, jnp.bool_) for a in arrays], []
+        for i, k in enumerate(owners):
+            inside[k] |= (arrays[k] > low[i]) & (arrays[k] < high[i])
+            tests += [arrays[k] < low[i], arrays[k] <= low[i], arrays[k] <= high[i]]
         return arrays, inside, _sum_rows(tests)
 
     return _compiled(run)

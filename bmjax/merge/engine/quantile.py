@@ -91,40 +91,39 @@ class NotFiniteError(Exception):
 
 
 class BracketSearch:
-    """The search for the exact values at some ranks of K large arrays, by passes over their chunks.
+    """The search for exact order statistics of large arrays, by passes over their chunks.
 
-    low, high: the brackets, float32 [K, R], between which the next pass takes all values. values: what was found so
-    far. A rank that its bracket missed gets a wider one.
+    arrays: for each of the B values that are searched, the index of its array. low, high: its bracket, float32 [B]. The
+    next pass takes all values of the array within it. A value that its bracket missed gets a wider one.
     """
 
     def __init__(self, size: int, ranks: Sequence[Sequence[int]], samples: Sequence[np.ndarray], spread: float) -> None:
-        """size: entries of each array. spread: how much wider than independent draws make it a quantile may vary."""
-        most = max(len(r) for r in ranks)
-        self._lengths = [len(r) for r in ranks]
-        self._ranks = [[*r, *[r[-1]] * (most - len(r))] for r in ranks]
+        """size: entries of an array. ranks, samples: of each array. spread: factor of the brackets' width."""
+        self.arrays = tuple(k for k, array_ranks in enumerate(ranks) for _ in array_ranks)
+        self._ranks = [rank for array_ranks in ranks for rank in array_ranks]
+        self._values: list[float | None] = [None] * len(self._ranks)
         self._size, self._spread = size, SIGMAS * spread
         self._samples = [np.sort(a, axis=None) for a in samples]
-        self._values: list[list[float | None]] = [[None] * most for _ in ranks]
         self._set_brackets()
 
     @property
     def values(self) -> list[np.ndarray]:
         """The values at each array's ranks, once `update` has returned True."""
-        return [np.array(v[:n], np.float32) for v, n in zip(self._values, self._lengths, strict=True)]
+        values, arrays = np.array(self._values, np.float32), np.array(self.arrays)
+        return [values[arrays == k] for k in range(len(self._samples))]
 
     def update(self, chunks: Sequence[tuple[list[np.ndarray], np.ndarray]]) -> bool:
-        """Take in a pass. Returns whether every rank is found; if not, `low` and `high` are wider for the next pass.
+        """Take in a pass. Returns whether every value is found; if not, `low` and `high` are wider for the next pass.
 
         chunks: for each, the values of every array strictly within its brackets, and how many entries are < low, <= low
-        and <= high, [K * R * 3]. Raises NotFiniteError where brackets without ends miss a rank.
+        and <= high, [B * 3]. Raises NotFiniteError where brackets without ends miss a value.
         """
-        counts = np.sum([below for _, below in chunks], axis=0).reshape(*self.low.shape, 3)
-        for k, ranks in enumerate(self._ranks):
-            picks = np.concatenate([values[k] for values, _ in chunks])
-            for r, rank in enumerate(ranks):
-                if self._values[k][r] is None:
-                    self._values[k][r] = _pick(rank, picks, self.low[k, r], self.high[k, r], counts[k, r])
-        if all(value is not None for values in self._values for value in values):
+        counts = np.sum([below for _, below in chunks], axis=0).reshape(-1, 3)
+        picks = [np.concatenate(parts) for parts in zip(*(values for values, _ in chunks), strict=True)]
+        for i, (k, rank) in enumerate(zip(self.arrays, self._ranks, strict=True)):
+            if self._values[i] is None:
+                self._values[i] = _pick(rank, picks[k], self.low[i], self.high[i], counts[i])
+        if None not in self._values:
             return True
         if not np.isfinite(self.low).any() and not np.isfinite(self.high).any():
             raise NotFiniteError
@@ -133,14 +132,14 @@ class BracketSearch:
         return False
 
     def _set_brackets(self) -> None:
-        bounds = [[self._bracket(k, r) for r in range(len(ranks))] for k, ranks in enumerate(self._ranks)]
-        self.low, self.high = np.moveaxis(np.array(bounds, np.float32), -1, 0)
+        bounds = [self._bracket(i) for i in range(len(self._ranks))]
+        self.low, self.high = np.array(bounds, np.float32).T
 
-    def _bracket(self, k: int, r: int) -> tuple[float, float]:
-        value, ordered = self._values[k][r], self._samples[k]
+    def _bracket(self, i: int) -> tuple[float, float]:
+        value, ordered = self._values[i], self._samples[self.arrays[i]]
         if value is not None:
             return value, value
-        share = (self._ranks[k][r] + 0.5) / self._size
+        share = (self._ranks[i] + 0.5) / self._size
         position = share * len(ordered)
         reach = self._spread * math.sqrt(len(ordered) * share * (1 - share)) + 3
         below, above = math.floor(position - reach), math.ceil(position + reach)
