@@ -30,10 +30,10 @@ def merge_by(method, base, branches, rows, *, seed=0, compat=None, dtype=None, *
         if name == "rebase":
             models, recipe["parameters"][name] = {**models, name: value}, name
         elif isinstance(value, (list, tuple)):
-            for i, (entry, one) in enumerate(zip(entries, value, strict=True)):
+            for i, (entry, item) in enumerate(zip(entries, value, strict=True)):
                 if name == "importance":
-                    models, one = {**models, f"importance {i}": one}, f"importance {i}"
-                entry["parameters"][name] = one
+                    models, item = {**models, f"importance {i}": item}, f"importance {i}"
+                entry["parameters"][name] = item
         else:
             recipe["parameters"][name] = value
     return merge_trees(recipe, models, rows, dtype=dtype)
@@ -159,6 +159,6 @@ def tensors_of(config, tree):
             leaf = leaf[key]
         leaf = np.asarray(leaf)
         for i, key in enumerate(row.hf_keys()):
-            one = leaf[i] if row.stacked else leaf
-            tensors[key] = one.T if row.transposed else one
+            tensor = leaf[i] if row.stacked else leaf
+            tensors[key] = tensor.T if row.transposed else tensor
     return tensors

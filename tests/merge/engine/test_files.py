@@ -111,9 +111,9 @@ def test_arithmetic_is_float32_with_one_rounding(models):
         hf_dir(models / "bf16" / name, {UP: tensor})
     merge({"merge_method": "linear", "models": [f"bf16/{name}" for name in NAMES]}, "out")
     with safe_open("out/model.safetensors", "flax") as file:
-        found = np.asarray(file.get_tensor(UP))
+        merged = np.asarray(file.get_tensor(UP))
     exact = sum(tensor.astype(np.float64) for tensor in half) / 3
-    assert np.mean(found == exact.astype(BF16)) >= 0.999
+    assert np.mean(merged == exact.astype(BF16)) >= 0.999
 
 
 def test_any_architecture_and_shapes(models):
@@ -183,8 +183,8 @@ def test_a_tied_models_head_is_its_embedding(models, base, other):
     lines = []
     merge({"merge_method": "linear", "models": [base, other]}, "out", log=lines.append)
     heads = {"science": MODELS["science"]["lm_head.weight"], "math": MODELS["math"]["model.embed_tokens.weight"]}
-    found = load_file("out/model.safetensors")["lm_head.weight"]
-    np.testing.assert_allclose(found, (heads["science"] + heads["math"].astype(np.float64)) / 2, atol=1e-8)
+    merged = load_file("out/model.safetensors")["lm_head.weight"]
+    np.testing.assert_allclose(merged, (heads["science"] + heads["math"].astype(np.float64)) / 2, atol=1e-8)
     assert json.loads((models / "out/config.json").read_text()).get("tie_word_embeddings", False) is False
     assert any("'math' is tied" in line for line in lines)
 

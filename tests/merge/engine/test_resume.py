@@ -476,5 +476,5 @@ def test_small_chunks_give_the_same_bytes_in_any_memory(models, monkeypatch, met
     for i, memory in enumerate((1, 100_000, 2**29, 2**33)):
         merge(recipe, f"out{i}", memory=memory)
         assert snapshot(models / f"out{i}") == expected
-    found = load_file("reference/model.safetensors")
-    assert any(not np.array_equal(found[name], BASE[name]) for name in BASE)
+    merged = load_file("reference/model.safetensors")
+    assert any(not np.array_equal(merged[name], BASE[name]) for name in BASE)

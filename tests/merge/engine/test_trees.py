@@ -44,7 +44,7 @@ RECIPES = {
 }  # fmt: skip
 
 
-def place(tree, mesh):
+def shard(tree, mesh):
     leaves = [
         (row.path, jax.device_put(get(tree, row.path), sharding(mesh, row.axes, row.shape))) for row in TABLE
     ]  # fmt: skip
@@ -84,17 +84,17 @@ def test_a_mesh_of_eight_equals_one_device():
     # One row of each kind of layout, because every one is a compilation for eight devices.
     rows = [row for row in TABLE if re.search("embedding|/q/", row.name)]
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-    placed = {model: place(tree, mesh) for model, tree in TREES.items()}
+    sharded = {model: shard(tree, mesh) for model, tree in TREES.items()}
     for name in ("symmetric", "rebased"):
         recipe = read_recipe(RECIPES[name])
-        one, one_report = merge_trees(recipe, TREES, rows)
-        many, many_report = merge_trees(recipe, placed, rows)
+        single, single_report = merge_trees(recipe, TREES, rows)
+        many, many_report = merge_trees(recipe, sharded, rows)
         for row in rows:
             leaf = get(many, row.path)
             assert leaf.sharding.is_equivalent_to(sharding(mesh, row.axes, row.shape), leaf.ndim)
-            np.testing.assert_array_max_ulp(np.asarray(leaf), np.asarray(get(one, row.path)), maxulp=1)
+            np.testing.assert_array_max_ulp(np.asarray(leaf), np.asarray(get(single, row.path)), maxulp=1)
         step = recipe.steps[-1].name
-        for model, values in one_report["total"][step]["models"].items():
+        for model, values in single_report["total"][step]["models"].items():
             assert values["kept"] == pytest.approx(many_report["total"][step]["models"][model]["kept"], abs=1e-6)
 
 

@@ -82,8 +82,8 @@ def test_files_in_chunks_equal_whole_arrays(case, directories, tmp_path):
         assert_last_bits(merged, whole)
     else:
         np.testing.assert_array_equal(merged, whole)
-    for name, found in report["tensors"]["w"][step.name]["models"].items():
-        assert found["kept"] == pytest.approx(on_disk["tensors"]["w"][step.name]["models"][name]["kept"], abs=1e-4)
+    for name, model in report["tensors"]["w"][step.name]["models"].items():
+        assert model["kept"] == pytest.approx(on_disk["tensors"]["w"][step.name]["models"][name]["kept"], abs=1e-4)
     merge(recipe, tmp_path / "little", memory=2**14)
     written = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "little")]
     assert written[0] == written[1]
@@ -109,11 +109,11 @@ def test_eight_devices_equal_one(case):
     placed = NamedSharding(mesh, PartitionSpec("rows", "columns"))
     base, *branches = list(MODELS.values())[: case[1] + 1]
     base = base if has_base(case) else None
-    one, kept = merge_arrays(method_of(case), base, branches, **case[2])
+    single, kept = merge_arrays(method_of(case), base, branches, **case[2])
     base, branches = jax.device_put((base, branches), placed)
     many, kept_by_many = merge_arrays(method_of(case), base, branches, **case[2])
     assert len(many.sharding.device_set) == 8
-    assert_last_bits(np.asarray(many), np.asarray(one))
+    assert_last_bits(np.asarray(many), np.asarray(single))
     np.testing.assert_allclose(kept_by_many, kept, atol=1e-4)
 
 
