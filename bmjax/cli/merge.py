@@ -29,8 +29,10 @@ def methods_text() -> str:
     from bmjax.calibrate.recipe import CalibrationSettings
     from bmjax.config import describe
     from bmjax.merge.methods import METHODS
+    from bmjax.merge.methods.method import WITHOUT_EFFECT
 
     lines = ["methods and their parameters (a * marks those given per model, or once for all):"]
+    lines += [f"  all accept {p.name}, which has no effect: {p.about.text}" for p in WITHOUT_EFFECT.values()]
     for method in METHODS.values():
         least, most = method.branches
         count = f"{least} or more" if most is None else str(least) if least == most else f"{least} to {most}"
@@ -38,7 +40,7 @@ def methods_text() -> str:
         lines += ["", f"  {method.name}: {base}{count} model{'s' * (count != '1')}"]
         lines += [f"    {line}".rstrip() for line in method.summary.splitlines()]
         for p in method.parameters.values():
-            title = f"{p.name}{'*' if p.about.each else ''}: {_default_text(p.default)}"
+            title = f"{p.name}{'*' if p.about.per_model else ''}: {_default_text(p.default)}"
             lines.append(f"      {title:<18} {p.expected}. {p.about.text[:1].upper()}{p.about.text[1:]}.")
     lines += [
         "",

@@ -1,6 +1,6 @@
 """The merge methods as float64 NumPy formulas, written from their papers and docstrings, not from their code.
 
-`exact(method, base, branches, **parameters)` takes what `bmjax.merge.engine.trees.merge_arrays` takes.
+`exact(method, base, branches, **parameters)` takes what `tests.merge.reference.merge_arrays` takes.
 """
 
 import hashlib
@@ -220,7 +220,7 @@ def between(size, density, gamma):
     return (size >= low) & (size <= high) & (size > 0), near(size, low) | near(size, high)
 
 
-def task_arithmetic(base, xs, weight=None, lambda_=1.0, normalize=False, int8_mask=False, rebase=None):
+def task_arithmetic(base, xs, weight=None, lambda_=1.0, normalize=False, rebase=None):
     weight = np.ones(len(xs)) if weight is None else weight
     change = sum(w * d for w, d in zip(weight, task_vectors(base, xs, rebase), strict=True))
     return base + lambda_ * (change / np.sum(weight) if normalize else change)
@@ -229,7 +229,7 @@ def task_arithmetic(base, xs, weight=None, lambda_=1.0, normalize=False, int8_ma
 def sparse(elect, select, normalize_default, rescale_default=False):
     def formula(
         base, xs, weight=None, density=None, gamma=None, lambda_=1.0, normalize=normalize_default,
-        rescale=rescale_default, int8_mask=False, rebase=None,
+        rescale=rescale_default, rebase=None,
     ):  # fmt: skip
         n = len(xs)
         weight, density = (np.ones(n) if v is None else v for v in (weight, density))
@@ -268,7 +268,7 @@ def randoms(shape, n, seed, tensor, models):
 
 def dare(elect):
     def formula(
-        base, xs, weight=None, density=None, lambda_=1.0, normalize=False, rescale=True, int8_mask=False, rebase=None,
+        base, xs, weight=None, density=None, lambda_=1.0, normalize=False, rescale=True, rebase=None,
         seed=0, compat=None, tensor="", models=None,
     ):  # fmt: skip
         n = len(xs)
@@ -290,7 +290,7 @@ def dare(elect):
 def della(elect, normalize_default):
     def formula(
         base, xs, weight=None, density=None, epsilon=0.15, lambda_=1.0, normalize=normalize_default, rescale=True,
-        int8_mask=False, rebase=None, seed=0, compat=None, tensor="", models=None,
+        rebase=None, seed=0, compat=None, tensor="", models=None,
     ):  # fmt: skip
         n = len(xs)
         weight, density = (np.ones(n) if v is None else v for v in (weight, density))
@@ -311,7 +311,7 @@ def della(elect, normalize_default):
     return formula
 
 
-def sce(base, xs, select_topk=1.0, int8_mask=False, rebase=None):
+def sce(base, xs, select_topk=1.0, rebase=None):
     d = np.stack(task_vectors(base, xs, rebase))
     # n^2 times the variance: exact where the changes are multiples of one step, so that equal ones stay equal.
     spread = len(d) * np.sum(d**2, axis=0) - np.sum(d, axis=0) ** 2

@@ -7,12 +7,55 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from bmjax.merge.engine.trees import merge_arrays
+from bmjax.merge.engine.trees import merge_trees
 from bmjax.model.config import ModelConfig
-from bmjax.model.spec import table
+from bmjax.model.spec import Param, table
 
 EPSILON = 1e-8
 BF16 = ml_dtypes.bfloat16
+
+
+def merge_by(method, base, branches, rows, *, seed=0, compat=None, dtype=None, **parameters):
+    """`merge_trees` by one method, of trees that are not named or by their names.
+
+    parameters: the method's, a tuple or list with one value a branch. `rebase` is a tree, `importance` one a branch.
+    """
+    models = branches if isinstance(branches, dict) else {f"branch {i}": tree for i, tree in enumerate(branches)}
+    entries = [{"model": name, "parameters": {}} for name in models]
+    recipe = {"merge_method": method, "models": entries, "parameters": {}, "seed": seed}
+    recipe |= {} if compat is None else {"compat": compat}
+    if base is not None:
+        models, recipe["base_model"] = {**models, "base": base}, "base"
+    for argument, value in parameters.items():
+        name = argument.rstrip("_")
+        if name == "rebase":
+            models, recipe["parameters"][name] = {**models, name: value}, name
+        elif isinstance(value, (list, tuple)):
+            for i, (entry, item) in enumerate(zip(entries, value, strict=True)):
+                if name == "importance":
+                    models, item = {**models, f"importance {i}": item}, f"importance {i}"
+                entry["parameters"][name] = item
+        else:
+            recipe["parameters"][name] = value
+    return merge_trees(recipe, models, rows, dtype=dtype)
+
+
+def merge_arrays(method, base, branches, **parameters):
+    """One tensor in the Hugging Face layout: (merged, float32, and the share of entries taken of each branch).
+
+    parameters: as of `merge_by`; `rebase` is an array, `importance` one a branch.
+    """
+    shape = np.shape(branches[0])
+    rows = [Param(("w",), shape, ("rows",) * len(shape), "", "normal")]
+    if "rebase" in parameters:
+        parameters["rebase"] = {"w": parameters["rebase"]}
+    if "importance" in parameters and method == "fisher":
+        parameters["importance"] = [{"w": array} for array in parameters["importance"]]
+    trees = [{"w": array} for array in branches]
+    base = None if base is None else {"w": base}
+    params, report = merge_by(method, base, trees, rows, dtype="float32", **parameters)
+    models = report["total"]["merged"]["models"]
+    return params["w"], np.array([model["kept"] for model in models.values()])
 
 
 def leaf(method, base, branches, **parameters):
@@ -117,6 +160,6 @@ def tensors_of(config, tree):
             leaf = leaf[key]
         leaf = np.asarray(leaf)
         for i, key in enumerate(row.hf_keys()):
-            one = leaf[i] if row.stacked else leaf
-            tensors[key] = one.T if row.transposed else one
+            tensor = leaf[i] if row.stacked else leaf
+            tensors[key] = tensor.T if row.transposed else tensor
     return tensors

@@ -1,15 +1,15 @@
 """A tensor read from files in chunks of rows: the passes of methods over it, in memory that does not grow with it.
 
-A chunk is about a million entries whatever memory there is, so results depend on nothing but the inputs. The result of
-a step that a later one reads is computed chunk by chunk where it is read. Chunks are worked on by a pool of threads,
-each of which reads, computes and writes, so the three overlap.
+stream.py calls it. A chunk is about a million entries whatever memory there is, so results depend on nothing but the
+inputs. The result of a step that a later one reads is computed chunk by chunk where it is read, never stored. Chunks
+are worked on by a pool of threads, each of which reads, computes and writes, so the three overlap.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -17,19 +17,53 @@ import xxhash
 
 from bmjax.config import UserError
 from bmjax.merge.engine import passes
-from bmjax.merge.methods.method import Block, Kernel, Merged, Ranked
-from bmjax.merge.recipe.recipe import Step
+from bmjax.merge.engine.quantile import BracketSearch
+from bmjax.merge.engine.tensor import BlockTensor, Rows, at
+from bmjax.merge.methods.method import Block, Kernel, Operand
+from bmjax.merge.recipe.recipe import Recipe, Step
 
 CHUNK = 2**20  # entries
 COLUMNS = 1024  # of a tensor whose rows do not matter
 SAMPLE = 2**17  # entries from which an order statistic is estimated
-SIGMAS = 6.0
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class Chunk(Rows):
+    """Consecutive rows of a tensor, and `height` with the padding.
+
+    start, count: first flat index and number of its entries, without padding.
+    """
+
+    index: int
+    start: int
+    count: int
+    rows: slice
+    height: int
+
+    def of(self, per_row: np.ndarray) -> np.ndarray:
+        part = per_row[..., self.rows, :]
+        padding = self.height - part.shape[-2]
+        return np.pad(part, [(0, 0)] * (part.ndim - 2) + [(0, padding), (0, 0)]) if padding else part
+
+
+@dataclass(frozen=True)
+class Sample(Rows):
+    """Rows picked over the whole tensor, of each `width` columns from the column in `first` on."""
+
+    rows: np.ndarray
+    first: np.ndarray
+    width: int
+    index: None = None
+    start: int = 0
+
+    def of(self, per_row: np.ndarray) -> np.ndarray:
+        return per_row[..., self.rows, :]
+
+
+@dataclass(frozen=True)
 class Geometry:
-    """How a tensor of `size` entries is cut: chunks of `chunk_rows` rows of `columns`, the last one padded."""
+    """How a tensor of `size` entries is cut: `count` chunks of `chunk_rows` rows of `columns`, the last one padded."""
 
     size: int
     columns: int
@@ -37,7 +71,7 @@ class Geometry:
 
     @classmethod
     def of(cls, shape: Sequence[int], by_row: bool) -> "Geometry":
-        """by_row: rows are the tensor's own (its last axis; a vector is one row)."""
+        """Cut a tensor of this shape. by_row: rows are the tensor's own, its last axis; a vector is one row."""
         size = math.prod(shape)
         columns = (shape[-1] if shape else 1) if by_row else COLUMNS
         whole = max(1, CHUNK // columns)
@@ -45,6 +79,7 @@ class Geometry:
 
     @property
     def rows(self) -> int:
+        """How many rows there are, the last one perhaps not full."""
         return -(-self.size // self.columns)
 
     @property
@@ -52,19 +87,17 @@ class Geometry:
         """How many chunks there are."""
         return -(-self.rows // self.chunk_rows)
 
-    def height(self, i: int) -> int:
-        """Rows of chunk `i` with its padding: two heights at most, because each is a compilation."""
-        rows, low = min(self.chunk_rows, self.rows - i * self.chunk_rows), max(1, self.chunk_rows // 4)
-        return low if rows <= low else self.chunk_rows
-
-    def entries(self, i: int) -> tuple[int, int]:
-        """The first flat index of chunk `i`, and how many entries it has."""
-        start = i * self.chunk_rows * self.columns
-        return start, min(self.chunk_rows * self.columns, self.size - start)
+    def chunk(self, i: int) -> Chunk:
+        """Return which rows chunk `i` has. Chunks have two heights at most, because each is a compilation."""
+        first = i * self.chunk_rows
+        rows, low = min(self.chunk_rows, self.rows - first), max(1, self.chunk_rows // 4)
+        start = first * self.columns
+        count = min(self.chunk_rows * self.columns, self.size - start)
+        return Chunk(i, start, count, slice(first, first + rows), low if rows <= low else self.chunk_rows)
 
 
-class Source:
-    """One model's stored tensor: `read(start, out)` fills `out` with its entries from flat index `start` on.
+class StoredTensor:
+    """One model's tensor in a file: `read(start, out)` fills `out` with its entries from flat index `start` on.
 
     `digests` gets a checksum of every chunk when it is first read.
     """
@@ -73,23 +106,22 @@ class Source:
         self.model, self.tensor, self.dtype, self.read = model, tensor, dtype, read
         self.digests: dict[int, bytes] = {}
 
-    def chunk(self, geometry: Geometry, i: int) -> np.ndarray:
-        """Chunk `i` [height, columns], padded with zeros; float64 as float32."""
-        start, count = geometry.entries(i)
-        out = aligned((geometry.height(i), geometry.columns), self.dtype)
+    def read_chunk(self, chunk: Chunk, columns: int) -> np.ndarray:
+        """Read a chunk [height, columns], padded with zeros; float64 becomes float32."""
+        out = aligned((chunk.height, columns), self.dtype)
         flat = out.reshape(-1)
-        self.read(start, flat[:count])
-        flat[count:] = 0
-        if i not in self.digests:
-            self.digests[i] = xxhash.xxh3_128_digest(flat[:count].view(np.uint8).data)
-        return out.astype(np.float32) if out.dtype == np.float64 else out
+        self.read(chunk.start, flat[: chunk.count])
+        flat[chunk.count :] = 0
+        if chunk.index not in self.digests:
+            self.digests[chunk.index] = xxhash.xxh3_128_digest(flat[: chunk.count].view(np.uint8).data)
+        return _at_most_float32(out)
 
-    def check(self, geometry: Geometry) -> None:
-        """UserError where the tensor holds NaN or infinity."""
+    def check_finite(self, geometry: Geometry) -> None:
+        """Raise UserError where the tensor holds NaN or infinity."""
         for i in range(geometry.count):
-            start, count = geometry.entries(i)
-            out = np.empty(count, self.dtype)
-            self.read(start, out)
+            chunk = geometry.chunk(i)
+            out = np.empty(chunk.count, self.dtype)
+            self.read(chunk.start, out)
             if not np.isfinite(out.astype(np.float32)).all():
                 raise UserError(
                     f"model '{self.model}': tensor '{self.tensor}' holds NaN or infinity; "
@@ -97,358 +129,200 @@ class Source:
                 )
 
 
-class NotFiniteError(Exception):
-    """A pass met NaN."""
-
-
 def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An empty array that JAX can take over without a copy: its address is a multiple of 64."""
+    """Return an empty array that JAX can take over without a copy: its address is a multiple of 64."""
     nbytes = math.prod(shape) * dtype.itemsize
     raw = np.empty(nbytes + 64, np.uint8)
     offset = -raw.__array_interface__["data"][0] % 64  # a tenth of the time of raw.ctypes.data
     return raw[offset : offset + nbytes].view(dtype).reshape(shape)
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Some rows of a tensor: chunk `index`. count: entries before the padding."""
-
-    index: int
-    start: int
-    count: int
-    rows: slice
-    height: int
+def _at_most_float32(array: np.ndarray) -> np.ndarray:
+    return array.astype(np.float32) if array.dtype == np.float64 else array
 
 
-@dataclass(frozen=True)
-class Sample:
-    """Rows picked over the whole tensor, of each `width` columns from its own column on."""
+class ChunkCache:
+    """Reads one tensor's inputs chunk by chunk. keep: keep the chunks that were read for the passes that follow."""
 
-    rows: np.ndarray
-    first: np.ndarray
-    width: int
-    start: int = 0
+    def __init__(self, geometry: Geometry, pool: Executor, keep: bool) -> None:
+        self.geometry, self.keep, self._pool = geometry, keep, pool
+        self._arrays: dict[tuple[StoredTensor, int], np.ndarray] = {}
 
-
-Where = Chunk | Sample
-
-
-class Job:
-    """The sources of one tensor and what is kept of them between passes. keep: whether all chunks read are."""
-
-    def __init__(self, shape: Sequence[int], by_row: bool, pool: Executor, memory: int) -> None:
-        self.geometry, self.pool, self.memory = Geometry.of(shape, by_row), pool, memory
-        self.vector = len(shape) <= 1
-        self.keep = False
-        self._kept: dict[tuple[Source, int], np.ndarray] = {}
-
-    def chunk(self, i: int) -> Chunk:
-        g = self.geometry
-        start, count = g.entries(i)
-        first = i * g.chunk_rows
-        return Chunk(i, start, count, slice(first, first + -(-count // g.columns)), g.height(i))
-
-    def each(self, work: Callable[[Chunk], T]) -> list[T]:
-        """`work` on every chunk, in parallel; results in order."""
-        chunks = [self.chunk(i) for i in range(self.geometry.count)]
+    def map(self, work: Callable[[Chunk], T]) -> list[T]:
+        """Call `work` on every chunk, in parallel. Returns the results in order."""
+        chunks = [self.geometry.chunk(i) for i in range(self.geometry.count)]
         if len(chunks) == 1:
             return [work(chunks[0])]
-        return list(self.pool.map(work, chunks))
+        return list(self._pool.map(work, chunks))
 
-    def load(self, source: Source, where: Where) -> np.ndarray:
-        if isinstance(where, Sample):
-            return self._sample(source, where)
-        key = (source, where.index)
-        found = self._kept.get(key)
-        if found is None:
-            found = source.chunk(self.geometry, where.index)
+    def load(self, tensor: StoredTensor, rows: Chunk | Sample) -> np.ndarray:
+        """Read some rows of a stored tensor."""
+        if isinstance(rows, Sample):
+            return self._load_sample(tensor, rows)
+        key = (tensor, rows.index)
+        array = self._arrays.get(key)
+        if array is None:
+            array = tensor.read_chunk(rows, self.geometry.columns)
             if self.keep:
-                self._kept[key] = found
-        return found
+                self._arrays[key] = array
+        return array
 
-    def _sample(self, source: Source, where: Sample) -> np.ndarray:
+    def _load_sample(self, tensor: StoredTensor, sample: Sample) -> np.ndarray:
         g = self.geometry
-        shape = (len(where.rows), where.width)
+        shape = (len(sample.rows), sample.width)
         if not self.keep:
-            out = np.empty(shape, source.dtype)
-            for row, start in zip(out, (where.rows * g.columns + where.first).tolist(), strict=True):
-                source.read(start, row)
-            return out.astype(np.float32) if out.dtype == np.float64 else out
-        stored = np.dtype(np.float32) if source.dtype == np.float64 else source.dtype
+            out = np.empty(shape, tensor.dtype)
+            for row, start in zip(out, (sample.rows * g.columns + sample.first).tolist(), strict=True):
+                tensor.read(start, row)
+            return _at_most_float32(out)
+        # From chunks that stay in memory anyway. Indexing integers is faster than indexing bfloat16.
+        stored = np.dtype(np.float32) if tensor.dtype == np.float64 else tensor.dtype
         bits = np.empty(shape, f"u{stored.itemsize}")
-        chunks, across = where.rows // g.chunk_rows, np.arange(where.width)
+        chunks, across = sample.rows // g.chunk_rows, np.arange(sample.width)
         for i in np.unique(chunks).tolist():
-            mine = chunks == i
-            starts = (where.rows[mine] - i * g.chunk_rows) * g.columns + where.first[mine]
-            bits[mine] = self.load(source, self.chunk(i)).reshape(-1).view(bits.dtype)[starts[:, None] + across]
+            inside = chunks == i
+            starts = (sample.rows[inside] - i * g.chunk_rows) * g.columns + sample.first[inside]
+            entries = self.load(tensor, g.chunk(i)).reshape(-1).view(bits.dtype)
+            bits[inside] = entries[starts[:, None] + across]
         return bits.view(stored)
 
 
-@dataclass(frozen=True)
-class Rows:
-    """What a pass over rows gave, [..., rows, 1]."""
-
-    array: np.ndarray
-
-    def at(self, where: Where) -> np.ndarray:
-        if isinstance(where, Sample):
-            return self.array[..., where.rows, :]
-        found = self.array[..., where.rows, :]
-        padding = where.height - found.shape[-2]
-        return np.pad(found, [(0, 0)] * (found.ndim - 2) + [(0, padding), (0, 0)]) if padding else found
-
-
-class Masks:
-    """Bool arrays that a kernel gives, kept as bits between passes where memory allows, else computed again.
+class PackedMasks(Operand):
+    """Bool arrays that a kernel gives, kept as bits between passes if `keep`, else computed again.
 
     It does not hold its view, which holds it: all that is kept of a tensor would wait for the garbage collector.
     """
 
-    def __init__(self, keep: bool, kernel: Kernel, numbers: Sequence[Any], keywords: passes.Static) -> None:
-        self._keep, self._kernel, self._numbers, self._keywords = keep, kernel, numbers, keywords
-        self._kept: dict[int, tuple[np.ndarray, tuple[int, ...]]] = {}
+    def __init__(self, keep: bool, kernel: Kernel, operands: Sequence[Any], static: passes.Static) -> None:
+        self._keep, self._kernel, self._operands, self._static = keep, kernel, operands, static
+        self._bits: dict[int, tuple[np.ndarray, tuple[int, ...]]] = {}
 
-    def at(self, view: "View", where: Where, x: Block) -> list[np.ndarray]:
-        if isinstance(where, Chunk) and where.index in self._kept:
-            bits, shape = self._kept[where.index]
+    def at(self, x: Block, rows: Rows) -> list[np.ndarray]:
+        if rows.index in self._bits:
+            bits, shape = self._bits[rows.index]
             return list(np.unpackbits(bits, count=math.prod(shape)).view(np.bool_).reshape(shape))
-        found = passes.values(self._kernel, self._keywords)(x, view.numbers(self._numbers, where, x))
-        masks = np.stack([np.asarray(mask) for mask in found])
-        if self._keep and isinstance(where, Chunk):
-            self._kept[where.index] = (np.packbits(masks), masks.shape)
+        arrays = passes.values(self._kernel, self._static)(x, at(self._operands, x, rows))
+        masks = np.stack([np.asarray(mask) for mask in arrays])
+        if self._keep and rows.index is not None:
+            self._bits[rows.index] = (np.packbits(masks), masks.shape)
         return list(masks)
 
 
-class View:
-    """One step of a recipe on one tensor: the `Tensor` of a method, over chunks."""
+class StepRows(NamedTuple):
+    """What a step makes of some rows: the inputs, the result and `passes.leaves`' packed masks."""
+
+    block: Block
+    leaf: jax.Array
+    masks: list[jax.Array]
+
+
+class View(BlockTensor):
+    """One step of a recipe on one tensor, over chunks."""
 
     def __init__(
-        self, step: Step, job: Job, base: Any, branches: Sequence[Any], models: Mapping[str, Any], keys: np.ndarray,
-        compat: str | None, prepare: Callable[["View"], Merged],
-    ) -> None:  # fmt: skip
-        """base, branches, models: each a Source or the View of an earlier step. prepare: the method's passes."""
-        self.step, self.job = step, job
-        self.size, self.vector, self.branches = job.geometry.size, job.vector, len(branches)
-        self.has_base, self.keys, self.compat = base is not None, keys, compat
-        self.rounded_to = step.dtype
-        self._base, self._branches, self._models = base, list(branches), dict(models)
-        self._prepare = prepare
-        self._merged: Merged | None = None
-        inputs = [*([] if base is None else [base]), *branches, *models.values()]
+        self,
+        recipe: Recipe,
+        step: Step,
+        tensor: str,
+        shape: Sequence[int],
+        inputs: Mapping[str, "StoredTensor | View"],
+        cache: ChunkCache,
+        *,
+        dtype: np.dtype,
+        mask_bytes: int,
+    ) -> None:
+        """inputs: stored tensors and views of earlier steps, by model. dtype: of the result. mask_bytes: for masks."""
+        super().__init__(recipe, step, tensor, shape)
+        self._cache, self._inputs, self._dtype, self._mask_bytes = cache, inputs, dtype, mask_bytes
         # The result of a step may depend on whole rows, so a sample of it has to have them.
-        self._stored = all(isinstance(x, Source) for x in inputs)
+        self._stored = all(isinstance(source, StoredTensor) for source in inputs.values())
 
-    def prepare(self) -> None:
-        """Makes the passes that have to precede the result; those of earlier steps come first."""
-        self._merged = self._prepare(self)
+    def block(self, rows: Chunk | Sample, results: dict["View", StepRows]) -> Block:
+        """Return the inputs at `rows`. results: what steps made of these rows; those that are missing are computed."""
 
-    def block(self, where: Where, memo: dict[Any, Any]) -> Block:
-        """The inputs at `where`. memo: leaves of earlier steps there, by view."""
+        def load(model: str) -> Any:
+            source = self._inputs[model]
+            if isinstance(source, StoredTensor):
+                return self._cache.load(source, rows)
+            return source.compute(rows, results).leaf
 
-        def get(x: Any) -> Any:
-            return self.job.load(x, where) if isinstance(x, Source) else x.leaf(where, memo)
+        base = None if self.step.base is None else load(self.step.base)
+        models = {name: load(model) for name, model in self.step.named.items()}
+        return passes.block(base, [load(model) for model in self.step.branches], models, rows.start)
 
-        base = None if self._base is None else get(self._base)
-        models = {name: get(x) for name, x in self._models.items()}
-        return passes.block(base, [get(x) for x in self._branches], models, where.start)
+    def compute(self, rows: Chunk | Sample, results: dict["View", StepRows]) -> StepRows:
+        """Compute the step's result at `rows`, once for all that use the same `results`."""
+        if self not in results:
+            x = self.block(rows, results)
+            results[self] = StepRows(x, *self.result(x, rows, self._dtype))
+        return results[self]
 
-    def leaf(self, where: Where, memo: dict[Any, Any], dtype: Any = np.float32) -> Any:
-        """The step's result at `where`; memo[self] becomes (leaf, block, masks)."""
-        if self not in memo:
-            merged = self._merged
-            if merged is None:
-                raise RuntimeError(f"step '{self.step.name}' is read before it is prepared")
-            x = self.block(where, memo)
-            run = passes.leaves(merged.kernel, passes.static(merged.static), dtype)
-            leaf, kept = run(x, self.numbers(merged.numbers, where, x))
-            memo[self] = (leaf, x, kept)
-        return memo[self][0]
+    def visit(self, work: Callable[[Block, Chunk], T]) -> list[T]:
+        # Each thread waits for its chunk, or many chunks would be in memory at once.
+        return self._cache.map(lambda chunk: jax.block_until_ready(work(self.block(chunk, {}), chunk)))
 
-    def numbers(self, numbers: Sequence[Any], where: Where, x: Block) -> list[Any]:
-        """Arguments of a pass as the kernel takes them at `where`."""
-        return [self._number(number, where, x) for number in numbers]
+    def join(self, parts: Sequence[Any]) -> np.ndarray:
+        arrays = [np.asarray(part) for part in parts]
+        joined = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-2)
+        return joined[..., : self._cache.geometry.rows, :]
 
-    def _number(self, number: Any, where: Where, x: Block) -> Any:
-        if isinstance(number, Rows):
-            return number.at(where)
-        if isinstance(number, Masks):
-            return number.at(self, where, x)
-        if isinstance(number, Ranked):
-            arrays = passes.values(number.values, ())(x, [])
-            places = passes.values(number.places, ())(x, self.numbers(number.numbers, where, x))
-            ordered = [np.sort(np.asarray(array), axis=-1) for array in arrays]
-            return [passes.lookup()(o, p) for o, p in zip(ordered, places, strict=True)]
-        if isinstance(number, np.ndarray) and number.dtype == np.uint32:
-            return number
-        return np.asarray(number, np.float32)
+    def totals(self, row_sums: Any) -> np.ndarray:
+        return np.asarray(np.asarray(row_sums).sum(axis=1, dtype=np.float64))
 
-    def sums(self, kernel: Kernel, *numbers: Any, **static: Any) -> np.ndarray:
-        run = passes.row_sums(kernel, passes.static(static))
+    @staticmethod
+    def sort_rows(array: Any) -> np.ndarray:
+        return np.sort(np.asarray(array), axis=-1)
 
-        def work(where: Chunk) -> np.ndarray:
-            x = self.block(where, {})
-            return totals(run(x, self.numbers(numbers, where, x)))
-
-        found: np.ndarray = np.sum(self.job.each(work), axis=0)
-        return found
-
-    def counts(self, kernel: Kernel, *numbers: Any, **static: Any) -> list[int]:
-        return [int(total) for total in self.sums(kernel, *numbers, **static)]
-
-    def highest(self, rows: Rows, index: int) -> float:
-        return float(np.max(rows.array[index]))
-
-    def columns(self, kernel: Kernel, *numbers: Any, **static: Any) -> Any:
-        run = passes.column_sums(kernel, passes.static(static))
-
-        def work(where: Chunk) -> np.ndarray:
-            x = self.block(where, {})
-            return np.asarray(run(x, self.numbers(numbers, where, x)), np.float64)
-
-        return np.sum(self.job.each(work), axis=0).astype(np.float32)
-
-    def rows(self, kernel: Kernel, *numbers: Any, reorder: bool = False, **static: Any) -> Rows:
-        run = passes.values(kernel, passes.static(static), reorder)
-
-        def work(where: Chunk) -> np.ndarray:
-            x = self.block(where, {})
-            return np.asarray(run(x, self.numbers(numbers, where, x)))[..., : where.rows.stop - where.rows.start, :]
-
-        return Rows(np.concatenate(self.job.each(work), axis=-2))
-
-    def whole(self, kernel: Kernel, *numbers: Any, **static: Any) -> Rows:
-        g = self.job.geometry
-        blocks = self.job.each(lambda where: self.block(where, {}))
-        arrays = [
-            np.concatenate([np.asarray(a) for a in parts])[: g.rows]
-            for parts in zip(*(jax.tree.leaves(tuple(x[:3])) for x in blocks), strict=True)
-        ]
-        base, branches, models = jax.tree.unflatten(jax.tree.structure(tuple(blocks[0][:3])), arrays)
-        x = passes.block(base, branches, models)
-        run = passes.values(kernel, passes.static(static))
-        return Rows(np.asarray(run(x, [np.asarray(number, np.float32) for number in numbers])))
-
-    def masks(self, kernel: Kernel, *numbers: Any, **static: Any) -> Masks:
-        keep = self.branches * self.size // 8 <= self.job.memory
-        return Masks(keep, kernel, numbers, passes.static(static))
-
-    def map(self, kernel: Kernel, *numbers: Any, **static: Any) -> Merged:
-        return Merged(kernel, numbers, static)
+    def masks(self, kernel: Kernel, *operands: Any, **static: Any) -> PackedMasks:
+        keep = self.branches * self.size // 8 <= self._mask_bytes
+        return PackedMasks(keep, kernel, operands, passes.static(static))
 
     def order_statistics(
-        self, kernel: Kernel, ranks: Sequence[Sequence[int]], *numbers: Any, **static: Any
+        self, kernel: Kernel, ranks: Sequence[Sequence[int]], *operands: Any, **static: Any
     ) -> list[np.ndarray]:
-        keywords = passes.static(static)
-        if self.size <= SAMPLE and self.job.geometry.count == 1:
-            where = self.job.chunk(0)
-            x = self.block(where, {})
-            arrays = passes.values(kernel, keywords)(x, self.numbers(numbers, where, x))
-            flat = [np.asarray(a).reshape(-1)[: self.size] for a in arrays]
-            return [np.partition(f, list(r))[list(r)] for f, r in zip(flat, ranks, strict=True)]
-        sample = self._sample()
-        x = self.block(sample, {})
-        arrays = passes.values(kernel, keywords)(x, self.numbers(numbers, sample, x))
-        search = Search(self.size, ranks, [np.asarray(a) for a in arrays], 1.0 if self._stored else 4.0)
-        run = passes.brackets(kernel, keywords)
+        keywords, geometry = passes.static(static), self._cache.geometry
 
-        def work(where: Chunk) -> tuple[list[np.ndarray], np.ndarray]:
+        def arrays(rows: Chunk | Sample) -> list[np.ndarray]:
+            x = self.block(rows, {})
+            return [np.asarray(a) for a in passes.values(kernel, keywords)(x, at(operands, x, rows))]
+
+        if self.size <= SAMPLE and geometry.count == 1:
+            flat = [a.reshape(-1)[: self.size] for a in arrays(geometry.chunk(0))]
+            return [np.partition(f, list(r))[list(r)] for f, r in zip(flat, ranks, strict=True)]
+        # Rows of an earlier step's result are alike within themselves: a sample of them says less.
+        search = BracketSearch(self.size, ranks, arrays(self._quantile_sample()), 1.0 if self._stored else 4.0)
+        program = passes.brackets(kernel, keywords, search.arrays)
+
+        def work(x: Block, chunk: Chunk) -> tuple[list[np.ndarray], np.ndarray]:
             # Of the counts < low, <= low and <= high, padding is in the last one where there is no upper end.
             unbounded = np.stack([np.zeros_like(search.high)] * 2 + [np.isinf(search.high)], axis=-1).reshape(-1)
-            x = self.block(where, {})
-            values, inside, below = run(x, self.numbers(numbers, where, x), where.count, search.low, search.high)
-            padding = where.height * self.job.geometry.columns - where.count
-            picks = [np.asarray(v)[np.asarray(m)] for v, m in zip(values, inside, strict=True)]
-            return picks, totals(below) - padding * unbounded
+            values, inside, below = program(x, at(operands, x, chunk), chunk.count, search.low, search.high)
+            padding = chunk.height * geometry.columns - chunk.count
+            picks = [np.asarray(v)[np.asarray(mask)] for v, mask in zip(values, inside, strict=True)]
+            return picks, self.totals(below) - padding * unbounded
 
-        while not search.found(self.job.each(work)):
+        while not search.update(self.visit(work)):
             pass
-        return search.result
+        return search.values
 
-    def values_of_rows(self, kernel: Kernel, entries: int) -> list[np.ndarray]:
-        """What a kernel gives for about `entries` entries in whole rows over the tensor; nothing for a smaller one."""
-        g = self.job.geometry
+    def sample_of_rows(self, kernel: Kernel, entries: int) -> list[np.ndarray]:
+        """Return what a kernel gives for about `entries` entries in whole rows; nothing for a smaller tensor."""
+        g = self._cache.geometry
         rows = max(1, entries // g.columns)
         if g.rows < rows:
             return []
-        where = Sample((2 * np.arange(rows) + 1) * g.rows // (2 * rows), np.zeros(rows, np.int64), g.columns)
-        return [np.asarray(array) for array in passes.values(kernel, ())(self.block(where, {}), [])]
+        sample = Sample((2 * np.arange(rows) + 1) * g.rows // (2 * rows), np.zeros(rows, np.int64), g.columns)
+        return [np.asarray(array) for array in passes.values(kernel, ())(self.block(sample, {}), [])]
 
-    def _sample(self) -> Sample:
-        """Of one size for all tensors, because each is a compilation: rows come again, at other columns, where there
-        are few of them."""
-        g = self.job.geometry
+    def _quantile_sample(self) -> Sample:
+        """Pick a sample of one size for all tensors, because each is a compilation.
+
+        Where there are few rows, they come again, at other columns.
+        """
+        g = self._cache.geometry
         whole = g.size // g.columns
         width = min(g.columns, 32) if self._stored else g.columns
         rows = max(1, SAMPLE // width) if self._stored else max(1, 2 * SAMPLE // width)
         picked = (2 * np.arange(rows) + 1) * whole // (2 * rows)
         first = np.arange(rows) * 7919 * width % (g.columns - width + 1)
         return Sample(picked, first, width)
-
-
-def totals(rows: Any) -> np.ndarray:
-    """Row sums [K, rows] summed in float64."""
-    return np.asarray(rows).sum(axis=1, dtype=np.float64)
-
-
-class Search:
-    """Exact order statistics of a large tensor: brackets estimated from a sample, then counts of what lies below them
-    and all values within, in one pass; again with wider brackets for a rank that was missed."""
-
-    def __init__(self, size: int, ranks: Sequence[Sequence[int]], sample: Sequence[np.ndarray], spread: float) -> None:
-        most = max(len(r) for r in ranks)
-        self._lengths = [len(r) for r in ranks]
-        self._ranks = [[*r, *[r[-1]] * (most - len(r))] for r in ranks]
-        self._size, self._spread = size, SIGMAS * spread
-        self._sample = [np.sort(a, axis=None) for a in sample]
-        self._values: list[list[float | None]] = [[None] * most for _ in ranks]
-        self._bracket()
-
-    def _bracket(self) -> None:
-        bounds = [[self._bounds(k, r) for r in range(len(ranks))] for k, ranks in enumerate(self._ranks)]
-        self.low, self.high = np.moveaxis(np.array(bounds, np.float32), -1, 0)
-
-    def _bounds(self, k: int, r: int) -> tuple[float, float]:
-        value, ordered = self._values[k][r], self._sample[k]
-        if value is not None:
-            return value, value
-        share = (self._ranks[k][r] + 0.5) / self._size
-        place = share * len(ordered)
-        reach = self._spread * math.sqrt(len(ordered) * share * (1 - share)) + 3
-        below, above = math.floor(place - reach), math.ceil(place + reach)
-        return (
-            float(ordered[below]) if below >= 0 else -math.inf,
-            float(ordered[above]) if above < len(ordered) else math.inf,
-        )
-
-    def found(self, chunks: Sequence[tuple[list[np.ndarray], np.ndarray]]) -> bool:
-        """Takes what a pass saw; whether every rank is found. If not, `low` and `high` are wider for the next."""
-        shape = (*self.low.shape, 3)
-        counts = np.sum([below for _, below in chunks], axis=0).reshape(shape)
-        for k, ranks in enumerate(self._ranks):
-            picks = np.concatenate([values[k] for values, _ in chunks])
-            for r, rank in enumerate(ranks):
-                if self._values[k][r] is None:
-                    self._values[k][r] = _resolve(rank, picks, self.low[k, r], self.high[k, r], counts[k, r])
-        if all(value is not None for values in self._values for value in values):
-            return True
-        if not np.isfinite(self.low).any() and not np.isfinite(self.high).any():
-            raise NotFiniteError
-        self._spread *= 8
-        self._bracket()
-        return False
-
-    @property
-    def result(self) -> list[np.ndarray]:
-        return [np.array(v[:n], np.float32) for v, n in zip(self._values, self._lengths, strict=True)]
-
-
-def _resolve(rank: int, picks: np.ndarray, low: float, high: float, counts: np.ndarray) -> float | None:
-    """The value of `rank`, from how many are < low, <= low and <= high and the values strictly between; None if it
-    lies outside."""
-    under, first, last = (int(count) for count in counts)
-    if under <= rank < first:
-        return float(low)
-    between = picks[(picks > low) & (picks < high)]
-    if first <= rank < first + len(between):
-        return float(np.partition(between, rank - first)[rank - first])
-    return float(high) if first + len(between) <= rank < last else None

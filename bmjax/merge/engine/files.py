@@ -1,8 +1,8 @@
 """Merging Hugging Face directories: all steps of a recipe, tensor by tensor, straight from file to file.
 
-Any architecture: what counts is that names and shapes agree. All headers are read and compared before the first tensor
-is; one tensor of every model is in memory at a time; results of earlier steps never touch the disk. The output
-appears whole, or not at all.
+`bmjax merge` and `bmjax.merge` call it. Any architecture: what counts is that names and shapes agree. All headers are
+read and compared before the first tensor is. Results of earlier steps never touch the disk. The output appears whole,
+or not at all.
 """
 
 import contextlib
@@ -54,14 +54,23 @@ def merge(
     log: Callable[[str], None] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Merges the recipe's models into the Hugging Face directory `output`; returns what its merge_report.json holds.
+    """Merge the recipe's models into a Hugging Face directory.
 
-    output: must not exist or be empty, unless `overwrite`; never an input. Config, tokenizer and chat template come
-    from the last step's base (traced back to a directory), or its first model. Each tensor is rounded once, to the
-    recipe's dtype or to the type in which that base stores it. memory: bytes for buffers; it changes no result. log:
-    gets one line a remark. progress: is called with (bytes of inputs done, bytes of inputs in all, tensor name).
-    A merge that was killed goes on where it was, when it is run again. Raises UserError, one line, for anything a user
-    can mend; `output` is then as it was.
+    Config, tokenizer and chat template come from the last step's base, traced back to a directory, or from its first
+    model. Each tensor is rounded once, to the recipe's dtype or to the type in which that base stores it. A merge that
+    was killed goes on where it was, when it is run again.
+
+    Arguments:
+        recipe: a recipe, or what `read_recipe` reads. overrides: its, as `key=value`.
+        output: must not exist or be empty, unless `overwrite`. Never an input.
+        shard_bytes: of a file of the result.
+        memory: bytes for buffers. It changes no result.
+        log: gets one line a remark.
+        progress: is called with (bytes of inputs done, bytes of inputs in all, tensor name).
+    Returns:
+        The content of merge_report.json.
+    Raises:
+        UserError: one line, for anything a user can mend. `output` is then as it was.
     """
     if not isinstance(recipe, Recipe):
         recipe = read_recipe(recipe, overrides)
@@ -75,8 +84,8 @@ def merge(
     for line in (*recipe.notes, *planned.notes):
         say(line)
     rows = [(node.name, node.dtype, node.shape) for node in planned.nodes]
-    beside = sum(path.stat().st_size for path in _side_files(donor.directory))
-    check_space(target, beside + sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in rows))
+    side_bytes = sum(path.stat().st_size for path in _side_files(donor.directory))
+    check_space(target, side_bytes + sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in rows))
     with resuming(target) as folder, contextlib.ExitStack() as stack:
         journal = Journal(folder, _fingerprint(recipe, models, planned.vocabulary, rows, shard_bytes))
         stack.callback(journal.close)
@@ -112,13 +121,13 @@ def merge(
 def _fingerprint(
     recipe: Recipe, models: Mapping[str, Checkpoint], tokens: Vocabulary | None, rows: Plan, shard_bytes: float
 ) -> dict[str, Any]:
-    """What must be the same for an unfinished merge to go on."""
+    """Return a hash of what must be the same for an unfinished merge to go on."""
     files = {info.file for model in models.values() for info in model.tensors.values()}
     if tokens is not None:
-        # Which rows belong together.
+        # They say which rows belong together.
         folders = [*(model.directory for model in models.values()), tokens.source]
         files |= {path for folder in folders for path in _side_files(folder)}
-    state = {str(file): [(found := file.stat()).st_size, found.st_mtime_ns] for file in sorted(files)}
+    state = {str(file): [(stat := file.stat()).st_size, stat.st_mtime_ns] for file in sorted(files)}
     written = [[name, dtype.name, list(shape)] for name, dtype, shape in rows]
     plain = [recipe.text, recipe.seed, recipe.compat, state, written, shard_bytes, version("jax"), __version__]
     return {"merge": hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()}
@@ -136,9 +145,9 @@ def _source(recipe: Recipe, name: str, model: Checkpoint, journal: Journal) -> d
 
 
 def _side_files(donor: Path) -> list[Path]:
-    """The files beside the weights that the result gets."""
-    named = [donor / name for name in SIDE_FILES]
-    return [path for path in (*named, *sorted((donor / "additional_chat_templates").glob("*"))) if path.is_file()]
+    """Return the files beside the weights that the result gets."""
+    paths = [donor / name for name in SIDE_FILES]
+    return [path for path in (*paths, *sorted((donor / "additional_chat_templates").glob("*"))) if path.is_file()]
 
 
 def _copy_side_files(donor: Path, folder: Path, types: set[np.dtype], changes: Mapping[str, Any]) -> None:

@@ -1,4 +1,7 @@
-"""What a merge has done so far, beside its unfinished files: after a kill the next run goes on from it."""
+"""The journal of a merge, beside its unfinished files: after a kill the next run goes on from it.
+
+files.py opens it, stream.py adds a line for every finished tensor. It is no part of the result.
+"""
 
 import contextlib
 import json
@@ -22,17 +25,17 @@ _KEYS = {"name", "digest", "block", "sources", "stats"}
 
 
 def digest(blocks: Iterable[bytes]) -> str:
-    """The checksum of data from those of its blocks (CHUNK entries each), as hexadecimal digits."""
+    """Return the checksum of data from those of its blocks, as hexadecimal digits."""
     return xxhash.xxh3_128_hexdigest(b"".join(blocks))
 
 
 def block_digest(data: np.ndarray) -> bytes:
-    """The checksum of one block."""
+    """Return the checksum of one block."""
     return xxhash.xxh3_128_digest(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
 
 
 def clear(folder: Path, keep: Sequence[Path] = ()) -> None:
-    """Removes what is in a folder but for the files in `keep`."""
+    """Remove what is in a folder but for the files in `keep`."""
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -41,10 +44,10 @@ def clear(folder: Path, keep: Sequence[Path] = ()) -> None:
 
 
 class Journal:
-    """One line a finished tensor: its statistics, its checksum and those of what it was made of."""
+    """A file with one line a finished tensor: its statistics, its checksum and those of what it was made of."""
 
     def __init__(self, folder: Path, fingerprint: Mapping[str, Any]) -> None:
-        """Goes on with what `folder` holds of a merge with this fingerprint; clears it of anything else."""
+        """Go on with what `folder` holds of a merge with this fingerprint, or clear it of anything else."""
         self.path, self._lock = folder / NAME, threading.Lock()
         self._tensors: dict[str, dict[str, Any]] = {}
         lines = self._lines()
@@ -58,25 +61,28 @@ class Journal:
             self._tensors[line["name"]] = line
 
     def _lines(self) -> list[Any]:
-        """The lines that are whole; a kill may have cut off the last one, a machine's fall have put anything there."""
-        found: list[Any] = []
+        """Return the lines that are whole, and cut the file off after them.
+
+        A kill may have cut off the last line; a machine's fall may have put anything there.
+        """
+        entries: list[Any] = []
         with contextlib.suppress(OSError, ValueError):
             for line in self.path.read_bytes().split(b"\n"):
                 entry = json.loads(line)
-                if not isinstance(entry, dict) or (found and not entry.keys() >= _KEYS):
+                if not isinstance(entry, dict) or (entries and not entry.keys() >= _KEYS):
                     break
-                found.append(entry)
+                entries.append(entry)
         # What follows a line that is cut off would not be read next time.
-        if found:
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in found), encoding="utf-8")
-        return found
+        if entries:
+            self.path.write_text("".join(json.dumps(line) + "\n" for line in entries), encoding="utf-8")
+        return entries
 
     def _write(self, line: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 
     def check(self, writer: SharedWriter, rows: Sequence[tuple[str, np.dtype, tuple[int, ...]]]) -> None:
-        """Forgets tensors whose bytes in the files are not those that were written."""
+        """Forget tensors whose bytes in the files are not those that were written."""
         for name, dtype, shape in rows:
             if name not in self._tensors:
                 continue
@@ -90,14 +96,14 @@ class Journal:
                 del self._tensors[name]
 
     def stats(self, name: str) -> TensorStats | None:
-        """The statistics of a finished tensor, by step; None for one that is to be made."""
+        """Return the statistics of a finished tensor, by step; None for one that is to be made."""
         line = self._tensors.get(name)
         return None if line is None else {step: Stats.read(plain) for step, plain in line["stats"].items()}
 
     def add(
         self, name: str, stats: TensorStats, block: int, checksum: str, sources: Mapping[str, Mapping[str, str]]
     ) -> None:
-        """A tensor is written. block: entries of a checksum's block. sources: checksums by model and tensor."""
+        """Add a tensor that is written. block: entries of a checksum's block. sources: checksums by model, tensor."""
         plain = {step: s.plain() for step, s in stats.items()}
         line = {"name": name, "digest": checksum, "block": block, "sources": sources, "stats": plain}
         with self._lock:
@@ -105,16 +111,16 @@ class Journal:
             self._write(line)
 
     def checksums(self) -> dict[str, str]:
-        """Of every finished tensor."""
+        """Return those of all finished tensors, by name."""
         return {name: self._tensors[name]["digest"] for name in sorted(self._tensors)}
 
     def source(self, model: str) -> str:
-        """One checksum of all tensors read of a model."""
-        found = {t: d for line in self._tensors.values() for t, d in line["sources"].get(model, {}).items()}
-        return digest(f"{tensor}\0{found[tensor]}\n".encode() for tensor in sorted(found))
+        """Return one checksum of all tensors read of a model."""
+        digests = {t: d for line in self._tensors.values() for t, d in line["sources"].get(model, {}).items()}
+        return digest(f"{tensor}\0{digests[tensor]}\n".encode() for tensor in sorted(digests))
 
     def close(self, remove: bool = False) -> None:
-        """Lets go of the file; `remove`: the merge is complete."""
+        """Close the file. remove: the merge is complete."""
         self._file.close()
         if remove:
             os.unlink(self.path)

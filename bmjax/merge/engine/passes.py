@@ -1,8 +1,8 @@
-"""The passes that methods make over a tensor, compiled: what both engines share.
+"""The compiled programs of the passes that methods make over a tensor, for both engines.
 
 Each is jitted once for a kernel and its keywords, and compiled once a shape. Arrays arrive as they are stored and are
-cast to float32 inside. A block may end in padding, entries that are 0 in every model: kernels give 0
-or false for those.
+cast to float32 inside. A block may end in padding, entries that are 0 in every model: kernels give 0 or false there.
+Programs take a block, and operands as `tensor.at` makes them.
 """
 
 import functools
@@ -14,78 +14,75 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from bmjax.merge.engine.quantile import add_each
+from bmjax.merge.engine.quantile import add_pairs
 from bmjax.merge.methods.method import Block, Kernel
 
 Static = tuple[tuple[str, Any], ...]
 
 
 def static(keywords: Mapping[str, Any]) -> Static:
-    """Keywords as a key of the cache."""
+    """Return keywords as a key of the cache of programs."""
     return tuple(sorted(keywords.items()))
 
 
 def block(base: Any, branches: Sequence[Any], models: Mapping[str, Any], start: int = 0) -> Block:
-    """A block of stored arrays whose first entry has the flat index `start`."""
+    """Make a block of stored arrays whose first entry has the flat index `start`."""
     return Block(base, tuple(branches), dict(models), np.array([start >> 32, start & 0xFFFFFFFF], np.uint32))
 
 
 @functools.cache
-def values(kernel: Kernel, keywords: Static, reorder: bool = False) -> Callable[..., Any]:
-    """(block, numbers) -> what the kernel gives. reorder: its sums may be taken in any order."""
+def values(
+    kernel: Kernel, keywords: Static, reorder: bool = False, then: Callable[[Any], Any] | None = None
+) -> Callable[..., Any]:
+    """Compile (block, operands) -> what the kernel gives, or what `then` makes of it.
 
-    def run(x: Block, numbers: Sequence[Any]) -> Any:
-        return kernel(_float32(x), *numbers, **dict(keywords))
+    reorder: sums may be taken in any order.
+    """
+
+    def run(x: Block, operands: Sequence[Any]) -> Any:
+        result = kernel(_float32(x), *operands, **dict(keywords))
+        return result if then is None else then(result)
 
     return _compiled(run, reorder)
 
 
-@functools.cache
 def row_sums(kernel: Kernel, keywords: Static) -> Callable[..., jax.Array]:
-    """(block, numbers) -> the row sums of every array that the kernel gives, float32 [K, rows]; counts, int32,
-    where it gives bool arrays."""
+    """Compile (block, operands) -> the row sums of every array, float32 [K, rows], or int32 of bool arrays."""
+    return values(kernel, keywords, True, _sum_rows)
 
-    def run(x: Block, numbers: Sequence[Any]) -> jax.Array:
-        return _sum_rows(kernel(_float32(x), *numbers, **dict(keywords)))
 
-    return _compiled(run, reorder=True)
+def column_sums(kernel: Kernel, keywords: Static) -> Callable[..., jax.Array]:
+    """Compile (block, operands) -> the column sums of every array of the kernel, float32 [K, 1, columns]."""
+    return values(kernel, keywords, False, _sum_columns)
 
 
 @functools.cache
 def lookup() -> Callable[..., jax.Array]:
-    """(values [rows, columns], places) -> the values at those places of their rows."""
+    """Compile (values [rows, columns], columns) -> the values in those columns of their rows."""
 
     # A program of its own, because inside a loop with other work a lookup keeps that from being vector code.
-    def run(ordered: jax.Array, places: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(ordered, places, axis=-1, mode="clip")
+    def run(values: jax.Array, columns: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(values, columns, axis=-1, mode="clip")
 
     return _compiled(run)
 
 
 @functools.cache
-def column_sums(kernel: Kernel, keywords: Static) -> Callable[..., jax.Array]:
-    """(block, numbers) -> the column sums of every array, float32 [K, 1, columns]."""
+def brackets(kernel: Kernel, keywords: Static, owners: tuple[int, ...]) -> Callable[..., Any]:
+    """Compile (block, operands, valid, low [B], high [B]) -> (values, inside, counts).
 
-    def run(x: Block, numbers: Sequence[Any]) -> jax.Array:
-        arrays = kernel(_float32(x), *numbers, **dict(keywords))
-        return jnp.stack([jnp.sum(a, axis=0, keepdims=True) for a in arrays])
+    owners: of which of the kernel's K arrays a bracket is. valid: entries before the padding. values: the K arrays.
+    inside: K masks of what is strictly within a bracket. counts: how many entries of each row are < low, <= low and
+    <= high, int32 [B * 3, rows].
+    """
 
-    return _compiled(run)
-
-
-@functools.cache
-def brackets(kernel: Kernel, keywords: Static) -> Callable[..., Any]:
-    """(block, numbers, valid, low [K, R], high [K, R]) -> (values [K] arrays, whether strictly within a bracket [K],
-    and how many of each row are < low, <= low and <= high: int32 [K * R * 3, rows])."""
-
-    def run(x: Block, numbers: Sequence[Any], valid: Any, low: jax.Array, high: jax.Array) -> Any:
+    def run(x: Block, operands: Sequence[Any], valid: Any, low: jax.Array, high: jax.Array) -> Any:
         # Padding is infinite: it lies below nothing but a bracket without an upper end.
-        arrays = [_valid(a, valid, np.inf) for a in kernel(_float32(x), *numbers, **dict(keywords))]
-        inside, tests = [], []
-        for k, a in enumerate(arrays):
-            pairs = [(low[k, r], high[k, r]) for r in range(low.shape[1])]
-            inside.append(functools.reduce(jnp.logical_or, [(a > lo) & (a < hi) for lo, hi in pairs]))
-            tests += [test for lo, hi in pairs for test in (a < lo, a <= lo, a <= hi)]
+        arrays = [_valid(a, valid, np.inf) for a in kernel(_float32(x), *operands, **dict(keywords))]
+        inside, tests = [jnp.zeros(a.shape, jnp.bool_) for a in arrays], []
+        for i, k in enumerate(owners):
+            inside[k] |= (arrays[k] > low[i]) & (arrays[k] < high[i])
+            tests += [arrays[k] < low[i], arrays[k] <= low[i], arrays[k] <= high[i]]
         return arrays, inside, _sum_rows(tests)
 
     return _compiled(run)
@@ -93,10 +90,13 @@ def brackets(kernel: Kernel, keywords: Static) -> Callable[..., Any]:
 
 @functools.cache
 def leaves(kernel: Kernel, keywords: Static, dtype: Any) -> Callable[..., Any]:
-    """(block, numbers) -> (leaf in `dtype`, kept masks: bit b % 8 of uint8 array b // 8, none where all is kept)."""
+    """Compile (block, operands) -> (leaf in `dtype`, packed masks of what is kept).
 
-    def run(x: Block, numbers: Sequence[Any]) -> Any:
-        leaf, kept = kernel(_float32(x), *numbers, **dict(keywords))
+    Branch b's mask is bit b % 8 of uint8 array b // 8. There are none where all is kept.
+    """
+
+    def run(x: Block, operands: Sequence[Any]) -> Any:
+        leaf, kept = kernel(_float32(x), *operands, **dict(keywords))
         # Packed, because every output is computed from the start: one more, not one for each branch.
         masks = [] if kept is None else [kept[b : b + 8] for b in range(0, len(kept), 8)]
         packed = [functools.reduce(jnp.bitwise_or, [m.astype(jnp.uint8) << i for i, m in enumerate(g)]) for g in masks]
@@ -107,10 +107,10 @@ def leaves(kernel: Kernel, keywords: Static, dtype: Any) -> Callable[..., Any]:
 
 @functools.cache
 def statistics() -> Callable[..., Any]:
-    """(block, *what `leaves` gave) -> row sums of what `steps.Stats` holds: float32 [K, rows], and int32
-    [1 or 1 + branches, rows].
+    """Compile (block, leaf, packed masks) -> row sums of what `report.statistics.Stats` holds.
 
-    A program of its own: its sums may be taken in any order, which makes them twice as fast.
+    They are float32 [K, rows] and int32 [1 or 1 + branches, rows]. A program of its own: its sums may be taken in any
+    order, which makes them twice as fast.
     """
 
     def run(x: Block, leaf: jax.Array, packed: Sequence[jax.Array]) -> Any:
@@ -134,8 +134,11 @@ def _compiled(run: Callable[..., Any], reorder: bool = False) -> Callable[..., A
 
 @functools.cache
 def _options(reorder: bool) -> dict[str, Any] | None:
-    """What XLA's CPU compiler is told: not to hand parts of a loop to a library, which splits it at every operation (a
-    quarter of the speed); `reorder`: sums may be taken in any order. Nothing where a version does not know this."""
+    """Return options for XLA's CPU compiler, None on other backends and where a version does not know them.
+
+    It must not hand parts of a loop to a library, which splits it at every operation: a quarter of the speed. With
+    `reorder`, sums may be taken in any order.
+    """
     if jax.default_backend() != "cpu":
         return None
     options: dict[str, Any] = {"xla_cpu_experimental_ynn_fusion_type": ""}
@@ -157,9 +160,13 @@ def _float32(x: Block) -> Block:
 
 
 def _valid(a: jax.Array, valid: jax.Array, otherwise: float) -> jax.Array:
-    """`a` with its padding, the entries of flat index `valid` and above, replaced."""
+    """Replace the padding of `a`: the entries of flat index `valid` and above."""
     index = lax.broadcasted_iota(jnp.int32, a.shape, 0) * a.shape[1] + lax.broadcasted_iota(jnp.int32, a.shape, 1)
     return jnp.where(index < valid, a, otherwise)
+
+
+def _sum_columns(arrays: Sequence[jax.Array]) -> jax.Array:
+    return jnp.stack([jnp.sum(a, axis=0, keepdims=True) for a in arrays])
 
 
 def _sum_rows(arrays: Sequence[jax.Array]) -> jax.Array:
@@ -168,5 +175,5 @@ def _sum_rows(arrays: Sequence[jax.Array]) -> jax.Array:
     if arrays[0].dtype == jnp.bool_:
         arrays = [a.astype(jnp.int32) for a in arrays]
     padded = [*arrays, *arrays] if len(arrays) == 1 else list(arrays)
-    rows = lax.reduce(padded, [np.zeros((), arrays[0].dtype)] * len(padded), add_each, (1,))
+    rows = lax.reduce(padded, [np.zeros((), arrays[0].dtype)] * len(padded), add_pairs, (1,))
     return jnp.stack(rows[: len(arrays)])

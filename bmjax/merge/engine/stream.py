@@ -1,30 +1,33 @@
-"""The tensors of a plan, from files to files: several at once, largest first, each in chunks on a pool of threads."""
+"""The tensors of a plan, from files to files: several at once, largest first, each in chunks on a pool of threads.
+
+files.py calls it. It writes tensors, their statistics and checksums, and no other file.
+"""
 
 import functools
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
 from bmjax.config import UserError
 from bmjax.io.safetensors import Checkpoint, Reader, SharedWriter, TensorInfo
-from bmjax.merge.engine import passes
-from bmjax.merge.engine.chunks import CHUNK, SAMPLE, Chunk, Job, NotFiniteError, Source, View, totals
+from bmjax.merge.engine.chunks import CHUNK, SAMPLE, Chunk, ChunkCache, Geometry, StepRows, StoredTensor, View
 from bmjax.merge.engine.journal import Journal, block_digest, digest
+from bmjax.merge.engine.quantile import NotFiniteError
 from bmjax.merge.methods.arcee_fusion import agreement, three_importances
-from bmjax.merge.plan.nodes import Node
+from bmjax.merge.plan.nodes import Node, Source
 from bmjax.merge.plan.token_rows import row_reader
 from bmjax.merge.recipe.recipe import Recipe
-from bmjax.merge.report.statistics import Stats, TensorStats, check_overflow, keys
+from bmjax.merge.report.statistics import Stats, TensorStats, check_overflow
 
 FLUSH_BYTES = 2**27
 SAMPLED = 24  # tensors
 Progress = Callable[[int, int, str], None]
+StoredKey = tuple[str, str, int]
 
 
 class Stream:
@@ -46,13 +49,16 @@ class Stream:
         self._done, self._unflushed, self._lock, self._stop = 0, 0, threading.Lock(), threading.Event()
 
     def close(self) -> None:
-        """Ends the threads and closes the files."""
+        """End the threads and close the files."""
         self._pool.shutdown(cancel_futures=True)
         self._flusher.shutdown(cancel_futures=True)
         self._files.close()
 
     def run(self, nodes: Sequence[Node], progress: Progress) -> dict[str, TensorStats]:
-        """Writes every tensor that the journal has not; the statistics of all that were merged, in the plan's order."""
+        """Write every tensor that the journal has not. Returns the statistics of all merged ones, in the plan's order.
+
+        Raises UserError for inputs that cannot be merged; what other tensors had begun is then left.
+        """
         total = sum(self._bytes_read(node) for node in nodes)
 
         def work(node: Node) -> TensorStats:
@@ -73,75 +79,103 @@ class Stream:
         # Where the masks of formulas are compared: some matrices, over all depths.
         matrices = [node.name for node in nodes if len(node.shape) == 2]
         self._sampled = set(matrices[:: max(1, len(matrices) // SAMPLED)])
-        waiting = sorted(nodes, key=lambda node: -math.prod(node.shape))
+        largest_first = sorted(nodes, key=lambda node: -math.prod(node.shape))
         with ThreadPoolExecutor(self._tensors, "merge-tensor") as drivers:
             try:
-                found = dict(zip((node.name for node in waiting), drivers.map(work, waiting), strict=True))
+                results = zip(largest_first, drivers.map(work, largest_first), strict=True)
+                stats = {node.name: stats for node, stats in results}
             except BaseException:
                 self._stop.set()
                 raise
-        return {node.name: found[node.name] for node in nodes if found[node.name]}
+        return {node.name: stats[node.name] for node in nodes if stats[node.name]}
 
     def _bytes_read(self, node: Node) -> int:
         return sum(info.nbytes for info in self._infos(node).values())
 
     def _infos(self, node: Node) -> dict[tuple[str, str], TensorInfo]:
-        """The stored tensors that a node is made of, by model and name."""
+        """Return the stored tensors that a node is made of, by model and name."""
         return {(model, tensor): self.models[model].tensors[tensor] for model, tensor in node.files()}
 
     def _tensor(self, node: Node) -> TensorStats:
         infos = self._infos(node)
         if not node.floating or 0 in node.shape:
             return self._copy(node, infos)
-        job = Job(node.shape, any(n.step.method.by_row for n in _nodes(node)), self._pool, self._memory)
-        sources: dict[Any, Source] = {}
-        views: dict[int, View] = {}
-        top = self._view(node, job, sources, views)
-        job.keep = sum(min(4, s.dtype.itemsize) for s in sources.values()) * job.geometry.size <= self._memory
+        nodes = _schedule(node)
+        stored = self._stored_inputs(nodes)
+        # Memory says what is kept between passes; it changes no result.
+        geometry = Geometry.of(node.shape, any(n.step.method.by_row for n in nodes))
+        stored_bytes = sum(min(4, tensor.dtype.itemsize) for tensor in stored.values()) * geometry.size
+        cache = ChunkCache(geometry, self._pool, keep=stored_bytes <= self._memory)
         for info in infos.values():
             self._files.advise(info)
         try:
-            return self._merge(node, job, top, list(views.values()), list(sources.values()))
+            return self._merge(nodes, stored, cache)
         except NotFiniteError:
-            for source in sources.values():
-                source.check(job.geometry)
+            for tensor in stored.values():
+                tensor.check_finite(geometry)
             raise
 
-    def _merge(self, node: Node, job: Job, top: View, views: list[View], sources: list[Source]) -> TensorStats:
-        for view in views:  # earlier steps first
-            view.prepare()
-        device = np.dtype(np.float32) if node.dtype == np.float64 else node.dtype
+    def _stored_inputs(self, nodes: Sequence[Node]) -> dict[StoredKey, StoredTensor]:
+        """Return the stored tensors that nodes read, each once."""
+        stored: dict[StoredKey, StoredTensor] = {}
+        for model, source in (pair for node in nodes for pair in node.inputs.items()):
+            if source.node is not None or _stored_key(model, source) in stored:
+                continue
+            info = self.models[model].tensors[source.tensor]
+            read: Callable[[int, np.ndarray], None] = functools.partial(self._files.read, info)
+            if source.rows is not None:
+                others = [(self.models[m].tensors[tensor], rows) for m, tensor, rows in source.others]
+                read = row_reader(info, source.rows, others, self._files.read)
+            stored[_stored_key(model, source)] = StoredTensor(model, source.tensor, info.numpy_dtype, read)
+        return stored
 
-        def write(where: Chunk) -> tuple[bytes, list[np.ndarray]]:
-            memo: dict[Any, Any] = {}
-            start, count = job.geometry.entries(where.index)
-            leaf = np.asarray(top.leaf(where, memo, device)).reshape(-1)[:count].astype(node.dtype, copy=False)
-            self.writer.write(node.name, start * node.dtype.itemsize, leaf)
-            sums = [passes.statistics()(x, result, kept) for result, x, kept in (memo[view] for view in views)]
-            return block_digest(leaf), [np.concatenate([totals(rows) for rows in pair]) for pair in sums]
+    def _merge(self, nodes: Sequence[Node], stored: Mapping[StoredKey, StoredTensor], cache: ChunkCache) -> TensorStats:
+        """Merge the last node's tensor. nodes: it and the earlier steps' ones, in the order of the steps."""
+        node, geometry = nodes[-1], cache.geometry
+        # The passes that precede the result, step by step: those of a step read the results of earlier ones.
+        views: dict[Node, View] = {}
+        for n in nodes:
+            inputs = {
+                model: stored[_stored_key(model, source)] if source.node is None else views[source.node]
+                for model, source in n.inputs.items()
+            }
+            dtype = np.dtype(np.float32) if n.dtype == np.float64 else n.dtype
+            view = View(self.recipe, n.step, n.name, node.shape, inputs, cache, dtype=dtype, mask_bytes=self._memory)
+            view.prepare(n.arguments)
+            views[n] = view
 
-        chunks = job.each(write)
-        stats = {}
-        for i, view in enumerate(views):
-            found = Stats.of(view.size, view.step.branches, np.sum([sums[i] for _, sums in chunks], axis=0))
-            if node.name in self._sampled and view.step.method.name == "arcee_fusion":
-                found = replace(found, agreement=agreement(view.values_of_rows(three_importances, SAMPLE // 2)))
-            stats[view.step.name] = found
+        # The result, with the statistics of every step.
+        def write(chunk: Chunk) -> tuple[bytes, list[np.ndarray]]:
+            results: dict[View, StepRows] = {}
+            leaf = np.asarray(views[node].compute(chunk, results).leaf).reshape(-1)[: chunk.count]
+            leaf = leaf.astype(node.dtype, copy=False)
+            self.writer.write(node.name, chunk.start * node.dtype.itemsize, leaf)
+            return block_digest(leaf), [views[n].statistics(*results[views[n]]) for n in nodes]
+
+        digests, chunk_sums = zip(*cache.map(write), strict=True)
+        stats: dict[str, Stats] = {}
+        for i, n in enumerate(nodes):
+            step = n.step
+            stats[step.name] = Stats.of(geometry.size, step.branches, np.sum([sums[i] for sums in chunk_sums], axis=0))
+            if node.name in self._sampled and step.method.name == "arcee_fusion":
+                masks = agreement(views[n].sample_of_rows(three_importances, SAMPLE // 2))
+                stats[step.name] = replace(stats[step.name], agreement=masks)
+
+        # What may be wrong with them, and the journal's line.
         if not all(np.isfinite([*s.products.flat, s.reference, s.moved]).all() for s in stats.values()):
-            for source in sources:
-                source.check(job.geometry)
-        check_overflow(node.name, stats[top.step.name], node.dtype)
+            for tensor in stored.values():
+                tensor.check_finite(geometry)
+        check_overflow(node.name, stats[node.step.name], node.dtype)
         checksums: dict[str, dict[str, str]] = {}
-        for source in sources:
-            seen = digest(source.digests[i] for i in sorted(source.digests))
-            checksums.setdefault(source.model, {})[source.tensor] = seen
-        g = job.geometry
-        self.journal.add(node.name, stats, g.chunk_rows * g.columns, digest(d for d, _ in chunks), checksums)
+        for tensor in stored.values():
+            chunks = digest(tensor.digests[i] for i in sorted(tensor.digests))
+            checksums.setdefault(tensor.model, {})[tensor.tensor] = chunks
+        self.journal.add(node.name, stats, geometry.chunk_rows * geometry.columns, digest(digests), checksums)
         self._flush(node)
         return stats
 
     def _flush(self, node: Node) -> None:
-        """Has what was written go to the disk while the merge goes on, instead of all at its end."""
+        """Have what was written go to the disk while the merge goes on, instead of all at its end."""
         with self._lock:
             self._unflushed += math.prod(node.shape) * node.dtype.itemsize
             due = self._unflushed >= FLUSH_BYTES
@@ -149,36 +183,8 @@ class Stream:
         if due:
             self._flusher.submit(self.writer.flush, node.name)
 
-    def _view(self, node: Node, job: Job, sources: dict[Any, Source], views: dict[int, View]) -> View:
-        if id(node) in views:
-            return views[id(node)]
-
-        def get(model: str) -> Source | View:
-            place = node.inputs[model]
-            if place.node is not None:
-                return self._view(place.node, job, sources, views)
-            key = (model, place.tensor, id(place.rows))
-            if key not in sources:
-                info = self.models[model].tensors[place.tensor]
-                read: Callable[[int, np.ndarray], None] = functools.partial(self._files.read, info)
-                if place.rows is not None:
-                    others = [(self.models[m].tensors[tensor], rows) for m, tensor, rows in place.others]
-                    read = row_reader(info, place.rows, others, self._files.read)
-                sources[key] = Source(model, place.tensor, info.numpy_dtype, read)
-            return sources[key]
-
-        step = node.step
-        models = {name: get(model) for name, model in step.named.items()}
-        base = None if step.base is None else get(step.base)
-        branches = [get(name) for name in step.branches]
-        random, compat = keys(self.recipe, step, node.name), self.recipe.compat
-        prepare = functools.partial(step.method.merge, arguments=node.arguments)
-        # After those of the steps it reads, so that they are prepared in this order.
-        views[id(node)] = View(step, job, base, branches, models, random, compat, prepare)
-        return views[id(node)]
-
     def _copy(self, node: Node, infos: Mapping[tuple[str, str], TensorInfo]) -> TensorStats:
-        """A tensor that is not floating-point (a mask, a table of positions) must be the same everywhere."""
+        """Copy a tensor that is not floating-point, as a mask or a table of positions; all models must agree."""
         (first, info), *others = infos.items()
         size, blocks = math.prod(node.shape), []
         for start in range(0, size, CHUNK):
@@ -198,8 +204,15 @@ class Stream:
         return {}
 
 
-def _nodes(node: Node) -> Iterator[Node]:
-    yield node
+def _stored_key(model: str, source: Source) -> StoredKey:
+    """Return what makes two reads of stored tensors the same: model, tensor and order of the rows."""
+    return (model, source.tensor, id(source.rows))
+
+
+def _schedule(node: Node, ordered: Sequence[Node] = ()) -> list[Node]:
+    """Return the nodes in `ordered`, then those that a node reads, earlier steps first, then the node: each once."""
+    nodes = list(ordered)
     for source in node.inputs.values():
-        if source.node is not None:
-            yield from _nodes(source.node)
+        if source.node is not None and source.node not in nodes:
+            nodes = _schedule(source.node, nodes)
+    return [*nodes, node]

@@ -1,12 +1,12 @@
 """Arcee fusion: keep the changes that matter, entry by entry. The merge of TinyR1 (arXiv 2503.04872)."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from bmjax.merge.engine.quantile import add_each, rank
+from bmjax.merge.engine.quantile import add_pairs, rank
 from bmjax.merge.lazy import Array, jnp, lax
-from bmjax.merge.methods.method import About, Block, Masks, Merged, Rebase, Tensor, add, deltas, method
+from bmjax.merge.methods.method import About, Block, Kernel, Masks, Merged, Rebase, Tensor, add, deltas, method
 
 EPSILON = 1e-8
 SMALL, NEAR = 0.02, 20.0
@@ -37,29 +37,34 @@ def arcee_fusion(
     `importance: tensor` is the other reading: (base - model) * KL of the flattened tensors, with its sign, so that only
     decreases can be kept.
     """
-    quartiles = [rank(q, t.size) for q in (0.25, 0.5, 0.75)]
+    score: Kernel = importances
+    operands: list[Any] = []
+    static: dict[str, Any] = {}
     if importance == "tensor":
-        # The KL is one positive factor of the whole tensor: it changes no entry's place.
-        found = t.order_statistics(_decreases, [quartiles] * t.branches)
-        return t.map(_fuse_signed, _limits(found), lambda_, combine=combine)
-    form = "small"
-    if t.compat == "mergekit":
-        form = "bfloat16" if t.rounded_to == "bfloat16" else "textbook"
-    kl = t.rows(row_kls, form=form, reorder=form == "small")
-    if form == "small" and t.highest(kl, -1) > 0:
-        form = "any"
-        kl = t.rows(row_kls, form=form)
-    found = t.order_statistics(importances, [quartiles] * t.branches, kl, form=form)
-    return t.map(_fuse, kl, _limits(found), lambda_, combine=combine, form=form)
-
-
-def _limits(found: list[np.ndarray]) -> list[float]:
-    return [float(np.float32(median) + np.float32(1.5) * (np.float32(q3) - np.float32(q1))) for q1, median, q3 in found]
+        # The KL is one positive factor of the whole tensor: it changes no entry's rank.
+        score = _decreases
+    elif t.compat == "mergekit":
+        static["form"] = "bfloat16" if t.rounded_to == "bfloat16" else "textbook"
+        operands = [t.rows(row_kls, **static)]
+    else:
+        static["form"] = "small"
+        operands = [t.rows(row_kls, reorder=True, **static)]
+        if t.highest(operands[0], -1) > 0:
+            static["form"] = "any"
+            operands = [t.rows(row_kls, **static)]
+    ranks = [rank(q, t.size) for q in (0.25, 0.5, 0.75)]
+    quartiles = t.order_statistics(score, [ranks] * t.branches, *operands, **static)
+    limits = [
+        float(np.float32(median) + np.float32(1.5) * (np.float32(q3) - np.float32(q1))) for q1, median, q3 in quartiles
+    ]
+    return t.map(_fuse, limits, lambda_, *operands, score=score, combine=combine, **static)
 
 
 def row_kls(x: Block, *, form: str) -> Array:
-    """KL of every branch's rows, [branches, rows, 1]; for the form "small" one more: how many entries of each row are
-    beyond that form's limits, over all branches."""
+    """Compute the KL of every branch's rows, [branches, rows, 1].
+
+    The form "small" gives one array more: how many entries of each row are beyond its limits, over all branches.
+    """
     if form == "small":
         kls, beyond = zip(*(_kl_small(x.base, delta) for delta in deltas(x)), strict=True)
         return jnp.stack([*kls, add(beyond)])
@@ -67,21 +72,38 @@ def row_kls(x: Block, *, form: str) -> Array:
 
 
 def importances(x: Block, kl: Array, *, form: str) -> list[Array]:
-    """|change| * KL of its row for every branch."""
-    cut = _bfloat16 if form == "bfloat16" else lambda a: a
-    return [cut(jnp.abs(cut(delta)) * kl[b]) for b, delta in enumerate(deltas(x))]
+    """Compute |change| * KL of its row for every branch."""
+    rounded = _bfloat16 if form == "bfloat16" else lambda a: a
+    return [rounded(jnp.abs(rounded(delta)) * kl[b]) for b, delta in enumerate(deltas(x))]
 
 
-def _fuse(x: Block, kl: Array, limits: Array, lambda_: Array, *, combine: str, form: str) -> tuple[Array, Masks]:
+def _decreases(x: Block) -> list[Array]:
+    return [-delta for delta in deltas(x)]
+
+
+def _fuse(
+    x: Block, limits: Array, lambda_: Array, *operands: Any, score: Kernel, combine: str, **static: Any
+) -> tuple[Array, Masks]:
+    """Compute the base with the changes whose score reaches the branch's limit, scaled by `lambda_`."""
     changes = deltas(x)
+    values = x.branches if "rebase" not in x.models else [x.base + delta for delta in changes]
     # An entry that did not change has no change to keep.
-    masks = [(i >= limits[b]) & (changes[b] != 0) for b, i in enumerate(importances(x, kl, form=form))]
-    return combined(x, masks, lambda_, combine=combine), masks
+    masks = [(s >= limits[b]) & (changes[b] != 0) for b, s in enumerate(score(x, *operands, **static))]
+    copies = add([kept.astype(jnp.int32) for kept in masks])
+    total = add([jnp.where(k, d, 0.0) for k, d in zip(masks, changes, strict=True)])
+    if combine == "mean" and len(masks) > 1:
+        total = total / jnp.maximum(copies, 1)
+    # An entry kept from one model takes its value itself: base + (model - base) can be a rounding away from it.
+    chosen = add([jnp.where(k, v, 0.0) for k, v in zip(masks, values, strict=True)])
+    single = chosen + (lambda_ - 1.0) * total
+    return jnp.where(copies == 0, x.base, jnp.where(copies == 1, single, x.base + lambda_ * total)), masks
 
 
 def three_importances(x: Block) -> list[Array]:
-    """The importances of the first branch's entries: as they are, and as the textbook's KL gives them in float32 and in
-    bfloat16 (every operation's result rounded to it)."""
+    """Compute the importances of the first branch's entries in three ways.
+
+    As they are; as the textbook's KL gives them in float32; as it does in bfloat16, every operation's result rounded.
+    """
     delta, *_ = deltas(x)
     exact = jnp.abs(delta) * row_kl(x.base, delta)
     textbook = jnp.abs(delta) * _kl_textbook(x.base, delta)
@@ -90,8 +112,10 @@ def three_importances(x: Block) -> list[Array]:
 
 
 def agreement(importances: list[np.ndarray]) -> tuple[tuple[int, int], ...]:
-    """For all but the first: how many entries its mask and the first one's both keep, and how many either does, each
-    mask from its own quartiles."""
+    """Compare the masks that importances of the same entries lead to, each by its own quartiles.
+
+    Returns for all but the first: how many entries its mask and the first one's both keep, and how many either does.
+    """
     if not importances:
         return ()
     masks = []
@@ -102,31 +126,8 @@ def agreement(importances: list[np.ndarray]) -> tuple[tuple[int, int], ...]:
     return tuple((int(np.sum(masks[0] & m)), int(np.sum(masks[0] | m))) for m in masks[1:])
 
 
-def _decreases(x: Block) -> list[Array]:
-    return [-delta for delta in deltas(x)]
-
-
-def _fuse_signed(x: Block, limits: Array, lambda_: Array, *, combine: str) -> tuple[Array, Masks]:
-    masks = [(-d >= limits[b]) & (d != 0) for b, d in enumerate(deltas(x))]
-    return combined(x, masks, lambda_, combine=combine), masks
-
-
-def combined(x: Block, masks: Masks, lambda_: Array, *, combine: str) -> Array:
-    """The base with the kept changes, scaled by `lambda_`."""
-    changes = deltas(x)
-    values = x.branches if "rebase" not in x.models else [x.base + delta for delta in changes]
-    copies = add([kept.astype(jnp.int32) for kept in masks])
-    total = add([jnp.where(k, d, 0.0) for k, d in zip(masks, changes, strict=True)])
-    if combine == "mean" and len(masks) > 1:
-        total = total / jnp.maximum(copies, 1)
-    # An entry kept from one model takes its value itself: base + (model - base) can be a rounding away from it.
-    chosen = add([jnp.where(k, v, 0.0) for k, v in zip(masks, values, strict=True)])
-    one = chosen + (lambda_ - 1.0) * total
-    return jnp.where(copies == 0, x.base, jnp.where(copies == 1, one, x.base + lambda_ * total))
-
-
 def row_kl(base: Array, delta: Array, *, form: str = "any") -> Array:
-    """KL(P || Q) of every row, P = softmax(base + delta) + 1e-8, Q = softmax(base) + 1e-8: float32 [..., 1], in nats.
+    """Compute KL(P || Q) of every row, P = softmax(base + delta) + 1e-8, Q = softmax(base) + 1e-8.
 
     The divergence is of second order in `delta`; the textbook sum(P * log(P / Q)) is a small difference of large
     terms that float32 cannot hold at the deltas of fine-tuning. With x = (P - Q) / Q,
@@ -134,8 +135,10 @@ def row_kl(base: Array, delta: Array, *, form: str = "any") -> Array:
         KL = sum(Q * g(x)),   g(x) = (1 + x) * log1p(x) - x,
 
     because P - Q sums to zero, and every term is >= 0. P - Q = q * expm1(t) with q = softmax(base) and
-    t = delta - log1p(sum(q * expm1(delta))). form: "any" is this for any values (`_kl_small` for small ones),
-    "textbook" the textbook's, "bfloat16" that with every operation's result rounded to bfloat16.
+    t = delta - log1p(sum(q * expm1(delta))).
+
+    form: "any" is this for any values, see `_kl_small` for small ones; "textbook" is the textbook's; "bfloat16" is that
+    with every operation's result rounded to bfloat16. Returns float32 [..., 1], in nats.
     """
     kinds = {"any": _kl_any, "textbook": _kl_textbook, "bfloat16": _kl_bfloat16}
     kl = kinds[form](base, delta)
@@ -147,7 +150,7 @@ def row_kl(base: Array, delta: Array, *, form: str = "any") -> Array:
 
 
 def _kl_small(base: Array, delta: Array) -> tuple[Array, Array]:
-    """KL for |delta| <= SMALL and |base| <= NEAR everywhere, and how many entries of each row are beyond.
+    """Compute the KL for |delta| <= SMALL and |base| <= NEAR everywhere, and how many entries of each row are beyond.
 
     Polynomials, exact to float32, in place of transcendental functions; no largest entry to be found first; and sums of
     floats only, all at once, for which the CPU's compiler has vector code. So a row is gone through twice.
@@ -156,7 +159,7 @@ def _kl_small(base: Array, delta: Array) -> tuple[Array, Array]:
     uneven = jnp.abs(delta - delta[..., :1])
     beyond = jnp.where((jnp.abs(base) > NEAR) | (jnp.abs(delta) > SMALL), 1.0, 0.0)
     arrays = [e, e * _expm1_series(delta), uneven, beyond]
-    sums = lax.reduce(arrays, [np.float32(0)] * 4, lambda x, y: list(add_each(x, y)), (base.ndim - 1,))
+    sums = lax.reduce(arrays, [np.float32(0)] * 4, lambda x, y: list(add_pairs(x, y)), (base.ndim - 1,))
     total, grown, uneven, beyond = (a[..., None] for a in sums)
     t = delta - jnp.log1p(grown / total)
     q = e * (1.0 / total)
@@ -167,7 +170,7 @@ def _kl_small(base: Array, delta: Array) -> tuple[Array, Array]:
 
 
 def _kl_any(base: Array, delta: Array) -> Array:
-    """For any delta. A change that is not small does not cancel, and is computed without overflow."""
+    """Compute the KL for any delta. A change that is not small does not cancel, and nothing overflows."""
     q, log_sum = _softmax(base)
     p, log_sum_new = _softmax(base + delta)
     growth = jnp.sum(q * jnp.expm1(jnp.minimum(delta, 1.0)), axis=-1, keepdims=True)
@@ -182,7 +185,7 @@ def _kl_any(base: Array, delta: Array) -> Array:
 
 
 def _softmax(x: Array) -> tuple[Array, Array]:
-    """The softmax of every row, and the logarithm of its denominator [..., 1]."""
+    """Compute the softmax of every row, and the logarithm of its denominator [..., 1]."""
     largest = jnp.max(x, axis=-1, keepdims=True)
     e = jnp.exp(x - largest)
     total = jnp.sum(e, axis=-1, keepdims=True)
@@ -198,18 +201,18 @@ def _g_series(x: Array) -> Array:
 
 
 def _kl_textbook(base: Array, delta: Array) -> Array:
-    """sum(P * log(P / Q)), which cancels: the arithmetic of mergekit, for `compat: mergekit`."""
+    """Compute sum(P * log(P / Q)), which cancels: the arithmetic of mergekit, for `compat: mergekit`."""
     p, q = _softmax(base + delta)[0] + EPSILON, _softmax(base)[0] + EPSILON
     return jnp.sum(p * jnp.log(p / q), axis=-1, keepdims=True)
 
 
 def _kl_bfloat16(base: Array, delta: Array) -> Array:
-    """The textbook's form with every operation's result rounded to bfloat16: what mergekit does in that type."""
-    cut = _bfloat16
-    p, q = (cut(cut(_softmax(cut(model))[0]) + EPSILON) for model in (base + delta, base))
-    return cut(jnp.sum(cut(p * cut(jnp.log(cut(p / q)))), axis=-1, keepdims=True))
+    """Compute the textbook's form with every result rounded to bfloat16: what mergekit does in that type."""
+    r = _bfloat16
+    p, q = (r(r(_softmax(r(model))[0]) + EPSILON) for model in (base + delta, base))
+    return r(jnp.sum(r(p * r(jnp.log(r(p / q)))), axis=-1, keepdims=True))
 
 
 def _bfloat16(a: Array) -> Array:
-    """`a` rounded to bfloat16, where the compiler may not keep more."""
+    """Round to bfloat16 where the compiler may not keep more bits."""
     return lax.reduce_precision(a, exponent_bits=8, mantissa_bits=7)

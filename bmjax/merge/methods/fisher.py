@@ -7,18 +7,7 @@ import numpy as np
 
 from bmjax.merge.lazy import Array, jnp
 from bmjax.merge.methods.linear import weights_sum
-from bmjax.merge.methods.method import (
-    About,
-    Block,
-    Merged,
-    Rebase,
-    Scale,
-    Tensor,
-    Weight,
-    add,
-    deltas,
-    method,
-)  # fmt: skip
+from bmjax.merge.methods.method import About, Block, Merged, Rebase, Scale, Tensor, Weight, add, deltas, method
 
 
 @method("fisher", base="required", branches=(1, None), check=weights_sum)
@@ -27,9 +16,9 @@ def fisher(
     *,
     importance: Annotated[
         Sequence[str],
-        About("directory with the model's importances, one for each entry, at least 0", each=True, model=True),
+        About("directory with the model's importances, one for each entry, at least 0", per_model=True, model=True),
     ],
-    weight: Weight = 1.0,  # type: ignore[assignment]
+    weight: Weight = (1.0,),
     lambda_: Scale = 1.0,
     relative: Annotated[bool, About("divide a model's importances by their mean over the tensor")] = True,
     rebase: Rebase = None,

@@ -1,4 +1,4 @@
-"""Weighted average of models."""
+"""Weighted average of models, and what other methods share of weights."""
 
 import functools
 from collections.abc import Mapping
@@ -6,18 +6,18 @@ from typing import Annotated, Any
 
 from bmjax.config import UserError
 from bmjax.merge.lazy import Array, jnp
-from bmjax.merge.methods.method import About, Block, Merged, Numbers, Tensor, add, method
+from bmjax.merge.methods.method import About, Block, Merged, PerModel, Tensor, add, method
 
 
 def weights_sum(parameters: Mapping[str, Any]) -> None:
-    """Raises UserError where `normalize` would divide by zero."""
+    """Raise UserError where `normalize` would divide by zero."""
     if parameters.get("normalize", True) and abs(sum(parameters["weight"])) < 1e-6:
         weights = ", ".join(f"{w:g}" for w in parameters["weight"])
         raise UserError(f"weight: {weights} sum to 0, which the merge divides by; change one of them")
 
 
-def shares(weight: Numbers) -> Numbers:
-    """The weights divided by their sum, in float64."""
+def shares(weight: PerModel) -> PerModel:
+    """Divide the weights by their sum, in float64."""
     return tuple(w / sum(weight) for w in weight)
 
 
@@ -25,7 +25,7 @@ def shares(weight: Numbers) -> Numbers:
 def linear(
     t: Tensor,
     *,
-    weight: Annotated[Numbers, About("how much of the model goes into the average", each=True)] = 1.0,  # type: ignore[assignment]
+    weight: Annotated[PerModel, About("how much of the model goes into the average", per_model=True)] = (1.0,),
     normalize: Annotated[bool, About("divide by the sum of the weights")] = True,
 ) -> Merged:
     """sum(weight * model) / sum(weight): model soups, arXiv 2203.05482.

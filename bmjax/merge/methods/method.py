@@ -9,14 +9,18 @@
 
 A method says which passes it makes over the tensor: `rows` and `sums` gather what has to be known beforehand, `map`
 gives the result. What a pass computes is a kernel, a pure function of some rows of the tensor, compiled once a
-shape; so the same method serves a sharded array (all rows at once) and a file (rows in chunks). A trailing underscore
-of a parameter is not part of its recipe name (`lambda_` is `lambda`).
+shape. So the same method serves a sharded array (all rows at once) and a file (rows in chunks). A method must not read
+files or hold arrays of its own: engines do.
+
+A trailing underscore of a parameter is not part of its recipe name: `lambda_` is `lambda`. The default of a per-model
+parameter is a tuple of one, the value for every model: `weight: Weight = (1.0,)`.
 """
 
 import functools
 import inspect
 import math
 import typing
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, Protocol
@@ -28,14 +32,15 @@ from bmjax.merge.lazy import Array, jnp, lax
 
 
 class Block(NamedTuple):
-    """Some rows of one tensor: what a kernel sees. Arrays are float32 [rows, columns] in the Hugging Face layout (the
-    last axis is the row, in_features of a matrix; a vector is one row).
+    """Some rows of one tensor in every model: what a kernel sees.
 
-    base: None for a method without one. branches: the other models. models: those that parameters name (`rebase`; of a
-    parameter with one for each branch, `name.0`, `name.1`, ...).
-    start: uint32 [2], high and low half of the first entry's index in the flattened tensor.
+    Arrays are float32 [rows, columns] in the Hugging Face layout, whose last axis is the row (in_features of a matrix).
+    A vector is one row. There may be more rows than the tensor has: they are 0 in every model, and a kernel gives 0 or
+    false there.
 
-    There may be more rows than the tensor has, 0 in every model: a kernel gives 0 or false there.
+    base: None for a method without one. branches: the other models. models: those that parameters name, as `rebase`, or
+    as `name.0`, `name.1` where a parameter names one a branch. start: index of the first entry in the flattened tensor,
+    uint32 [2], high and low half.
     """
 
     base: Any
@@ -44,83 +49,99 @@ class Block(NamedTuple):
     start: Any
 
 
+class Operand(ABC):
+    """A run-time input of kernels that is more than numbers: passes of a `Tensor` return it, later passes take it."""
+
+    @abstractmethod
+    def at(self, x: Block, rows: Any) -> Any:
+        """Return what a kernel gets with the block `x`. rows: which rows of the tensor the block holds."""
+
+
 Masks = Sequence[Array]
 Kernel = Callable[..., Any]
 
 
 class Merged(NamedTuple):
-    """A result in the making: `kernel(block, *numbers, **static)` gives (leaf, kept masks or None if all is kept)."""
+    """A result still to be computed: `kernel(block, *operands, **static)` gives (leaf, masks).
+
+    A mask says, for each branch, into which entries it went; None in their stead means all.
+    """
 
     kernel: Kernel
-    numbers: Sequence[Any]
+    operands: Sequence[Any]
     static: Mapping[str, Any]
 
 
-class Ranked(NamedTuple):
-    """As an argument of a pass: `values` gives arrays whose rows are sorted, `places` for each a place in its row for
-    every entry (int32), and the pass gets what stands there. numbers: for `places`."""
-
-    values: Kernel
-    places: Kernel
-    numbers: Sequence[Any] = ()
-
-
 class Tensor(Protocol):
-    """One tensor of every model. A pass takes a kernel, numbers (run-time inputs of the compiled kernel: scalars,
-    sequences of them, what `rows`, `masks` and `order_statistics` gave) and keywords (compiled in).
+    """One tensor of every model, as a method sees it.
+
+    A pass takes a kernel, operands (numbers, sequences of numbers, `Operand`s) and keywords. Operands are inputs of the
+    compiled kernel, keywords are compiled in.
 
     size: entries. vector: whether it has one dimension at most. branches: how many models beside the base. has_base:
-    whether there is one. keys: uint32 [branches, 2] for `random_bits`, fixed by seed, tensor and model. compat:
-    'mergekit' where the recipe asks for that tool's arithmetic; rounded_to: the type it then computes in.
+    whether there is one. keys: for `random_bits`, uint32 [branches, 2], fixed by seed, tensor and model. compat:
+    'mergekit' where the recipe asks for that tool's arithmetic. rounded_to: the type it then computes in.
     """
 
     size: int
     vector: bool
     branches: int
     has_base: bool
-    keys: np.ndarray
+    keys: Operand
     compat: str | None
     rounded_to: str | None
 
-    def sums(self, kernel: Kernel, *numbers: Any, **static: Any) -> np.ndarray:
-        """The sum over all entries of each array that the kernel gives: float64 [K], rows summed in float32."""
+    def sums(self, kernel: Kernel, *operands: Any, **static: Any) -> np.ndarray:
+        """Return the sum over all entries of each array of the kernel: float64 [K], rows summed in float32."""
 
-    def counts(self, kernel: Kernel, *numbers: Any, **static: Any) -> list[int]:
-        """How many entries of each bool array that the kernel gives are true, exactly."""
+    def counts(self, kernel: Kernel, *operands: Any, **static: Any) -> list[int]:
+        """Return how many entries of each bool array of the kernel are true, exactly."""
 
-    def columns(self, kernel: Kernel, *numbers: Any, **static: Any) -> Any:
-        """The sum over rows of each array: a number for later passes, float32 [K, 1, columns]."""
+    def columns(self, kernel: Kernel, *operands: Any, **static: Any) -> Operand:
+        """Return the sum over rows of each array of the kernel, float32 [K, 1, columns]."""
 
-    def rows(self, kernel: Kernel, *numbers: Any, reorder: bool = False, **static: Any) -> Any:
-        """What the kernel gives for every row, an array [..., rows, 1]: a number for later passes. reorder: its sums
-        may be taken in any order, as in all passes that only sum; twice as fast where rows are long."""
+    def rows(self, kernel: Kernel, *operands: Any, reorder: bool = False, **static: Any) -> Operand:
+        """Return what the kernel gives for every row, [..., rows, 1]. Later passes see their rows of it.
+
+        reorder: the kernel's sums may be taken in any order. Twice as fast where rows are long.
+        """
 
     def highest(self, rows: Any, index: int) -> float:
-        """The largest of what `rows` gave at `index` of its first axis."""
+        """Return the largest number of what `rows` gave at `index` of its first axis."""
 
-    def whole(self, kernel: Kernel, *numbers: Any, **static: Any) -> Any:
-        """What the kernel gives for all rows at once, [rows, columns]: a number for later passes, which see their rows
-        of it. The one pass whose memory grows with the tensor, for what cannot be had in parts."""
+    def whole(self, kernel: Kernel, *operands: Any, **static: Any) -> Operand:
+        """Return what the kernel gives for all rows at once, [rows, columns]. Later passes see their rows of it.
 
-    def masks(self, kernel: Kernel, *numbers: Any, **static: Any) -> Any:
-        """The bool arrays that the kernel gives: a number for later passes, which see a list."""
+        The one pass whose memory grows with the tensor, for what cannot be computed in parts.
+        """
+
+    def masks(self, kernel: Kernel, *operands: Any, **static: Any) -> Operand:
+        """Return the bool arrays that the kernel gives. Later passes see a list."""
+
+    def row_order_statistic(self, values: Kernel, ranks: Kernel, *operands: Any) -> Operand:
+        """Return, for each array of `values`, the ranks-th smallest number in its row for every entry.
+
+        ranks: gives as many arrays as `values`, int32, 0-based. operands: of `ranks`.
+        """
 
     def order_statistics(
-        self, kernel: Kernel, ranks: Sequence[Sequence[int]], *numbers: Any, **static: Any
+        self, kernel: Kernel, ranks: Sequence[Sequence[int]], *operands: Any, **static: Any
     ) -> list[np.ndarray]:
-        """For each array that the kernel gives, its sorted values at `ranks` (0-based), float32, exactly. The kernel
-        must not look beyond an entry (use `rows` for that)."""
+        """Return, for each array of the kernel, its sorted values at `ranks` (0-based), float32, exactly.
 
-    def map(self, kernel: Kernel, *numbers: Any, **static: Any) -> Merged:
-        """The result: the kernel gives (leaf, kept): for each branch a bool array of the entries it went into."""
+        The kernel must not look beyond an entry: use `rows` for that.
+        """
+
+    def map(self, kernel: Kernel, *operands: Any, **static: Any) -> Merged:
+        """Return the result, see `Merged`."""
 
 
 @dataclass(frozen=True)
 class About:
-    """What `--help` says of a parameter. each: one number a model. model: names a model, which `Block.models` holds."""
+    """What `--help` says of a parameter. per_model: one value a model. model: names a model, see `Block.models`."""
 
     text: str
-    each: bool = False
+    per_model: bool = False
     model: bool = False
     least: float = -math.inf
     most: float = math.inf
@@ -138,7 +159,7 @@ class Parameter:
 
     @property
     def expected(self) -> str:
-        """What a recipe may give, in words."""
+        """Say in words what a recipe may give."""
         if typing.get_origin(self.kind) is Literal:
             return " or ".join(typing.get_args(self.kind))
         if self.about.model:
@@ -150,7 +171,7 @@ class Parameter:
         return words if math.isinf(least) else f"{words}, at least {least:g}"
 
     def check(self, value: Any) -> Any:
-        """`value` as this parameter's type, or a UserError that says what was expected."""
+        """Return `value` as this parameter's type. Raises UserError that says what was expected."""
         choices = typing.get_args(self.kind) if typing.get_origin(self.kind) is Literal else ()
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         if number and self.about.least <= value <= self.about.most:
@@ -166,17 +187,24 @@ class Parameter:
         raise UserError(f"{self.name}: expected {self.expected}, found {value!r}{hint}")
 
 
+# What every method accepts because other tools' recipes have it; the text says why it has no effect.
+WITHOUT_EFFECT = {
+    "int8_mask": Parameter("int8_mask", "int8_mask", bool, False, About("masks are never kept in memory whole"))
+}
+
+
 @dataclass(frozen=True)
 class Method:
     """A registered method.
 
-    base: 'required': branches are scored against it; 'optional': so, where the recipe names one; 'unused': base_model
+    base: 'required': branches are scored against it. 'optional': so, where the recipe names one. 'unused': base_model
     only gives config, tokenizer and types, and is merged like any other model where it is listed. branches: least and
-    most models beside a base. by_row: a kernel looks at whole rows, so they must not be cut.
+    most models beside a base. check: gets the parameters of a recipe by name, per-model ones as tuples, and raises
+    UserError where they do not fit together. by_row: a kernel looks at whole rows, so they must not be cut.
     """
 
     name: str
-    passes: Callable[..., Merged]
+    function: Callable[..., Merged]
     base: Literal["required", "optional", "unused"]
     branches: tuple[int, int | None]
     parameters: Mapping[str, Parameter]
@@ -185,23 +213,24 @@ class Method:
     by_row: bool
 
     def parameter(self, name: str) -> Parameter:
+        """Return a parameter by its recipe name. Raises UserError with the nearest name."""
         if name not in self.parameters:
-            hint = nearest(name, list(self.parameters))
+            hint = nearest(name, [*self.parameters, *WITHOUT_EFFECT])
             raise UserError(f"unknown parameter '{name}' of {self.name}{hint}")
         return self.parameters[name]
 
     def merge(self, tensor: Tensor, arguments: Mapping[str, Any]) -> Merged:
-        """The method on one tensor; arguments by recipe name, numbers of `each` parameters as a tuple."""
+        """Make the method's passes over one tensor. arguments: by recipe name, per-model ones as tuples."""
         # An input that is not finite is an error of the engine's, which names it; not a warning of the arithmetic's.
         with np.errstate(all="ignore"):
-            return self.passes(tensor, **{p.argument: arguments[p.name] for p in self.parameters.values()})
+            return self.function(tensor, **{p.argument: arguments[p.name] for p in self.parameters.values()})
 
 
 METHODS: dict[str, Method] = {}
 
 
 def find(name: str) -> Method:
-    """The method called `name`, or a UserError with the nearest name."""
+    """Return the method called `name`. Raises UserError with the nearest name."""
     if name not in METHODS:
         raise UserError(f"unknown merge_method '{name}'{nearest(name, list(METHODS))}")
     return METHODS[name]
@@ -215,67 +244,67 @@ def method(
     check: Callable[[Mapping[str, Any]], None] | None = None,
     by_row: bool = False,
 ) -> Callable[[Callable[..., Merged]], Callable[..., Merged]]:
-    """Registers a method.
-
-    `check` sees the parameters of a recipe by name (numbers of `each` parameters as a tuple) and raises UserError.
-    """
+    """Register the decorated function as a method. Arguments: see `Method`."""
 
     def register(function: Callable[..., Merged]) -> Callable[..., Merged]:
         summary = inspect.cleandoc(function.__doc__ or "")
-        METHODS[name] = Method(name, function, base, branches, _table(function), summary, check, by_row)
+        METHODS[name] = Method(name, function, base, branches, parameters_of(function), summary, check, by_row)
         return function
 
     return register
 
 
-def _table(function: Callable[..., Merged]) -> dict[str, Parameter]:
+def parameters_of(function: Callable[..., Merged]) -> dict[str, Parameter]:
+    """Return the parameter table that a function's keyword-only arguments declare, by recipe name."""
     hints = typing.get_type_hints(function, include_extras=True)
-    rows: dict[str, Parameter] = {}
-    for argument, given in inspect.signature(function).parameters.items():
-        if given.kind is not inspect.Parameter.KEYWORD_ONLY:
+    table: dict[str, Parameter] = {}
+    for argument, declared in inspect.signature(function).parameters.items():
+        if declared.kind is not inspect.Parameter.KEYWORD_ONLY:
             continue
-        hint = hints[argument]
+        hint, default = hints[argument], declared.default
         if typing.get_origin(hint) is not Annotated:
             raise TypeError(f"{function.__name__}: parameter {argument} needs Annotated[type, About(...)]")
         kind, about = typing.get_args(hint)
-        kind = str if about.model else float if about.each else kind
+        if about.per_model and default is not inspect.Parameter.empty:
+            (default,) = default
+        kind = str if about.model else float if about.per_model else kind
         name = argument.rstrip("_")
-        rows[name] = Parameter(name, argument, kind, given.default, about)
-    return rows
+        table[name] = Parameter(name, argument, kind, default, about)
+    return table
 
 
-Numbers = tuple[float, ...]
-Weight = Annotated[Numbers, About("factor of the model's change", each=True)]
+PerModel = tuple[float, ...]
+Weight = Annotated[PerModel, About("factor of the model's change", per_model=True)]
 Scale = Annotated[float, About("factor of the summed change")]
 Rebase = Annotated[str | None, About("take each model's change from this model instead of the base", model=True)]
 
 
 def deltas(x: Block) -> list[Array]:
-    """The task vector of each branch: its difference from the base, or from `rebase` where that is given."""
+    """Return the task vector of each branch: its difference from the base, or from `rebase` where a recipe has that."""
     origin = x.models.get("rebase", x.base)
     return [branch - origin for branch in x.branches]
 
 
 def add(arrays: Sequence[Array]) -> Array:
-    """The sum, in order."""
+    """Return the sum, taken in order."""
     return functools.reduce(lambda a, b: a + b, arrays)
 
 
 def moved(x: Block, factors: Array) -> tuple[Array, None]:
-    """The kernel of base + sum(factor * change)."""
+    """Compute base + sum(factor * change). A kernel."""
     return x.base + add([f * d for f, d in zip(factors, deltas(x), strict=True)]), None
 
 
 def magnitudes(x: Block) -> list[Array]:
-    """|change| of every branch."""
+    """Return |change| of every branch."""
     return [jnp.abs(delta) for delta in deltas(x)]
 
 
 def random_bits(x: Block, key: Array) -> Array:
-    """24 random bits for each entry of a block, as a float32 in [0, 1): a function of the key and the entry's index.
+    """Return 24 random bits for each entry of a block, as a float32 in [0, 1): a hash of the key and the entry's index.
 
-    key: uint32 [2]. Two rounds of a 32-bit mixing function (multiply and xor-shift, constants found by Wellons' hash
-    prospector for least bias) over index and key; a fifteenth of the time of the generators of `jax.random`.
+    key: uint32 [2]. Two rounds of a 32-bit mixing function over index and key: multiply and xor-shift, with constants
+    that Wellons' hash prospector found to have least bias. It takes a fifteenth of the time of `jax.random`.
     """
     rows, columns = x.branches[0].shape
     local = lax.broadcasted_iota(jnp.uint32, (rows, columns), 0) * jnp.uint32(columns)

@@ -7,7 +7,7 @@ import numpy as np
 
 from bmjax.merge.lazy import Array, jnp
 from bmjax.merge.methods.linear import shares, weights_sum
-from bmjax.merge.methods.method import About, Block, Merged, Numbers, Tensor, add, deltas, method, moved
+from bmjax.merge.methods.method import About, Block, Merged, PerModel, Tensor, add, deltas, method, moved
 from bmjax.merge.methods.spherical import products
 
 
@@ -15,7 +15,7 @@ from bmjax.merge.methods.spherical import products
 def model_stock(
     t: Tensor,
     *,
-    weight: Annotated[Numbers, About("the model's share of the mean", each=True)] = 1.0,  # type: ignore[assignment]
+    weight: Annotated[PerModel, About("the model's share of the mean", per_model=True)] = (1.0,),
     filter_wise: Annotated[bool, About("an angle for every row instead of one for the tensor")] = False,
 ) -> Merged:
     """base + ratio * (mean of the models - base), arXiv 2403.19522.
@@ -40,7 +40,7 @@ def _ratio(gram: np.ndarray, spread: float) -> float:
 
 
 def _projection(xp: Any, dots: Sequence[Any], norms: Sequence[Any], spread: Any) -> Any:
-    """The ratio from the products of all pairs of changes and of their lengths: numpy or jax.numpy arrays."""
+    """Compute the ratio from the products of all pairs of changes and of their lengths. xp: numpy or jax.numpy."""
     pairs = zip(dots, norms, strict=True)
     cosines = [xp.where(n > 0, xp.clip(d / xp.where(n > 0, n, 1.0), -1.0, 1.0), 0.0) for d, n in pairs]
     cosine = add(cosines) / len(cosines)

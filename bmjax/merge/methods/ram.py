@@ -25,9 +25,8 @@ def ramplus_tl(
     """RAM+ (tensor level), arXiv 2601.13572: as ram, but an entry that one model alone changed gets its change times
     1 + r * clip(shared / own, 0, alpha), from how many of the model's changed entries are shared and its own."""
     counts = t.counts(_changed, epsilon)
-    ratios = [
-        shared / max(own, epsilon) if shared else 0.0 for shared, own in zip(counts[0::2], counts[1::2], strict=True)
-    ]
+    pairs = zip(counts[0::2], counts[1::2], strict=True)
+    ratios = [shared / max(unshared, epsilon) if shared else 0.0 for shared, unshared in pairs]
     return t.map(_merge, epsilon, [1.0 + r * min(ratio, alpha) for ratio in ratios])
 
 
@@ -37,15 +36,14 @@ def _masks(x: Block, epsilon: Array) -> tuple[Masks, Array]:
 
 
 def _changed(x: Block, epsilon: Array) -> list[Array]:
-    """Of every model: what it changed with others, and what it alone did."""
+    """Return of every model the mask of what it changed with others, and of what it alone did."""
     masks, copies = _masks(x, epsilon)
-    return [found for kept in masks for found in (kept & (copies > 1), kept & (copies == 1))]
+    return [mask for kept in masks for mask in (kept & (copies > 1), kept & (copies == 1))]
 
 
 def _merge(x: Block, epsilon: Array, raised: Array) -> tuple[Array, Masks]:
     masks, copies = _masks(x, epsilon)
     changes = deltas(x)
-    total = add(
-        [jnp.where(k, jnp.where(copies == 1, f * d, d), 0.0) for k, f, d in zip(masks, raised, changes, strict=True)]
-    )
+    factors = [jnp.where(copies == 1, f * d, d) for f, d in zip(raised, changes, strict=True)]
+    total = add([jnp.where(k, d, 0.0) for k, d in zip(masks, factors, strict=True)])
     return x.base + total / jnp.maximum(copies, 1), masks

@@ -6,7 +6,6 @@ import numpy as np
 
 from bmjax.merge.lazy import Array, jnp
 from bmjax.merge.methods.method import About, Block, Masks, Merged, Rebase, Tensor, add, deltas, method
-from bmjax.merge.methods.task_arithmetic import Unused
 
 
 @method("sce", base="required", branches=(1, None))
@@ -16,7 +15,6 @@ def sce(
     select_topk: Annotated[
         float, About("share of the entries to keep, those that vary most between models", least=0, most=1)
     ] = 1.0,
-    int8_mask: Unused = False,
     rebase: Rebase = None,
 ) -> Merged:
     """SCE of FuseChat-3.0, arXiv 2408.07990.
@@ -37,7 +35,9 @@ def sce(
 
 
 def _variance(x: Block) -> list[Array]:
-    """The variance of an entry over the models, times the square of their number: the sum of (a - b)^2 over all pairs.
+    """Compute the variance of an entry over the models, times the square of their number.
+
+    It is the sum of (a - b)^2 over all pairs.
 
     Unlike squares of differences from a mean, these are exact for models stored in bfloat16, most of whose entries
     vary exactly as much as many others; rounding must not tell those apart.

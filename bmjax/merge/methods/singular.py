@@ -17,7 +17,7 @@ Share = Annotated[float, About("share of the rank that all models together get",
 def isotropic(
     t: Tensor,
     *,
-    weight: Weight = 1.0,  # type: ignore[assignment]
+    weight: Weight = (1.0,),
     lambda_: Scale = 1.0,
     rebase: Rebase = None,
 ) -> Merged:
@@ -32,7 +32,7 @@ def isotropic(
 def tsv(
     t: Tensor,
     *,
-    weight: Weight = 1.0,  # type: ignore[assignment]
+    weight: Weight = (1.0,),
     rank: Share = 1.0,
     lambda_: Scale = 1.0,
     rebase: Rebase = None,
@@ -71,6 +71,6 @@ def _uncrossed(x: Block, weight: Array, *, rank: float) -> Array:
 
 
 def _orthonormal(parts: Sequence[Array]) -> Array:
-    """The orthonormal columns nearest to these, side by side."""
+    """Return the orthonormal columns nearest to these, side by side."""
     left, _, right = jnp.linalg.svd(jnp.concatenate(parts, axis=1), full_matrices=False)
     return left @ right

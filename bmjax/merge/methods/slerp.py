@@ -7,7 +7,7 @@ import numpy as np
 
 from bmjax.merge.lazy import Array, jnp
 from bmjax.merge.methods.linear import weights_sum
-from bmjax.merge.methods.method import About, Block, Merged, Numbers, Tensor, deltas, method
+from bmjax.merge.methods.method import About, Block, Merged, PerModel, Tensor, method
 
 OPPOSITE = 3.1415  # no arc is the shortest between (nearly) opposite vectors
 
@@ -24,14 +24,15 @@ def slerp(
     vectors: 2 asin(|u - v| / 2) does not cancel for models near each other, as acos(u . v) does. A tensor that is
     zero, or opposite to the other one, is mixed along the straight line.
     """
-    return t.map(_mix, _factors(t.sums(_products), t_))
+    vectors = "base and model"
+    return t.map(_mix, _factors(t.sums(_products, vectors=vectors), t_), vectors=vectors)
 
 
 @method("nuslerp", base="optional", branches=(2, 2), check=weights_sum, by_row=True)
 def nuslerp(
     t: Tensor,
     *,
-    weight: Annotated[Numbers, About("how near the result is to the model", each=True)] = 1.0,  # type: ignore[assignment]
+    weight: Annotated[PerModel, About("how near the result is to the model", per_model=True)] = (1.0,),
     nuslerp_flatten: Annotated[bool, About("take the whole tensor as one vector")] = True,
     nuslerp_row_wise: Annotated[
         bool, About("where not flattened: take each row as a vector (true), or each column")
@@ -43,38 +44,35 @@ def nuslerp(
     Angles as in slerp. A row (in_features of a matrix) is the last axis; the other tool's `nuslerp_row_wise: true`
     takes columns, which `compat: mergekit` reproduces. A tensor of one dimension is one vector either way.
     """
-    at = weight[1] / sum(weight)
-    against = "base" if t.has_base else "none"
+    position = weight[1] / sum(weight)
+    vectors = "changes" if t.has_base else "models"
     if nuslerp_flatten:
-        factors = _factors(t.sums(_pair_products, against=against), at)
-        return t.map(_mix_pair, factors, against=against)
+        return t.map(_mix, _factors(t.sums(_products, vectors=vectors), position), vectors=vectors)
     if t.vector or nuslerp_row_wise != (t.compat == "mergekit"):
-        return t.map(_mix_rows, at, against=against)
-    return t.map(_mix_columns, t.columns(_pair_products, against=against), at, against=against)
+        return t.map(_mix_rows, position, vectors=vectors)
+    return t.map(_mix_columns, t.columns(_products, vectors=vectors), position, vectors=vectors)
 
 
-def _products(x: Block) -> list[Array]:
-    """Of two vectors u and v: u.u, v.v, u.(v - u) and (v - u).(v - u), entry by entry."""
-    (delta,) = deltas(x)
-    return [x.base**2, x.branches[0] ** 2, x.base * delta, delta**2]
+def _pair(x: Block, vectors: str) -> tuple[Array, Array, Array, Array]:
+    """Return two models' vectors u and v, their difference v - u, and the first model."""
+    first, second = (x.base, x.branches[0]) if vectors == "base and model" else x.branches
+    u, v = (first - x.base, second - x.base) if vectors == "changes" else (first, second)
+    return u, v, second - first, first
 
 
-def _pair(x: Block, against: str) -> tuple[Array, Array, Array]:
-    """The two vectors and their difference."""
-    first, second = x.branches
-    if against == "none":
-        return first, second, second - first
-    return first - x.base, second - x.base, second - first
-
-
-def _pair_products(x: Block, *, against: str) -> list[Array]:
-    u, v, difference = _pair(x, against)
+def _products(x: Block, *, vectors: str) -> list[Array]:
+    """Compute u.u, v.v, u.(v - u) and (v - u).(v - u), entry by entry."""
+    u, v, difference, _ = _pair(x, vectors)
     return [u**2, v**2, u * difference, difference**2]
 
 
 def _factors(products: np.ndarray, t: float) -> tuple[float, float]:
-    """The factors (of u - 1, and of v - u) that lead from u to the point at `t`, from `_products`' four sums."""
-    return tuple(float(x) for x in _arc(np, products, t))  # type: ignore[return-value]
+    """Compute the factors of u (less 1) and of v - u that lead from u to the point at `t` of the arc.
+
+    products: the four sums of `_products`.
+    """
+    first, second = _arc(np, products, t)
+    return float(first), float(second)
 
 
 def _arc(xp: Any, products: Any, t: Any) -> tuple[Any, Any]:
@@ -91,25 +89,20 @@ def _arc(xp: Any, products: Any, t: Any) -> tuple[Any, Any]:
 
 
 def _sinc(xp: Any, x: Any) -> Any:
-    """sin(x) / x, 1 at 0."""
+    """Compute sin(x) / x, 1 at 0."""
     return xp.sinc(x / math.pi)
 
 
-def _mix(x: Block, factors: Array) -> tuple[Array, None]:
-    # In differences from the base, so that an entry on which both agree loses no bit to the weights' rounding.
-    (delta,) = deltas(x)
-    return x.base + (factors[0] * x.base + factors[1] * delta), None
+def _mix(x: Block, factors: Any, *, vectors: str) -> tuple[Array, None]:
+    # In differences from the first model, so that an entry on which both agree loses no bit to the weights' rounding.
+    u, _, difference, first = _pair(x, vectors)
+    return first + (factors[0] * u + factors[1] * difference), None
 
 
-def _mix_pair(x: Block, factors: Any, *, against: str) -> tuple[Array, None]:
-    u, _, difference = _pair(x, against)
-    return x.branches[0] + (factors[0] * u + factors[1] * difference), None
+def _mix_rows(x: Block, t: Array, *, vectors: str) -> tuple[Array, None]:
+    products = [jnp.sum(p, axis=-1, keepdims=True) for p in _products(x, vectors=vectors)]
+    return _mix(x, _arc(jnp, products, t), vectors=vectors)
 
 
-def _mix_rows(x: Block, t: Array, *, against: str) -> tuple[Array, None]:
-    products = [jnp.sum(p, axis=-1, keepdims=True) for p in _pair_products(x, against=against)]
-    return _mix_pair(x, _arc(jnp, products, t), against=against)
-
-
-def _mix_columns(x: Block, products: Array, t: Array, *, against: str) -> tuple[Array, None]:
-    return _mix_pair(x, _arc(jnp, products, t), against=against)
+def _mix_columns(x: Block, products: Array, t: Array, *, vectors: str) -> tuple[Array, None]:
+    return _mix(x, _arc(jnp, products, t), vectors=vectors)

@@ -12,16 +12,16 @@ import numpy as np
 from bmjax.config import UserError
 from bmjax.merge.lazy import Array
 from bmjax.merge.methods.linear import weights_sum
-from bmjax.merge.methods.method import About, Block, Merged, Numbers, Tensor, add, deltas, method
+from bmjax.merge.methods.method import About, Block, Merged, PerModel, Tensor, add, deltas, method
 
-Share = Annotated[Numbers, About("how near the result is to the model", each=True)]
+Share = Annotated[PerModel, About("how near the result is to the model", per_model=True)]
 
 
 @method("multislerp", base="optional", branches=(1, None))
 def multislerp(
     t: Tensor,
     *,
-    weight: Share = 1.0,  # type: ignore[assignment]
+    weight: Share = (1.0,),
     normalize_weights: Annotated[bool, About("divide the weights by their sum")] = True,
     eps: Annotated[float, About("a mean direction shorter than this is none", least=0)] = 1e-8,
 ) -> Merged:
@@ -54,7 +54,7 @@ def _check_karcher(parameters: Mapping[str, Any]) -> None:
 def karcher(
     t: Tensor,
     *,
-    weight: Share = 1.0,  # type: ignore[assignment]
+    weight: Share = (1.0,),
     max_iter: Annotated[int, About("most steps towards the mean", least=1)] = 10,
     tol: Annotated[float, About("a step shorter than this is the last", least=0)] = 1e-5,
 ) -> Merged:
@@ -91,10 +91,12 @@ def karcher(
 
 
 def products(t: Tensor, against: str) -> np.ndarray:
-    """The products of the models (or of their changes from the base) with each other, float64 [branches, branches]."""
-    found = t.sums(_products, against=against)
+    """Compute the products of the models, or of their changes, with each other: float64 [branches, branches].
+
+    against: "base" for changes from the base, "none" for the models themselves.
+    """
     gram = np.zeros((t.branches, t.branches))
-    gram[np.triu_indices(t.branches)] = found
+    gram[np.triu_indices(t.branches)] = t.sums(_products, against=against)
     gram = gram + np.triu(gram, 1).T
     if against == "none":
         # Of the first model and the others' differences from it: their products' float32 rounding would be larger than
@@ -106,7 +108,7 @@ def products(t: Tensor, against: str) -> np.ndarray:
 
 
 def _unit(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The lengths, and the products of the unit vectors (0 for a vector of no length)."""
+    """Return the lengths, and the products of the unit vectors, 0 for a vector of no length."""
     lengths = np.sqrt(np.diag(gram))
     scale = np.where(lengths > 0, lengths, 1.0)
     return lengths, gram / np.outer(scale, scale)

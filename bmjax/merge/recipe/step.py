@@ -8,11 +8,9 @@ from typing import Any
 
 from bmjax.config import UserError
 from bmjax.merge.methods import Method, find
-from bmjax.merge.methods.method import Parameter
+from bmjax.merge.methods.method import WITHOUT_EFFECT, Parameter
 from bmjax.merge.recipe.values import Rule, Value, checked, either, parse
 from bmjax.merge.recipe.yaml_blocks import LayersEntry, ModelEntry, SliceBlock, StepBlock, settings
-
-_WITHOUT_EFFECT = {"int8_mask": "masks are never kept in memory whole"}
 
 
 @dataclass(frozen=True)
@@ -205,7 +203,7 @@ class _Builder:
         for entry in entries:
             self.check_names(entry.parameters)
             for name in entry.parameters:
-                own = name in _WITHOUT_EFFECT or method.parameter(name).about.each
+                own = name in WITHOUT_EFFECT or method.parameter(name).about.per_model
                 if not own and method.branches[1] != 1:
                     raise UserError(
                         f"parameter '{name}' of {method.name} is not a model's: move it from '{entry.model}' "
@@ -217,7 +215,7 @@ class _Builder:
             of_models = [
                 either(name, (*_rules(parameter, e.parameters), *rules, *_default(parameter))) for e in entries
             ]
-            if parameter.about.each:
+            if parameter.about.per_model:
                 arguments[name] = tuple(of_models)
             elif method.branches[1] == 1:
                 (arguments[name],) = of_models
@@ -225,15 +223,16 @@ class _Builder:
                 arguments[name] = either(name, (*rules, *_default(parameter)))
             for value, entry in zip(of_models, entries, strict=True):
                 if isinstance(value, Value) and not value.rules:
-                    of = f" of model '{entry.model}'" if parameter.about.each else ""
+                    of = f" of model '{entry.model}'" if parameter.about.per_model else ""
                     raise UserError(f"{method.name} needs parameter '{name}'{of}; it has no default")
         return arguments
 
     def check_names(self, parameters: Mapping[str, Any]) -> None:
         """Every key is a parameter of the method, or known to do nothing."""
         for name in parameters:
-            if name in _WITHOUT_EFFECT and name not in self.method.parameters:
-                self.note(f"{name} has no effect: {_WITHOUT_EFFECT[name]}")
+            if name in WITHOUT_EFFECT:
+                _rules(WITHOUT_EFFECT[name], parameters)
+                self.note(f"{name} has no effect: {WITHOUT_EFFECT[name].about.text}")
             else:
                 self.method.parameter(name)
 

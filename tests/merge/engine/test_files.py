@@ -50,16 +50,16 @@ def test_pairwise_fusion_of_directories(models):
 
 
 @pytest.mark.parametrize("method", ["della", "arcee_fusion", "ties", "model_stock"])
-def test_what_is_kept_of_a_tensor_goes_with_it(method, models, monkeypatch):
+def test_kept_chunks_are_freed_with_their_tensor(method, models, monkeypatch):
     """Without a garbage collector: its inputs would wait for that, gigabytes of them."""
     jobs = []
 
-    class Watched(stream.Job):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
+    class Watched(stream.ChunkCache):
+        def __init__(self, *arguments, **keywords):
+            super().__init__(*arguments, **keywords)
             jobs.append(weakref.ref(self))
 
-    monkeypatch.setattr(stream, "Job", Watched)
+    monkeypatch.setattr(stream, "ChunkCache", Watched)
     gc.disable()
     try:
         merge({"merge_method": method, "base_model": "science", "models": ["math", "code"]}, "out")
@@ -69,7 +69,7 @@ def test_what_is_kept_of_a_tensor_goes_with_it(method, models, monkeypatch):
         gc.enable()
 
 
-def test_the_papers_two_steps_take_the_last_base(models):
+def test_two_steps_of_the_paper_take_the_last_base(models):
     steps = [
         {"name": "mid", **ARCEE},
         {"name": "student", "merge_method": "arcee_fusion", "base_model": "code", "models": ["mid"]},
@@ -79,6 +79,18 @@ def test_the_papers_two_steps_take_the_last_base(models):
         mid = fuse(MODELS["science"][key], MODELS["math"][key]).astype(np.float32)
         np.testing.assert_array_equal(tensor, fuse(MODELS["code"][key], mid).astype(np.float32), err_msg=key)
     assert json.loads((models / "out/tokenizer.json").read_text()) == {"made for": "code"}
+
+
+def test_steps_may_differ_in_their_number_of_models(models):
+    steps = [
+        {"name": "mean", "merge_method": "linear", "models": ["math", "code"]},
+        {"name": "end", "merge_method": "task_arithmetic", "base_model": "science", "models": ["mean"]},
+    ]
+    report = merge({"steps": steps}, "out")
+    for key, tensor in load_file("out/model.safetensors").items():
+        mean = (MODELS["math"][key].astype(np.float64) + MODELS["code"][key]) / 2
+        np.testing.assert_allclose(tensor, mean, atol=1e-6)
+    assert {step: len(report["total"][step]["models"]) for step in ("mean", "end")} == {"mean": 2, "end": 1}
 
 
 @pytest.mark.parametrize("asked, stored", [({}, "bfloat16"), ({"dtype": "float32"}, "float32"),
@@ -99,9 +111,9 @@ def test_arithmetic_is_float32_with_one_rounding(models):
         hf_dir(models / "bf16" / name, {UP: tensor})
     merge({"merge_method": "linear", "models": [f"bf16/{name}" for name in NAMES]}, "out")
     with safe_open("out/model.safetensors", "flax") as file:
-        found = np.asarray(file.get_tensor(UP))
+        merged = np.asarray(file.get_tensor(UP))
     exact = sum(tensor.astype(np.float64) for tensor in half) / 3
-    assert np.mean(found == exact.astype(BF16)) >= 0.999
+    assert np.mean(merged == exact.astype(BF16)) >= 0.999
 
 
 def test_any_architecture_and_shapes(models):
@@ -171,13 +183,13 @@ def test_a_tied_models_head_is_its_embedding(models, base, other):
     lines = []
     merge({"merge_method": "linear", "models": [base, other]}, "out", log=lines.append)
     heads = {"science": MODELS["science"]["lm_head.weight"], "math": MODELS["math"]["model.embed_tokens.weight"]}
-    found = load_file("out/model.safetensors")["lm_head.weight"]
-    np.testing.assert_allclose(found, (heads["science"] + heads["math"].astype(np.float64)) / 2, atol=1e-8)
+    merged = load_file("out/model.safetensors")["lm_head.weight"]
+    np.testing.assert_allclose(merged, (heads["science"] + heads["math"].astype(np.float64)) / 2, atol=1e-8)
     assert json.loads((models / "out/config.json").read_text()).get("tie_word_embeddings", False) is False
     assert any("'math' is tied" in line for line in lines)
 
 
-def test_surplus_tensors_are_not_merged_and_said(models):
+def test_surplus_tensors_are_noted_and_not_merged(models):
     damaged("math", lambda t: t.update(x=t[UP]))(models)
     lines = []
     merge(ARCEE, "out", log=lines.append)
@@ -227,7 +239,7 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("name", FAILURES)
-def test_failures_are_one_line_and_leave_everything_as_it_was(models, name):
+def test_failures_are_one_line_and_change_nothing(models, name):
     prepare, recipe, message = FAILURES[name]
     if prepare:
         prepare(models)
@@ -249,7 +261,7 @@ def test_integer_tensors_must_agree(models):
 
 
 @pytest.mark.parametrize("out", ["science", "math", ".", "link"])
-def test_out_is_never_an_input(models, out):
+def test_output_is_never_an_input(models, out):
     os.symlink("science", models / "link")
     before = snapshot(models)
     with pytest.raises(UserError, match="contains"):

@@ -27,8 +27,8 @@ CASES = {
 def test_equals_a_sort(name):
     x = CASES[name].astype(np.float32)
     ranks = sorted({0, x.size // 3, x.size // 2, x.size - 1, *(quantile.rank(q, x.size) for q in (0.25, 0.5, 0.75))})
-    found = jax.jit(lambda a: quantile.order_statistics(a, ranks))(x)
-    np.testing.assert_array_equal(found, np.sort(x.ravel())[ranks])
+    statistics = jax.jit(lambda a: quantile.order_statistics(a, ranks))(x)
+    np.testing.assert_array_equal(statistics, np.sort(x.ravel())[ranks])
 
 
 @pytest.mark.parametrize("spec", [("fsdp", "tensor"), (("fsdp", "tensor"), None), (None, ("fsdp", "tensor"))])

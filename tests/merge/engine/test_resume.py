@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 from bmjax.config import UserError
 from bmjax.io.safetensors import SharedWriter
 from bmjax.merge.__main__ import main
+from bmjax.merge.engine import chunks, files, journal, stream
 from bmjax.merge.engine.files import merge
 from tests.merge.reference import SMALL, hf_dir, hf_tensors
 
@@ -133,7 +134,7 @@ def clean(large):
 
 
 @pytest.mark.parametrize("count", [3, 10])
-def test_killed_it_goes_on_to_the_same_bytes(clean, count):
+def test_a_killed_merge_resumes_to_the_same_bytes(clean, count):
     root, expected, _ = clean
     shutil.copytree(root / "science", root / "out")
     old = snapshot(root / "out")
@@ -165,7 +166,7 @@ def test_twenty_kills_at_random_moments(clean):
         shutil.rmtree(root / "out")
 
 
-def test_interrupted_it_says_that_it_goes_on(clean):
+def test_an_interrupted_merge_says_that_it_resumes(clean):
     root, expected, _ = clean
     process = start(root)
     wait_for_lines(root, process, 4)
@@ -180,7 +181,7 @@ def test_interrupted_it_says_that_it_goes_on(clean):
     assert snapshot(root / "out") == expected
 
 
-def test_a_second_run_is_refused_and_the_first_goes_on(clean, monkeypatch, capsys):
+def test_a_second_run_is_refused_while_one_works(clean, monkeypatch, capsys):
     root, expected, _ = clean
     monkeypatch.chdir(root)
     process = start(root)
@@ -263,7 +264,7 @@ ARCEE = {"merge_method": "arcee_fusion", "base_model": "base", "models": ["math"
 
 
 @pytest.mark.parametrize("recipe, after", [(TIES, 1), (TIES, 9), (ARCEE, 9), (ARCEE, len(BASE))])
-def test_only_what_is_missing_is_made(models, written, recipe, after):
+def test_resuming_makes_only_missing_tensors(models, written, recipe, after):
     expected = reference(models, recipe)
     interrupt(after, recipe)
     done = {line["name"] for line in entries(models)}
@@ -276,7 +277,7 @@ def test_only_what_is_missing_is_made(models, written, recipe, after):
 
 
 @pytest.mark.parametrize("damage", [b'{"name": "x", "dig', b"\0" * 100, b"\xff\xfe\n", b"5\n", b"[]\n{}\n", b"null\n"])
-def test_a_journal_whose_end_is_damaged(models, written, damage):
+def test_a_journal_with_a_damaged_end(models, written, damage):
     expected = reference(models)
     interrupt(5)
     done = {line["name"] for line in entries(models)}
@@ -288,7 +289,7 @@ def test_a_journal_whose_end_is_damaged(models, written, damage):
     assert snapshot(models / "out") == expected
 
 
-def test_a_journal_whose_last_line_is_cut(models, written):
+def test_a_journal_with_a_cut_last_line(models, written):
     expected = reference(models)
     interrupt(5)
     *done, last = entries(models)
@@ -302,7 +303,7 @@ def test_a_journal_whose_last_line_is_cut(models, written):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"merge": "another"}\n', b"\xff"])
-def test_a_journal_of_another_merge_is_not_gone_on_with(models, written, content):
+def test_a_journal_of_another_merge_is_ignored(models, written, content):
     expected = reference(models)
     interrupt(5)
     (models / JOURNAL).write_bytes(content)
@@ -312,7 +313,7 @@ def test_a_journal_of_another_merge_is_not_gone_on_with(models, written, content
     assert snapshot(models / "out") == expected
 
 
-def test_a_tensor_whose_bytes_were_damaged_is_made_again(models, written):
+def test_a_damaged_tensor_is_made_again(models, written):
     expected = reference(models)
     interrupt(6)
     done = [line["name"] for line in entries(models)]
@@ -362,7 +363,7 @@ def test_changed_weights_and_other_shards_start_anew(models, written):
     assert written == set(BASE)
 
 
-def test_what_a_kill_among_the_last_files_left_is_not_in_the_result(models):
+def test_leftovers_of_a_late_kill_are_not_in_the_result(models):
     expected = reference(models)
     interrupt(len(BASE))
     partial = models / ".out.partial"
@@ -379,7 +380,7 @@ def test_what_a_kill_among_the_last_files_left_is_not_in_the_result(models):
     assert snapshot(models / "out") == expected and hidden(models) == []
 
 
-def test_a_link_in_place_of_the_unfinished_merge_is_not_followed(models):
+def test_a_link_to_an_unfinished_merge_is_not_followed(models):
     (models / "thesis").mkdir()
     (models / "thesis/chapter.tex").write_text("years of work")
     os.symlink("thesis", models / ".out.partial")
@@ -389,7 +390,7 @@ def test_a_link_in_place_of_the_unfinished_merge_is_not_followed(models):
     assert not (models / "out").exists()
 
 
-def test_killed_between_the_two_renames_the_old_result_is_back(models):
+def test_a_kill_between_the_renames_restores_the_old_result(models):
     merge(TIES, "out")
     old = snapshot(models / "out")
     (models / "out").rename(models / ".out.replaced")
@@ -432,7 +433,7 @@ def test_a_full_disk_changes_nothing(models, monkeypatch, capsys, function, call
 
 def test_too_little_space_is_known_before_anything_is_read(models, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 5000, 5000))
-    monkeypatch.setattr("bmjax.merge.engine.files.Stream", None)
+    monkeypatch.setattr(files, "Stream", None)
     with pytest.raises(UserError, match=r"out: the result takes .* KB, 5\.0 KB are free there"):
         merge(TIES, "out")
     assert not (models / "out").exists() and hidden(models) == []
@@ -464,10 +465,10 @@ def test_a_limit_on_files_changes_nothing(models):
 
 @pytest.mark.parametrize("method", ["linear", "ties", "dare_ties", "della", "arcee_fusion", "sce", "karcher"])
 def test_small_chunks_give_the_same_bytes_in_any_memory(models, monkeypatch, method):
-    for module in ("chunks", "stream", "journal"):
-        monkeypatch.setattr(f"bmjax.merge.{module}.CHUNK", 512)
-    monkeypatch.setattr("bmjax.merge.engine.chunks.COLUMNS", 32)
-    monkeypatch.setattr("bmjax.merge.engine.chunks.SAMPLE", 64)
+    for module in (chunks, stream, journal):
+        monkeypatch.setattr(module, "CHUNK", 512)
+    monkeypatch.setattr(chunks, "COLUMNS", 32)
+    monkeypatch.setattr(chunks, "SAMPLE", 64)
     recipe = {"merge_method": method, "models": ["math", "code", "science"]}
     if method not in ("linear", "karcher"):
         recipe["base_model"] = "base"
@@ -475,5 +476,5 @@ def test_small_chunks_give_the_same_bytes_in_any_memory(models, monkeypatch, met
     for i, memory in enumerate((1, 100_000, 2**29, 2**33)):
         merge(recipe, f"out{i}", memory=memory)
         assert snapshot(models / f"out{i}") == expected
-    found = load_file("reference/model.safetensors")
-    assert any(not np.array_equal(found[name], BASE[name]) for name in BASE)
+    merged = load_file("reference/model.safetensors")
+    assert any(not np.array_equal(merged[name], BASE[name]) for name in BASE)

@@ -7,7 +7,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from bmjax.io.safetensors import open_checkpoint
 from bmjax.merge.engine.files import merge
-from bmjax.merge.engine.trees import merge_arrays
 from bmjax.merge.recipe.recipe import read_recipe
 from bmjax.parallel.mesh import make_mesh
 from tests.merge.reference import (
@@ -19,6 +18,7 @@ from tests.merge.reference import (
     hf_dir,
     jaccard,
     leaf,
+    merge_arrays,
     real_sized,
     softmax,
 )
@@ -38,7 +38,7 @@ REAL = {
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_mask_at_the_changes_of_fine_tuning(name):
+def test_mask_of_fine_tuned_models(name):
     shape, weight_rms, delta_rms, stored = REAL[name]
     base, (branch,) = real_sized(shape, 1, weight_rms, delta_rms)
     base, branch = base.astype(stored), branch.astype(stored)
@@ -59,10 +59,10 @@ def embedding():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("where", ["files", "mesh"])
-def test_mask_of_a_whole_embedding(where, embedding, tmp_path):
+@pytest.mark.parametrize("engine", ["files", "mesh"])
+def test_mask_of_a_whole_embedding(engine, embedding, tmp_path):
     base, branch, exact = embedding
-    if where == "files":
+    if engine == "files":
         key = "model.embed_tokens.weight"
         sources = {n: str(hf_dir(tmp_path / n, {key: t})) for n, t in {"base": base, "branch": branch}.items()}
         recipe = {"merge_method": "arcee_fusion", "base_model": "base", "models": ["branch"], "sources": sources}
@@ -83,26 +83,26 @@ def test_mask_on_heavy_tails(seed, shape):
 
 
 @pytest.mark.parametrize("delta_rms", [1e-5, 1e-4, 1e-3, 0.01, 0.1, 1.0, 30.0])
-def test_row_divergences(delta_rms):
+def test_row_kl_against_extended_precision(delta_rms):
     """Against extended precision, because float64 cancels at the smallest changes."""
     base, (branch,) = real_sized((50, 896), 2, 0.3, delta_rms)
     b, w = base.astype(np.longdouble), base.astype(np.longdouble) + (branch - base)
     p, q = softmax(w) + np.longdouble(EPSILON), softmax(b) + np.longdouble(EPSILON)
     exact = np.sum(p * np.log(p / q), axis=-1, keepdims=True)
-    found = jax.jit(module.row_kl)(base, branch - base)
-    np.testing.assert_allclose(found, exact.astype(np.float64), rtol=2e-5)
+    kl = jax.jit(module.row_kl)(base, branch - base)
+    np.testing.assert_allclose(kl, exact.astype(np.float64), rtol=2e-5)
 
 
-def test_both_paths_agree_where_they_meet():
+def test_both_forms_of_the_kl_agree_where_they_meet():
     base, (branch,) = real_sized(SHAPE, 3, 0.3, 4e-3)
     delta = branch - base
-    found, beyond = module._kl_small(base, delta)
+    kl, beyond = module._kl_small(base, delta)
     assert not beyond.any()
-    np.testing.assert_allclose(found, module._kl_any(base, delta), rtol=1e-5)
+    np.testing.assert_allclose(kl, module._kl_any(base, delta), rtol=1e-5)
 
 
 @pytest.mark.parametrize("change", [4e-3, 1e-3])
-def test_one_large_entry_takes_the_tensor_to_the_form_for_any_values(change):
+def test_one_large_entry_needs_the_form_for_any_values(change):
     """A weight of 25 where its exponential would drown the row's others, or a change of 0.03."""
     base, (branch,) = real_sized(SHAPE, 3, 0.3, change)
     base[3, 5], branch[3, 5] = (25.0, 25.5) if change == 4e-3 else (0.1, 0.13)
@@ -115,8 +115,8 @@ def test_extreme_values_stay_finite():
     rng = np.random.default_rng(4)
     base = (100 * rng.standard_t(1, SHAPE)).astype(np.float32)
     branch = (base + 100 * rng.standard_t(1, SHAPE)).astype(np.float32)
-    found = module.row_kl(base, branch - base)
-    assert np.all(np.isfinite(found)) and np.all(found >= 0)
+    kl = module.row_kl(base, branch - base)
+    assert np.all(np.isfinite(kl)) and np.all(kl >= 0)
     assert np.all(np.isfinite(leaf("arcee_fusion", base, [branch])))
 
 
@@ -186,5 +186,5 @@ def test_rebase():
 
 def test_deterministic():
     base, (branch,) = real_sized(SHAPE, 11)
-    one, two = (leaf("arcee_fusion", base, [branch]) for _ in range(2))
-    assert one.tobytes() == two.tobytes()
+    first, second = (leaf("arcee_fusion", base, [branch]) for _ in range(2))
+    assert first.tobytes() == second.tobytes()

@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 
 from bmjax.config import UserError
-from bmjax.merge.engine.trees import merge_arrays
 from bmjax.merge.methods import METHODS
 from tests.merge.cases import CASES, SHAPE, assert_near, has_base, label, method_of
 from tests.merge.formulas import FORMULAS, exact
-from tests.merge.reference import heavy_tailed, jaccard, leaf, real_sized
+from tests.merge.reference import heavy_tailed, jaccard, leaf, merge_arrays, real_sized
 
 
 def one_changed(n):
@@ -69,7 +68,7 @@ SCALED = ("linear", "passthrough")
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c[0] not in SCALED or c[1:] == (3, {})], ids=label)
-def test_nothing_changed_is_the_model_bit_for_bit(case):
+def test_equal_models_give_the_model_bit_for_bit(case):
     _, n, parameters = case
     base, _ = heavy_tailed(SHAPE, 18)
     merged = leaf(method_of(case), base if has_base(case) else None, [base] * n, **parameters)
@@ -141,17 +140,17 @@ def test_density_zero_is_the_base_and_one_keeps_all(method):
 @pytest.mark.parametrize("method", ["breadcrumbs", "breadcrumbs_ties"])
 def test_gamma(method):
     """gamma 0 keeps the largest, as ties does; a density above 1 - gamma lets fewer large ones drop."""
-    one = BRANCHES[:1]
+    branch = BRANCHES[:1]
     np.testing.assert_array_equal(
-        leaf(method, BASE, one, density=0.3, gamma=0.0), leaf("ties", BASE, one, density=0.3, normalize=False)
+        leaf(method, BASE, branch, density=0.3, gamma=0.0), leaf("ties", BASE, branch, density=0.3, normalize=False)
     )
-    moved = leaf(method, BASE, one, density=0.95, gamma=0.2) != BASE
+    moved = leaf(method, BASE, branch, density=0.95, gamma=0.2) != BASE
     size = np.abs(BRANCHES[0] - BASE)
     n = size.size
     assert moved.sum() == pytest.approx(0.95 * n, abs=3)
     assert size[moved].max() == np.sort(size, axis=None)[int(0.95 * n) - 1]
     assert np.all(size[~moved] > size[moved].max())
-    np.testing.assert_array_equal(leaf(method, BASE, one, density=1.0, gamma=0.3), leaf("ties", BASE, one))
+    np.testing.assert_array_equal(leaf(method, BASE, branch, density=1.0, gamma=0.3), leaf("ties", BASE, branch))
 
 
 def test_epsilon():
@@ -198,7 +197,7 @@ def test_a_model_of_weight_zero_takes_no_part(method):
 
 @pytest.mark.parametrize("method", ["linear", "karcher", "nuslerp", "model_stock", "task_arithmetic", "breadcrumbs",
                                     "dare_linear", "della_linear"])  # fmt: skip
-def test_weights_that_sum_to_zero_are_refused_where_they_divide(method):
+def test_weights_that_sum_to_zero_are_refused(method):
     base = None if METHODS[method].base == "unused" else BASE
     more = {"normalize": True} if "normalize" in METHODS[method].parameters else {}
     with pytest.raises(UserError, match="weight"):
@@ -217,12 +216,12 @@ def test_rebase(method):
     """Changes are measured from another model and added to the base."""
     origin, base, branches = BASE, BRANCHES[2], BRANCHES[:2]
     parameters = {"density": {"density": 0.5}, "select_topk": {"select_topk": 0.5}}
-    given = next((values for name, values in parameters.items() if name in METHODS[method].parameters), {})
-    merged, kept = merge_arrays(method, base, branches, rebase=origin, **given)
-    expected = exact(method, base, branches, rebase=origin, **given)
+    density = next((values for name, values in parameters.items() if name in METHODS[method].parameters), {})
+    merged, kept = merge_arrays(method, base, branches, rebase=origin, **density)
+    expected = exact(method, base, branches, rebase=origin, **density)
     assert_near(np.asarray(merged), expected, [base, origin, *branches])
     np.testing.assert_allclose(kept, expected.kept, atol=1e-3)
-    np.testing.assert_array_equal(leaf(method, base, [origin, origin], rebase=origin, **given), base)
+    np.testing.assert_array_equal(leaf(method, base, [origin, origin], rebase=origin, **density), base)
 
 
 def test_compat_mergekit_has_the_textbooks_rounding():

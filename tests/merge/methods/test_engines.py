@@ -9,12 +9,12 @@ from safetensors.numpy import load_file
 from bmjax.config import UserError
 from bmjax.merge.engine import chunks
 from bmjax.merge.engine.files import merge
-from bmjax.merge.engine.trees import merge_arrays, run_steps
+from bmjax.merge.engine.trees import merge_trees
 from bmjax.merge.methods import METHODS
 from bmjax.merge.recipe.recipe import read_recipe
 from bmjax.model.spec import Param
 from tests.merge.cases import CASES, SHAPE, has_base, label, method_of
-from tests.merge.reference import heavy_tailed, hf_dir, real_sized
+from tests.merge.reference import heavy_tailed, hf_dir, merge_arrays, real_sized
 
 BASE, BRANCHES = real_sized(SHAPE, 31, delta_rms=5e-4, branches=3)
 MODELS = dict(zip(("base", "a", "b", "c"), [BASE, *BRANCHES], strict=True))
@@ -71,10 +71,10 @@ def assert_last_bits(merged, whole):
 @pytest.mark.parametrize("case", CASES, ids=label)
 def test_files_in_chunks_equal_whole_arrays(case, directories, tmp_path):
     geometry = chunks.Geometry.of(SHAPE, METHODS[method_of(case)].by_row)
-    assert geometry.count == 8 and geometry.entries(7)[1] < geometry.height(7) * geometry.columns
+    assert geometry.count == 8 and geometry.chunk(7).count < geometry.chunk(7).height * geometry.columns
     recipe = recipe_of(case, directories)
     models = {name: {"w": w} for name, w in MODELS.items()}
-    params, report = run_steps(recipe, models, [Param(("w",), SHAPE, ("rows", "columns"), "w", "normal")])
+    params, report = merge_trees(recipe, models, [Param(("w",), SHAPE, ("rows", "columns"), "w", "normal")])
     whole, (step,) = np.asarray(params["w"]), recipe.steps
     on_disk = merge(recipe, tmp_path / "out")
     merged = load_file(tmp_path / "out/model.safetensors")["w"]
@@ -82,8 +82,8 @@ def test_files_in_chunks_equal_whole_arrays(case, directories, tmp_path):
         assert_last_bits(merged, whole)
     else:
         np.testing.assert_array_equal(merged, whole)
-    for name, found in report["tensors"]["w"][step.name]["models"].items():
-        assert found["kept"] == pytest.approx(on_disk["tensors"]["w"][step.name]["models"][name]["kept"], abs=1e-4)
+    for name, model in report["tensors"]["w"][step.name]["models"].items():
+        assert model["kept"] == pytest.approx(on_disk["tensors"]["w"][step.name]["models"][name]["kept"], abs=1e-4)
     merge(recipe, tmp_path / "little", memory=2**14)
     written = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "little")]
     assert written[0] == written[1]
@@ -109,11 +109,11 @@ def test_eight_devices_equal_one(case):
     placed = NamedSharding(mesh, PartitionSpec("rows", "columns"))
     base, *branches = list(MODELS.values())[: case[1] + 1]
     base = base if has_base(case) else None
-    one, kept = merge_arrays(method_of(case), base, branches, **case[2])
+    single, kept = merge_arrays(method_of(case), base, branches, **case[2])
     base, branches = jax.device_put((base, branches), placed)
     many, kept_by_many = merge_arrays(method_of(case), base, branches, **case[2])
     assert len(many.sharding.device_set) == 8
-    assert_last_bits(np.asarray(many), np.asarray(one))
+    assert_last_bits(np.asarray(many), np.asarray(single))
     np.testing.assert_allclose(kept_by_many, kept, atol=1e-4)
 
 
@@ -129,7 +129,7 @@ def test_files_of_odd_shapes(case, tmp_path):
         tensors[name] = {key: np.asarray(branches[i]) for key, (_, branches) in made.items()}
     recipe = recipe_of(case, {name: str(hf_dir(tmp_path / name, tensors[name])) for name in tensors})
     rows = [Param((key,), shape, ("rows",) * len(shape), key, "normal") for key, shape in ODD.items()]
-    params, _ = run_steps(recipe, tensors, rows)
+    params, _ = merge_trees(recipe, tensors, rows)
     merge(recipe, tmp_path / "out")
     for key, merged in load_file(tmp_path / "out/model.safetensors").items():
         assert merged.shape == ODD[key]
@@ -142,7 +142,7 @@ FIRST = {method_of(case): case for case in reversed(CASES)}
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("value", [np.nan, -np.inf])
 @pytest.mark.parametrize("method", FIRST)
-def test_a_number_that_is_none_is_an_error_that_names_model_and_tensor(method, value, directories, tmp_path):
+def test_nan_and_infinity_name_model_and_tensor(method, value, directories, tmp_path):
     case = FIRST[method]
     broken = MODELS["a"].copy()
     broken[77, 123] = value

@@ -4,8 +4,7 @@ from safetensors.numpy import load_file
 
 from bmjax.config import UserError
 from bmjax.merge.engine.files import merge
-from bmjax.merge.engine.trees import merge_arrays
-from tests.merge.reference import heavy_tailed, hf_dir, real_sized
+from tests.merge.reference import heavy_tailed, hf_dir, merge_arrays, real_sized
 
 SHAPE = (48, 64)
 
@@ -31,18 +30,18 @@ def test_formula(make, relative):
     for i in importances:
         i[:3] = 0
     weights = (1.0, 0.5, 2.0)
-    found, kept = merge_arrays(
+    merged, kept = merge_arrays(
         "fisher", base, branches, importance=importances, weight=list(weights), lambda_=1.5, relative=relative
     )
     exact = formula(base, branches, importances, weights, 1.5, relative)
-    np.testing.assert_allclose(found, exact, atol=3e-7 * np.abs(exact).max())
+    np.testing.assert_allclose(merged, exact, atol=3e-7 * np.abs(exact).max())
     assert list(kept) == [1, 1, 1]
 
 
 def test_a_tensor_without_importances_is_averaged():
     base, branches = real_sized(SHAPE, 3, branches=2)
-    found, _ = merge_arrays("fisher", base, branches, importance=[np.zeros(SHAPE, np.float32)] * 2)
-    np.testing.assert_allclose(found, sum(b.astype(np.float64) for b in branches) / 2, atol=1e-8)
+    merged, _ = merge_arrays("fisher", base, branches, importance=[np.zeros(SHAPE, np.float32)] * 2)
+    np.testing.assert_allclose(merged, sum(b.astype(np.float64) for b in branches) / 2, atol=1e-8)
 
 
 def test_over_files(tmp_path, monkeypatch):

@@ -1,8 +1,7 @@
 import numpy as np
 import pytest
 
-from bmjax.merge.engine.trees import merge_arrays
-from tests.merge.reference import BF16, heavy_tailed, leaf, real_sized
+from tests.merge.reference import BF16, heavy_tailed, leaf, merge_arrays, real_sized
 
 
 @pytest.mark.parametrize("make", [heavy_tailed, real_sized])

@@ -6,13 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from bmjax.merge.engine.trees import merge_arrays
 from bmjax.merge.methods.method import Block, random_bits
 from bmjax.merge.recipe.recipe import read_recipe
 from bmjax.merge.report.statistics import keys
 from tests.merge.cases import SHAPE
 from tests.merge.formulas import exact, uniform
-from tests.merge.reference import heavy_tailed, leaf, real_sized
+from tests.merge.reference import heavy_tailed, leaf, merge_arrays, real_sized
 
 SIZE = SHAPE[0] * SHAPE[1]
 
@@ -26,8 +25,8 @@ def key_of(seed, tensor, model):
 def test_bits_are_the_documented_hash(start):
     """Also where a chunk crosses the 2^32nd entry of a tensor."""
     x = Block(None, [np.zeros(SHAPE, np.float32)], {}, np.array([start >> 32, start & 0xFFFFFFFF], np.uint32))
-    found = jax.jit(random_bits)(x, key_of(3, "layer.weight", "math"))
-    np.testing.assert_array_equal(found, uniform(SHAPE, 3, "layer.weight", "math", start))
+    bits = jax.jit(random_bits)(x, key_of(3, "layer.weight", "math"))
+    np.testing.assert_array_equal(bits, uniform(SHAPE, 3, "layer.weight", "math", start))
 
 
 def correlation(a, b):
@@ -60,9 +59,9 @@ def test_numbers_are_uniform_and_independent():
 @pytest.mark.parametrize("method", ["dare_linear", "della_linear"])
 def test_share_kept(method, density):
     base, branches = real_sized(SHAPE, 1, branches=3)
-    given = {"epsilon": 0.02} if method == "della_linear" else {}
+    more = {"epsilon": 0.02} if method == "della_linear" else {}
     for seed in range(4):
-        _, kept = merge_arrays(method, base, branches, density=density, seed=seed, **given)
+        _, kept = merge_arrays(method, base, branches, density=density, seed=seed, **more)
         np.testing.assert_allclose(kept, density, atol=4.5 * np.sqrt(density * (1 - density) / SIZE))
 
 

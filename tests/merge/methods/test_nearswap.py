@@ -15,7 +15,7 @@ def test_equals_float64(make, t):
     assert np.max(np.abs(leaf("nearswap", base, [branch], t=t) - (a + share * (b - a))) / size) < 2e-7
 
 
-def test_a_near_value_is_taken_bit_for_bit_and_none_moves_further_than_t():
+def test_near_values_are_taken_and_none_moves_further_than_t():
     base, (branch,) = heavy_tailed((40, 30), 2)
     merged = leaf("nearswap", base, [branch], t=0.01)
     near = np.abs(branch - base) <= np.float32(0.01)

@@ -7,11 +7,10 @@ float32 results lie within a few roundings of the inputs. The only exceptions ar
 import numpy as np
 import pytest
 
-from bmjax.merge.engine.trees import merge_arrays
 from bmjax.merge.methods import METHODS
 from tests.merge.cases import CASES, SHAPE, assert_near, has_base, label, method_of
 from tests.merge.formulas import FORMULAS, exact
-from tests.merge.reference import BF16, heavy_tailed, real_sized
+from tests.merge.reference import BF16, heavy_tailed, merge_arrays, real_sized
 
 DATA = {
     "1e-4": lambda n: real_sized(SHAPE, 1, delta_rms=1e-4, branches=n),

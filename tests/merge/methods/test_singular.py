@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from bmjax.merge.engine import chunks
 from bmjax.merge.engine.files import merge
-from bmjax.merge.engine.trees import merge_arrays
-from tests.merge.reference import heavy_tailed, hf_dir, real_sized
+from tests.merge.reference import heavy_tailed, hf_dir, merge_arrays, real_sized
 
 SHAPES = [(48, 64), (64, 48)]
 
@@ -30,10 +30,10 @@ def tsv(base, branches, weights, rank, scale):
     return b + scale * (left * np.concatenate([s[:kept] for _, s, _ in parts])) @ right.T
 
 
-def check(found, exact, base):
+def check(merged, exact, base):
     """Singular vectors in float32: within 1e-3 of the change's rms."""
     rms = np.sqrt(np.mean((exact - base) ** 2))
-    assert np.max(np.abs(np.asarray(found, np.float64) - exact)) <= 1e-3 * rms + 1e-7 * np.abs(exact).max()
+    assert np.max(np.abs(np.asarray(merged, np.float64) - exact)) <= 1e-3 * rms + 1e-7 * np.abs(exact).max()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -41,26 +41,26 @@ def check(found, exact, base):
 def test_formulas(shape, make):
     base, branches = make(shape, 1, branches=3)
     weights = (1.0, 0.5, 2.0)
-    found, kept = merge_arrays("isotropic", base, branches, weight=list(weights), lambda_=0.7)
-    check(found, isotropic(base, branches, weights, 0.7), base)
+    merged, kept = merge_arrays("isotropic", base, branches, weight=list(weights), lambda_=0.7)
+    check(merged, isotropic(base, branches, weights, 0.7), base)
     assert list(kept) == [1, 1, 1]
     for rank in (1.0, 0.5):
-        found, _ = merge_arrays("tsv", base, branches, weight=list(weights), rank=rank)
-        check(found, tsv(base, branches, weights, rank, 1.0), base)
+        merged, _ = merge_arrays("tsv", base, branches, weight=list(weights), rank=rank)
+        check(merged, tsv(base, branches, weights, rank, 1.0), base)
 
 
 def test_one_model_of_full_rank_is_itself():
     base, branches = real_sized((48, 64), 2)
-    found, _ = merge_arrays("tsv", base, branches)
-    check(found, branches[0].astype(np.float64), base)
+    merged, _ = merge_arrays("tsv", base, branches)
+    check(merged, branches[0].astype(np.float64), base)
 
 
 @pytest.mark.parametrize("name", ["isotropic", "tsv"])
-def test_vectors_are_added_and_nothing_changed_stays(name):
+def test_vectors_are_added_and_equal_models_stay(name):
     base, branches = real_sized((96,), 3, branches=2)
-    found, _ = merge_arrays(name, base, branches)
+    merged, _ = merge_arrays(name, base, branches)
     exact = base.astype(np.float64) + sum(x.astype(np.float64) - base for x in branches)
-    np.testing.assert_allclose(found, exact, atol=1e-8)
+    np.testing.assert_allclose(merged, exact, atol=1e-8)
     base, _ = real_sized((48, 64), 4)
     np.testing.assert_array_equal(merge_arrays(name, base, [base, base])[0], base)
 
@@ -68,7 +68,7 @@ def test_vectors_are_added_and_nothing_changed_stays(name):
 @pytest.mark.parametrize("name", ["isotropic", "tsv"])
 def test_over_files_in_chunks(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("bmjax.merge.engine.chunks.CHUNK", 1024)
+    monkeypatch.setattr(chunks, "CHUNK", 1024)
     base, branches = real_sized((64, 48), 5, branches=2)
     for model, tensor in zip(("base", "a", "b"), (base, *branches), strict=True):
         hf_dir(tmp_path / model, {"x": tensor})

@@ -1,6 +1,9 @@
 import numpy as np
 import pytest
 
+from bmjax.config import UserError
+from bmjax.merge.methods import METHODS
+from bmjax.merge.recipe.recipe import read_recipe
 from tests.merge.reference import BF16, heavy_tailed, leaf, real_sized
 
 
@@ -36,3 +39,12 @@ def test_bfloat16_is_rounded_once():
     merged = leaf("task_arithmetic", base, branches, lambda_=0.5).astype(BF16)
     exact = base.astype(np.float64) + 0.5 * sum(x.astype(np.float64) - base.astype(np.float64) for x in branches)
     assert np.mean(merged == exact.astype(BF16)) >= 0.999
+
+
+@pytest.mark.parametrize("method", ["ties", "sce", "linear"])
+def test_int8_mask_is_accepted_with_a_note(method):
+    recipe = {"merge_method": method, "base_model": "base", "models": ["a"], "parameters": {"int8_mask": True}}
+    assert read_recipe(recipe).notes == ("recipe: int8_mask has no effect: masks are never kept in memory whole",)
+    assert "int8_mask" not in METHODS[method].parameters
+    with pytest.raises(UserError, match="int8_mask: expected true or false, found 3"):
+        read_recipe({**recipe, "parameters": {"int8_mask": 3}})
