@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from bmjax.config import UserError
-from bmjax.io.jsonl import lines_with_offsets
+from bmjax.io.jsonl import read_lines
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,11 @@ def record_id(domain: str, prompt: str, teacher: str, sampling: Mapping[str, Any
 
 def indexed_records(path: str | Path) -> Iterator[tuple[int, Record]]:
     """(byte offset, record) of each line of a traces file. UserError naming the line of a bad one."""
-    for offset, number, value in lines_with_offsets(path):
+    for offset, number, value in read_lines(path):
         try:
             yield offset, Record.from_json(value)
         except ValueError as error:
-            raise UserError(f"{path}:{number}: not a record: {error}") from None
+            raise UserError(f"{path}, row {number}: not a record: {error}") from None
 
 
 def read_records(path: str | Path) -> Iterator[Record]:

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from bmjax.config import UserError
-from bmjax.io.atomic import resuming
+from bmjax.io.atomic import replacing_file, resuming
 
 KILLED = (
-    "import os, sys; from pathlib import Path; from bmjax.io.atomic import resuming\n"
+    "import os, sys; from pathlib import Path; from bmjax.io.atomic import replacing_file, resuming\n"
     "with resuming(sys.argv[1]) as folder: (folder / 'half').write_text('x'); os.kill(os.getpid(), 9)"
 )
 
@@ -173,3 +173,17 @@ def test_the_target_may_be_a_link(tmp_path: Path) -> None:
         (folder / "file").write_text("x")
         assert folder.parent == tmp_path / "disk", "a rename to another disk would fail"
     assert (tmp_path / "out").is_symlink() and names(tmp_path / "disk" / "out") == ["file"]
+
+
+def test_a_replaced_file_is_all_or_nothing(tmp_path):
+    path = tmp_path / "out" / "data.jsonl"
+    with replacing_file(path) as file:
+        file.write(b"old")
+    with pytest.raises(RuntimeError), replacing_file(path) as file:
+        file.write(b"half")
+        raise RuntimeError
+    assert path.read_bytes() == b"old"
+    assert os.listdir(path.parent) == ["data.jsonl"]
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="cannot write"), replacing_file(tmp_path / "file" / "data.jsonl"):
+        pass
