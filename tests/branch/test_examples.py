@@ -5,16 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from bmjax.branch.examples import (
-    Dataset,
-    build_dataset,
-    chat_template,
-    end_of_turn,
-    messages_of,
-    read_rows,
-    render_prompt,
-)
+from bmjax.branch.examples import Dataset, build_dataset
+from bmjax.chat.template import chat_template, end_of_turn, messages_of, render_prompt
 from bmjax.config import UserError
+from bmjax.io.rows import read_rows
 from tests.conftest import write_rows
 
 DEEPSEEK = (
@@ -230,19 +224,19 @@ def test_bad_files_are_one_line_that_names_the_row(tmp_path, tokenizer, text, pr
     file = tmp_path / "rows.jsonl"
     file.write_text(text)
     with pytest.raises(UserError, match=problem) as error:
-        build_dataset(read_rows(str(file)), tokenizer, chat_template(tokenizer, None), 64, "error")
+        build_dataset(list(read_rows(str(file))), tokenizer, chat_template(tokenizer, None), 64, "error")
     assert str(file) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_missing_files_are_named(tmp_path):
     write_rows(tmp_path / "train.jsonl", [{}])
     with pytest.raises(UserError, match=r"trian.jsonl: no such file; did you mean .*train.jsonl"):
-        read_rows(str(tmp_path / "trian.jsonl"))
+        list(read_rows(str(tmp_path / "trian.jsonl")))
     with pytest.raises(UserError, match=r"trian.parquet: no such file"):
-        read_rows(str(tmp_path / "trian.parquet"))
+        list(read_rows(str(tmp_path / "trian.parquet")))
     (tmp_path / "broken.parquet").write_text("not parquet")
     with pytest.raises(UserError, match=r"broken.parquet") as error:
-        read_rows(str(tmp_path / "broken.parquet"))
+        list(read_rows(str(tmp_path / "broken.parquet")))
     assert "\n" not in str(error.value)
 
 
@@ -294,4 +288,4 @@ def test_a_hub_dataset_is_read_by_subset_and_split(monkeypatch, name, asked):
         return [{"prompt": "a", "response": "b"}]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert read_rows(name) == [(f"{name}, row 1", {"prompt": "a", "response": "b"})]
+    assert list(read_rows(name)) == [(f"{name}, row 1", {"prompt": "a", "response": "b"})]
