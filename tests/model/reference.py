@@ -44,7 +44,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 def build(name: str, seed: int = 0) -> tuple[Any, ModelConfig, dict[str, Any]]:
     """(transformers model in float32, our config, our parameters) with the same random weights."""
     torch.manual_seed(seed)
-    hf = transformers.Qwen2ForCausalLM(transformers.ModelConfig(**(BASE | CONFIGS[name]), attn_implementation="eager"))
+    hf = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**(BASE | CONFIGS[name]), attn_implementation="eager"))
     with torch.no_grad():
         for key, value in hf.named_parameters():
             if "norm" in key or key.endswith("bias"):
