@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from bmjax.config import UserError, nearest, read_text
+from bmjax.config import UserError, first_line, nearest, read_text
 from bmjax.io import hub
 
 Row = tuple[str, dict[str, Any]]  # ("FILE, row N", the row)
@@ -123,7 +123,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
             rows = (row for batch in file.iter_batches(batch_size=256) for row in batch.to_pylist())
             yield from enumerate(rows, 1)
     except (ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path}: not a readable Parquet file: {first_line(error)}") from None
 
 
 def fill(template: str, row: Mapping[str, Any], location: str, key: str) -> Any:

@@ -7,6 +7,7 @@ from bmjax.branch.examples import Dataset, build_dataset
 from bmjax.chat.template import chat_template, render_prompt
 from bmjax.config import UserError
 from bmjax.io.rows import read_rows
+from tests.conftest import sums
 
 DEEPSEEK = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '<｜User｜>' + m['content'] }}"
@@ -122,7 +123,7 @@ def test_a_row_without_a_target_is_an_error_that_names_it(tokenizer, row):
 
 
 def test_without_any_assistant_turn_the_first_row_is_named(tokenizer):
-    with pytest.raises(UserError, match=r"^rows, row 1: no assistant turn"):
+    with pytest.raises(UserError, match=r"^rows, row 1: no target token: the assistant's turn is missing"):
         build(tokenizer, {"messages": [{"role": "user", "content": "Q"}]})
 
 
@@ -176,6 +177,51 @@ def test_a_prompt_longer_than_seq_len_is_an_error_that_names_it(tokenizer):
     row = {"prompt": "many words " * 20, "response": "A"}
     with pytest.raises(UserError, match=r"^rows, row 1: the prompt alone has \d+ tokens, seq_len is 16.*raise seq_len"):
         build(tokenizer, row, seq_len=16, overlong="truncate")
+
+
+def plain_tokenizer():
+    """Bytes and three special tokens, nothing learned: its ids are the same with every library version."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={letter: n for n, letter in enumerate(letters)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+
+
+@pytest.mark.parametrize("batch_characters", [1, 1000, 2**20])
+@pytest.mark.parametrize("seq_len, overlong, digest, cut, left_out", [
+    (4096, "error", "c86146a37ffdfba10adcf1583ed1eddb1b4ec0e6a47af34d2e8f30a0681866fd", 0, 0),
+    (150, "truncate", "1356c2f1fc537fe5375bee4b0c1b8735286db84f48f4af96ba8fe28282ea5777", 2, 0),
+    (150, "drop", "1315139fb7289d80d030ff09ee2cce5c442ec39f08c456cea5b1024a04df1b26", 0, 2),
+])  # fmt: skip
+def test_digests_of_existing_checkpoints_hold(monkeypatch, batch_characters, seq_len, overlong, digest, cut, left_out):
+    monkeypatch.setattr("bmjax.branch.examples._BATCH_CHARACTERS", batch_characters)
+    dataset = build(plain_tokenizer(), *sums(30, 7), seq_len=seq_len, overlong=overlong)
+    assert (dataset.digest, dataset.truncated, dataset.dropped) == (digest, cut, left_out)
+
+
+def test_rows_are_read_a_batch_at_a_time(tokenizer, monkeypatch):
+    monkeypatch.setattr("bmjax.branch.examples._BATCH_CHARACTERS", 2000)
+    alive = [0, 0]
+
+    class Row(dict):
+        def __init__(self, values):
+            super().__init__(values)
+            alive[0] += 1
+            alive[1] = max(alive)
+
+        def __del__(self):
+            alive[0] -= 1
+
+    rows = ((f"rows, row {n}", Row(row)) for n, row in enumerate(sums(300), 1))
+    dataset = build_dataset(rows, tokenizer, chat_template(tokenizer, None), 256, "error")
+    assert len(dataset.examples) == 300 and alive[1] < 30
+    with pytest.raises(UserError, match="no rows to tokenize"):
+        build_dataset([], tokenizer, chat_template(tokenizer, None), 256, "error")
 
 
 def test_the_digest_changes_with_rows_and_template(tokenizer):
