@@ -1,8 +1,8 @@
-"""The built-in teacher: an OpenAI-compatible chat endpoint that solves the procedural problems, not always well.
+"""The demo's teacher: an OpenAI-compatible chat endpoint that solves the demo's problems, not always well.
 
 It answers as DeepSeek-R1 does, `<think>...</think>` and the answer, and now and then slips, stops short, breaks the
-form or fails a first attempt, so that everything a real teacher puts a collector through happens here. What happens
-to a request is a pure function of the server's seed, the prompt and the request's seed.
+form or fails a first attempt, so that everything a real teacher puts a collector through happens here. A request says
+how often by its field `mistakes`. What happens to it is a pure function of the server's seed and of the request.
 """
 
 import hashlib
@@ -10,11 +10,16 @@ import json
 import random
 import re
 import threading
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any, Self
 
+from pydantic import ValidationError
+
+from bmjax.config import first_problem
 from bmjax.demo.problems import Solution, solve, solve_with_slip
+from bmjax.demo.settings import Mistakes
 
 MODEL = "builtin-teacher"
 
@@ -32,24 +37,25 @@ def count_tokens(text: str) -> int:
     return len(_TOKEN.findall(text))
 
 
-class BuiltinTeacher:
+@dataclass(frozen=True)
+class Request:
+    """What a chat request asks for: its last user message, how often it may go wrong, and the sampling."""
+
+    prompt: str
+    seed: int
+    choices: int
+    max_tokens: int | None
+    mistakes: Mistakes | None
+
+
+class DemoTeacher:
     """Serves `base_url` (http://127.0.0.1:PORT/v1) from a thread while used as a context manager.
 
-    `wrong`, `truncated` and `malformed` are shares of the answers, `flaky` the share of requests whose first attempt
-    gets HTTP 429 or 500. Counters (`requests`, `refused`) are for tests and reports.
+    `mistakes` are those of requests that name none. The counters `requests` and `refused` are for tests.
     """
 
-    def __init__(
-        self,
-        seed: int = 0,
-        wrong: float = 0.06,
-        truncated: float = 0.04,
-        malformed: float = 0.04,
-        flaky: float = 0.01,
-    ) -> None:
-        if min(wrong, truncated, malformed, flaky) < 0 or wrong + truncated + malformed > 1 or flaky > 1:
-            raise ValueError("shares are between 0 and 1, and wrong + truncated + malformed at most 1")
-        self.seed, self.wrong, self.truncated, self.malformed, self.flaky = seed, wrong, truncated, malformed, flaky
+    def __init__(self, seed: int = 0, mistakes: Mistakes | None = None) -> None:
+        self.seed, self.mistakes = seed, mistakes or Mistakes()
         self.requests = 0
         self.refused = 0
         self._attempted: set[bytes] = set()
@@ -61,7 +67,7 @@ class BuiltinTeacher:
     def base_url(self) -> str:
         """The address a client is given; only while serving."""
         if self._server is None:
-            raise RuntimeError("the built-in teacher serves inside a `with` block only")
+            raise RuntimeError("the demo's teacher serves inside a `with` block only")
         return f"http://127.0.0.1:{self._server.server_address[1]}/v1"
 
     def __enter__(self) -> Self:
@@ -79,31 +85,35 @@ class BuiltinTeacher:
             self._thread.join()
         self._server = self._thread = None
 
-    def reply(self, prompt: str, seed: int, max_tokens: int | None = None) -> tuple[str, str]:
-        """(content, finish reason) for a prompt. ValueError for a prompt that is none of the built-in problems."""
+    def reply(
+        self, prompt: str, seed: int, max_tokens: int | None = None, mistakes: Mistakes | None = None
+    ) -> tuple[str, str]:
+        """Return (content, finish reason) for a prompt; ValueError for a prompt that is none of the demo's problems."""
+        mistakes = mistakes or self.mistakes
         rng = random.Random(self._digest("reply", prompt, seed))
         fate = rng.random()
         solution = solve(prompt)
-        if fate < self.wrong:
+        if fate < mistakes.wrong:
             solution = solve_with_slip(prompt, rng)
-        fate -= self.wrong
+        fate -= mistakes.wrong
         content, finish = f"<think>\n{solution.reasoning}\n</think>\n{solution.answer}", "stop"
-        if 0 <= fate < self.truncated:
+        if 0 <= fate < mistakes.truncated:
             whole = f"<think>\n{solution.reasoning}"
             content, finish = whole[: rng.randint(len("<think>\n") + 1, len(whole) - 1)], "length"
-        elif 0 <= fate - self.truncated < self.malformed:
+        elif 0 <= fate - mistakes.truncated < mistakes.malformed:
             content = _malformed(solution, rng)
         if max_tokens is not None and count_tokens(content) > max_tokens:
             end = [match.end() for match in _TOKEN.finditer(content)][max_tokens - 1] if max_tokens else 0
             content, finish = content[:end], "length"
         return content, finish
 
-    def refuses(self, prompt: str, seed: int) -> int:
-        """The HTTP status (429 or 500) that this attempt gets instead of an answer, 0 for none; counts attempts."""
+    def refuses(self, prompt: str, seed: int, mistakes: Mistakes | None = None) -> int:
+        """Return the HTTP status (429 or 500) that this attempt gets, 0 for an answer; counts attempts."""
+        flaky = (mistakes or self.mistakes).flaky
         digest = self._digest("flaky", prompt, seed)
         with self._lock:
             self.requests += 1
-            if int.from_bytes(digest[:4], "big") >= self.flaky * 2**32 or digest in self._attempted:
+            if int.from_bytes(digest[:4], "big") >= flaky * 2**32 or digest in self._attempted:
                 return 0
             self._attempted.add(digest)
             self.refused += 1
@@ -112,13 +122,16 @@ class BuiltinTeacher:
     def _digest(self, purpose: str, prompt: str, seed: int) -> bytes:
         return hashlib.sha256(json.dumps([purpose, self.seed, prompt, seed]).encode()).digest()
 
-    def complete(self, request: Any) -> dict[str, Any]:
-        """The body of a chat completion. BadRequest for what an OpenAI endpoint would refuse."""
-        prompt, seed, choices, max_tokens = _read_request(request)
+    def complete(self, request: "Request") -> dict[str, Any]:
+        """Return the body of a chat completion; BadRequest for what an OpenAI endpoint would refuse."""
+        prompt, seed = request.prompt, request.seed
         try:
-            replies = [self.reply(prompt, seed + index, max_tokens) for index in range(choices)]
+            replies = [
+                self.reply(prompt, seed + index, request.max_tokens, request.mistakes)
+                for index in range(request.choices)
+            ]
         except ValueError as error:
-            raise BadRequest(f"the built-in teacher does not know this problem: {error}") from None
+            raise BadRequest(f"the demo's teacher does not know this problem: {error}") from None
         asked, told = count_tokens(prompt), sum(count_tokens(content) for content, _ in replies)
         return {
             "id": "chatcmpl-" + self._digest("id", prompt, seed).hex()[:24],
@@ -143,8 +156,8 @@ def _malformed(solution: Solution, rng: random.Random) -> str:
     )
 
 
-def _read_request(request: Any) -> tuple[str, int, int, int | None]:
-    """(last user message, seed, n, max_tokens) of a chat request."""
+def _read_request(request: Any) -> Request:
+    """Check the JSON of a chat request; BadRequest says what is wrong with it."""
     if not isinstance(request, dict):
         raise BadRequest("the body must be a JSON object")
     messages = request.get("messages")
@@ -168,7 +181,11 @@ def _read_request(request: Any) -> tuple[str, int, int, int | None]:
         value = request.get(name)
         if value is not None and (type(value) not in (int, float) or not 0 <= value <= high):
             raise BadRequest(f"{name}: expected a number from 0 to {high:g}")
-    return last["content"], seed, choices, max_tokens
+    try:
+        mistakes = Mistakes.model_validate(request["mistakes"]) if "mistakes" in request else None
+    except ValidationError as error:
+        raise BadRequest(f"mistakes: {first_problem(Mistakes, error)}") from None
+    return Request(last["content"], seed, choices, max_tokens, mistakes)
 
 
 class _Server(ThreadingHTTPServer):
@@ -176,7 +193,7 @@ class _Server(ThreadingHTTPServer):
     block_on_close = False
     request_queue_size = 256
 
-    def __init__(self, teacher: BuiltinTeacher) -> None:
+    def __init__(self, teacher: DemoTeacher) -> None:
         self.teacher = teacher
         super().__init__(("127.0.0.1", 0), _Handler)
 
@@ -209,9 +226,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         teacher = self.server.teacher
         try:
-            request = json.loads(body)
-            prompt, seed, _, _ = _read_request(request)
-            if status := teacher.refuses(prompt, seed):
+            request = _read_request(json.loads(body))
+            if status := teacher.refuses(request.prompt, request.seed, request.mistakes):
                 kind = "rate_limit_exceeded" if status == 429 else "server_error"
                 self._fail(status, kind, "try again", {"Retry-After": "0"} if status == 429 else {})
                 return

@@ -6,6 +6,7 @@ DIR/backbone/         the common start            DIR/merges/NAME/hf  every merg
 DIR/scores/SPLIT/...  every sample                DIR/merged/hf       the chosen one
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -21,6 +22,7 @@ from bmjax.branch.train import check, train
 from bmjax.calibrate.recipe import CalibratedRecipe, is_calibrated
 from bmjax.calibrate.run import merge as calibrated_merge
 from bmjax.config import UserError, nearest
+from bmjax.demo.teacher import MODEL, DemoTeacher
 from bmjax.evaluate.run import evaluate
 from bmjax.evaluate.settings import EvalSettings, TaskSettings
 from bmjax.io import hub
@@ -38,7 +40,7 @@ from bmjax.pipeline.stages import Stages
 from bmjax.report import summary_table, write_report
 from bmjax.teach.collect import collect, wanted_ids
 from bmjax.teach.select import select
-from bmjax.teach.settings import CollectSettings, SelectSettings
+from bmjax.teach.settings import CollectSettings, SelectSettings, TeacherSettings
 from bmjax.version import __version__
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
@@ -172,10 +174,16 @@ class _Run:
             return
         folder, train_rows = self.directory / "teach" / domain, self._rows(domain, "train")
         teacher = self.settings.teacher
-        if teacher.base_url is None:
-            teacher = teacher.model_copy(update={"builtin": True})
+        with contextlib.ExitStack() as stack:
+            if teacher.base_url is None:
+                mistakes = {"mistakes": self.settings.mistakes.model_dump()}
+                url = stack.enter_context(DemoTeacher()).base_url
+                teacher = teacher.model_copy(update={"base_url": url, "model": MODEL, "extra": mistakes})
+            self._ask(domain, teacher, folder, train_rows)
+
+    def _ask(self, domain: str, teacher: TeacherSettings, folder: Path, train_rows: Path) -> None:
         # Answers may have cost money: they stay, whatever changes, beside those of another way of asking.
-        asking = teacher.model_dump(exclude={"concurrency", "retries", "timeout", "api_key_env"})
+        asking = teacher.model_dump(exclude={"base_url", "concurrency", "retries", "timeout", "api_key_env"})
         kind = {key: value for key, value in asking.items() if key != "samples"}  # more samples of it lie beside
         way = hashlib.sha256(json.dumps(kind, sort_keys=True).encode()).hexdigest()[:8]
         answers = folder / f"answers-{way}"

@@ -6,6 +6,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from bmjax.branch.settings import Training
 from bmjax.config import Settings, first_problem
+from bmjax.demo.settings import Mistakes
 from bmjax.teach.settings import TeacherSettings
 
 
@@ -120,6 +121,7 @@ class RunSettings(Settings):
         None, description="how a new backbone is trained; on every domain's backbone rows"
     )
     teacher: TeacherSettings = Field(TeacherSettings(), description="who answers the built-in problems")
+    mistakes: Mistakes = Field(Mistakes(), description="of the built-in teacher")
     branch: Training = Field(description="how every branch is trained")
     mixture: dict[str, Any] = Field(
         {},

@@ -6,7 +6,6 @@ again by the next run.
 """
 
 import asyncio
-import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,14 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from bmjax.config import UserError
-from bmjax.demo.problems import make_problems
-from bmjax.demo.teacher import MODEL, BuiltinTeacher
 from bmjax.io.jsonl import JsonLines
 from bmjax.io.rows import fill, read_rows
 from bmjax.teach.client import ChatClient, Reply, RequestFailed, api_key, run_async
 from bmjax.teach.judges.verify import kind_of, verify
 from bmjax.teach.record import Record, ids_present, record_id
-from bmjax.teach.settings import BuiltinProblems, CollectSettings, TeacherSettings
+from bmjax.teach.settings import CollectSettings, TeacherSettings
 
 TRACES = "traces.jsonl"
 FAILURES = "failures.jsonl"
@@ -56,30 +53,19 @@ def collect(settings: CollectSettings, log: Callable[[str], None] = lambda line:
     that cannot be reached or refuses the key or model, and when another process collects into the same directory.
     """
     teacher, output = settings.teacher, Path(settings.output)
-    domain = _domain(settings)
-    if teacher.builtin == (teacher.base_url is not None):
-        raise UserError("teacher: expected either base_url or builtin: true")
-    model = _model(teacher)
+    base_url, model = endpoint(teacher)
     key = api_key(teacher.api_key_env)
     problems = list(_problems(settings))
     if not problems:
         raise UserError(f"problems: {settings.problems} holds no problem")
     counts = dict.fromkeys(COUNTS, 0)
-    with (
-        JsonLines(output / TRACES) as traces,
-        JsonLines(output / FAILURES) as failures,
-        contextlib.ExitStack() as stack,
-    ):
+    domain = settings.domain
+    with JsonLines(output / TRACES) as traces, JsonLines(output / FAILURES) as failures:
         jobs = _jobs(problems, domain, model, teacher, ids_present(output / TRACES), counts)
         log(f"collect {domain}: {counts['wanted']} traces wanted, {counts['present']} already there")
         if not jobs:
             return counts
-        base_url = teacher.base_url
-        if base_url is None:
-            mistakes = teacher.mistakes
-            server = BuiltinTeacher(0, mistakes.wrong, mistakes.truncated, mistakes.malformed, mistakes.flaky)
-            base_url = stack.enter_context(server).base_url
-        collector = _Collector(settings, domain, model, base_url, key, traces, failures, counts, log)
+        collector = _Collector(settings, model, base_url, key, traces, failures, counts, log)
         run_async(collector.run(jobs))
     log(
         f"collect {domain}: {counts['collected']} collected ({counts['right']} right, {counts['wrong']} wrong, "
@@ -90,8 +76,9 @@ def collect(settings: CollectSettings, log: Callable[[str], None] = lambda line:
 
 def wanted_ids(settings: CollectSettings) -> set[str]:
     """The ids of the traces that `settings` ask for, collected or not."""
-    teacher = settings.teacher
-    jobs = _jobs(_problems(settings), _domain(settings), _model(teacher), teacher, set(), dict.fromkeys(COUNTS, 0))
+    _, model = endpoint(settings.teacher)
+    counts = dict.fromkeys(COUNTS, 0)
+    jobs = _jobs(_problems(settings), settings.domain, model, settings.teacher, set(), counts)
     return {job.id for job in jobs}
 
 
@@ -101,7 +88,6 @@ class _Collector:
     def __init__(
         self,
         settings: CollectSettings,
-        domain: str,
         model: str,
         base_url: str,
         key: str | None,
@@ -110,7 +96,7 @@ class _Collector:
         counts: dict[str, int],
         log: Callable[[str], None],
     ) -> None:
-        self.settings, self.teacher, self.domain = settings, settings.teacher, domain
+        self.settings, self.teacher, self.domain = settings, settings.teacher, settings.domain
         self.model, self.base_url, self.key = model, base_url, key
         self.traces, self.failures, self.counts, self.log = traces, failures, counts, log
         self.started = self.logged = time.monotonic()
@@ -202,13 +188,13 @@ class _Collector:
 
 def sampling_parameters(teacher: TeacherSettings) -> dict[str, Any]:
     """What decides an answer besides the prompt and the sample: part of the record's id."""
-    parameters: dict[str, Any] = {
+    return {
         "temperature": teacher.temperature,
         "top_p": teacher.top_p,
         "max_tokens": teacher.max_tokens,
         "seed": teacher.seed,
+        **teacher.extra,
     }
-    return parameters | ({"mistakes": teacher.mistakes.model_dump()} if teacher.builtin else {})
 
 
 def request_parameters(teacher: TeacherSettings, sample: int) -> dict[str, Any]:
@@ -217,6 +203,7 @@ def request_parameters(teacher: TeacherSettings, sample: int) -> dict[str, Any]:
         "temperature": teacher.temperature,
         "top_p": teacher.top_p,
         "max_tokens": teacher.max_tokens,
+        **teacher.extra,
     }
     return parameters | ({"seed": teacher.seed + sample} if teacher.seed is not None else {})
 
@@ -245,33 +232,21 @@ def _jobs(
     return jobs
 
 
-def _model(teacher: TeacherSettings) -> str:
-    model = MODEL if teacher.builtin else teacher.model
-    if not model:
+def endpoint(teacher: TeacherSettings) -> tuple[str, str]:
+    """Return (base_url, model) of a teacher; UserError naming the key that is missing."""
+    if not teacher.base_url:
+        raise UserError("key 'teacher.base_url' is missing; give the endpoint, e.g. http://localhost:8000/v1")
+    if not teacher.model:
         raise UserError("key 'teacher.model' is missing; name the model as the endpoint knows it")
-    return model
-
-
-def _domain(settings: CollectSettings) -> str:
-    if settings.domain is not None:
-        return settings.domain
-    if isinstance(settings.problems, BuiltinProblems):
-        return settings.problems.builtin
-    raise UserError("key 'domain' is missing; name the domain these problems belong to")
+    return teacher.base_url, teacher.model
 
 
 def _problems(settings: CollectSettings) -> Iterator[tuple[str, Any, str]]:
-    """(prompt, reference, source) of each problem."""
-    spec = settings.problems
-    if isinstance(spec, BuiltinProblems):
-        count = min(spec.count, settings.limit or spec.count)
-        for problem in make_problems(spec.builtin, count, spec.seed, spec.levels, split=spec.split):
-            yield problem.prompt, problem.reference, f"builtin/{spec.builtin}/{problem.level}"
-        return
-    for where, row in itertools.islice(read_rows(spec, "problems"), settings.limit):
+    """Yield (prompt, reference, source) of each problem."""
+    for where, row in itertools.islice(read_rows(settings.problems, "problems"), settings.limit):
         prompt = fill(settings.prompt, row, where, "prompt")
         if not isinstance(prompt, str) or not prompt.strip():
             raise UserError(f"{where}: the prompt is empty or not text; check key 'prompt'")
         reference = fill(settings.reference, row, where, "reference") if settings.reference else None
-        kind_of(_domain(settings), reference)
+        kind_of(settings.domain, reference)
         yield prompt, reference, where

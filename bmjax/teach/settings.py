@@ -1,38 +1,20 @@
 """The settings of `bmjax collect` and `bmjax select`."""
 
-from typing import Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from bmjax.config import Settings
 
-
-class BuiltinProblems(Settings):
-    """Procedural problems instead of a file."""
-
-    builtin: Literal["math", "code", "science"] = Field(description="which of the built-in domains")
-    count: int = Field(6000, ge=1, description="how many problems")
-    levels: list[int] = Field([1, 2, 3], description="difficulties to draw from, in turn")
-    split: Literal["train", "val", "test"] = Field("train", description="splits never share a prompt")
-    seed: int = Field(0, description="another seed draws other problems of the same split")
-
-
-class Mistakes(Settings):
-    """How often the built-in teacher fails, as shares of its answers."""
-
-    wrong: float = Field(0.06, ge=0, le=1, description="a slip in one step, carried to the answer")
-    truncated: float = Field(0.04, ge=0, le=1, description="cut in mid-reasoning, finish_reason length")
-    malformed: float = Field(0.04, ge=0, le=1, description="no closing </think>, two think blocks or no answer")
-    flaky: float = Field(0.01, ge=0, le=1, description="requests whose first attempt gets HTTP 429 or 500")
+# What a request holds by keys of its own; `extra` may not change them.
+REQUEST_KEYS = ("model", "messages", "temperature", "top_p", "max_tokens", "seed", "n", "stream")
 
 
 class TeacherSettings(Settings):
     """The model that answers, behind an OpenAI-compatible endpoint, and how it is sampled."""
 
     base_url: str | None = Field(None, description="endpoint up to /v1, e.g. https://api.deepseek.com/v1")
-    builtin: bool = Field(False, description="use the built-in teacher (knows the built-in problems only)")
-    mistakes: Mistakes = Field(Mistakes(), description="of the built-in teacher")
-    model: str | None = Field(None, description="the model's name at the endpoint; the built-in teacher has its own")
+    model: str | None = Field(None, description="the model's name at the endpoint")
     api_key_env: str | None = Field(None, description="environment variable holding the API key, never the key")
     temperature: float = Field(0.6, ge=0, description="sampling temperature")
     top_p: float = Field(0.95, gt=0, le=1, description="nucleus sampling")
@@ -42,14 +24,27 @@ class TeacherSettings(Settings):
     concurrency: int = Field(32, ge=1, description="requests in flight")
     retries: int = Field(8, ge=0, description="further attempts after a 429, a 5xx or a lost connection")
     timeout: float = Field(1800.0, gt=0, description="seconds one attempt may take")
+    extra: dict[str, Any] = Field(
+        {}, description="further fields of every request, part of what identifies an answer, e.g. "
+        "{reasoning_effort: high}",
+    )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _extra_adds(self) -> Self:
+        for key in REQUEST_KEYS:
+            if key in self.extra:
+                raise ValueError(f"extra: '{key}' is a field that bmjax sets; remove it here")
+        return self
 
 
 class CollectSettings(Settings):
     """Problems in, a teacher's traces out."""
 
-    problems: str | list[str] | BuiltinProblems = Field(description="JSONL file(s), or {builtin: DOMAIN, ...}")
+    problems: str | list[str] = Field(
+        description="JSON Lines, JSON or Parquet file(s), or a hub dataset (org/name:subset:split)"
+    )
     output: str = Field(description="directory for traces.jsonl and failures.jsonl; an interrupted run continues there")
-    domain: str | None = Field(None, description="name of the domain; of built-in problems theirs is the default")
+    domain: str = Field(description="name of the domain, which every trace carries")
     prompt: str = Field("{question}", description="the prompt, {name} stands for a field of the row, {{ for a brace")
     reference: str = Field("{answer}", description="the reference answer; a lone {name} keeps {tests: [...]} as it is")
     limit: int | None = Field(None, ge=1, description="take the first so many problems only")
@@ -60,16 +55,21 @@ class CollectSettings(Settings):
     teacher: TeacherSettings = Field(TeacherSettings(), description="who answers")
 
 
-class SelectSettings(Settings):
-    """Traces in, one training set per domain out, and a table of what was dropped and why."""
+class Selection(Settings):
+    """Which traces are worth training on."""
 
-    traces: str | list[str] = Field(description="traces.jsonl file(s) or the directories they lie in")
-    output: str = Field(description="directory for DOMAIN.jsonl and selection.json")
     keep: list[Literal["right", "unjudged", "wrong"]] = Field(["right"], description="verdicts worth training on")
     require_reasoning: bool = Field(True, description="drop answers without exactly one <think>...</think>")
     max_tokens: int | None = Field(None, ge=1, description="drop traces of more tokens, as the teacher counted them")
     max_characters: int | None = Field(None, ge=1, description="drop traces with longer prompt + reasoning + response")
     per_prompt: int | None = Field(None, ge=1, description="keep at most so many traces of one prompt")
+    ngram: int = Field(0, ge=0, description="also drop prompts sharing this many words in a row; 0 = off")
+
+
+class SelectSettings(Selection):
+    """Traces in, one training set per domain out, and a table of what was dropped and why."""
+
+    traces: str | list[str] = Field(description="traces.jsonl file(s) or the directories they lie in")
+    output: str = Field(description="directory for DOMAIN.jsonl and selection.json")
     held_out: str | list[str] = Field([], description="JSONL file(s) whose prompts must not be trained on")
     held_out_prompt: str = Field("{prompt}", description="the prompt of a held-out row, {name} stands for a field")
-    ngram: int = Field(0, ge=0, description="also drop prompts sharing this many words in a row; 0 = off")

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from bmjax.demo.problems import make_problems, solve
-from bmjax.demo.teacher import BuiltinTeacher, count_tokens
+from bmjax.demo.settings import Mistakes
+from bmjax.demo.teacher import DemoTeacher, count_tokens
 
 
 def post(url: str, body: Any) -> tuple[int, dict[str, str], Any]:
@@ -27,11 +28,11 @@ def chat(prompt: str, **extra: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def flawless() -> Any:
-    with BuiltinTeacher(wrong=0, truncated=0, malformed=0, flaky=0) as teacher:
+    with DemoTeacher(mistakes=Mistakes(wrong=0, truncated=0, malformed=0, flaky=0)) as teacher:
         yield teacher
 
 
-def test_it_answers_as_deepseek_r1_does(flawless: BuiltinTeacher) -> None:
+def test_it_answers_as_deepseek_r1_does(flawless: DemoTeacher) -> None:
     status, _, body = post(flawless.base_url, chat("Compute (7 + 5) * 3 - 4."))
     assert status == 200
     content = "<think>\n7+5=12\n12*3=36\n36-4=32\n</think>\n32"
@@ -42,7 +43,7 @@ def test_it_answers_as_deepseek_r1_does(flawless: BuiltinTeacher) -> None:
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"] > 20
 
 
-def test_max_tokens_cuts_and_n_gives_choices(flawless: BuiltinTeacher) -> None:
+def test_max_tokens_cuts_and_n_gives_choices(flawless: DemoTeacher) -> None:
     _, _, body = post(flawless.base_url, chat("Compute 7 + 5.", max_tokens=8, n=3))
     assert [c["index"] for c in body["choices"]] == [0, 1, 2]
     for choice in body["choices"]:
@@ -50,7 +51,7 @@ def test_max_tokens_cuts_and_n_gives_choices(flawless: BuiltinTeacher) -> None:
         assert count_tokens(choice["message"]["content"]) == 8
 
 
-def test_models_are_listed(flawless: BuiltinTeacher) -> None:
+def test_models_are_listed(flawless: DemoTeacher) -> None:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(f"{flawless.base_url}/models", timeout=10) as answer:
         assert json.load(answer)["data"][0]["id"] == "builtin-teacher"
@@ -67,12 +68,14 @@ def test_models_are_listed(flawless: BuiltinTeacher) -> None:
         (chat("Compute 1 + 1.", temperature=-1), "temperature"),
         (chat("Compute 1 + 1.", stream=True), "stream"),
         (chat("Compute 1 + 1.", seed=1.5), "seed"),
+        (chat("Compute 1 + 1.", mistakes={"wrogn": 1}), "wrong"),
+        (chat("Compute 1 + 1.", mistakes={"wrong": 2}), "wrong"),
         ([1], "object"),
         (b"{no json", "JSON"),
         (b"[" * 100_000, "JSON"),
     ],
 )
-def test_what_it_refuses(flawless: BuiltinTeacher, body: Any, message: str) -> None:
+def test_what_it_refuses(flawless: DemoTeacher, body: Any, message: str) -> None:
     status, _, answer = post(flawless.base_url, body)
     assert status == 400
     assert message in answer["error"]["message"]
@@ -80,7 +83,7 @@ def test_what_it_refuses(flawless: BuiltinTeacher, body: Any, message: str) -> N
 
 
 def test_mistakes_come_at_their_rates_and_look_as_they_should() -> None:
-    teacher = BuiltinTeacher(seed=5, wrong=0.1, truncated=0.1, malformed=0.1, flaky=0)
+    teacher = DemoTeacher(seed=5, mistakes=Mistakes(wrong=0.1, truncated=0.1, malformed=0.1, flaky=0))
     kinds: Counter[str] = Counter()
     for problem in make_problems("math", 3000):
         content, finish = teacher.reply(problem.prompt, seed=0)
@@ -100,14 +103,20 @@ def test_mistakes_come_at_their_rates_and_look_as_they_should() -> None:
 
 def test_the_same_request_gets_the_same_answer_and_another_seed_another() -> None:
     prompts = [p.prompt for p in make_problems("code", 300)]
-    first, again = BuiltinTeacher(seed=1), BuiltinTeacher(seed=1)
+    first, again = DemoTeacher(seed=1), DemoTeacher(seed=1)
     assert [first.reply(p, 7) for p in prompts] == [again.reply(p, 7) for p in reversed(prompts)][::-1]
     assert [first.reply(p, 7) for p in prompts] != [first.reply(p, 8) for p in prompts]
-    assert [first.reply(p, 7) for p in prompts] != [BuiltinTeacher(seed=2).reply(p, 7) for p in prompts]
+    assert [first.reply(p, 7) for p in prompts] != [DemoTeacher(seed=2).reply(p, 7) for p in prompts]
+
+
+def test_a_request_names_its_mistakes(flawless: DemoTeacher) -> None:
+    asked = chat("Compute 7 + 5.", mistakes={"wrong": 1, "truncated": 0, "malformed": 0, "flaky": 0})
+    _, _, body = post(flawless.base_url, asked)
+    assert not body["choices"][0]["message"]["content"].endswith("\n12")
 
 
 def test_a_flaky_request_succeeds_the_second_time() -> None:
-    with BuiltinTeacher(wrong=0, truncated=0, malformed=0, flaky=1) as teacher:
+    with DemoTeacher(mistakes=Mistakes(wrong=0, truncated=0, malformed=0, flaky=1)) as teacher:
         seen = set()
         for number in range(12):
             status, headers, body = post(teacher.base_url, chat(f"Compute {number} + 1."))
@@ -120,11 +129,11 @@ def test_a_flaky_request_succeeds_the_second_time() -> None:
 
 
 def test_it_serves_inside_its_block_only() -> None:
-    with BuiltinTeacher() as teacher:
+    with DemoTeacher() as teacher:
         url = teacher.base_url
     with pytest.raises(RuntimeError):
         _ = teacher.base_url
     with pytest.raises(urllib.error.URLError):
         post(url, chat("Compute 1 + 1."))
     with pytest.raises(ValueError):
-        BuiltinTeacher(wrong=0.6, truncated=0.6)
+        Mistakes(wrong=0.6, truncated=0.6)

@@ -35,7 +35,7 @@ def build(name: str, length: int = 128):
     """(transformers model, config, parameters) of 2 layers; where CONFIGS has windows, on the second."""
     torch.manual_seed(0)
     values = BASE | CONFIGS[name] | {"max_position_embeddings": length, "num_hidden_layers": 2, "max_window_layers": 1}
-    hf = transformers.Qwen2ForCausalLM(transformers.ModelConfig(**values, attn_implementation="eager")).eval()
+    hf = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**values, attn_implementation="eager")).eval()
     config = ModelConfig.from_hf(hf.config.to_dict())
     return hf, config, from_state(config, {k: v.detach().numpy() for k, v in hf.state_dict().items()})
 

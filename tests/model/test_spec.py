@@ -1,7 +1,7 @@
 """config.json to the table's numbers: what is refused, and by which words."""
 
 import pytest
-from transformers import ModelConfig as Reference
+from transformers import Qwen2Config as Reference
 
 from bmjax.config import UserError
 from bmjax.model.config import ModelConfig

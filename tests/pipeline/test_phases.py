@@ -113,17 +113,17 @@ def test_answers_of_a_teacher_outlive_every_change(tmp_path):
     assert not answered("teacher.retries=3", "teacher.concurrency=2")
     assert "teach/math" in answered("domains.math.builtin.count=41")
     assert (answers / "traces.jsonl").read_bytes().startswith(before)
-    assert "teach/math" in answered("teacher.mistakes.wrong=0.5")
+    assert "teach/math" in answered("mistakes.wrong=0.5")
     assert (answers / "traces.jsonl").read_bytes().startswith(before)
     assert len(list((directory / "teach" / "math").glob("answers-*"))) == 2
 
 
 def test_requests_that_failed_stop_the_run_and_are_asked_again(tmp_path):
-    overrides = ["teacher.mistakes.flaky=1", "teacher.retries=0"]
+    overrides = ["mistakes.flaky=1", "teacher.retries=0"]
     with pytest.raises(UserError, match=r"teach/math: \d+ requests failed, see .*failures.jsonl") as error:
         run(RunSettings.read(TINY, overrides), tmp_path / "run", quiet)
     assert "\n" not in str(error.value)
-    assert run(RunSettings.read(TINY, ["teacher.mistakes.flaky=1"]), tmp_path / "run", quiet)["selection"]
+    assert run(RunSettings.read(TINY, ["mistakes.flaky=1"]), tmp_path / "run", quiet)["selection"]
 
 
 def start(directory):

@@ -6,6 +6,7 @@ import pytest
 
 from bmjax.config import UserError
 from bmjax.demo.problems import make_problems, solve
+from bmjax.demo.teacher import MODEL, DemoTeacher
 from bmjax.teach.collect import collect
 from bmjax.teach.select import render_table, select
 from bmjax.teach.settings import CollectSettings, SelectSettings
@@ -102,11 +103,14 @@ def test_held_out_prompts_are_left_out(tmp_path: Path) -> None:
         run(tmp_path, rows, held_out=str(held))
 
 
-def test_from_the_built_in_teacher_to_clean_datasets(tmp_path: Path) -> None:
+def test_from_the_demos_teacher_to_clean_datasets(tmp_path: Path) -> None:
     for domain in ("math", "science"):
-        problems = {"builtin": domain, "count": 400}
-        source = {"problems": problems, "output": str(tmp_path / domain), "teacher": {"builtin": True}}
-        collect(CollectSettings.read(source))
+        file = tmp_path / f"{domain}.jsonl"
+        file.write_text("".join(json.dumps(vars(problem)) + "\n" for problem in make_problems(domain, 400)))
+        source = {"problems": str(file), "domain": domain, "prompt": "{prompt}", "reference": "{reference}"}
+        with DemoTeacher() as teacher:
+            endpoint = {"base_url": teacher.base_url, "model": MODEL}
+            collect(CollectSettings.read({**source, "output": str(tmp_path / domain), "teacher": endpoint}))
     directories = [str(tmp_path / "math"), str(tmp_path / "science")]
     table = select(SelectSettings.read({"traces": directories, "output": str(tmp_path / "out")}))
     assert set(table) == {"math", "science"}

@@ -30,7 +30,7 @@ DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfl
 
 def build(tied: bool, seed: int = 0) -> Any:
     torch.manual_seed(seed)
-    return transformers.Qwen2ForCausalLM(transformers.ModelConfig(**(BASE | {"tie_word_embeddings": tied}))).eval()
+    return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**(BASE | {"tie_word_embeddings": tied}))).eval()
 
 
 def saved_by_transformers(directory: Path, tied: bool = False, dtype: str = "float32", **options: Any) -> Any:
