@@ -314,7 +314,7 @@ class _Run:
         for domain in self.domains:
             file = str(self._rows(domain, split))
             own = settings.domains[domain].builtin
-            tasks[domain] = TaskSettings(questions=file if own else None, traces=file, kind=own.domain if own else None)
+            tasks[domain] = TaskSettings(questions=file if own else None, traces=file)
         output = f"scores/{split}/{model.replace('/', '-')}"
         evaluation = EvalSettings(
             model=self._hf(model), tasks=tasks, output=str(self.directory / output), template=settings.template,
