@@ -14,10 +14,22 @@ from typing import TYPE_CHECKING, Any
 from bmjax.version import __version__
 
 if TYPE_CHECKING:
-    from bmjax.api import Model, generate, load, merge, run, save, train
+    from bmjax.api import Model, generate, judge, load, merge, run, save, tokenize, train
     from bmjax.config import UserError
 
-__all__ = ["Model", "UserError", "__version__", "generate", "load", "merge", "run", "save", "train"]
+__all__ = [
+    "Model",
+    "UserError",
+    "__version__",
+    "generate",
+    "judge",
+    "load",
+    "merge",
+    "run",
+    "save",
+    "tokenize",
+    "train",
+]
 
 
 class _Package(types.ModuleType):

@@ -11,15 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from bmjax.branch.examples import tokenize
 from bmjax.config import UserError, nearest
 from bmjax.generate.text import generate
 from bmjax.model import qwen2
 from bmjax.model.config import ModelConfig, read_hf_config
 from bmjax.parallel.mesh import make_mesh, sharding
+from bmjax.teach.judges.judge import judge
 from bmjax.weights import hf
 from bmjax.weights import student as students
 
-__all__ = ["Model", "generate", "load", "merge", "run", "save", "train"]
+__all__ = ["Model", "generate", "judge", "load", "merge", "run", "save", "tokenize", "train"]
 DTYPES = ("float32", "bfloat16", "float16")
 
 

@@ -6,7 +6,7 @@ are tokenized apart, so training sees the prompt exactly as generation will. A t
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ import numpy as np
 
 from bmjax.chat.template import end_of_turn, messages_of, render, render_prompt
 from bmjax.config import UserError
-from bmjax.io.rows import Row
+from bmjax.io.rows import Row, read_rows
+from bmjax.weights import student as students
 
 _BATCH_CHARACTERS = 2**20  # text tokenized at a time; the tokenizer's own objects take about 100 bytes a token
 
@@ -89,6 +90,42 @@ def build_dataset(rows: Iterable[Row], tokenizer: Any, template: str, seq_len: i
     if not examples:
         raise UserError(f"{location}: all {dropped} rows are over seq_len {seq_len} tokens; raise seq_len")
     return Dataset(tuple(examples), truncated, dropped, digest.hexdigest())
+
+
+def tokenize(
+    source: str | Path,
+    rows: str | Path | Iterable[Mapping[str, Any] | str],
+    template: str | None = None,
+    seq_len: int = 4096,
+) -> list[Example]:
+    """Tokenize rows as a training of a student would see them.
+
+    Arguments:
+        source: the student, a directory or a hub id.
+        rows: rows in a form that `data` of `bmjax train` takes; or the name, or names, of files or hub data sets.
+        template: chat template: None for the student's own, chatml, deepseek-r1, or FILE.jinja.
+        seq_len: the most tokens of a document; longer ones are cut, as by default in training.
+
+    Returns:
+        A document for each row: tokens int32 [T] and loss_mask uint8 [T], 1 on the tokens that are learned.
+
+    Raises:
+        UserError: for a student without a tokenizer, and for rows that cannot be trained on.
+    """
+    student = students.open(source, template=template, purpose="tokenizing")
+    assert student.template is not None  # the student was opened for tokenizing
+    values = [rows] if isinstance(rows, (str, Path)) else list(rows)
+    if all(isinstance(value, (str, Path)) for value in values):
+        numbered = read_rows([str(value) for value in values], "rows")
+    else:
+        numbered = ((f"rows, row {number}", _mapping(row, number)) for number, row in enumerate(values, 1))
+    return list(build_dataset(numbered, student.tokenizer, student.template, seq_len, "truncate").examples)
+
+
+def _mapping(row: Any, number: int) -> dict[str, Any]:
+    if not isinstance(row, Mapping):
+        raise UserError(f"rows, row {number}: expected a dictionary, found {type(row).__name__}")
+    return dict(row)
 
 
 def check_vocabulary(dataset: Dataset, vocab_size: int, model: Path) -> None:

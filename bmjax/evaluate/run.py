@@ -6,7 +6,7 @@
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -27,7 +27,7 @@ from bmjax.evaluate.settings import EvalSettings, TaskSettings
 from bmjax.generate import sampler
 from bmjax.io.atomic import write_atomic
 from bmjax.io.jsonl import write_jsonl
-from bmjax.io.rows import fill, read_rows
+from bmjax.io.rows import Row, fill, read_rows
 from bmjax.model import qwen2
 from bmjax.model.config import ModelConfig
 from bmjax.parallel.mesh import make_mesh
@@ -181,7 +181,7 @@ def _held_out_loss(
     assert task.traces is not None and student.template is not None
     config = student.config
     seq_len = min(settings.seq_len, config.max_length)
-    rows = itertools.islice(read_rows(task.traces, "traces"), task.limit)
+    rows: Iterable[Row] = itertools.islice(read_rows(task.traces, "traces"), task.limit)
     if (task.prompt, task.response) != (TaskSettings().prompt, TaskSettings().response):
         rows = ((location, _trace(task, row, location)) for location, row in rows)
     dataset = build_dataset(rows, student.tokenizer, student.template, seq_len, "truncate")

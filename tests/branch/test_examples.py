@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bmjax.branch.examples import Dataset, build_dataset
+from bmjax.branch.examples import Dataset, build_dataset, tokenize
 from bmjax.chat.template import chat_template, render_prompt
 from bmjax.config import UserError
 from bmjax.io.rows import read_rows
@@ -259,3 +259,22 @@ def test_the_templates_end_token_is_a_target_whatever_the_tokenizers_end(tokeniz
     other = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|endoftext|>")
     (example,) = build(other, {"messages": TALK[:3]}).examples
     assert segments(other, example)[-1] == ("<think>\nTwo of them.\n</think>\nIt is 2.<|im_end|>", 1)
+
+
+def test_tokenize_shows_what_training_sees(student, tokenizer, train_file, tmp_path):
+    rows = sums(20)
+    expected = build(tokenizer, *rows, template=None).examples
+    for data in (rows, str(train_file), [train_file]):
+        examples = tokenize(str(student), data)
+        for example, other in zip(examples, expected, strict=True):
+            np.testing.assert_array_equal(example.tokens, other.tokens)
+            np.testing.assert_array_equal(example.loss_mask, other.loss_mask)
+    assert [len(example.tokens) for example in tokenize(student, rows[1:2], seq_len=42)] == [42]
+    assert tokenize(student, rows[:1], template="deepseek-r1")[0].tokens.size != expected[0].tokens.size
+    for bad, problem in (
+        (["a", {}], "row 1: expected a dict"),
+        ([], "rows: an empty list"),
+        ([{}], "rows, row 1: exp"),
+    ):
+        with pytest.raises(UserError, match=problem):
+            tokenize(student, bad)
