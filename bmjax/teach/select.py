@@ -96,13 +96,7 @@ def well_formed(record: Record, require_reasoning: bool = True) -> bool:
 
 
 def _dataset_row(record: Record) -> dict[str, object]:
-    return {
-        "prompt": record.prompt,
-        "reasoning": record.reasoning,
-        "response": record.response,
-        "reference": record.reference,
-        "id": record.id,
-    }
+    return {name: getattr(record, name) for name in ("prompt", "reasoning", "response", "reference", "id")}
 
 
 def _sift(

@@ -8,12 +8,9 @@ question gets a new one.
 import atexit
 import contextlib
 import json
-import os
-import select
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 from bmjax.teach.judges.verdict import JudgeError
@@ -32,63 +29,42 @@ class _Worker:
     def ask(self, question: dict[str, str], seconds: float) -> dict[str, object]:
         with self.lock:
             if self.process is None or self.process.poll() is not None:
-                self._start()
-            return self._exchange(json.dumps(question).encode() + b"\n", seconds)
+                self.stop()
+                # -P: the script's folder must not come first on the path, its names would hide the standard library's.
+                self.process = subprocess.Popen(
+                    [sys.executable, "-P", str(WORKER)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,
+                )
+                ready = self._exchange(self.process, b"", START_SECONDS)
+                if not ready.get("ready"):
+                    self.stop()
+                    raise JudgeError(str(ready.get("error", "the worker did not start")))
+            return self._exchange(self.process, json.dumps(question).encode() + b"\n", seconds)
+
+    def _exchange(self, process: subprocess.Popen[bytes], line: bytes, seconds: float) -> dict[str, object]:
+        assert process.stdin is not None and process.stdout is not None
+        timer = threading.Timer(seconds, process.kill)  # which ends the wait for a line
+        timer.start()
+        try:
+            process.stdin.write(line)
+            process.stdin.flush()
+            return json.loads(process.stdout.readline())
+        except (OSError, ValueError):
+            self.stop()
+            raise JudgeError(f"math-verify ended, or took more than {seconds:g} s") from None
+        finally:
+            timer.cancel()
 
     def stop(self) -> None:
         process, self.process = self.process, None
         if process is not None:
             process.kill()
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                if pipe is not None:
-                    with contextlib.suppress(OSError):
-                        pipe.close()
-
-    def _start(self) -> None:
-        self.stop()
-        # -P: the script's own folder must not come first on the path, its names would hide the standard library's.
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", str(WORKER)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            bufsize=0,
-            start_new_session=True,
-        )
-        ready = self._exchange(b"", START_SECONDS)
-        if not ready.get("ready"):
-            self.stop()
-            raise JudgeError(str(ready.get("error", "the worker did not start")))
-
-    def _exchange(self, line: bytes, seconds: float) -> dict[str, object]:
-        process = self.process
-        if process is None or process.stdin is None or process.stdout is None:
-            raise JudgeError("the worker is not running")
-        try:
-            if line:
-                process.stdin.write(line)
-            answer = _read_line(process.stdout.fileno(), seconds)
-            return json.loads(answer)
-        except (OSError, ValueError) as error:
-            self.stop()
-            raise JudgeError(str(error) or type(error).__name__) from None
-
-
-def _read_line(descriptor: int, seconds: float) -> bytes:
-    """Read up to a newline within `seconds`. Raises OSError when the time is over or the other end closed."""
-    deadline, received = time.monotonic() + seconds, b""
-    poll = select.poll()
-    poll.register(descriptor, select.POLLIN | select.POLLHUP)
-    while not received.endswith(b"\n"):
-        left = deadline - time.monotonic()
-        if left <= 0 or not poll.poll(left * 1000):
-            raise OSError("out of time")
-        chunk = os.read(descriptor, 65536)
-        if not chunk:
-            raise OSError("the worker ended")
-        received += chunk
-    return received
+            # Closing the pipes may write what no one reads.
+            with contextlib.suppress(OSError):
+                process.communicate()
 
 
 _WORKER = _Worker()
