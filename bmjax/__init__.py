@@ -21,19 +21,21 @@ if TYPE_CHECKING:
         convert,
         evaluate,
         generate,
+        judge,
         load,
         merge,
         plan,
         run,
         save,
         select,
+        tokenize,
         train,
     )
     from bmjax.errors import UserError
 
 __all__ = [
-    "Model", "UserError", "__version__", "collect", "convert", "evaluate", "generate", "load", "merge", "plan", "run",
-    "save", "select", "train",
+    "Model", "UserError", "__version__", "collect", "convert", "evaluate", "generate", "judge", "load", "merge", "plan",
+    "run", "save", "select", "tokenize", "train",
 ]  # fmt: skip
 
 

@@ -15,17 +15,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from bmjax.branch.examples import tokenize
 from bmjax.chat.template import chat_template, end_of_turn, messages_of, render_prompt
 from bmjax.config import UserError, nearest
 from bmjax.generate import sampler
 from bmjax.model import qwen2, spec
 from bmjax.model.config import ModelConfig, read_hf_config
 from bmjax.parallel.mesh import make_mesh, sharding
+from bmjax.teach.judges.judge import judge
 from bmjax.weights import hf
 from bmjax.weights import student as students
 
 __all__ = [
-    "Model", "collect", "convert", "evaluate", "generate", "load", "merge", "plan", "run", "save", "select", "train",
+    "Model", "collect", "convert", "evaluate", "generate", "judge", "load", "merge", "plan", "run", "save", "select",
+    "tokenize", "train",
 ]  # fmt: skip
 DTYPES = ("float32", "bfloat16", "float16")
 

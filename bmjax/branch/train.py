@@ -89,7 +89,7 @@ def open_student(settings: TrainSettings) -> Student:
 def load_data(settings: TrainSettings, student: Student) -> Loader:
     """Read and tokenize the rows of a training; UserError for what cannot be trained on."""
     assert student.template is not None  # the student was opened for training
-    rows = list(read_rows(settings.data))
+    rows = read_rows(settings.data)
     dataset = examples.build_dataset(rows, student.tokenizer, student.template, settings.seq_len, settings.overlong)
     examples.check_vocabulary(dataset, student.config.vocab_size, student.directory)
     return Loader(dataset, settings.seq_len, settings.batch, settings.packing, settings.shuffle, settings.seed)

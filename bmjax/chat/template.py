@@ -14,75 +14,82 @@ TEMPLATES = Path(__file__).parent / "templates"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
-def messages_of(row: Mapping[str, Any], where: str) -> list[dict[str, str]]:
-    """The row as chat messages. Known forms: `messages`, `conversations` (ShareGPT), `prompt` with `response`.
+def messages_of(row: Mapping[str, Any], location: str) -> list[dict[str, str]]:
+    """Return a row as chat messages, each with `role` and `content`.
 
-    A record's `reasoning` becomes <think>...</think> before the response, as the teacher wrote it.
+    Known forms are `messages`, `conversations` (ShareGPT) and `prompt` with `response`. A record's `reasoning` becomes
+    <think>...</think> before the response, as the teacher wrote it.
+
+    Raises:
+        UserError: for a row of another form; `location` begins the message.
     """
     if "messages" in row:
-        turns = _turns(row, "messages", "role", "content", where)
+        turns = _turns(row, "messages", "role", "content", location)
     elif "conversations" in row:
-        turns = _turns(row, "conversations", "from", "value", where)
+        turns = _turns(row, "conversations", "from", "value", location)
     elif "prompt" in row and "response" in row:
         answer = join_think(row["reasoning"], row["response"]) if row.get("reasoning") else row["response"]
         turns = [("system", row["system"])] if row.get("system") else []
         turns += [("user", row["prompt"]), ("assistant", answer)]
     else:
-        found = ", ".join(sorted(row)[:8]) or "nothing"
-        raise UserError(f"{where}: expected 'prompt' and 'response', 'messages' or 'conversations'; found {found}")
+        fields = ", ".join(sorted(row)[:8]) or "nothing"
+        raise UserError(f"{location}: expected 'prompt' and 'response', 'messages' or 'conversations'; found {fields}")
     messages = []
     for role, content in turns:
         if not isinstance(role, str) or role not in ROLES or not isinstance(content, str):
             raise UserError(
-                f"{where}: a turn has role {role!r} and {type(content).__name__} content; "
+                f"{location}: a turn has role {role!r} and {type(content).__name__} content; "
                 f"expected text by one of {', '.join(ROLES)}"
             )
         messages.append({"role": ROLES[role], "content": content})
     return messages
 
 
-def _turns(row: Mapping[str, Any], key: str, role: str, content: str, where: str) -> list[tuple[Any, Any]]:
+def _turns(row: Mapping[str, Any], key: str, role: str, content: str, location: str) -> list[tuple[Any, Any]]:
     turns = row[key]
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
-        raise UserError(f"{where}: '{key}' must be a list of turns, each with '{role}' and '{content}'")
+        raise UserError(f"{location}: '{key}' must be a list of turns, each with '{role}' and '{content}'")
     return [(turn.get(role), turn.get(content)) for turn in turns]
 
 
 def chat_template(tokenizer: Any, template: str | None) -> str:
-    """The Jinja text of `template`: null is the tokenizer's own, a name is ours, else a file."""
+    """Return the Jinja text of `template`: None is the tokenizer's, a name is one in TEMPLATES, else it is a file."""
     if template is None:
-        own = getattr(tokenizer, "chat_template", None)
-        if not own:
+        text = getattr(tokenizer, "chat_template", None)
+        if not text:
             raise UserError(
                 "template: the student's tokenizer has no chat template; "
                 "set template: chatml, deepseek-r1 or FILE.jinja"
             )
-        return own if isinstance(own, str) else own.get("default") or next(iter(own.values()))
-    named = TEMPLATES / f"{template}.jinja"
-    if named.is_file():
-        return named.read_text(encoding="utf-8").rstrip("\n")
+        return text if isinstance(text, str) else text.get("default") or next(iter(text.values()))
+    bundled = TEMPLATES / f"{template}.jinja"
+    if bundled.is_file():
+        return bundled.read_text(encoding="utf-8").rstrip("\n")
     if not template.endswith(".jinja"):
         known = ", ".join(sorted(p.stem for p in TEMPLATES.glob("*.jinja")))
         raise UserError(f"template: {template!r} is not one of {known}, nor a FILE.jinja")
     return read_text(template)
 
 
-def render(tokenizer: Any, messages: Sequence[Mapping[str, str]], template: str, where: str, prompt: bool) -> str:
+def render(tokenizer: Any, messages: Sequence[Mapping[str, str]], template: str, location: str, prompt: bool) -> str:
+    """Render a conversation as text. prompt: whether the opening of the assistant's next turn follows."""
     try:
         return tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=prompt, chat_template=template
         )
     except Exception as error:  # a template is a program; whatever it raises is its author's mistake
-        raise UserError(f"{where}: the chat template cannot render this conversation: {first_line(error)}") from None
+        raise UserError(f"{location}: the chat template cannot render this conversation: {first_line(error)}") from None
 
 
-def render_prompt(tokenizer: Any, messages: Sequence[Mapping[str, str]], template: str, where: str = "template") -> str:
-    """The text that a model continues: all turns, then the opening of the assistant's. `where` is named in errors."""
-    return render(tokenizer, messages, template, where, prompt=True)
+def render_prompt(
+    tokenizer: Any, messages: Sequence[Mapping[str, str]], template: str, location: str = "template"
+) -> str:
+    """Render the text that a model continues: all turns, then the opening of the assistant's."""
+    return render(tokenizer, messages, template, location, prompt=True)
 
 
 def end_of_turn(tokenizer: Any, template: str) -> int | None:
-    """The special token that the template writes after an assistant's answer, where a generation ends; None: none."""
+    """Return the special token that the template writes after an assistant's turn, or None. A generation ends there."""
     turns = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": "Answer"}]
     try:
         full = render(tokenizer, turns, template, "template", prompt=False)

@@ -1,9 +1,13 @@
-"""Score a model: accuracy by generating and judging, held-out loss by reading traces it was not trained on."""
+"""Scores a model: accuracy by generating and judging, held-out loss by reading traces it was not trained on.
+
+`bmjax eval`, `bmjax run` and `bmjax.evaluate` come here. What cannot be judged is counted apart, never as wrong.
+"""
 
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from bmjax.branch.examples import Dataset, build_dataset, check_vocabulary
 from bmjax.branch.loader import Loader
@@ -21,42 +26,56 @@ from bmjax.evaluate.score import accuracy
 from bmjax.evaluate.settings import EvalSettings, TaskSettings
 from bmjax.generate import sampler
 from bmjax.io.atomic import write_atomic
-from bmjax.io.rows import Row, read_rows
+from bmjax.io.jsonl import write_jsonl
+from bmjax.io.rows import Row, fill, read_rows
 from bmjax.model import qwen2
 from bmjax.model.config import ModelConfig
 from bmjax.parallel.mesh import make_mesh
-from bmjax.teach.judges.verify import verify
+from bmjax.teach.judges.judge import choose, judge
+from bmjax.teach.judges.verdict import Verdict
 from bmjax.weights import hf
 from bmjax.weights import student as students
+from bmjax.weights.student import Student
+
+
+@dataclass(frozen=True)
+class Question:
+    """A row of a task: the prompt, as it was filled in, as text of the chat template and as tokens."""
+
+    location: str
+    prompt: str
+    reference: Any
+    judge: str
+    tokens: Sequence[int]
 
 
 def evaluate(settings: EvalSettings, log: Callable[[str], None] = lambda line: None) -> dict[str, dict[str, Any]]:
-    """Scores by task, also written to DIR/scores.json, with every sample in DIR/samples/TASK.jsonl.
+    """Score a model on every task, writing DIR/scores.json and every sample to DIR/samples/TASK.jsonl.
 
-    A task with questions gets accuracy, ci95, n, k, truncated (answers cut at max_new_tokens); one with traces
-    gets loss (nats a target token), bits_per_byte (of the target text) and loss_tokens.
+    Returns:
+        Scores by task. One with questions gets accuracy and ci95 over the questions that could be judged, n (those),
+        k (samples a question), unjudged (samples) and truncated (the share cut at max_new_tokens). One with traces gets
+        loss (nats a target token), bits_per_byte (of the target text), loss_tokens and cut_rows.
+
+    Raises:
+        UserError: for a model or a row that does not fit, and for a task of which no answer can be judged.
     """
     student = students.open(settings.model, template=settings.template, purpose="evaluation")
-    config, tokenizer, template = student.config, student.tokenizer, student.template
-    assert template is not None  # the student was opened for evaluation
     _check_tasks(settings)
+    questions = {name: _questions(settings, name, student) for name in settings.tasks}
     mesh = make_mesh(settings.mesh)
-    dtype = jnp.dtype(settings.compute_dtype)
+    dtype = np.dtype(jnp.dtype(settings.compute_dtype))
     scores: dict[str, dict[str, Any]] = {}
     with jax.set_mesh(mesh):
-        params = hf.load_params(student.directory, config, mesh, dtype=np.dtype(dtype))
+        params = hf.load_params(student.directory, student.config, mesh, dtype=dtype)
         for name, task in settings.tasks.items():
             scores[name] = {}
-            if task.questions is not None:
-                score, samples = _accuracy(
-                    settings, name, task, config, params, tokenizer, template, student.end_tokens
-                )
+            if questions[name]:
+                score, samples = _accuracy(settings, name, questions[name], student, params)
                 scores[name] |= score
-                lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
-                write_atomic(Path(settings.output) / "samples" / f"{name}.jsonl", lines)
+                write_jsonl(Path(settings.output) / "samples" / f"{name}.jsonl", samples)
             if task.traces is not None:
-                rows = _limited(read_rows(task.traces), task)
-                scores[name] |= held_out_loss(settings, config, params, tokenizer, template, rows, mesh)
+                scores[name] |= _held_out_loss(settings, task, student, params, mesh)
             log(f"{settings.model} {name}: {summary(scores[name])}")
     write_atomic(Path(settings.output) / "scores.json", json.dumps(scores, indent=1))
     return scores
@@ -73,59 +92,79 @@ def _check_tasks(settings: EvalSettings) -> None:
 
 
 def summary(score: dict[str, Any]) -> str:
-    """One task's score in words."""
+    """Describe a task's score in words."""
     parts = []
     if "accuracy" in score:
         low, high = score["ci95"]
-        share = f"accuracy {score['accuracy']:.3f} [{low:.3f}, {high:.3f}] of {score['n']}"
-        parts.append(f"{share}, {score['truncated']:.1%} truncated")
+        parts.append(f"accuracy {score['accuracy']:.3f} [{low:.3f}, {high:.3f}] of {score['n']}")
+        parts.append(f"{score['truncated']:.1%} truncated")
+        if score.get("unjudged"):
+            parts.append(f"{score['unjudged']} samples could not be judged")
     if "loss" in score:
         parts.append(f"loss {score['loss']:.4f} nats/token, {score['bits_per_byte']:.4f} bits/byte")
     return ", ".join(parts)
 
 
-def _limited(rows: Iterable[Row], task: TaskSettings) -> list[Row]:
-    return list(itertools.islice(rows, task.limit))
+def _questions(settings: EvalSettings, name: str, student: Student) -> list[Question]:
+    """Read, render and tokenize a task's questions, before the weights are read."""
+    task, tokenizer, template = settings.tasks[name], student.tokenizer, student.template
+    assert template is not None  # the student was opened for evaluation
+    if task.questions is None:
+        return []
+    questions = []
+    system = [{"role": "system", "content": settings.system}] if settings.system else []
+    for location, row in itertools.islice(read_rows(task.questions, f"tasks.{name}.questions"), task.limit):
+        prompt = fill(task.prompt, row, location, "prompt")
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise UserError(f"{location}: the prompt is empty or not text; check key 'prompt'")
+        reference = fill(task.reference, row, location, "reference")
+        try:
+            judge_name = task.judge or choose(reference, name)
+        except UserError as error:
+            raise UserError(f"{location}: {error}") from None
+        text = render_prompt(tokenizer, [*system, {"role": "user", "content": prompt}], template, location)
+        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+        sampler.check_prompt(student.config, tokens, location)
+        questions.append(Question(location, prompt, reference, judge_name, tokens))
+    # An empty answer shows which questions cannot be judged, whatever the model says.
+    _check_judged(name, [judge(q.reference, "", q.judge, settings.run_programs) for q in questions])
+    return questions
+
+
+def _check_judged(name: str, verdicts: Sequence[Verdict]) -> None:
+    if all(verdict.verdict == "unjudged" for verdict in verdicts):
+        raise UserError(
+            f"tasks.{name}: none of {len(verdicts)} answers can be judged: {verdicts[0].reason}; "
+            f"check keys 'reference' and 'judge' of the task, and 'run_programs'"
+        )
 
 
 def _accuracy(
-    settings: EvalSettings, name: str, task: TaskSettings, config: ModelConfig, params: Any, tokenizer: Any,
-    template: str, eos: Sequence[int],
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:  # fmt: skip
-    assert task.questions is not None
-    rows = _limited(read_rows(task.questions), task)
-    texts = []
-    for where, row in rows:
-        if not isinstance(row.get("prompt"), str) or row.get("reference") is None:
-            raise UserError(f"{where}: expected 'prompt' and 'reference'; found {', '.join(sorted(row)[:8])}")
-        turns = [{"role": "system", "content": settings.system}] if settings.system else []
-        texts.append(render_prompt(tokenizer, [*turns, {"role": "user", "content": row["prompt"]}], template, where))
-    prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    for (where, _), ids in zip(rows, prompts, strict=True):
-        sampler.check_prompt(config, ids, where)
-    repeated = [ids for ids in prompts for _ in range(settings.samples)]
+    settings: EvalSettings, name: str, questions: Sequence[Question], student: Student, params: Any
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Generate and judge `settings.samples` answers to each question; returns (score, samples)."""
+    asked = [question for question in questions for _ in range(settings.samples)]
     sampling = sampler.Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, settings.seed)
-    outs = sampler.generate(config, params, repeated, sampling, eos, settings.batch, jnp.dtype(settings.compute_dtype))
-    answers = tokenizer.batch_decode([out.tokens for out in outs], skip_special_tokens=True)
+    prompts, dtype = [question.tokens for question in asked], jnp.dtype(settings.compute_dtype)
+    outs = sampler.generate(student.config, params, prompts, sampling, student.end_tokens, settings.batch, dtype)
+    answers = student.tokenizer.batch_decode([out.tokens for out in outs], skip_special_tokens=True)
 
-    right: list[list[bool]] = []
-    samples = []
-    for number, (where, row) in enumerate(rows):
-        mine = range(number * settings.samples, (number + 1) * settings.samples)
-        try:
-            verdicts = [verify(task.kind or name, row["reference"], answers[i], settings.run_programs) for i in mine]
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-        right.append([verdict.verdict == "right" for verdict in verdicts])
-        for i, verdict in zip(mine, verdicts, strict=True):
-            samples.append(
-                {"prompt": row["prompt"], "reference": row["reference"], "answer": answers[i],
-                 "finish_reason": outs[i].finish_reason, "verdict": verdict.verdict, "verdict_by": verdict.by}
-            )  # fmt: skip
-    result = accuracy(right)
+    samples, verdicts = [], []
+    for question, answer, out in zip(asked, answers, outs, strict=True):
+        verdict = judge(question.reference, answer, question.judge, settings.run_programs, out.finish_reason)
+        verdicts.append(verdict)
+        samples.append(
+            {"prompt": question.prompt, "reference": question.reference, "answer": answer,
+             "finish_reason": out.finish_reason, "verdict": verdict.verdict, "verdict_by": verdict.judge,
+             "reason": verdict.reason}
+        )  # fmt: skip
+    _check_judged(name, verdicts)
+    outcomes = [None if verdict.verdict == "unjudged" else verdict.verdict == "right" for verdict in verdicts]
+    k = settings.samples
+    result = accuracy([outcomes[start : start + k] for start in range(0, len(outcomes), k)])
     truncated = sum(out.finish_reason == "length" for out in outs) / len(outs)
     score = {"accuracy": result.accuracy, "ci95": list(result.ci95), "n": result.n, "k": result.k}
-    return score | {"truncated": truncated}, samples
+    return score | {"truncated": truncated, "unjudged": result.unjudged}, samples
 
 
 @lru_cache(maxsize=16)
@@ -135,17 +174,18 @@ def _loss_function(config: ModelConfig, dtype: Any) -> Any:
     )
 
 
-def held_out_loss(
-    settings: EvalSettings, config: ModelConfig, params: Any, tokenizer: Any, template: str, rows: Sequence[Row],
-    mesh: Any,
-) -> dict[str, Any]:  # fmt: skip
-    """loss (nats a target token), bits_per_byte (nats / ln 2 over the bytes of the target text), loss_tokens, cut_rows.
-
-    cut_rows: how many rows are over seq_len tokens, so that only their beginning is scored.
-    """
+def _held_out_loss(
+    settings: EvalSettings, task: TaskSettings, student: Student, params: Any, mesh: Mesh
+) -> dict[str, Any]:
+    """Compute the loss of a task's traces; cut_rows of them are over seq_len, so that only their beginning counts."""
+    assert task.traces is not None and student.template is not None
+    config = student.config
     seq_len = min(settings.seq_len, config.max_length)
-    dataset = build_dataset(rows, tokenizer, template, seq_len, "truncate")
-    check_vocabulary(dataset, config.vocab_size, Path(settings.model))
+    rows: Iterable[Row] = itertools.islice(read_rows(task.traces, "traces"), task.limit)
+    if (task.prompt, task.response) != (TaskSettings().prompt, TaskSettings().response):
+        rows = ((location, _trace(task, row, location)) for location, row in rows)
+    dataset = build_dataset(rows, student.tokenizer, student.template, seq_len, "truncate")
+    check_vocabulary(dataset, config.vocab_size, student.directory)
     loader = Loader(dataset, seq_len, _batch(dataset, seq_len, settings.batch), packing=True, shuffle=False, seed=0)
     function = _loss_function(config, jnp.dtype(settings.compute_dtype))
     nats, tokens = 0.0, 0.0
@@ -154,14 +194,18 @@ def held_out_loss(
         nats, tokens = nats + float(total), tokens + float(count)
     return {
         "loss": nats / tokens,
-        "bits_per_byte": nats / math.log(2) / _target_bytes(dataset, tokenizer),
+        "bits_per_byte": nats / math.log(2) / _target_bytes(dataset, student.tokenizer),
         "loss_tokens": int(tokens),
         "cut_rows": dataset.truncated,
     }
 
 
+def _trace(task: TaskSettings, row: Mapping[str, Any], location: str) -> dict[str, Any]:
+    return {key: fill(getattr(task, key), row, location, key) for key in ("prompt", "response")}
+
+
 def _batch(dataset: Dataset, seq_len: int, most: int) -> int:
-    """Rows a step: a power of two that holds all of a small dataset, so that few empty rows are computed."""
+    """Return the rows of a step: a power of two that holds all of a small dataset, so that few are empty."""
     rows = len(Loader(dataset, seq_len, 1, packing=True, shuffle=False, seed=0).rows)
     return min(most, 1 << (rows - 1).bit_length())
 

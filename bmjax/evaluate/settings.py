@@ -2,22 +2,26 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import AliasChoices, Field
 
 from bmjax.config import Settings
+from bmjax.teach.settings import JudgeName
 
 
 class TaskSettings(Settings):
     """One task: questions with references, and, for the held-out loss, whole traces of the same kind."""
 
     questions: str | list[str] | None = Field(
-        None, description="JSONL file(s), rows with prompt and reference: accuracy"
+        None, description="accuracy: file(s) or hub data set(s), by the names that `data` of training takes"
     )
-    traces: str | list[str] | None = Field(
-        None, description="JSONL file(s), rows with prompt and response: held-out loss"
-    )
-    kind: str | None = Field(
-        None, description="judge: a domain or math, choice, exact, tests; default: the task's name"
+    traces: str | list[str] | None = Field(None, description="held-out loss: the same, with whole answers")
+    prompt: str = Field("{prompt}", description="the prompt, {name} stands for a field of the row, {{ for a brace")
+    reference: str = Field("{reference}", description="the reference; a lone {name} keeps {tests: [...]} as it is")
+    response: str = Field("{response}", description="the answer in a row of traces")
+    judge: JudgeName | None = Field(
+        None,
+        validation_alias=AliasChoices("judge", "kind"),
+        description="how answers are judged; by default the reference decides, and for math and code the task's name",
     )
     limit: int | None = Field(None, ge=1, description="take the first so many rows only")
 
@@ -26,7 +30,7 @@ class EvalSettings(Settings):
     """`bmjax eval CONFIG`: score a model on tasks."""
 
     model: str = Field(description="Hugging Face directory or hub id")
-    tasks: dict[str, TaskSettings] = Field(description="name: {questions, traces, kind}")
+    tasks: dict[str, TaskSettings] = Field(description="name: {questions, traces, judge}")
     output: str = Field(description="directory for scores.json and samples/TASK.jsonl")
     template: str | None = Field(
         None, description="chat template: null for the model's own, chatml, deepseek-r1, or FILE.jinja"

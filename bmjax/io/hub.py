@@ -4,6 +4,7 @@ A model's name is a directory, or a hub id: `org/name`, `name` (such as `gpt2`),
 exists on disk comes first; a directory that only shares the owner's name hides nothing.
 """
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -96,20 +97,62 @@ def is_dataset_id(name: str) -> bool:
     return form is not None and path.suffix not in DATA_SUFFIXES and not _exists(path)
 
 
-def dataset_rows(name: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a hub data set: `org/name`, `org/name:subset` or `org/name:subset:split`, `@revision` after
-    the id; without a split, `train`. UserError when the hub does not give it."""
+def dataset_rows(name: str, key: str = "data") -> Iterator[dict[str, Any]]:
+    """Yield the rows of a hub data set. Without a network, its copy in the cache is read.
+
+    Arguments:
+        name: `org/name`, `org/name:subset` or `org/name:subset:split`, with `@revision` after the id; without a split,
+            `train`.
+        key: the setting that named the data set, for errors.
+
+    Raises:
+        UserError: when neither the hub nor the cache has it.
+    """
     import datasets
 
     identity, _, rest = name.partition(":")
     repository, _, revision = identity.partition("@")
     subset, _, split = rest.partition(":")
+    offline = not _hub_answers()
     try:
-        yield from datasets.load_dataset(repository, subset or None, split=split or "train", revision=revision or None)
+        with _quiet_datasets(offline):
+            rows = datasets.load_dataset(repository, subset or None, split=split or "train", revision=revision or None)
     except Exception as error:
-        raise UserError(
-            f"data: {name}: neither a file here nor a data set that the hub gives: {first_line(error)}"
-        ) from None
+        reason = f"{'the hub cannot be reached; ' if offline else ''}{first_line(error)}"
+        raise UserError(f"{key}: {name}: no such file, nor a data set that the hub gives: {reason}") from None
+    if offline and revision and not all(revision in file["filename"] for file in rows.cache_files):
+        raise UserError(f"{key}: {name}: the hub cannot be reached, and the cached copy is not known to be @{revision}")
+    yield from rows
+
+
+def _hub_answers() -> bool:
+    """Ask the hub for anything, once. The libraries would try six times, for half a minute."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if constants.is_offline_mode():
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except Exception:  # its HTTP library's errors, which differ between versions
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _quiet_datasets(offline: bool) -> Iterator[None]:
+    """Keep `datasets` from the network where there is none, and its warning about that from the terminal."""
+    import datasets
+
+    before, verbosity = datasets.config.HF_HUB_OFFLINE, datasets.logging.get_verbosity()
+    try:
+        if offline:
+            datasets.config.HF_HUB_OFFLINE = True
+            datasets.logging.set_verbosity_error()
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
+        datasets.logging.set_verbosity(verbosity)
 
 
 def _exists(path: Path) -> bool:

@@ -17,7 +17,7 @@ from bmjax.io.atomic import lock_file, replacing_file
 
 
 def json_line(values: Mapping[str, Any]) -> bytes:
-    """One UTF-8 JSON line. Lone surrogates, which UTF-8 has no form for, are written as escapes."""
+    """Return a mapping as one UTF-8 JSON line. Lone surrogates, which UTF-8 has no form for, become escapes."""
     try:
         return json.dumps(values, ensure_ascii=False).encode() + b"\n"
     except UnicodeEncodeError:
@@ -25,7 +25,7 @@ def json_line(values: Mapping[str, Any]) -> bytes:
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
-    """Write a file of JSON lines, whole or not at all; returns the number of lines."""
+    """Write a file of JSON lines, whole or not at all, and return the number of lines."""
     count = 0
     with replacing_file(path) as file:
         for row in rows:
@@ -35,11 +35,12 @@ def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
 
 
 class JsonLines:
-    """An append-only JSON-lines file held by one process.
+    """An append-only file of JSON lines, held by one process, used as a context manager.
 
-    Opening it repairs a torn end; every `sync_every` lines are forced to the disk.
+    Opening it repairs a torn end. Every `sync_every` lines are forced to the disk.
 
-    Use as a context manager. UserError when the file cannot be opened or written or another process holds it.
+    Raises:
+        UserError: when the file cannot be opened or written, or another process holds it.
     """
 
     def __init__(self, path: str | Path, sync_every: int = 256) -> None:
@@ -61,7 +62,7 @@ class JsonLines:
         return self
 
     def append(self, values: Mapping[str, Any]) -> None:
-        """Write one line: it outlives this process at once, and a power cut from the next sync on."""
+        """Write one line. It survives the end of this process at once, a power cut after the next sync."""
         if self._file is None:
             raise ValueError("the file is not open")
         try:
@@ -74,7 +75,7 @@ class JsonLines:
             raise UserError(f"{self.path}: cannot be written: {error.strerror}") from None
 
     def sync(self) -> None:
-        """Flush to the disk itself."""
+        """Force all lines to the disk."""
         if self._file is not None:
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -98,7 +99,7 @@ class JsonLines:
 
 
 def _mend_end(path: Path) -> None:
-    """Cut off a last line that a crash left half-written; give a whole one that only lacks its newline that newline."""
+    """Cut off a half-written last line. A whole one that only lacks its newline gets it."""
     with path.open("r+b") as file:
         size = end = file.seek(0, os.SEEK_END)
         while end > 0:
@@ -124,10 +125,11 @@ def _mend_end(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def lines_with_offsets(path: str | Path) -> Iterator[tuple[int, int, Any]]:
-    """(byte offset, line number from 1, parsed value) of each line; blank lines and a torn last one are skipped.
+def read_lines(path: str | Path) -> Iterator[tuple[int, int, Any]]:
+    """Yield (byte offset, line number from 1, value) of every line; blank lines and a torn last one are skipped.
 
-    UserError for a missing file, and for a complete line that is not JSON.
+    Raises:
+        UserError: for a missing file, and for a whole line that is not JSON; the lines before it have been yielded.
     """
     path = Path(path)
     if not path.is_file():
@@ -135,13 +137,12 @@ def lines_with_offsets(path: str | Path) -> Iterator[tuple[int, int, Any]]:
     offset = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            whole = line.endswith(b"\n")
             if line.strip():
                 try:
                     value = json.loads(line)
                 except (ValueError, RecursionError):
-                    if not whole:
+                    if not line.endswith(b"\n"):
                         return
-                    raise UserError(f"{path}:{number}: not a JSON line; delete this line or mend it") from None
+                    raise UserError(f"{path}, line {number}: not valid JSON; delete this line or mend it") from None
                 yield offset, number, value
             offset += len(line)

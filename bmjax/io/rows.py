@@ -16,7 +16,8 @@ from bmjax.io import hub
 Row = tuple[str, dict[str, Any]]  # ("FILE, row N", the row)
 
 _FIELD = re.compile(r"\{\{|\}\}|\{(\w+)\}")
-_CHUNK = 2**20  # characters of a JSON array read at a time
+_SPACE = re.compile(r"\s*")
+_CHUNK = 2**20  # how much of a JSON array or of a Parquet column is read at a time
 
 
 def read_rows(data: str | Path | Sequence[str | Path], key: str = "data") -> Iterator[Row]:
@@ -33,15 +34,15 @@ def read_rows(data: str | Path | Sequence[str | Path], key: str = "data") -> Ite
     names = [data] if isinstance(data, (str, Path)) else list(data)
     empty = True
     for name in names:
-        for row in _read_source(str(name)):
+        for row in _read_source(str(name), key):
             empty = False
             yield row
     if empty:
         raise UserError(f"{key}: {', '.join(map(str, names)) or 'an empty list'}: no rows; expected at least one")
 
 
-def _read_source(name: str) -> Iterator[Row]:
-    rows = enumerate(hub.dataset_rows(name), 1) if hub.is_dataset_id(name) else _read_file(Path(name))
+def _read_source(name: str, key: str) -> Iterator[Row]:
+    rows = enumerate(hub.dataset_rows(name, key), 1) if hub.is_dataset_id(name) else _read_file(Path(name))
     for number, row in rows:
         if not isinstance(row, dict):
             raise UserError(f"{name}, row {number}: expected a JSON object, found {type(row).__name__}")
@@ -52,16 +53,16 @@ def _read_file(path: Path) -> Iterator[tuple[int, Any]]:
     """Yield (number from 1, row); the number of a row of JSON Lines is its line's."""
     if not path.is_file():
         read_text(path)  # says what is wrong, and names what is near
-    with path.open("rb") as file:
-        is_parquet = file.read(4) == b"PAR1"
-    if is_parquet:
-        yield from _read_parquet(path)
-        return
     try:
+        with path.open("rb") as binary:
+            is_parquet = binary.read(4) == b"PAR1"
+        if is_parquet:
+            yield from _read_parquet(path)
+            return
         with path.open(encoding="utf-8-sig", newline="\n") as file:
             start = file.read(_CHUNK)
             if start.lstrip().startswith("["):
-                yield from _json_array(path, file, start.lstrip()[1:])
+                yield from _json_array(path, file, start)
             else:
                 file.seek(0)
                 yield from _json_lines(path, file)
@@ -81,28 +82,36 @@ def _json_lines(path: Path, file: IO[str]) -> Iterator[tuple[int, Any]]:
 
 
 def _json_array(path: Path, file: IO[str], text: str) -> Iterator[tuple[int, Any]]:
-    """Decode a JSON array element by element. `text` follows the opening bracket; the file holds the rest."""
-    decoder, number, expects_comma = json.JSONDecoder(), 1, False
+    """Decode a JSON array row by row. `text` begins with the opening bracket; the file holds the rest."""
+    decoder, number, position, after_row = json.JSONDecoder(), 1, text.index("[") + 1, False
     while True:
-        text = text.lstrip()
-        if expects_comma and text.startswith(","):
-            text, expects_comma = text[1:].lstrip(), False
-        if text.startswith("]") and (expects_comma or number == 1):
-            if (text[1:] + file.read()).strip():
-                raise UserError(f"{path}: not valid JSON: text follows the closing bracket")
-            return
+        position = _skip_space(text, position)
+        if after_row and text.startswith(",", position):
+            position, after_row = _skip_space(text, position + 1), False
+        if text.startswith("]", position) and (after_row or number == 1):
+            rest = text[position + 1 :]
+            while not rest.strip():
+                if not (rest := file.read(_CHUNK)):
+                    return
+            raise UserError(f"{path}: not valid JSON: text follows the closing bracket")
         try:
-            if expects_comma and text:
+            if after_row:
                 raise ValueError("expected a comma or the closing bracket")
-            row, end = decoder.raw_decode(text)
+            row, position = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
-            # The element may go on behind what was read; reading as much again keeps long ones linear.
+            # The row may go on behind what was read. Reading as much again keeps the time linear in its length.
+            text, position = text[position:], 0
             if more := file.read(max(_CHUNK, len(text))):
                 text += more
                 continue
             raise UserError(f"{path}, row {number}: not valid JSON: {error}") from None
         yield number, row
-        number, expects_comma, text = number + 1, True, text[end:]
+        number, after_row = number + 1, True
+
+
+def _skip_space(text: str, position: int) -> int:
+    match = _SPACE.match(text, position)
+    return match.end() if match else position
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
@@ -110,8 +119,8 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
     from pyarrow.parquet import ParquetFile
 
     try:
-        with ParquetFile(path) as file:
-            rows = (row for batch in file.iter_batches(batch_size=1024) for row in batch.to_pylist())
+        with ParquetFile(path, pre_buffer=False, buffer_size=_CHUNK) as file:
+            rows = (row for batch in file.iter_batches(batch_size=256) for row in batch.to_pylist())
             yield from enumerate(rows, 1)
     except (ArrowException, OSError) as error:
         raise UserError(f"{path}: not a readable Parquet file: {first_line(error)}") from None

@@ -256,7 +256,7 @@ class Experiment:
             for domain, part in rows.items():
                 location, first = next(read_rows(part.file))
                 questions, texts = (str(part.file) if kind else None for kind in measures(first, location))
-                tasks[domain] = TaskSettings(questions=questions, traces=texts, kind=settings.domains[domain].judge)
+                tasks[domain] = TaskSettings(questions=questions, traces=texts, judge=settings.domains[domain].judge)
             evaluation = EvalSettings(
                 model=model.hf, tasks=tasks, output=str(self.directory / model.scores(split)), seed=settings.seed,
                 template=settings.template, run_programs=settings.run_programs, **settings.evaluate.model_dump(),

@@ -1,8 +1,7 @@
 """One client for every model behind an OpenAI-compatible chat endpoint: teacher, student or judge.
 
 Requests share kept-alive connections, a limit on how many are in flight, and retries with jittered exponential
-backoff that honour Retry-After. Reasoning arrives as `reasoning_content` (DeepSeek's API), `reasoning` (vLLM) or as
-<think> text, and leaves as one field.
+backoff that honour Retry-After. Reasoning, which endpoints send in three ways, leaves as one field.
 """
 
 import asyncio
@@ -19,8 +18,9 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from bmjax.chat.openai import ChatCompletion, ChatMessage, ChatRequest
 from bmjax.chat.reasoning import split_think
-from bmjax.config import UserError
+from bmjax.config import UserError, first_line
 
 RETRYABLE = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 FIRST_WAIT = 0.5
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Reply:
-    """What a model answered; `usage` as the endpoint counted it, `attempts` >= 1."""
+    """A model's answer. usage: as the endpoint counted it. attempts: how many it took, at least 1."""
 
     reasoning: str
     response: str
@@ -43,7 +43,7 @@ class Reply:
 
 
 class RequestFailed(Exception):
-    """A request that got no answer: the last status (None: no connection), why, and after how many attempts."""
+    """A request without an answer. status: the last HTTP status, None without a connection. attempts: how many."""
 
     def __init__(self, message: str, status: int | None, attempts: int) -> None:
         super().__init__(message)
@@ -51,7 +51,7 @@ class RequestFailed(Exception):
 
 
 def api_key(variable: str | None) -> str | None:
-    """The key in an environment variable, None when no variable is named. UserError when it is not set."""
+    """Return the key in an environment variable, None when no variable is named. UserError when it is not set."""
     if variable is None:
         return None
     key = os.environ.get(variable, "").strip()
@@ -61,10 +61,18 @@ def api_key(variable: str | None) -> str | None:
 
 
 class ChatClient:
-    """Asynchronous chat completions; use as an async context manager.
+    """Asynchronous chat completions, used as an async context manager.
 
-    `timeout` is seconds for one attempt, `retries` how many further ones a retryable failure gets. UserError for an
-    address that is no http(s) URL.
+    Arguments:
+        base_url: the endpoint up to /v1.
+        model: the model's name there.
+        key: the API key, if it wants one.
+        concurrency: the most requests in flight.
+        retries: further attempts that a retryable failure gets.
+        timeout: seconds for one attempt.
+
+    Raises:
+        UserError: for an address that is no http(s) URL.
     """
 
     def __init__(
@@ -111,11 +119,12 @@ class ChatClient:
             await pool.aclose()
 
     async def complete(self, messages: Sequence[Mapping[str, str]], sampling: Mapping[str, Any]) -> Reply:
-        """The answer to a chat; `sampling` holds temperature, top_p, max_tokens, seed... as the endpoint names them.
+        """Return the answer to a chat. sampling: temperature, top_p, max_tokens, seed... as the endpoint names them.
 
         Raises RequestFailed once no attempt is left or the endpoint refuses for good.
         """
-        body = {"model": self.model, "messages": list(messages), **sampling}
+        turns = [ChatMessage.model_validate(message) for message in messages]
+        body = ChatRequest(model=self.model, messages=turns, **sampling).model_dump(exclude_unset=True)
         pool = await self._free.get()
         try:
             return await self._attempts(pool, body)
@@ -133,9 +142,9 @@ class ChatClient:
                 status = answer.status_code
                 if status == 200:
                     try:
-                        return _read_reply(answer.json(), attempt)
-                    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-                        message = f"not a chat completion: {type(error).__name__} {error}"
+                        return _read_reply(answer.content, attempt)
+                    except ValueError as error:
+                        message = f"not a chat completion: {first_line(error)}"
                 else:
                     message = _error_text(answer)
                     wait = _retry_after(answer.headers.get("Retry-After"))
@@ -147,12 +156,12 @@ class ChatClient:
 
 
 def backoff(attempt: int) -> float:
-    """Seconds to wait after the attempt of this number (from 1): exponential, with full jitter, at most a minute."""
+    """Return the seconds to wait after an attempt, numbered from 1: exponential, with jitter, at most a minute."""
     return random.uniform(0.5, 1.0) * min(LONGEST_WAIT, FIRST_WAIT * 2 ** (attempt - 1))
 
 
 def _retry_after(value: str | None) -> float | None:
-    """Seconds of a Retry-After header, which is a number or a date; None when absent or unreadable."""
+    """Return the seconds of a Retry-After header, a number or a date; None when absent or unreadable."""
     if value is None:
         return None
     try:
@@ -166,7 +175,7 @@ def _retry_after(value: str | None) -> float | None:
 
 
 def _error_text(answer: httpx.Response) -> str:
-    """The message of an OpenAI-style error body, else the start of the body."""
+    """Return the message of an OpenAI-style error body, else the start of the body."""
     try:
         error = answer.json()["error"]
         text = error["message"] if isinstance(error, dict) else error
@@ -175,21 +184,17 @@ def _error_text(answer: httpx.Response) -> str:
     return f"HTTP {answer.status_code}: {' '.join(str(text).split())[:300]}"
 
 
-def _read_reply(body: Any, attempts: int) -> Reply:
-    choice = body["choices"][0]
-    message = choice["message"]
-    content, thought = message.get("content") or "", message.get("reasoning_content") or message.get("reasoning")
-    if not isinstance(content, str) or not isinstance(thought, str | None):
-        raise ValueError("content is not text")
-    reasoning, response = split_think(content, thought)
-    usage = body.get("usage")
-    return Reply(
-        reasoning, response, choice.get("finish_reason") or "stop", usage if isinstance(usage, dict) else {}, attempts
-    )
+def _read_reply(body: bytes, attempts: int) -> Reply:
+    completion = ChatCompletion.model_validate_json(body)
+    choice = completion.choices[0]
+    message = choice.message
+    reasoning, response = split_think(message.content or "", message.reasoning_content or message.reasoning)
+    usage = completion.usage if isinstance(completion.usage, dict) else {}
+    return Reply(reasoning, response, choice.finish_reason or "stop", usage, attempts)
 
 
 def run_async(work: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine to its end, also where an event loop already runs (a notebook): there in a thread of its own."""
+    """Run a coroutine to its end. Where an event loop already runs, as in a notebook, a thread runs it."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:

@@ -8,7 +8,7 @@ again by the next run.
 import asyncio
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,10 @@ from bmjax.config import UserError
 from bmjax.io.jsonl import JsonLines
 from bmjax.io.rows import fill, read_rows
 from bmjax.teach.client import ChatClient, Reply, RequestFailed, api_key, run_async
-from bmjax.teach.judges.verify import kind_of, verify
-from bmjax.teach.record import Record, ids_present, record_id
+from bmjax.teach.judges.judge import choose, judge
+from bmjax.teach.record import TRACES, Record, ids_present, record_id
 from bmjax.teach.settings import CollectSettings, TeacherSettings
 
-TRACES = "traces.jsonl"
 FAILURES = "failures.jsonl"
 LOG_EVERY_SECONDS = 10.0
 COUNTS = ("wanted", "present", "collected", "failed", "right", "wrong", "unjudged", "truncated")
@@ -37,36 +36,40 @@ _FATAL = {
 
 @dataclass(frozen=True)
 class Job:
-    """One sample of one problem still to be asked for."""
+    """A sample of a problem that is still to be asked for. judge: the name of the judge of its answer."""
 
     id: str
     prompt: str
     reference: Any
+    judge: str
     source: str
     sample: int
 
 
 def collect(settings: CollectSettings, log: Callable[[str], None] = lambda line: None) -> dict[str, int]:
-    """Ask the teacher for every trace that is not there yet; returns the counts named in COUNTS.
+    """Ask the teacher for every trace that is not there yet.
 
-    Appends to OUTPUT/traces.jsonl and OUTPUT/failures.jsonl. UserError for bad problems, a missing key, an endpoint
-    that cannot be reached or refuses the key or model, and when another process collects into the same directory.
+    Appends to OUTPUT/traces.jsonl and OUTPUT/failures.jsonl.
+
+    Returns:
+        How many traces were or are in each state of COUNTS.
+
+    Raises:
+        UserError: for bad problems, a missing key, an endpoint that cannot be reached or refuses the key or the model,
+            and when another process collects into the same directory.
     """
-    teacher, output = settings.teacher, Path(settings.output)
-    base_url, model = endpoint(teacher)
-    key = api_key(teacher.api_key_env)
-    problems = list(_problems(settings))
-    if not problems:
-        raise UserError(f"problems: {settings.problems} holds no problem")
-    counts = dict.fromkeys(COUNTS, 0)
-    domain = settings.domain
+    output, domain = Path(settings.output), settings.domain
+    endpoint(settings.teacher)
+    api_key(settings.teacher.api_key_env)
+    wanted = _wanted(settings)
     with JsonLines(output / TRACES) as traces, JsonLines(output / FAILURES) as failures:
-        jobs = _jobs(problems, domain, model, teacher, ids_present(output / TRACES), counts)
+        present = ids_present(output / TRACES)
+        jobs = [job for job in wanted if job.id not in present]
+        counts = dict.fromkeys(COUNTS, 0) | {"wanted": len(wanted), "present": len(wanted) - len(jobs)}
         log(f"collect {domain}: {counts['wanted']} traces wanted, {counts['present']} already there")
         if not jobs:
             return counts
-        collector = _Collector(settings, model, base_url, key, traces, failures, counts, log)
-        run_async(collector.run(jobs))
+        run_async(_Collector(settings, traces, failures, counts, log).run(jobs))
     log(
         f"collect {domain}: {counts['collected']} collected ({counts['right']} right, {counts['wrong']} wrong, "
         f"{counts['unjudged']} unjudged, {counts['truncated']} truncated), {counts['failed']} failed"
@@ -75,29 +78,45 @@ def collect(settings: CollectSettings, log: Callable[[str], None] = lambda line:
 
 
 def wanted_ids(settings: CollectSettings) -> set[str]:
-    """The ids of the traces that `settings` ask for, collected or not."""
-    _, model = endpoint(settings.teacher)
-    counts = dict.fromkeys(COUNTS, 0)
-    jobs = _jobs(_problems(settings), settings.domain, model, settings.teacher, set(), counts)
-    return {job.id for job in jobs}
+    """Return the ids of the traces that `settings` ask for, collected or not."""
+    return {job.id for job in _wanted(settings)}
+
+
+def _wanted(settings: CollectSettings) -> list[Job]:
+    """Read the problems and list every sample of each, each id once even where the input repeats a prompt."""
+    teacher, domain = settings.teacher, settings.domain
+    _, model = endpoint(teacher)
+    sampling = sampling_parameters(teacher)
+    jobs: dict[str, Job] = {}
+    for location, row in itertools.islice(read_rows(settings.problems, "problems"), settings.limit):
+        prompt = fill(settings.prompt, row, location, "prompt")
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise UserError(f"{location}: the prompt is empty or not text; check key 'prompt'")
+        reference = fill(settings.reference, row, location, "reference") if settings.reference else None
+        try:
+            judge_name = settings.judge or choose(reference, domain)
+        except UserError as error:
+            raise UserError(f"{location}: {error}") from None
+        for sample in range(teacher.samples):
+            identity = record_id(domain, prompt, model, sampling, sample)
+            if identity not in jobs:
+                jobs[identity] = Job(identity, prompt, reference, judge_name, location, sample)
+    return list(jobs.values())
 
 
 class _Collector:
-    """The state of one run: a few workers take jobs from one iterator, so memory does not grow with the input."""
+    """The state of a run. A few workers take jobs from one iterator."""
 
     def __init__(
         self,
         settings: CollectSettings,
-        model: str,
-        base_url: str,
-        key: str | None,
         traces: JsonLines,
         failures: JsonLines,
         counts: dict[str, int],
         log: Callable[[str], None],
     ) -> None:
         self.settings, self.teacher, self.domain = settings, settings.teacher, settings.domain
-        self.model, self.base_url, self.key = model, base_url, key
+        self.base_url, self.model = endpoint(settings.teacher)
         self.traces, self.failures, self.counts, self.log = traces, failures, counts, log
         self.started = self.logged = time.monotonic()
 
@@ -105,9 +124,8 @@ class _Collector:
         teacher = self.teacher
         waiting = iter(jobs)
         concurrency = min(len(jobs), teacher.concurrency)
-        async with ChatClient(
-            self.base_url, self.model, self.key, concurrency, teacher.retries, teacher.timeout
-        ) as client:
+        key = api_key(teacher.api_key_env)
+        async with ChatClient(self.base_url, self.model, key, concurrency, teacher.retries, teacher.timeout) as client:
             workers = [asyncio.create_task(self._work(client, waiting)) for _ in range(concurrency)]
             try:
                 await asyncio.gather(*workers)
@@ -128,11 +146,10 @@ class _Collector:
             self._progress()
 
     async def _received(self, job: Job, reply: Reply) -> None:
-        kind = self.settings.verify or kind_of(self.domain, job.reference)
         # The slow judges wait for a process: off the event loop, whose lag would count as the teacher's.
-        slow = kind == "tests" or (kind == "math" and "\\" in reply.response)
-        arguments = (kind, job.reference, reply.response, self.settings.run_programs)
-        verdict = await asyncio.to_thread(verify, *arguments) if slow else verify(*arguments)
+        slow = job.judge == "tests" or (job.judge == "math" and "\\" in reply.response)
+        arguments = (job.reference, reply.response, job.judge, self.settings.run_programs, reply.finish_reason)
+        verdict = await asyncio.to_thread(judge, *arguments) if slow else judge(*arguments)
         record = Record(
             id=job.id,
             domain=self.domain,
@@ -145,7 +162,7 @@ class _Collector:
             teacher={"model": self.model, **sampling_parameters(self.teacher), "sample": job.sample},
             usage=reply.usage,
             verdict=verdict.verdict,
-            verdict_by=verdict.by,
+            verdict_by=verdict.judge,
         )
         self.traces.append(vars(record))
         self.counts["collected"] += 1
@@ -160,17 +177,8 @@ class _Collector:
                 f"teacher {self.base_url}: no answer after {error.attempts} attempts ({error}); is the server running?"
             )
         self.counts["failed"] += 1
-        self.failures.append(
-            {
-                "id": job.id,
-                "domain": self.domain,
-                "prompt": job.prompt,
-                "sample": job.sample,
-                "error": str(error),
-                "status": error.status,
-                "attempts": error.attempts,
-            }
-        )
+        job_keys = {"id": job.id, "domain": self.domain, "prompt": job.prompt, "sample": job.sample}
+        self.failures.append(job_keys | {"error": str(error), "status": error.status, "attempts": error.attempts})
 
     def _progress(self) -> None:
         now = time.monotonic()
@@ -187,49 +195,16 @@ class _Collector:
 
 
 def sampling_parameters(teacher: TeacherSettings) -> dict[str, Any]:
-    """What decides an answer besides the prompt and the sample: part of the record's id."""
-    return {
-        "temperature": teacher.temperature,
-        "top_p": teacher.top_p,
-        "max_tokens": teacher.max_tokens,
-        "seed": teacher.seed,
-        **teacher.extra,
-    }
+    """Return what decides an answer besides the prompt and the sample. It is part of the record's id."""
+    names = ("temperature", "top_p", "max_tokens", "seed")
+    return {name: getattr(teacher, name) for name in names} | teacher.extra
 
 
 def request_parameters(teacher: TeacherSettings, sample: int) -> dict[str, Any]:
-    """The sampling parameters of one request: its seed is the settings' seed plus the sample's index."""
-    parameters = {
-        "temperature": teacher.temperature,
-        "top_p": teacher.top_p,
-        "max_tokens": teacher.max_tokens,
-        **teacher.extra,
-    }
-    return parameters | ({"seed": teacher.seed + sample} if teacher.seed is not None else {})
-
-
-def _jobs(
-    problems: Iterable[tuple[str, Any, str]],
-    domain: str,
-    model: str,
-    teacher: TeacherSettings,
-    present: set[str],
-    counts: dict[str, int],
-) -> list[Job]:
-    """The samples still wanted, each id once even where the input repeats a prompt."""
-    jobs, seen, sampling = [], set[str](), sampling_parameters(teacher)
-    for prompt, reference, source in problems:
-        for sample in range(teacher.samples):
-            identity = record_id(domain, prompt, model, sampling, sample)
-            if identity in seen:
-                continue
-            seen.add(identity)
-            if identity in present:
-                counts["present"] += 1
-            else:
-                jobs.append(Job(identity, prompt, reference, source, sample))
-    counts["wanted"] = len(seen)
-    return jobs
+    """Return the sampling parameters of a request, whose seed is the settings' seed plus the sample's index."""
+    parameters = sampling_parameters(teacher)
+    seed = parameters.pop("seed")
+    return parameters if seed is None else parameters | {"seed": seed + sample}
 
 
 def endpoint(teacher: TeacherSettings) -> tuple[str, str]:
@@ -239,14 +214,3 @@ def endpoint(teacher: TeacherSettings) -> tuple[str, str]:
     if not teacher.model:
         raise UserError("key 'teacher.model' is missing; name the model as the endpoint knows it")
     return teacher.base_url, teacher.model
-
-
-def _problems(settings: CollectSettings) -> Iterator[tuple[str, Any, str]]:
-    """Yield (prompt, reference, source) of each problem."""
-    for where, row in itertools.islice(read_rows(settings.problems, "problems"), settings.limit):
-        prompt = fill(settings.prompt, row, where, "prompt")
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise UserError(f"{where}: the prompt is empty or not text; check key 'prompt'")
-        reference = fill(settings.reference, row, where, "reference") if settings.reference else None
-        kind_of(settings.domain, reference)
-        yield prompt, reference, where

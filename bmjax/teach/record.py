@@ -1,8 +1,7 @@
 """Traces on disk: content-addressed records, one JSON line each, in a file that is only ever appended to.
 
 The id of a record is what was asked (domain, normalised prompt, teacher, sampling parameters, sample index), so an
-input may be reordered or extended and nothing already paid for is asked again. A crash in mid-write leaves a torn
-last line; opening the store cuts it off, so it never glues itself to the next record.
+input may be reordered or extended and nothing already paid for is asked again.
 """
 
 import dataclasses
@@ -14,15 +13,18 @@ from pathlib import Path
 from typing import Any, Self
 
 from bmjax.config import UserError
-from bmjax.io.jsonl import lines_with_offsets
+from bmjax.io.jsonl import read_lines
+
+TRACES = "traces.jsonl"  # the name of a traces file in a directory of collect
 
 
 @dataclass(frozen=True)
 class Record:
-    """One sampled answer of a teacher. `reference` is text, a number or {"tests": [...]}; None when unknown.
+    """A sampled answer of a teacher.
 
-    `reasoning` is what stood between <think> and </think>, `response` what followed. A reply that was not of that
-    form is kept whole in `response`. `teacher` holds the model and its sampling parameters, `usage` its token counts.
+    reference: text, a number or {"tests": [...]}, None when unknown. reasoning: what stood between <think> and
+    </think>. response: what followed; a reply of another form is kept whole here. teacher: the model and its sampling
+    parameters. usage: its token counts.
     """
 
     id: str
@@ -40,7 +42,7 @@ class Record:
 
     @classmethod
     def from_json(cls, values: Any) -> Self:
-        """A record from a parsed line; ValueError says which field is missing or of the wrong type."""
+        """Make a record of a parsed line. ValueError says which field is missing or of the wrong type."""
         if not isinstance(values, dict):
             raise ValueError(f"expected an object, found {type(values).__name__}")
         for name in ("id", "domain", "prompt", "response"):
@@ -55,12 +57,12 @@ class Record:
 
 
 def normalise_prompt(prompt: str) -> str:
-    """The prompt without the differences that do not change the question: line ends, trailing and outer spaces."""
+    """Return a prompt without what does not change the question: line ends, trailing and outer spaces."""
     return "\n".join(line.rstrip() for line in prompt.strip().splitlines())
 
 
 def record_id(domain: str, prompt: str, teacher: str, sampling: Mapping[str, Any], sample: int) -> str:
-    """sha256 (hex) of the canonical JSON of what was asked; see the module's docstring."""
+    """Return the sha256 (hex) of the canonical JSON of what was asked."""
     asked = {
         "domain": domain,
         "prompt": normalise_prompt(prompt),
@@ -72,20 +74,20 @@ def record_id(domain: str, prompt: str, teacher: str, sampling: Mapping[str, Any
 
 
 def indexed_records(path: str | Path) -> Iterator[tuple[int, Record]]:
-    """(byte offset, record) of each line of a traces file. UserError naming the line of a bad one."""
-    for offset, number, value in lines_with_offsets(path):
+    """Yield (byte offset, record) of each line of a traces file. UserError names the line of a bad one."""
+    for offset, number, value in read_lines(path):
         try:
             yield offset, Record.from_json(value)
         except ValueError as error:
-            raise UserError(f"{path}:{number}: not a record: {error}") from None
+            raise UserError(f"{path}, row {number}: not a record: {error}") from None
 
 
 def read_records(path: str | Path) -> Iterator[Record]:
-    """The records of a traces file in the order they were written. UserError naming the line of a bad one."""
+    """Yield the records of a traces file in the order they were written. UserError names the line of a bad one."""
     for _, record in indexed_records(path):
         yield record
 
 
 def ids_present(path: str | Path) -> set[str]:
-    """The ids already in a traces file; empty when it does not exist."""
+    """Return the ids already in a traces file, none when it does not exist."""
     return {record.id for record in read_records(path)} if Path(path).exists() else set()

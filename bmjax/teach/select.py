@@ -4,7 +4,6 @@ The kept rows are ordered by their ids, so the result does not depend on the ord
 receive them. Records stay on disk: only ids, hashes and file offsets are held in memory.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -14,8 +13,8 @@ from bmjax.chat.reasoning import has_tags
 from bmjax.config import UserError
 from bmjax.io.atomic import write_atomic
 from bmjax.io.jsonl import write_jsonl
-from bmjax.io.rows import fill, read_rows
-from bmjax.teach.record import Record, indexed_records, normalise_prompt
+from bmjax.teach.decontaminate import HeldOut, digest
+from bmjax.teach.record import TRACES, Record, indexed_records, normalise_prompt
 from bmjax.teach.settings import SelectSettings
 
 REASONS = ("duplicate", "truncated", "malformed", "wrong", "right", "unjudged", "too long", "held out", "enough")
@@ -25,21 +24,26 @@ Table = dict[str, dict[str, int]]
 
 
 def select(settings: SelectSettings, log: Callable[[str], None] = lambda line: None) -> Table:
-    """Write OUTPUT/DOMAIN.jsonl for every domain of the traces; returns {domain: {"kept": n, reason: n, ...}}.
+    """Write OUTPUT/DOMAIN.jsonl for every domain of the traces, and the table of counts, OUTPUT/selection.json.
 
-    Each dataset row has prompt, reasoning, response, reference and id. The table is also OUTPUT/selection.json.
-    UserError for missing or unreadable traces, and for a domain of which nothing is left; then nothing is written.
+    A dataset row has prompt, reasoning, response, reference and id.
+
+    Returns:
+        {domain: {"kept": n, reason: n, ...}} with the reasons of REASONS.
+
+    Raises:
+        UserError: for missing or unreadable traces, and for a domain of which nothing is left. Then nothing is written.
     """
     files = _trace_files(settings.traces)
     index = sorted((record.id, number, offset, record.domain) for number, offset, record in _all_records(files))
     if not index:
         raise UserError(f"traces: {', '.join(map(str, files))} holds no record; run `bmjax collect` first")
-    held_out = _HeldOut(settings)
+    held_out = HeldOut(settings.held_out, settings.held_out_prompt, settings.ngram)
     table: Table = {}
     chosen: dict[str, list[tuple[int, int]]] = {}
     for domain in sorted({entry[3] for entry in index}):
         _check_file_name(domain)
-        entries = [(number, offset) for _, number, offset, its_domain in index if its_domain == domain]
+        entries = [(number, offset) for _, number, offset, trace_domain in index if trace_domain == domain]
         chosen[domain], table[domain] = _sift(files, entries, settings, held_out)
         if not chosen[domain]:
             dropped = ", ".join(f"{reason} {n}" for reason, n in table[domain].items() if n and reason != "kept")
@@ -52,7 +56,7 @@ def select(settings: SelectSettings, log: Callable[[str], None] = lambda line: N
 
 
 def render_table(table: Table) -> str:
-    """The table as text: one row a domain, one column for each reason that occurs, shares of what came in."""
+    """Render the table as text: a row for each domain, a column for each reason that occurs."""
     reasons = [reason for reason in REASONS if any(row.get(reason) for row in table.values())]
     header = ["domain", "traces", "kept", *reasons]
     rows = [header]
@@ -69,7 +73,7 @@ def render_table(table: Table) -> str:
 
 
 def drop_reason(record: Record, settings: SelectSettings) -> str | None:
-    """Why a single record is not worth training on, or None: truncated, malformed, its verdict, too long."""
+    """Return why a record is not worth training on (truncated, malformed, its verdict, too long), or None."""
     if record.finish_reason == "length":
         return "truncated"
     if not well_formed(record, settings.require_reasoning):
@@ -86,32 +90,26 @@ def drop_reason(record: Record, settings: SelectSettings) -> str | None:
 
 
 def well_formed(record: Record, require_reasoning: bool = True) -> bool:
-    """Whether the reply was exactly one <think>...</think> followed by a non-empty answer."""
+    """Return whether a reply was exactly one <think>...</think> followed by a non-empty answer."""
     tagged = has_tags(record.reasoning, record.response)
     return not tagged and bool(record.response.strip()) and (bool(record.reasoning.strip()) or not require_reasoning)
 
 
 def _dataset_row(record: Record) -> dict[str, object]:
-    return {
-        "prompt": record.prompt,
-        "reasoning": record.reasoning,
-        "response": record.response,
-        "reference": record.reference,
-        "id": record.id,
-    }
+    return {name: getattr(record, name) for name in ("prompt", "reasoning", "response", "reference", "id")}
 
 
 def _sift(
-    files: Sequence[Path], entries: Sequence[tuple[int, int]], settings: SelectSettings, held_out: "_HeldOut"
+    files: Sequence[Path], entries: Sequence[tuple[int, int]], settings: SelectSettings, held_out: HeldOut
 ) -> tuple[list[tuple[int, int]], dict[str, int]]:
-    """The entries to keep and the counts of one domain. The first reason that fits is the one counted."""
+    """Return the entries to keep of a domain, and its counts. Of several reasons the first is counted."""
     kept: list[tuple[int, int]] = []
     counts = dict.fromkeys(("kept", *REASONS), 0)
     seen: set[bytes] = set()
     of_prompt: dict[bytes, int] = {}
     for entry, record in zip(entries, _records_at(files, entries), strict=True):
-        prompt = _hash(normalise_prompt(record.prompt))
-        marks = {b"id" + _hash(record.id), b"text" + _hash(prompt.hex() + record.reasoning + "\0" + record.response)}
+        prompt = digest(normalise_prompt(record.prompt))
+        marks = {b"id" + digest(record.id), b"text" + digest(prompt.hex() + record.reasoning + "\0" + record.response)}
         reason = "duplicate" if marks & seen else drop_reason(record, settings)
         seen |= marks
         if reason is None and held_out.overlaps(record.prompt):
@@ -125,46 +123,9 @@ def _sift(
     return kept, counts
 
 
-def _hash(text: str) -> bytes:
-    return hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).digest()[:16]
-
-
-class _HeldOut:
-    """The prompts of the held-out files: whole, and as word n-grams where that is asked for."""
-
-    def __init__(self, settings: SelectSettings) -> None:
-        self.n = settings.ngram
-        self.whole: set[bytes] = set()
-        self.grams: set[bytes] = set()
-        for where, row in read_rows(settings.held_out, "held_out") if settings.held_out else ():
-            prompt = str(fill(settings.held_out_prompt, row, where, "held_out_prompt"))
-            self.whole.add(_hash(" ".join(_words(prompt))))
-            self.grams.update(self._grams(prompt))
-
-    def overlaps(self, prompt: str) -> bool:
-        """Equal to a held-out prompt up to case, spaces and punctuation, or sharing an n-gram with one."""
-        if not self.whole:
-            return False
-        return _hash(" ".join(_words(prompt))) in self.whole or any(gram in self.grams for gram in self._grams(prompt))
-
-    def _grams(self, prompt: str) -> Iterator[bytes]:
-        words = _words(prompt)
-        if self.n:
-            for start in range(len(words) - self.n + 1):
-                yield _hash(" ".join(words[start : start + self.n]))
-
-
-def _words(text: str) -> list[str]:
-    """Lower-cased words and signs of arithmetic: `7 - 5` and `7 + 5` are different prompts."""
-    return re.findall(r"\w+|[+\-*/<>=^()\[\]]", text.lower())
-
-
-def _as_list(value: str | list[str]) -> list[str]:
-    return [value] if isinstance(value, str) else value
-
-
 def _trace_files(traces: str | list[str]) -> list[Path]:
-    files = [Path(name) / "traces.jsonl" if Path(name).is_dir() else Path(name) for name in _as_list(traces)]
+    names = [traces] if isinstance(traces, str) else traces
+    files = [Path(name) / TRACES if Path(name).is_dir() else Path(name) for name in names]
     if not files:
         raise UserError("traces: found an empty list, expected at least one file")
     return files

@@ -2,9 +2,11 @@
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AliasChoices, Field, model_validator
 
 from bmjax.config import Settings
+
+JudgeName = Literal["math", "choice", "exact", "tests"]
 
 # What a request holds by keys of its own; `extra` may not change them.
 REQUEST_KEYS = ("model", "messages", "temperature", "top_p", "max_tokens", "seed", "n", "stream")
@@ -48,8 +50,10 @@ class CollectSettings(Settings):
     prompt: str = Field("{question}", description="the prompt, {name} stands for a field of the row, {{ for a brace")
     reference: str = Field("{answer}", description="the reference answer; a lone {name} keeps {tests: [...]} as it is")
     limit: int | None = Field(None, ge=1, description="take the first so many problems only")
-    verify: Literal["math", "choice", "exact", "tests"] | None = Field(
-        None, description="the judge; by default the domain and the reference decide"
+    judge: JudgeName | None = Field(
+        None,
+        validation_alias=AliasChoices("judge", "verify"),
+        description="how answers are judged; by default the reference decides, and for math and code the domain",
     )
     run_programs: bool = Field(False, description="run answers that are programs against their tests (not a sandbox)")
     teacher: TeacherSettings = Field(TeacherSettings(), description="who answers")
@@ -71,5 +75,7 @@ class SelectSettings(Selection):
 
     traces: str | list[str] = Field(description="traces.jsonl file(s) or the directories they lie in")
     output: str = Field(description="directory for DOMAIN.jsonl and selection.json")
-    held_out: str | list[str] = Field([], description="JSONL file(s) whose prompts must not be trained on")
+    held_out: str | list[str] = Field(
+        [], description="file(s) or hub data sets like `data` of training, whose prompts must not be trained on"
+    )
     held_out_prompt: str = Field("{prompt}", description="the prompt of a held-out row, {name} stands for a field")

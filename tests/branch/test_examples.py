@@ -1,21 +1,13 @@
 """The loss mask is 1 on what the assistant wrote and its end token, for every template and every form of row."""
 
-import json
-
 import numpy as np
 import pytest
 
-from bmjax.branch.examples import (
-    Dataset,
-    build_dataset,
-    chat_template,
-    end_of_turn,
-    messages_of,
-    read_rows,
-    render_prompt,
-)
+from bmjax.branch.examples import Dataset, build_dataset, tokenize
+from bmjax.chat.template import chat_template, render_prompt
 from bmjax.config import UserError
-from tests.conftest import write_rows
+from bmjax.io.rows import read_rows
+from tests.conftest import sums
 
 DEEPSEEK = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '<｜User｜>' + m['content'] }}"
@@ -115,8 +107,6 @@ def test_a_record_and_sharegpt_and_messages_say_the_same(tokenizer):
     for example in built.examples:
         assert segments(tokenizer, example)[-1] == (answer + "<|im_end|>", 1)
         np.testing.assert_array_equal(example.tokens, built.examples[0].tokens)
-    plain = messages_of({"prompt": "Q?", "response": "A.", "reasoning": ""}, "here")
-    assert plain == [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A."}]
 
 
 @pytest.mark.parametrize("row", [
@@ -133,7 +123,7 @@ def test_a_row_without_a_target_is_an_error_that_names_it(tokenizer, row):
 
 
 def test_without_any_assistant_turn_the_first_row_is_named(tokenizer):
-    with pytest.raises(UserError, match=r"^rows, row 1: no assistant turn"):
+    with pytest.raises(UserError, match=r"^rows, row 1: no target token: the assistant's turn is missing"):
         build(tokenizer, {"messages": [{"role": "user", "content": "Q"}]})
 
 
@@ -189,6 +179,51 @@ def test_a_prompt_longer_than_seq_len_is_an_error_that_names_it(tokenizer):
         build(tokenizer, row, seq_len=16, overlong="truncate")
 
 
+def plain_tokenizer():
+    """Bytes and three special tokens, nothing learned: its ids are the same with every library version."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={letter: n for n, letter in enumerate(letters)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+
+
+@pytest.mark.parametrize("batch_characters", [1, 1000, 2**20])
+@pytest.mark.parametrize("seq_len, overlong, digest, cut, left_out", [
+    (4096, "error", "c86146a37ffdfba10adcf1583ed1eddb1b4ec0e6a47af34d2e8f30a0681866fd", 0, 0),
+    (150, "truncate", "1356c2f1fc537fe5375bee4b0c1b8735286db84f48f4af96ba8fe28282ea5777", 2, 0),
+    (150, "drop", "1315139fb7289d80d030ff09ee2cce5c442ec39f08c456cea5b1024a04df1b26", 0, 2),
+])  # fmt: skip
+def test_digests_of_existing_checkpoints_hold(monkeypatch, batch_characters, seq_len, overlong, digest, cut, left_out):
+    monkeypatch.setattr("bmjax.branch.examples._BATCH_CHARACTERS", batch_characters)
+    dataset = build(plain_tokenizer(), *sums(30, 7), seq_len=seq_len, overlong=overlong)
+    assert (dataset.digest, dataset.truncated, dataset.dropped) == (digest, cut, left_out)
+
+
+def test_rows_are_read_a_batch_at_a_time(tokenizer, monkeypatch):
+    monkeypatch.setattr("bmjax.branch.examples._BATCH_CHARACTERS", 2000)
+    alive = [0, 0]
+
+    class Row(dict):
+        def __init__(self, values):
+            super().__init__(values)
+            alive[0] += 1
+            alive[1] = max(alive)
+
+        def __del__(self):
+            alive[0] -= 1
+
+    rows = ((f"rows, row {n}", Row(row)) for n, row in enumerate(sums(300), 1))
+    dataset = build_dataset(rows, tokenizer, chat_template(tokenizer, None), 256, "error")
+    assert len(dataset.examples) == 300 and alive[1] < 30
+    with pytest.raises(UserError, match="no rows to tokenize"):
+        build_dataset([], tokenizer, chat_template(tokenizer, None), 256, "error")
+
+
 def test_the_digest_changes_with_rows_and_template(tokenizer):
     first = build(tokenizer, {"prompt": "Q", "response": "A"})
     assert first.digest == build(tokenizer, {"prompt": "Q", "response": "A"}).digest
@@ -196,28 +231,12 @@ def test_the_digest_changes_with_rows_and_template(tokenizer):
     assert first.tokens == len(first.examples[0].tokens)
 
 
-def test_reading_json_lines_json_and_parquet(tmp_path):
-    import datasets
-
-    rows = [{"prompt": "Q\u2028?", "response": "A"}, {"prompt": "R", "response": "B"}]
-    lines = write_rows(tmp_path / "rows.jsonl", rows)
-    lines.write_text(lines.read_text(encoding="utf-8") + "\n", encoding="utf-8")
-    array = tmp_path / "rows.json"
-    array.write_text(json.dumps(rows))
-    parquet = tmp_path / "rows.parquet"
-    datasets.Dataset.from_list(rows).to_parquet(str(parquet))
-    for file in (lines, array, parquet):
-        assert [row for _, row in read_rows(str(file))] == rows
-    both = read_rows([str(lines), str(array)])
-    assert [where for where, _ in both][1:3] == [f"{lines}, row 2", f"{array}, row 1"]
-
-
 @pytest.mark.parametrize("text, problem", [
     ("", "no rows; expected at least one"),
     ("\n \n", "no rows; expected at least one"),
     ('{"prompt": "Q", "response": "A"}\n{"prompt": \n', r"rows.jsonl, line 2: not valid JSON"),
-    ("[" * 100_000, r"rows.jsonl, line 1: not valid JSON"),
-    ('["Q", "A"]\n', r"rows.jsonl, row 1: expected a JSON object, found list"),
+    ("[" * 100_000, r"rows.jsonl, row 1: not valid JSON"),
+    ('["Q", "A"]\n', r"rows.jsonl, row 1: expected a JSON object, found str"),
     ('{"question": "Q", "answer": "A"}\n', r"row 1: expected 'prompt' and 'response'.*found answer, question"),
     ('{"prompt": "Q", "response": null}\n', r"row 1: a turn has role 'assistant' and NoneType content"),
     ('{"messages": "hello"}\n', r"row 1: 'messages' must be a list of turns"),
@@ -234,64 +253,28 @@ def test_bad_files_are_one_line_that_names_the_row(tmp_path, tokenizer, text, pr
     assert str(file) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_missing_files_are_named(tmp_path):
-    write_rows(tmp_path / "train.jsonl", [{}])
-    with pytest.raises(UserError, match=r"trian.jsonl: no such file; did you mean .*train.jsonl"):
-        read_rows(str(tmp_path / "trian.jsonl"))
-    with pytest.raises(UserError, match=r"trian.parquet: no such file"):
-        read_rows(str(tmp_path / "trian.parquet"))
-    (tmp_path / "broken.parquet").write_text("not parquet")
-    with pytest.raises(UserError, match=r"broken.parquet") as error:
-        read_rows(str(tmp_path / "broken.parquet"))
-    assert "\n" not in str(error.value)
-
-
-def test_where_the_template_comes_from(tokenizer, tmp_path):
-    assert chat_template(tokenizer, None) == tokenizer.chat_template == chat_template(tokenizer, "chatml")
-    file = tmp_path / "mine.jinja"
-    file.write_text("{{ messages }}")
-    assert chat_template(tokenizer, str(file)) == "{{ messages }}"
-    with pytest.raises(UserError, match="template: 'chatmal' is not one of chatml, deepseek-r1"):
-        chat_template(tokenizer, "chatmal")
-    with pytest.raises(UserError, match=r"other.jinja: no such file"):
-        chat_template(tokenizer, str(tmp_path / "other.jinja"))
-
-    class Bare:
-        chat_template = None
-
-    with pytest.raises(UserError, match="no chat template; set template"):
-        chat_template(Bare(), None)
-    Bare.chat_template = {"default": "D", "tool_use": "T"}
-    assert chat_template(Bare(), None) == "D"
-
-
-def test_the_token_that_ends_a_turn_is_the_templates_whatever_the_tokenizer_calls_its_end(tokenizer):
+def test_the_templates_end_token_is_a_target_whatever_the_tokenizers_end(tokenizer):
     from transformers import PreTrainedTokenizerFast
 
     other = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|endoftext|>")
-    chatml = chat_template(other, "chatml")
-    assert end_of_turn(other, chatml) == other.convert_tokens_to_ids("<|im_end|>")
     (example,) = build(other, {"messages": TALK[:3]}).examples
     assert segments(other, example)[-1] == ("<think>\nTwo of them.\n</think>\nIt is 2.<|im_end|>", 1)
-    assert end_of_turn(other, "{% for m in messages %}{{ m['content'] }}{% endfor %}") is None
-    assert end_of_turn(other, "{{ raise_exception('no') }}") is None
 
 
-@pytest.mark.parametrize(
-    ("name", "asked"),
-    [
-        ("openai/gsm8k", ("openai/gsm8k", None, "train")),
-        ("openai/gsm8k:main", ("openai/gsm8k", "main", "train")),
-        ("openai/gsm8k:main:test", ("openai/gsm8k", "main", "test")),
-        ("openai/gsm8k::test", ("openai/gsm8k", None, "test")),
-    ],
-)
-def test_a_hub_dataset_is_read_by_subset_and_split(monkeypatch, name, asked):
-    import datasets
-
-    def load_dataset(repository, subset, split):
-        assert (repository, subset, split) == asked
-        return [{"prompt": "a", "response": "b"}]
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert read_rows(name) == [(f"{name}, row 1", {"prompt": "a", "response": "b"})]
+def test_tokenize_shows_what_training_sees(student, tokenizer, train_file, tmp_path):
+    rows = sums(20)
+    expected = build(tokenizer, *rows, template=None).examples
+    for data in (rows, str(train_file), [train_file]):
+        examples = tokenize(str(student), data)
+        for example, other in zip(examples, expected, strict=True):
+            np.testing.assert_array_equal(example.tokens, other.tokens)
+            np.testing.assert_array_equal(example.loss_mask, other.loss_mask)
+    assert [len(example.tokens) for example in tokenize(student, rows[1:2], seq_len=42)] == [42]
+    assert tokenize(student, rows[:1], template="deepseek-r1")[0].tokens.size != expected[0].tokens.size
+    for bad, problem in (
+        (["a", {}], "row 1: expected a dict"),
+        ([], "rows: an empty list"),
+        ([{}], "rows, row 1: exp"),
+    ):
+        with pytest.raises(UserError, match=problem):
+            tokenize(student, bad)

@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from bmjax.branch.examples import Dataset, Example, build_dataset, chat_template
+from bmjax.branch.examples import Dataset, Example, build_dataset
 from bmjax.branch.loader import Loader
+from bmjax.chat.template import chat_template
 from bmjax.model import qwen2
 from tests.conftest import SHARED
 from tests.model.reference import build

@@ -14,6 +14,8 @@ from bmjax.evaluate.run import evaluate, summary
 from bmjax.evaluate.score import accuracy, wilson
 from bmjax.evaluate.settings import EvalSettings
 from bmjax.generate.sampler import Generation
+from bmjax.teach.judges import symbolic
+from bmjax.teach.judges.verdict import JudgeError
 from tests.conftest import sums, write_rows, write_student
 
 
@@ -101,7 +103,7 @@ def test_accuracy_is_the_mean_over_samples_of_what_the_judge_says(student, token
     ]
     asked = []
 
-    def planned(config, params, prompts, sampling, eos, batch, dtype):
+    def generate(config, params, prompts, sampling, eos, batch, dtype):
         asked.extend(prompts)
         assert (sampling.temperature, sampling.top_p, sampling.seed, sampling.max_new_tokens) == (0.6, 0.9, 3, 12)
         assert eos == (2,) and batch == 64
@@ -110,7 +112,7 @@ def test_accuracy_is_the_mean_over_samples_of_what_the_judge_says(student, token
             for texts in answers for text in texts
         ]  # fmt: skip
 
-    monkeypatch.setattr(module.sampler, "generate", planned)
+    monkeypatch.setattr(module.sampler, "generate", generate)
     file = write_rows(
         tmp_path / "q.jsonl", [{"prompt": "2 + 3?", "reference": "5"}, {"prompt": "2 + 7?", "reference": 9}]
     )
@@ -133,8 +135,72 @@ def test_accuracy_is_the_mean_over_samples_of_what_the_judge_says(student, token
     )
 
 
+def planned(monkeypatch, tokenizer, *answers):
+    """The model's answers to all questions in turn; one with "cut" in it ends at max_new_tokens."""
+
+    def generate(config, params, prompts, sampling, eos, batch, dtype):
+        assert len(prompts) == len(answers)
+        return [
+            Generation(tuple(tokenizer(text)["input_ids"]), "length" if "cut" in text else "stop") for text in answers
+        ]
+
+    monkeypatch.setattr(module.sampler, "generate", generate)
+
+
+def test_what_cannot_be_judged_is_counted_apart(student, tokenizer, tmp_path, monkeypatch):
+    planned(monkeypatch, tokenizer, "It is 5.", "5", "6", "7", "1", "1", "8", "8")
+    rows = [{"prompt": f"{n}?", "reference": reference} for n, reference in enumerate(["5", "7", None, {"tests": [1]}])]
+    file = write_rows(tmp_path / "q.jsonl", rows)
+    score = evaluate(settings(student, tmp_path / "out", {"mixed": {"questions": str(file)}}, samples=2))["mixed"]
+    assert (score["accuracy"], score["n"], score["k"], score["unjudged"]) == (0.75, 2, 2, 4)
+    assert tuple(score["ci95"]) == accuracy([[True, True], [False, True]]).ci95
+    assert "accuracy 0.750" in summary(score) and "4 samples could not be judged" in summary(score)
+    samples = [json.loads(line) for line in (tmp_path / "out" / "samples" / "mixed.jsonl").read_text().splitlines()]
+    assert [s["verdict"] for s in samples] == ["right", "right", "wrong", "right", *["unjudged"] * 4]
+    assert samples[4]["reason"] == "there is no reference" and "run_programs" in samples[6]["reason"]
+
+
+def test_programs_are_run_when_asked(student, tokenizer, tmp_path, monkeypatch):
+    good = "```python\nprint(int(input()) * 2)\n```"
+    planned(monkeypatch, tokenizer, good, good.replace("2", "3"))
+    rows = [{"prompt": "Double it.", "reference": {"tests": [{"input": "4", "output": "8"}]}}] * 2
+    tasks = {"code": {"questions": str(write_rows(tmp_path / "q.jsonl", rows))}}
+    with pytest.raises(UserError, match=r"tasks.code: none of 2 answers can be judged: programs run only with run_pro"):
+        evaluate(settings(student, tmp_path / "out", tasks))
+    assert not (tmp_path / "out").exists()
+    score = evaluate(settings(student, tmp_path / "out", tasks, run_programs=True))["code"]
+    assert (score["accuracy"], score["n"], score["unjudged"]) == (0.5, 2, 0)
+
+
+def test_a_judge_that_fails_on_all_answers_is_an_error(student, tokenizer, tmp_path, monkeypatch):
+    def equal(reference, answer):
+        raise JudgeError("out of time")
+
+    monkeypatch.setattr(symbolic, "equal", equal)
+    planned(monkeypatch, tokenizer, "x + 1")
+    file = write_rows(tmp_path / "q.jsonl", [{"prompt": "Simplify", "reference": "x^2"}])
+    with pytest.raises(UserError, match=r"tasks.math: none of 1 answers can be judged: out of time"):
+        evaluate(settings(student, tmp_path / "out", {"math": {"questions": str(file)}}))
+
+
+def test_rows_are_read_by_templates(student, tokenizer, tmp_path, monkeypatch):
+    planned(monkeypatch, tokenizer, "A", "B")
+    rows = [{"q": "First?", "a": "A", "text": "Because A"}, {"q": "Second?", "a": "A", "text": "Because B"}]
+    task = {"questions": str(write_rows(tmp_path / "q.jsonl", rows)), "prompt": "Answer: {q}", "reference": "{a}"}
+    task |= {"traces": task["questions"], "response": "{text}", "kind": "exact"}
+    score = evaluate(settings(student, tmp_path / "out", {"t": task}))["t"]
+    assert (score["accuracy"], score["n"]) == (0.5, 2)
+    samples = [json.loads(line) for line in (tmp_path / "out" / "samples" / "t.jsonl").read_text().splitlines()]
+    assert [sample["prompt"] for sample in samples] == ["Answer: First?", "Answer: Second?"]
+    assert {sample["verdict_by"] for sample in samples} == {"exact"}
+    plain_rows = [{"prompt": f"Answer: {row['q']}", "response": row["text"]} for row in rows]
+    plain_task = {"traces": str(write_rows(tmp_path / "t.jsonl", plain_rows))}
+    assert evaluate(settings(student, tmp_path / "o2", {"t": plain_task}))["t"]["loss"] == score["loss"]
+
+
 @pytest.mark.parametrize("task, rows, problem", [
-    ({"questions": "F"}, [{"prompt": "Q"}], r"rows.jsonl, row 1: expected 'prompt' and 'reference'; found prompt"),
+    ({"questions": "F"}, [{"prompt": "Q"}], r"rows.jsonl, row 1: reference asks for field 'reference', .*lacks"),
+    ({"questions": "F"}, [{"prompt": " ", "reference": "1"}], r"rows.jsonl, row 1: the prompt is empty"),
     ({"questions": "F"}, [{"prompt": "Q " * 300, "reference": "1"}], r"row 1: \d+ tokens, the model's context"),
     ({"questions": "F"}, [{"prompt": "Q", "reference": ["1"]}], r"row 1: reference: found a list"),
     ({"questions": "F"}, [], "no rows; expected at least one"),

@@ -51,3 +51,12 @@ def test_the_mean_over_samples_has_an_interval_over_questions():
 def test_every_question_needs_as_many_samples():
     with pytest.raises(ValueError, match="same number"):
         accuracy([[True], [True, False]])
+
+
+def test_unjudged_samples_are_neither_right_nor_wrong():
+    score = accuracy([[True, None], [None, None], [False, True]])
+    assert (score.accuracy, score.n, score.k, score.unjudged) == (0.75, 2, 2, 3)
+    single = accuracy([[True], [None], [False]])
+    assert (single.ci95, single.n, single.unjudged) == (wilson(1, 2), 2, 1)
+    with pytest.raises(ValueError, match="no sample was judged"):
+        accuracy([[None], [None]])

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from bmjax.config import UserError
-from bmjax.io.atomic import replacing, resuming, write_atomic
+from bmjax.io.atomic import replacing, replacing_file, resuming, write_atomic
 
 KILLED = (
-    "import os, sys; from pathlib import Path; from bmjax.io.atomic import resuming\n"
+    "import os, sys; from pathlib import Path; from bmjax.io.atomic import replacing_file, resuming\n"
     "with resuming(sys.argv[1]) as folder: (folder / 'half').write_text('x'); os.kill(os.getpid(), 9)"
 )
 
@@ -271,3 +271,17 @@ def test_write_atomic(tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["file.json"]
     with pytest.raises(UserError, match="cannot write"):
         write_atomic(tmp_path / "sub", "a directory is in the way")
+
+
+def test_a_replaced_file_is_all_or_nothing(tmp_path):
+    path = tmp_path / "out" / "data.jsonl"
+    with replacing_file(path) as file:
+        file.write(b"old")
+    with pytest.raises(RuntimeError), replacing_file(path) as file:
+        file.write(b"half")
+        raise RuntimeError
+    assert path.read_bytes() == b"old"
+    assert os.listdir(path.parent) == ["data.jsonl"]
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="cannot write"), replacing_file(tmp_path / "file" / "data.jsonl"):
+        pass

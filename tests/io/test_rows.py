@@ -1,9 +1,32 @@
+"""Rows of every kind of file and of hub data sets: values, names in errors, memory."""
+
+import gc
+import json
+import shutil
+import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bmjax.config import UserError
+from bmjax.io import hub
 from bmjax.io.rows import fill, read_rows
+from tests.conftest import write_rows
+
+ROWS = [{"prompt": "Q\u2028?", "response": "A"}, {"prompt": "R", "response": "B"}]
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+def read(*names: str | Path) -> list[dict[str, Any]]:
+    return [row for _, row in read_rows(names)]
 
 
 def test_fields_braces_and_whole_values() -> None:
@@ -19,14 +42,187 @@ def test_a_missing_field_is_named_with_the_nearest() -> None:
         fill("{question}", {"questions": "x"}, "data.jsonl:4", "prompt")
 
 
-def test_rows(tmp_path: Path) -> None:
+def test_json_lines_json_and_parquet_give_the_same_rows(tmp_path: Path) -> None:
+    lines = write_rows(tmp_path / "rows.jsonl", ROWS)
+    lines.write_text(lines.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    array = tmp_path / "rows.json"
+    array.write_text(json.dumps(ROWS, indent=2))
+    marked = tmp_path / "marked.json"
+    marked.write_bytes(b"\xef\xbb\xbf \n" + json.dumps(ROWS).encode())
+    parquet = write_parquet(tmp_path / "rows.parquet", ROWS)
+    for file in (lines, array, marked, parquet):
+        assert read(file) == ROWS
+    assert [location for location, _ in read_rows([str(lines), str(array)])][1:3] == [
+        f"{lines}, row 2",
+        f"{array}, row 1",
+    ]
+
+
+def test_content_not_the_name_tells_the_kind_of_file(tmp_path: Path) -> None:
+    assert read(write_parquet(tmp_path / "a.jsonl", ROWS)) == ROWS
+    assert read(write_rows(tmp_path / "b.json", ROWS)) == ROWS
+    (tmp_path / "c").write_text(json.dumps(ROWS))
+    assert read(tmp_path / "c") == ROWS
+
+
+def test_rows_are_numbered_by_line(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": 1}\n\n{"a": 2}')
     assert list(read_rows(path)) == [(f"{path}, row 1", {"a": 1}), (f"{path}, row 3", {"a": 2})]
     path.write_text('{"a": 1}\n7\n')
-    with pytest.raises(UserError, match=r"rows.jsonl:2: expected an object"):
-        list(read_rows(path))
-    with pytest.raises(UserError, match="no such file"):
-        list(read_rows(tmp_path / "row.jsonl"))
+    with pytest.raises(UserError, match=r"rows.jsonl, row 2: expected a JSON object, found int"):
+        read(path)
+
+
+@pytest.mark.parametrize(("text", "problem"), [
+    ('[{"a": 1} {"a": 2}]', "row 2: not valid JSON: expected a comma"),
+    ('[{"a": 1}, ]', "row 2: not valid JSON"),
+    ('[, {"a": 1}]', "row 1: not valid JSON"),
+    ('[{"a": 1}', "row 2: not valid JSON: expected a comma"),
+    ('[{"a": 1', "row 1: not valid JSON"),
+    ('[{"a": 1}] {"a": 2}', "not valid JSON: text follows the closing bracket"),
+    ("[]", "no rows; expected at least one"),
+    ('[{"a": 1}, null]', "row 2: expected a JSON object, found NoneType"),
+])  # fmt: skip
+def test_a_broken_json_array_names_its_row(tmp_path: Path, text: str, problem: str) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=problem):
+        read(path)
+
+
+def test_rows_longer_than_a_read_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bmjax.io.rows._CHUNK", 7)
+    rows = [{"text": "x" * n, "list": [n, {"b": "]"}]} for n in range(40)]
+    path = tmp_path / "rows.json"
+    for indent in (None, 3):
+        path.write_text(json.dumps(rows, indent=indent) + "\n \n")
+        assert read(path) == rows
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
+def test_memory_does_not_grow_with_the_file(tmp_path: Path, kind: str) -> None:
+    import pyarrow
+
+    rows = [{"text": f"{n} " + "x" * 4000} for n in range(6000)]  # 24 MB
+    path = tmp_path / f"rows.{kind}"
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, compression="none", use_dictionary=False)
+    else:
+        path.write_text(json.dumps(rows)) if kind == "json" else write_rows(path, rows)
+    del rows
+    assert path.stat().st_size > 20e6
+    gc.collect()
+    before = pyarrow.total_allocated_bytes()
+    most_arrow = count = 0
+    tracemalloc.start()
+    try:
+        for _ in read_rows(path):
+            count += 1
+            most_arrow = max(most_arrow, pyarrow.total_allocated_bytes() - before)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert count == 6000
+    assert most + most_arrow < 12e6
+
+
+def test_what_is_no_file_of_rows_is_named(tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.jsonl", [{}])
+    with pytest.raises(UserError, match=r"trian.jsonl: no such file; did you mean .*train.jsonl"):
+        read(tmp_path / "trian.jsonl")
+    with pytest.raises(UserError, match=r"trian.parquet: no such file"):
+        read(tmp_path / "trian.parquet")
     with pytest.raises(UserError, match="is a directory"):
-        list(read_rows(tmp_path))
+        read(tmp_path)
+    (tmp_path / "broken.parquet").write_text("not parquet")
+    (tmp_path / "torn.parquet").write_bytes(b"PAR1 and no more")
+    (tmp_path / "latin.jsonl").write_bytes(b'{"a": "\xe9"}\n')
+    for name in ("broken.parquet", "torn.parquet", "latin.jsonl"):
+        with pytest.raises(UserError, match=name) as error:
+            read(tmp_path / name)
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="problems: an empty list: no rows"):
+        list(read_rows([], "problems"))
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("openai/gsm8k", ("openai/gsm8k", None, "train", None)),
+        ("openai/gsm8k:main", ("openai/gsm8k", "main", "train", None)),
+        ("openai/gsm8k:main:test", ("openai/gsm8k", "main", "test", None)),
+        ("openai/gsm8k::test", ("openai/gsm8k", None, "test", None)),
+        ("openai/gsm8k@v1.0:main:test", ("openai/gsm8k", "main", "test", "v1.0")),
+        ("imdb", ("imdb", None, "train", None)),
+    ],
+)
+def test_a_hub_data_set_by_subset_split_and_revision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, asked: tuple[Any, ...]
+) -> None:
+    import datasets
+
+    def load_dataset(repository: str, subset: str | None, split: str, revision: str | None) -> list[dict[str, str]]:
+        assert (repository, subset, split, revision) == asked
+        return [{"prompt": "a", "response": "b"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(hub, "_hub_answers", lambda: True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "openai").mkdir()  # shares the owner's name, and hides nothing
+    assert list(read_rows(name)) == [(f"{name}, row 1", {"prompt": "a", "response": "b"})]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "data/rows.json", "a/b/c", "/data/rows", "~/rows", "a/b.parquet", ""])
+def test_names_that_are_files_are_not_asked_of_the_hub(name: str) -> None:
+    assert not hub.is_dataset_id(name)
+
+
+@pytest.fixture
+def cached_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of `org/name`, subset `main`, revision abc123, as `datasets` caches it."""
+    import datasets
+
+    source = write_rows(tmp_path / "rows.jsonl", ROWS)
+    datasets.load_dataset("json", "main", data_files={"train": str(source)}, cache_dir=str(tmp_path / "made"))
+    (made,) = (tmp_path / "made" / "json").glob("*/*/*/")
+    copy = tmp_path / "cache" / "org___name" / "main" / "0.0.0" / "abc123"
+    copy.mkdir(parents=True)
+    shutil.copy(made / "json-train.arrow", copy / "name-train.arrow")
+    info = json.loads((made / "dataset_info.json").read_text()) | {"dataset_name": "name", "config_name": "main"}
+    (copy / "dataset_info.json").write_text(json.dumps(info))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "_hub_answers", lambda: False)
+
+
+def test_a_cached_data_set_is_read_without_a_network(cached_data_set: None, capfd: pytest.CaptureFixture[str]) -> None:
+    assert read("org/name:main") == read("org/name@abc123:main:train") == ROWS
+    assert capfd.readouterr().err == ""
+    with pytest.raises(UserError, match="data: org/name@def:main: the hub cannot be reached, and the cached copy is"):
+        read("org/name@def:main")
+    with pytest.raises(UserError, match=r"problems: org/name:other: no such file, nor .*hub cannot be reached"):
+        list(read_rows("org/name:other", "problems"))
+    with pytest.raises(UserError, match="org/name:main:test: no such file, nor"):
+        read("org/name:main:test")
+
+
+def test_the_hub_is_asked_once_and_not_at_all_when_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.utils
+
+    asked = []
+
+    class Session:
+        def head(self, url: str, timeout: float) -> None:
+            asked.append(url)
+            raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub.utils, "get_session", Session)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(UserError, match=r"data: org/none: no such file, nor .*the hub cannot be reached"):
+        read("org/none")
+    assert len(asked) == 1
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="the hub cannot be reached"):
+        read("org/none")
+    assert len(asked) == 1

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from bmjax.chat.reasoning import split_think
 from bmjax.config import UserError
 from bmjax.teach import client as client_module
 from bmjax.teach.client import ChatClient, Reply, RequestFailed, api_key, backoff, run_async
@@ -98,26 +97,6 @@ def ask(url: str, sampling: dict[str, Any] | None = None, **options: Any) -> Rep
             return await client.complete([{"role": "user", "content": "3 + 4?"}], sampling or {})
 
     return run_async(main())
-
-
-@pytest.mark.parametrize(
-    ("content", "thought", "expected"),
-    [
-        ("<think>\na\n</think>\n\nb", None, ("a", "b")),
-        ("a\n</think>\nb", None, ("a", "b")),
-        ("b", "a\n", ("a", "b")),
-        ("b", None, ("", "b")),
-        ("<think>\ncut of", None, ("cut of", "")),
-        ("<think>\na\n</think>\n", None, ("a", "")),
-        ("<think>a</think><think>b</think>c", None, ("", "<think>a</think><think>b</think>c")),
-        ("b <think>a</think> c", None, ("", "b <think>a</think> c")),
-        ("", None, ("", "")),
-    ],
-)
-def test_think_text_and_reasoning_content_become_one_field(
-    content: str, thought: str | None, expected: tuple[str, str]
-) -> None:
-    assert split_think(content, thought) == expected
 
 
 def test_the_request_is_openais_and_the_reply_is_read(serve: Callable[..., Scripted]) -> None:

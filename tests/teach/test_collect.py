@@ -15,7 +15,7 @@ from bmjax.config import UserError
 from bmjax.demo.problems import make_problems, solve
 from bmjax.demo.teacher import MODEL, DemoTeacher
 from bmjax.teach.collect import collect
-from bmjax.teach.judges.verify import verify
+from bmjax.teach.judges.judge import choose, judge
 from bmjax.teach.record import read_records
 from bmjax.teach.settings import CollectSettings
 
@@ -63,7 +63,10 @@ def test_every_problem_becomes_one_judged_record(tmp_path: Path, teacher: DemoTe
     for verdict in ("right", "wrong", "unjudged"):
         assert counts[verdict] == sum(r.verdict == verdict for r in records.values())
     assert 0 < counts["truncated"] == sum(r.finish_reason == "length" for r in records.values())
-    assert all(verify("math", r.reference, r.response).verdict == r.verdict for r in records.values())
+    for record in records.values():
+        name = choose(record.reference, "math")
+        verdict = judge(record.reference, record.response, name, finish_reason=record.finish_reason)
+        assert (verdict.verdict, verdict.judge) == (record.verdict, record.verdict_by)
 
 
 def test_a_second_run_asks_nothing_and_a_longer_one_only_the_rest(tmp_path: Path, teacher: DemoTeacher) -> None:
@@ -194,8 +197,8 @@ def test_what_a_user_gets_wrong_is_one_line(tmp_path: Path) -> None:
     assert "NO_SUCH" in failing(teacher={**dead, "api_key_env": "NO_SUCH"})
     assert "no such file" in failing(problems=str(tmp_path / "row.jsonl"), domain="x")
     assert "did you mean" in failing(problems=str(rows), domain="x", prompt="{questions}")
-    assert "tests" in failing(problems=str(rows), domain="x")
-    assert "holds no problem" in failing(problems=str(empty), domain="x")
+    assert "row 1: reference: found keys ['test'], expected text or" in failing(problems=str(rows), domain="x")
+    assert "problems:" in failing(problems=str(empty), domain="x") and "no rows" in failing(problems=str(empty))
     assert "prompt is empty" in failing(problems=str(blank), domain="x")
     assert "did you mean 'concurrency'" in failing(teacher={**dead, "concurency": 3})
     assert "extra: 'seed'" in failing(teacher={**dead, "extra": {"seed": 3}})

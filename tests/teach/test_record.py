@@ -1,13 +1,11 @@
 import dataclasses
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import pytest
 
 from bmjax.config import UserError
-from bmjax.io.atomic import replacing_file
 from bmjax.io.jsonl import JsonLines
 from bmjax.teach.record import (
     Record,
@@ -45,8 +43,8 @@ def test_records_survive_the_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "traces.jsonl"
     written = [record(n, text) for n, text in enumerate(["12", "zwölf\u2028 \U0001f600", "line\nend", "lone \ud800"])]
     with JsonLines(path) as store:
-        for one in written:
-            store.append(vars(one))
+        for trace in written:
+            store.append(vars(trace))
     assert list(read_records(path)) == written
     assert ids_present(path) == {"id0", "id1", "id2", "id3"}
     assert ids_present(tmp_path / "none.jsonl") == set()
@@ -68,42 +66,11 @@ def test_a_torn_line_never_glues_two_records_wherever_the_crash_was(tmp_path: Pa
         assert readable == complete
 
 
-def test_a_torn_line_longer_than_a_block_is_cut(tmp_path: Path) -> None:
-    path = tmp_path / "traces.jsonl"
-    path.write_bytes(b'{"a": 1}\n{"b": "' + b"x" * 300_000)
-    with JsonLines(path) as store:
-        store.append({"c": 3})
-    assert path.read_bytes() == b'{"a": 1}\n{"c": 3}\n'
-    path.write_bytes(b"x" * 300_000)
-    with JsonLines(path):
-        pass
-    assert path.read_bytes() == b""
-
-
-def test_a_second_writer_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "traces.jsonl"
-    with JsonLines(path), pytest.raises(UserError, match="another process"), JsonLines(path):
-        pass
-    with JsonLines(path) as store:
-        store.append({"a": 1})
-
-
-def test_lines_are_written_at_once_and_synced_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    synced: list[int] = []
-    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(fd))
-    with JsonLines(tmp_path / "t.jsonl", sync_every=10) as store:
-        for n in range(25):
-            store.append({"n": n})
-        assert len(synced) == 2
-        assert len((tmp_path / "t.jsonl").read_bytes().splitlines()) == 25
-    assert len(synced) == 3
-
-
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{oops}", r"traces.jsonl:2: not a JSON line"),
-        ("[1]", r"traces.jsonl:2: not a record: expected an object, found list"),
+        ("{oops}", r"traces.jsonl, line 2: not valid JSON"),
+        ("[1]", r"traces.jsonl, row 2: not a record: expected an object, found list"),
         ('{"id": "a", "domain": "math", "prompt": "p"}', "'response' is missing"),
         ('{"id": 1, "domain": "math", "prompt": "p", "response": "r"}', "'id': expected str, found int"),
     ],
@@ -114,17 +81,3 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
     path.write_text(f"{good}\n{line}\n{good}\n")
     with pytest.raises(UserError, match=message):
         list(read_records(path))
-
-
-def test_replaced_writes_all_or_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "out" / "data.jsonl"
-    with replacing_file(path) as file:
-        file.write(b"old")
-    with pytest.raises(RuntimeError), replacing_file(path) as file:
-        file.write(b"half")
-        raise RuntimeError
-    assert path.read_bytes() == b"old"
-    assert os.listdir(path.parent) == ["data.jsonl"]
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match="cannot write"), replacing_file(tmp_path / "file" / "data.jsonl"):
-        pass

@@ -1,4 +1,4 @@
-"""Runs a program against its tests: a real process with real stdin, limits, its own session and an empty folder.
+"""Judges programs by running them against their tests: a process with real stdin, limits and an empty folder.
 
 This keeps honest programs apart and stops runaway ones; it is not a sandbox against a hostile one, which can read
 what the user can. Run untrusted models inside a container.
@@ -16,6 +16,8 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
+from bmjax.teach.judges.verdict import JudgeError, Verdict
+
 MEMORY_BYTES = 2 * 2**30
 OUTPUT_BYTES = 16 * 2**20
 
@@ -32,22 +34,36 @@ os.execv(sys.executable, [sys.executable, "-I", "main.py"])
 """
 
 
-class JudgeError(Exception):
-    """The tests could not be run at all: says nothing about the program."""
+def judge(reference: Any, answer: str) -> Verdict:
+    """Run the last code block of an answer against the reference's tests. It is a model's output: ask first."""
+    tests = reference.get("tests") if isinstance(reference, dict) else None
+    if not isinstance(tests, list) or not tests:
+        return Verdict("unjudged", "the reference has no tests", "none")
+    program = last_code_block(answer)
+    if program is None:
+        return Verdict("wrong", "no complete code block", "tests")
+    try:
+        passed = passes(program, tests)
+    except JudgeError as error:
+        return Verdict("unjudged", str(error), "tests")
+    return Verdict("right", "passes all tests", "tests") if passed else Verdict("wrong", "fails a test", "tests")
 
 
 def last_code_block(text: str) -> str | None:
-    """The last complete ``` block of a response, or None."""
+    """Return the last complete ``` block of a response, or None."""
     blocks = _FENCE.findall(text)
     return blocks[-1] if blocks else None
 
 
 def passes(program: str, tests: Sequence[Any], seconds: float = 6.0) -> bool:
-    """Whether the program passes every test within `seconds` each.
+    """Return whether a program passes every test, within `seconds` each.
 
-    A test is {"input": stdin, "output": expected stdout}, compared line by line without trailing spaces, equal as
-    text or as exact numbers; or Python code with asserts that runs after the program. JudgeError for another shape
-    and when no process can be started.
+    Arguments:
+        tests: each is {"input": stdin, "output": expected stdout}, compared line by line as text or exact numbers, or
+            Python code with asserts that runs after the program.
+
+    Raises:
+        JudgeError: for a test of another shape, and when no process can be started.
     """
     asserts = [test for test in tests if isinstance(test, str)]
     streams = [test for test in tests if isinstance(test, dict) and {"input", "output"} <= test.keys()]
@@ -63,7 +79,7 @@ def passes(program: str, tests: Sequence[Any], seconds: float = 6.0) -> bool:
 
 
 def same_output(printed: str, expected: str) -> bool:
-    """Line by line: equal once stripped, or the same numbers exactly (1.50 is 1.5)."""
+    """Compare line by line: equal once stripped, or the same numbers exactly (1.50 is 1.5)."""
     left = [line.split() for line in printed.strip().splitlines()]
     right = [line.split() for line in expected.strip().splitlines()]
     if [len(line) for line in left] != [len(line) for line in right]:
@@ -80,7 +96,7 @@ def _same_number(left: str, right: str) -> bool:
 
 
 def _run(program: str, stdin: str, seconds: float) -> str | None:
-    """What the program prints, or None when it fails, runs too long or prints too much."""
+    """Return what the program prints, or None when it fails, runs too long or prints too much."""
     try:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             return _run_in(Path(folder), program, stdin, seconds)

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from bmjax.teach.judges.programs import JudgeError, last_code_block, passes, same_output
+from bmjax.teach.judges.programs import last_code_block, passes, same_output
+from bmjax.teach.judges.verdict import JudgeError
 
 
 def stdin_test(text: str, expected: str) -> list[dict[str, str]]:
