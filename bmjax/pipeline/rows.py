@@ -23,7 +23,7 @@ from bmjax.io.jsonl import json_line, write_jsonl
 from bmjax.io.rows import fill, read_rows
 from bmjax.log import Log
 from bmjax.pipeline.settings import DomainSettings, RunSettings, SourceSettings
-from bmjax.teach.judges.verify import kind_of
+from bmjax.teach.judges.judge import choose
 
 HELD_OUT = ("test", "validation")  # the order in which shares are taken
 
@@ -152,10 +152,10 @@ class DomainRows:
     def check_reference(self, reference: Any, location: str) -> None:
         """Raise UserError for a reference that no judge can read, or that needs programs to be run."""
         try:
-            kind = self.domain.judge or kind_of(self.name, reference)
+            judge_name = self.domain.judge or choose(reference, self.name)
         except UserError as error:
             raise UserError(f"{location}: {error}") from None
-        if kind == "tests" and not self.run.run_programs:
+        if judge_name == "tests" and not self.run.run_programs:
             raise UserError(
                 f"{location}: the reference is a program's tests; answers are judged by running them on this machine: "
                 "set run_programs: true, best inside a container"

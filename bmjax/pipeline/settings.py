@@ -6,7 +6,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from bmjax.branch.settings import Training
 from bmjax.config import Settings, first_problem
-from bmjax.teach.settings import Selection, TeacherSettings
+from bmjax.teach.settings import JudgeName, Selection, TeacherSettings
 
 
 class SourceSettings(Settings):
@@ -67,7 +67,7 @@ class DomainSettings(Settings):
         None, ge=1, description="so many of the training rows, by hash of the prompt, train a new backbone; null: all. "
         "Domains of equal share make a backbone that no single one dominates",
     )  # fmt: skip
-    judge: Literal["math", "choice", "exact", "tests"] | None = Field(
+    judge: JudgeName | None = Field(
         None, description="how answers are judged; by default the domain's name and the reference decide"
     )
     branch: dict[str, Any] = Field({}, description="training keys that differ from the top's `branch`")

@@ -19,7 +19,7 @@ from bmjax.io.jsonl import write_jsonl
 from bmjax.io.rows import read_rows
 from bmjax.pipeline.rows import HELD_OUT, DomainRows, prompt_of
 from bmjax.teach.collect import TRACES, collect, sampling_parameters, wanted_ids
-from bmjax.teach.judges.verify import verify
+from bmjax.teach.judges.judge import choose, judge
 from bmjax.teach.record import Record, read_records
 from bmjax.teach.select import select
 from bmjax.teach.settings import CollectSettings, SelectSettings, TeacherSettings
@@ -69,7 +69,7 @@ def _ask(rows: DomainRows, folder: Path) -> tuple[Iterator[Record], int]:
     answers = folder / f"answers-{way}"
     settings = CollectSettings(
         problems=str(rows.folder / "problems.jsonl"), output=str(answers), domain=rows.name, prompt="{prompt}",
-        reference="{reference}", verify=rows.domain.judge, run_programs=run.run_programs, teacher=run.teacher,
+        reference="{reference}", judge=rows.domain.judge, run_programs=run.run_programs, teacher=run.teacher,
     )  # fmt: skip
     counts = collect(settings, rows.log)
     if counts["failed"] > run.failed_share * counts["wanted"]:
@@ -104,6 +104,7 @@ def _read(rows: DomainRows) -> Iterator[Record]:
             raise UserError(f"{location}: not a trace: {error}; rows without an id are 'train' rows") from None
         if record.verdict == "unjudged" and record.reference is not None:
             rows.check_reference(record.reference, location)
-            verdict = verify(domain.judge or rows.name, record.reference, record.response, rows.run.run_programs)
-            record = replace(record, verdict=verdict.verdict, verdict_by=verdict.by)
+            name = domain.judge or choose(record.reference, rows.name)
+            verdict = judge(record.reference, record.response, name, rows.run.run_programs, record.finish_reason)
+            record = replace(record, verdict=verdict.verdict, verdict_by=verdict.judge)
         yield record
