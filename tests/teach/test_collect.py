@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bmjax.teach.judges.judge import choose, judge
 
 from bmjax.config import UserError
 from bmjax.demo.problems import make_problems, solve
 from bmjax.demo.teacher import MODEL, DemoTeacher
 from bmjax.teach.collect import collect
+from bmjax.teach.judges.judge import choose, judge
 from bmjax.teach.record import read_records
 from bmjax.teach.settings import CollectSettings
 
@@ -199,6 +199,8 @@ def test_what_a_user_gets_wrong_is_one_line(tmp_path: Path) -> None:
     assert "did you mean" in failing(problems=str(rows), domain="x", prompt="{questions}")
     assert "row 1: reference: found keys ['test'], expected text or" in failing(problems=str(rows), domain="x")
     assert "problems:" in failing(problems=str(empty), domain="x") and "no rows" in failing(problems=str(empty))
+    programs = write_rows(tmp_path / "programs.jsonl", [{"question": "Q", "answer": {"tests": ["assert f()"]}}])
+    assert "row 1: reference: found tests" in failing(problems=str(programs), verify="exact")
     assert "prompt is empty" in failing(problems=str(blank), domain="x")
     assert "did you mean 'concurrency'" in failing(teacher={**dead, "concurency": 3})
     assert "extra: 'seed'" in failing(teacher={**dead, "extra": {"seed": 3}})
