@@ -13,7 +13,8 @@ def test_a_request_holds_what_was_set_and_extra_fields() -> None:
 
 
 @pytest.mark.parametrize("body", [
-    {}, {"choices": []}, {"choices": [{}]}, {"choices": [{"message": "text"}]}, {"choices": [{"message": {"content": 1}}]},
+    {}, {"choices": []}, {"choices": [{}]}, {"choices": [{"message": "text"}]},
+    {"choices": [{"message": {"content": 1}}]},
 ])  # fmt: skip
 def test_what_is_no_completion_is_refused(body: object) -> None:
     with pytest.raises(ValidationError):
