@@ -15,8 +15,9 @@ INTRO = """bmjax {version}: Branch-Merge distillation (arXiv 2503.04872) in JAX
 One student per domain is trained from a common backbone on a teacher's traces; the branches are merged into one
 student that is better than the backbone in every domain.
 
-usage: bmjax COMMAND CONFIG [key=value ...]      e.g. bmjax run configs/demo.yaml --output runs/demo
+usage: bmjax COMMAND CONFIG [key=value ...]      e.g. bmjax run configs/own_problems.yaml --output runs/own
 
+  demo [--output DIR]         the whole experiment in small, with problems and a teacher of its own; no config needed
   run CONFIG [--output DIR]   the whole experiment: teacher, branches, merges, mixture, scores, report.html
   collect CONFIG              ask a teacher (any OpenAI-compatible endpoint) for reasoning traces
   select CONFIG               keep the traces worth training on, and say why the others were dropped
@@ -38,6 +39,39 @@ def _run(settings: Any, output: str | None) -> None:
     use_cpu_cores()
     use_gpu_memory()
     run(settings, output)
+
+
+def _demo(rest: list[str]) -> int:
+    from bmjax.parallel.start import use_cpu_cores, use_gpu_memory
+
+    if "-h" in rest or "--help" in rest:
+        from bmjax.demo.settings import DemoSettings
+
+        print(DEMO_HELP + "\n".join(describe(DemoSettings)))
+        return 0
+    output, overrides = _option(rest, "--output")
+    for argument in overrides:
+        if argument.startswith("-") or "=" not in argument:
+            raise UserError(f"'{argument}': expected key=value; see bmjax demo --help")
+    use_cpu_cores()
+    use_gpu_memory()
+    from bmjax.demo.run import run_demo
+
+    run_demo(output, overrides)
+    return 0
+
+
+DEMO_HELP = """usage: bmjax demo [--output DIR] [key=value ...]
+
+The whole experiment in small, with problems, a teacher and a tokenizer of its own: about nine minutes on two cores.
+It writes what `bmjax run` writes to DIR (runs/demo): report.html, merged/hf, ...
+
+examples:
+  bmjax demo
+  bmjax demo --output runs/seed1 seed=1 branch.steps=300
+
+keys: those of `bmjax run` (bmjax run --help), and
+"""
 
 
 def _collect(settings: Any, output: str | None) -> None:
@@ -96,7 +130,10 @@ CALLS: dict[str, Callable[[Any, str | None], None]] = {
     "run": _run, "collect": _collect, "select": _select, "train": _train, "eval": _eval,
 }  # fmt: skip
 EXAMPLES = {
-    "run": ("bmjax run configs/demo.yaml --output runs/demo", "bmjax run configs/demo.yaml seed=1 branch.steps=300"),
+    "run": (
+        "bmjax run configs/own_problems.yaml --output runs/own",
+        "bmjax run own.yaml --output runs/own seed=1 branch.steps=300",
+    ),
     "collect": ("bmjax collect collect.yaml teacher.concurrency=64",),
     "select": ("bmjax select select.yaml max_characters=20000",),
     "train": (
@@ -141,8 +178,10 @@ def _dispatch(arguments: list[str]) -> int:
         return _convert(rest)
     if command == "plan":
         return _plan(rest)
+    if command == "demo":
+        return _demo(rest)
     if command not in CALLS:
-        raise UserError(f"unknown command '{command}'{nearest(command, [*CALLS, 'merge', 'convert', 'plan'])}")
+        raise UserError(f"unknown command '{command}'{nearest(command, [*CALLS, 'merge', 'convert', 'plan', 'demo'])}")
     kind = _settings_of(command)
     if "-h" in rest or "--help" in rest:
         print(_help(command, kind), end="")

@@ -1,10 +1,12 @@
 """The settings of `bmjax demo` that `bmjax run` has not: which problems there are, how often the teacher fails."""
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from bmjax.config import Settings
+
+Domain = Literal["math", "code", "science"]
 
 
 class Mistakes(Settings):
@@ -20,3 +22,22 @@ class Mistakes(Settings):
         if self.wrong + self.truncated + self.malformed > 1:
             raise ValueError("wrong + truncated + malformed: expected at most 1")
         return self
+
+
+class ProblemSettings(Settings):
+    """How many problems of a domain there are, and how hard."""
+
+    count: int = Field(3600, ge=1, description="problems that the teacher answers for the branch")
+    levels: list[int] = Field([1, 2, 3], description="difficulties of those and of the held-out problems")
+    backbone_count: int = Field(1200, ge=1, description="solved problems that the backbone is trained on")
+    backbone_levels: list[int] = Field([1, 2, 3], description="difficulties of those")
+    validation: int = Field(300, ge=1, description="held-out problems that choose the merge")
+    test: int = Field(600, ge=1, description="held-out problems of the report")
+
+
+class DemoSettings(Settings):
+    """The keys of `bmjax demo` beside those of `bmjax run`."""
+
+    problems: dict[Domain, ProblemSettings] = Field(description="NAME: a domain's problems")
+    mistakes: Mistakes = Field(Mistakes(), description="of the teacher")
+    vocab_size: int = Field(512, ge=270, description="of the tokenizer, which is trained on the backbone's rows")

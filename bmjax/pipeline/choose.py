@@ -12,21 +12,24 @@ RULE = (
 
 
 def choose(validation: dict[str, Scores], by: str) -> str:
-    """The name of the chosen merge. `validation` holds scores of 'backbone' and of every merge, by domain.
+    """Return the name of the chosen merge.
 
-    by: 'accuracy' (higher is better; a domain without questions counts by its loss) or 'loss' (lower is better).
+    Arguments:
+        validation: scores of 'backbone' and of every merge, by domain.
+        by: 'accuracy' (higher is better) or 'loss' (lower is better); a domain that has only the other counts by that.
     """
     backbone = validation["backbone"]
 
     def value(score: dict[str, Any]) -> float:
-        return score["accuracy"] if by == "accuracy" and "accuracy" in score else -score["loss"]
+        by_accuracy = "accuracy" in score and (by == "accuracy" or "loss" not in score)
+        return score["accuracy"] if by_accuracy else -score["loss"]
 
     def key(name: str) -> tuple[float, float, float]:
         scores = validation[name]
         wins = sum(value(scores[d]) > value(backbone[d]) for d in backbone)
         mean = sum(value(scores[d]) for d in backbone) / len(backbone)
-        loss = sum(scores[d]["loss"] for d in backbone) / len(backbone)
-        return wins, mean, -loss
+        losses = [scores[d]["loss"] for d in backbone if "loss" in scores[d]]
+        return wins, mean, -sum(losses) / max(1, len(losses))
 
     merges = [name for name in validation if name != "backbone"]
     return max(merges, key=key)  # max keeps the first of equals

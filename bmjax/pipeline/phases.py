@@ -1,54 +1,57 @@
-"""The branch-merge run: backbone, teacher, selection, branches, merges, mixture, scores, report.
+"""The branch-merge run: rows, teacher, backbone, branches, mixture, merges, scores, report.
 
-DIR/data/DOMAIN/      rows (data.py)              DIR/branch/DOMAIN/  checkpoints, hf, metrics.jsonl
-DIR/teach/DOMAIN/     the teacher's traces        DIR/mixture/        the same for the data mixture
-DIR/backbone/         the common start            DIR/merges/NAME/hf  every merge
+DIR/data/DOMAIN/      rows (rows.py)              DIR/branch/DOMAIN/  checkpoints, hf, metrics.jsonl
+DIR/teach/DOMAIN/     the traces (traces.py)      DIR/mixture/        the same for the data mixture
+DIR/backbone/         a new common start          DIR/merges/NAME/hf  every merge
 DIR/scores/SPLIT/...  every sample                DIR/merged/hf       the chosen one
+
+The stages are a list that is built once and run from top to bottom. Only this package knows the order of the phases.
 """
 
-import contextlib
-import hashlib
 import json
 import os
-import platform
 import shutil
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bmjax.branch import fingerprint as identity
+from bmjax.branch import fingerprint
 from bmjax.branch.settings import Training, TrainSettings
-from bmjax.branch.train import check, train
-from bmjax.calibrate.recipe import CalibratedRecipe, is_calibrated
+from bmjax.branch.train import train
+from bmjax.calibrate.recipe import is_calibrated
 from bmjax.calibrate.run import merge as calibrated_merge
-from bmjax.config import UserError, nearest
-from bmjax.demo.teacher import MODEL, DemoTeacher
+from bmjax.config import UserError
 from bmjax.evaluate.run import evaluate
 from bmjax.evaluate.settings import EvalSettings, TaskSettings
-from bmjax.io import hub
 from bmjax.io.atomic import held, replacing, write_atomic
-from bmjax.io.jsonl import write_jsonl
 from bmjax.io.rows import read_rows
 from bmjax.log import Log, write_line
 from bmjax.merge.engine import files as engine
-from bmjax.merge.recipe.recipe import read_recipe
-from bmjax.model.config import ModelConfig
-from bmjax.pipeline import data, student
-from bmjax.pipeline.choose import RULE, choose
-from bmjax.pipeline.settings import RunSettings
-from bmjax.pipeline.stages import Stages
+from bmjax.pipeline import checks, student, traces
+from bmjax.pipeline.choose import choose
+from bmjax.pipeline.results import Model, build_report
+from bmjax.pipeline.rows import HELD_OUT, DomainRows, measures
+from bmjax.pipeline.settings import RunSettings, SourceSettings
+from bmjax.pipeline.stages import Stage, Stages
 from bmjax.report import summary_table, write_report
-from bmjax.teach.collect import collect, wanted_ids
-from bmjax.teach.select import select
-from bmjax.teach.settings import CollectSettings, SelectSettings, TeacherSettings
-from bmjax.version import __version__
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 UNFINISHED = 75  # the exit code after SIGTERM: a training was saved, and stages are left to do
 
 
 def run(settings: RunSettings, output: str | Path | None = None, log: Log = write_line) -> dict[str, Any]:
-    """Run, or continue, the experiment in `output` (default: the config's); returns report.json's content."""
+    """Run, or continue, an experiment.
+
+    Arguments:
+        settings: the keys of `bmjax run`.
+        output: the run's directory; default: the settings'.
+        log: gets a line for every stage and remark.
+
+    Returns:
+        The content of report.json.
+
+    Raises:
+        UserError: for what its user can mend; as much as can be known is told before the first stage.
+    """
     chosen = output or settings.output
     if chosen is None:
         raise UserError("output: no directory given; pass --output DIR or set output in the config")
@@ -56,346 +59,246 @@ def run(settings: RunSettings, output: str | Path | None = None, log: Log = writ
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory}: is a file, expected a directory for the run")
     with held(directory / ".lock", "another run is writing here"):
-        return _Run(settings, directory, log).everything()
+        stages = Stages(directory, log)
+        experiment = Experiment(settings, directory, log)
+        for stage in experiment.stages():
+            stages.run(stage)
+        report = build_report(experiment.models, settings, directory, experiment.winner(), stages.measured)
+        write_report(directory, report)
+        write_atomic(directory / "report.json", json.dumps(report, indent=1))
+    log(summary_table(report))
+    log(f"report: {directory / 'report.html'}   merged model: {directory / 'merged' / 'hf'}")
+    return report
 
 
-class _Run:
-    """One run: its settings, its directory, its stages."""
+@dataclass(frozen=True)
+class Rows:
+    """A file of a domain's rows and the stage that writes it."""
+
+    file: Path
+    stage: str
+
+
+class Experiment:
+    """The models of a run and the stages that make and score them."""
 
     def __init__(self, settings: RunSettings, directory: Path, log: Log) -> None:
         self.settings, self.directory, self.log = settings, directory, log
-        self.domains = list(settings.domains)
-        self.stages = Stages(directory, log)
-        self._check_trainings()
-        for name, recipe in settings.merges.items():
-            self._check_recipe(name, recipe)  # a bad recipe is told now, not after the training
+        if settings.student is not None:
+            self.backbone = Model("backbone", settings.student, None, None)
+        else:
+            self.backbone = Model("backbone", str(directory / "backbone/hf"), "backbone", "backbone/metrics.jsonl")
+        self.branches = {domain: self._trained(f"branch/{domain}") for domain in settings.domains}
+        self.mixture = self._trained("mixture")
+        self.merges = {
+            name: Model(f"merge/{name}", str(directory / "merges" / name / "hf"), f"merge/{name}", None)
+            for name in settings.merges
+        }
+        self.models = [self.backbone, *self.branches.values(), *self.merges.values(), self.mixture]
+        sources = {"backbone": self.backbone.hf} | {domain: model.hf for domain, model in self.branches.items()}
+        data = {domain: str(self.rows(domain, "train").file) for domain in settings.domains}
+        checks.check_trainings(settings)
+        self.recipes = {name: checks.recipe_of(settings, name, sources, data) for name in settings.merges}
 
-    def everything(self) -> dict[str, Any]:
-        for domain in self.domains:
-            self._data(domain)
-        self._backbone()
-        for domain in self.domains:
-            self._teach(domain)
-        for domain in self.domains:
-            self._branch(domain)
-        self._mixture()
-        for name in self.settings.merges:
-            self._merge(name)
-        validation = {name: self._scores(name, "validation") for name in ["backbone", *self._merge_names()]}
-        winner = choose(validation, self.settings.choose.by)
-        self._merged(winner)
-        models = ["backbone", *(f"branch/{d}" for d in self.domains), *self._merge_names(), "mixture"]
-        scores = {name: self._scores(name, "test") for name in models}
-        report = self._report(scores, winner, validation)
-        write_report(self.directory, report)
-        write_atomic(self.directory / "report.json", json.dumps(report, indent=1))
-        self.log(summary_table(report))
-        self.log(f"report: {self.directory / 'report.html'}   merged model: {self.directory / 'merged' / 'hf'}")
-        return report
+    def _trained(self, name: str) -> Model:
+        return Model(name, str(self.directory / name / "hf"), name, f"{name}/metrics.jsonl")
 
-    # Where things are
+    def stages(self) -> list[Stage]:
+        """Return all stages in the order in which they are run."""
+        domains = self.settings.domains
+        candidates = [self.backbone, *self.merges.values()]
+        return [
+            *(self._data(domain) for domain in domains),
+            *(self._teach(domain) for domain in domains if domains[domain].train is None),
+            *(self._new_backbone(training) for training in [self.settings.backbone] if training is not None),
+            *(self._branch(domain) for domain in domains),
+            self._mixture(),
+            *(self._merge(name) for name in self.merges),
+            *(self._score(model, "validation") for model in candidates),
+            self._merged(candidates),
+            *(self._score(model, "test") for model in self.models),
+        ]
 
-    def _merge_names(self) -> list[str]:
-        return [f"merge/{name}" for name in self.settings.merges]
+    def rows(self, name: str, split: str) -> Rows:
+        """Return a domain's file for train, backbone, validation or test."""
+        domain = self.settings.domains[name]
+        if split == "backbone" and domain.backbone is None and domain.backbone_rows is None:
+            split = "train"
+        from_source = getattr(domain, split, None) is not None or (split in HELD_OUT and domain.traces is None)
+        from_source |= domain.train is not None
+        file = self.directory / "data" / name / f"{split}.jsonl"
+        return Rows(file, f"data/{name}" if from_source else f"teach/{name}")
 
-    def _relative(self, model: str) -> str:
-        """A model's directory under the run's: what report.json calls it is where it lies."""
-        if model == "backbone" and self.settings.student is not None:
-            return "."
-        return model.replace("merge/", "merges/")
+    def _files_of(self, stage: str, name: str) -> tuple[str, ...]:
+        """The row files that a stage writes, relative to the run's directory."""
+        rows = [self.rows(name, split) for split in ("train", *HELD_OUT)]
+        if self.backbone.stage is not None:
+            rows.append(self.rows(name, "backbone"))
+        files = {str(row.file.relative_to(self.directory)) for row in rows if row.stage == stage}
+        if stage == f"data/{name}" and self.settings.domains[name].problems is not None:
+            files.add(f"data/{name}/problems.jsonl")
+        return tuple(sorted(files))
 
-    def _hf(self, model: str) -> str:
-        if model == "backbone" and self.settings.student is not None:
-            return self.settings.student
-        return str(self.directory / self._relative(model) / "hf")
+    def _domain_rows(self, name: str) -> DomainRows:
+        return DomainRows(name, self.settings, self.directory / "data" / name, self.log)
 
-    def _rows(self, domain: str, name: str) -> Path:
-        return self.directory / "data" / domain / f"{name}.jsonl"
+    # Rows
 
-    # The stages, in order
+    def _data(self, name: str) -> Stage:
+        domain = self.settings.domains[name]
 
-    def _data(self, domain: str) -> None:
-        own = self.settings.domains[domain]
-        folder = self.directory / "data" / domain
-        kept = own.model_dump(exclude={"branch"})
-        inputs = [kept, self.settings.seed, _file_states(own)]
+        def inputs() -> list[Any]:
+            sources = (domain.problems, domain.train, domain.test, domain.validation, domain.backbone)
+            return [
+                domain.model_dump(exclude={"branch", "judge", "traces"}),
+                *map(_source_state, filter(None, sources)),
+            ]
 
-        def work() -> None:
-            if own.builtin is not None:
-                data.write_builtin(own.builtin, folder, self.settings.seed)
-            else:
-                data.write_sources(own, domain, folder)
+        work = self._domain_rows(name).write_sources
+        return Stage(f"data/{name}", inputs, (), self._files_of(f"data/{name}", name), work)
 
-        names = ["backbone", "validation", "test", "problems" if own.builtin is not None else "train"]
-        self.stages.run(f"data/{domain}", inputs, [], [f"data/{domain}/{name}.jsonl" for name in names], work)
+    def _teach(self, name: str) -> Stage:
+        settings, domain = self.settings, self.settings.domains[name]
+        folder = f"teach/{name}"
 
-    def _backbone(self) -> None:
+        def inputs() -> list[Any]:
+            files = [] if domain.traces is None else _as_list(domain.traces)
+            asked = [] if domain.problems is None else [traces.asking(settings.teacher), settings.teacher.samples]
+            return [
+                asked,
+                domain.judge,
+                settings.select.model_dump(),
+                settings.run_programs,
+                [[file, *_state(Path(file))] for file in files],
+            ]
+
+        outputs = [f"{folder}/{file}" for file in ("asked.jsonl", "held_out.jsonl", "selected", "counts.json")]
+        return Stage(
+            folder, inputs, (f"data/{name}",), (*outputs, *self._files_of(folder, name)),
+            lambda: traces.teach(self._domain_rows(name), self.directory / folder),
+        )  # fmt: skip
+
+    # Trainings
+
+    def _training(self, training: Training, start: str, rows: list[Rows], output: str) -> TrainSettings:
+        changes = {
+            "student": start, "data": [str(part.file) for part in rows], "output": str(self.directory / output),
+            "num_processes": 1, "stop_code": UNFINISHED, "seed": training.seed + self.settings.seed,
+            "template": training.template or self.settings.template,
+        }  # fmt: skip
+        return TrainSettings.model_validate(training.model_dump() | changes)
+
+    def _external(self) -> list[Any]:
+        """What the models depend on from outside: names and states of student, tokenizer and template."""
         settings = self.settings
-        after = [f"data/{domain}" for domain in self.domains]
-        if settings.student is not None or settings.backbone is None:
-            return
-        files = [self._rows(domain, "backbone") for domain in self.domains]
-        training = self._training(settings.backbone, "init/hf", files, "backbone")
-        inputs = [settings.model.model_dump(), *self._given(), settings.seed, _important(training)]
-
-        def work() -> None:
-            start = self.directory / "init" / "hf"
-            if not (start / "config.json").exists():
-                student.create(settings.model, files, start, settings.seed, settings.template)
-            train(training, self.log)
-
-        self.stages.run("backbone", inputs, after, ["init", "backbone"], work)
-
-    def _given(self) -> list[Any]:
-        """What comes from outside: student, tokenizer and template, and the state of their files."""
-        settings = self.settings
-        names = [settings.student, settings.model.tokenizer, settings.template]
+        names = [settings.student, settings.model.tokenizer if settings.model else None, settings.template]
         return [[name, *_state(Path(name))] for name in names if name is not None]
 
-    def _training(self, training: Training, start: str, files: list[Path], output: str) -> TrainSettings:
-        base = (
-            self.settings.student if start == "backbone/hf" and self.settings.student else str(self.directory / start)
-        )
-        own: dict[str, Any] = {
-            "student": base,
-            "data": [str(file) for file in files],
-            "output": str(self.directory / output),
-        }
-        own |= {"num_processes": 1, "stop_code": UNFINISHED}
-        values = training.model_dump() | own
-        return TrainSettings.model_validate(
-            values
-            | {"seed": training.seed + self.settings.seed, "template": training.template or self.settings.template}
-        )
+    def _new_backbone(self, keys: Training) -> Stage:
+        settings, start = self.settings, self.directory / "init" / "hf"
+        rows = [self.rows(domain, "backbone") for domain in settings.domains]
+        training = self._training(keys, str(start), rows, "backbone")
+        assert settings.model is not None  # the settings hold a model where they hold a backbone
+        shape = settings.model
 
-    def _teach(self, domain: str) -> None:
-        own = self.settings.domains[domain].builtin
-        if own is None:
-            return
-        folder, train_rows = self.directory / "teach" / domain, self._rows(domain, "train")
-        teacher = self.settings.teacher
-        with contextlib.ExitStack() as stack:
-            if teacher.base_url is None:
-                mistakes = {"mistakes": self.settings.mistakes.model_dump()}
-                url = stack.enter_context(DemoTeacher()).base_url
-                teacher = teacher.model_copy(update={"base_url": url, "model": MODEL, "extra": mistakes})
-            self._ask(domain, teacher, folder, train_rows)
+        def work() -> None:
+            if not (start / "config.json").exists():
+                student.create(shape, start, settings.seed, settings.template)
+            train(training, self.log)
 
-    def _ask(self, domain: str, teacher: TeacherSettings, folder: Path, train_rows: Path) -> None:
-        # Answers may have cost money: they stay, whatever changes, beside those of another way of asking.
-        asking = teacher.model_dump(exclude={"base_url", "concurrency", "retries", "timeout", "api_key_env"})
-        kind = {key: value for key, value in asking.items() if key != "samples"}  # more samples of it lie beside
-        way = hashlib.sha256(json.dumps(kind, sort_keys=True).encode()).hexdigest()[:8]
-        answers = folder / f"answers-{way}"
-        collecting = CollectSettings.model_validate(
-            {"problems": str(self._rows(domain, "problems")), "output": str(answers), "domain": domain,
-             "prompt": "{prompt}", "reference": "{reference}", "teacher": teacher.model_dump()}
+        inputs = [shape.model_dump(), *self._external(), settings.seed, _deciding(training)]
+        return Stage("backbone", lambda: inputs, tuple(part.stage for part in rows), ("init", "backbone"), work)
+
+    def _branch(self, domain: str) -> Stage:
+        name, rows = self.branches[domain].name, self.rows(domain, "train")
+        training = self._training(self.settings.branch_training(domain), self.backbone.hf, [rows], name)
+        return Stage(
+            name, lambda: [_deciding(training), *self._external()], (*self.backbone.made_by, rows.stage), (name,),
+            lambda: train(training, self.log),
         )  # fmt: skip
-        held_out = [str(self._rows(domain, split)) for split in ("validation", "test")]
-        asked = folder / "asked.jsonl"
-        selecting = SelectSettings(traces=str(asked), output=str(folder / "selected"), held_out=held_out)
+
+    def _mixture(self) -> Stage:
+        name, rows = self.mixture.name, [self.rows(domain, "train") for domain in self.settings.domains]
+
+        def training() -> TrainSettings:
+            results = [
+                json.loads((Path(model.hf).parent / "result.json").read_text()) for model in self.branches.values()
+            ]
+            keys = self.settings.mixture_training(sum(result["steps"] for result in results))
+            return self._training(keys, self.backbone.hf, rows, name)
+
+        return Stage(
+            name, lambda: [_deciding(training()), *self._external()],
+            (*self.backbone.made_by, *(part.stage for part in rows)), (name,), lambda: train(training(), self.log),
+        )  # fmt: skip
+
+    # Merges and scores
+
+    def _merge(self, name: str) -> Stage:
+        recipe, output = self.recipes[name], Path(self.merges[name].hf)
 
         def work() -> None:
-            failed = collect(collecting, self.log)["failed"]
-            if failed:
-                raise UserError(
-                    f"teach/{domain}: {failed} requests failed, see {answers / 'failures.jsonl'}; what was answered is "
-                    "kept, the same command asks for the rest"
-                )
-            wanted = wanted_ids(collecting)
-            write_jsonl(asked, (row for _, row in read_rows(answers / "traces.jsonl") if row["id"] in wanted))
-            kept = select(selecting, self.log)[domain]
-            write_atomic(train_rows, (folder / "selected" / f"{domain}.jsonl").read_bytes())
-            dropped = {reason: n for reason, n in kept.items() if reason != "kept" and n}
-            counts = {"collected": sum(kept.values()), "kept": kept["kept"], "dropped": dropped}
-            write_atomic(folder / "counts.json", json.dumps(counts))
-
-        inputs = [asking, domain]
-        outputs = [f"teach/{domain}/{name}" for name in ("asked.jsonl", "selected", "counts.json")]
-        outputs.append(f"data/{domain}/train.jsonl")
-        self.stages.run(f"teach/{domain}", inputs, [f"data/{domain}"], outputs, work)
-
-    def _after_rows(self) -> list[str]:
-        names = [f"teach/{d}" if self.settings.domains[d].builtin is not None else f"data/{d}" for d in self.domains]
-        return names if self.settings.student is not None else ["backbone", *names]
-
-    def _branch(self, domain: str) -> None:
-        files, output = [self._rows(domain, "train")], f"branch/{domain}"
-        training = self._training(self.settings.branch_training(domain), "backbone/hf", files, output)
-        rows = f"teach/{domain}" if self.settings.domains[domain].builtin is not None else f"data/{domain}"
-        after = [rows] if self.settings.student is not None else ["backbone", rows]
-        self.stages.run(
-            output, [_important(training), *self._given()], after, [output], lambda: train(training, self.log)
-        )
-
-    def _mixture(self) -> None:
-        steps = sum(self._summary(f"branch/{domain}")["steps"] for domain in self.domains)
-        files = [self._rows(domain, "train") for domain in self.domains]
-        training = self._training(self.settings.mixture_training(steps), "backbone/hf", files, "mixture")
-        inputs = [_important(training), *self._given()]
-        self.stages.run("mixture", inputs, self._after_rows(), ["mixture"], lambda: train(training, self.log))
-
-    def _with_sources(self, recipe: dict[str, Any], name: str) -> dict[str, Any]:
-        if "sources" in recipe:
-            raise UserError(f"merges.{name}: sources are given by the run (backbone and the domains); remove the key")
-        sources = {"backbone": self._hf("backbone")} | {d: self._hf(f"branch/{d}") for d in self.domains}
-        return recipe | {"sources": sources}
-
-    def _check_trainings(self) -> None:
-        """Everything wrong with a training that can be known before the first one starts."""
-        settings = self.settings
-        if settings.student is not None:
-            config = ModelConfig.from_dir(hub.model_directory(settings.student))
-        else:
-            config = ModelConfig.from_hf(student.shape_of(settings.model, settings.model.vocab_size), "model")
-        trainings = {f"domains.{d}.branch" if settings.domains[d].branch else "branch": settings.branch_training(d)
-                     for d in self.domains}  # fmt: skip
-        if settings.backbone is not None:
-            trainings["backbone"] = settings.backbone
-        for key, training in (trainings | {"mixture": settings.mixture_training(1)}).items():
-            try:
-                check(training, config)
-            except UserError as error:
-                raise UserError(f"{key}: {error}") from None
-
-    def _check_recipe(self, name: str, recipe: dict[str, Any]) -> None:
-        known = ["backbone", *self.domains]
-        try:
-            if is_calibrated(recipe):
-                inputs = CalibratedRecipe.read(self._with_data(recipe, name)).inputs
-            else:
-                inputs = read_recipe(self._with_data(recipe, name)).inputs
-        except UserError as error:
-            message = str(error).removeprefix("recipe: ")
-            raise UserError(message if message.startswith("merges.") else f"merges.{name}: {message}") from None
-        for model in inputs:
-            if model not in known:
-                raise UserError(f"merges.{name}: no model is named '{model}'{nearest(model, known)}")
-
-    def _with_data(self, recipe: dict[str, Any], name: str) -> dict[str, Any]:
-        """The recipe with its sources; one that looks at data with each domain's training rows where it gives none,
-        and with the run's seed and template."""
-        if not is_calibrated(recipe):
-            return self._with_sources(recipe, name)
-        models = recipe.get("models")
-        if isinstance(models, list):
-            entries = [{"model": entry} if isinstance(entry, str) else entry for entry in models]
-            models = [{"data": str(self._rows(entry["model"], "train")), **entry}
-                      if isinstance(entry, dict) and entry.get("model") in self.domains else entry
-                      for entry in entries]  # fmt: skip
-        seed = recipe.get("seed", 0)
-        seed = seed + self.settings.seed if isinstance(seed, int) else seed
-        parameters = recipe.get("parameters") or {}
-        if isinstance(parameters, dict):
-            parameters = {"template": self.settings.template, **parameters}
-        return self._with_sources(recipe, name) | {"models": models, "seed": seed, "parameters": parameters}
-
-    def _merge(self, name: str) -> None:
-        recipe = self._with_data(self.settings.merges[name], name)
-        after = [f"branch/{domain}" for domain in self.domains]
-        if self.settings.student is None:
-            after.append("backbone")
-
-        def work() -> None:
-            output = self.directory / "merges" / name / "hf"
             if is_calibrated(recipe):
                 calibrated_merge(recipe, output, overwrite=True, log=self.log)
             else:
                 engine.merge(recipe, output, overwrite=True)
 
-        self.stages.run(f"merge/{name}", [self.settings.merges[name], *self._given()], after, [f"merges/{name}"], work)
+        after = (*(model.name for model in self.branches.values()), *self.backbone.made_by)
+        inputs = [self.settings.merges[name], *self._external()]
+        return Stage(f"merge/{name}", lambda: inputs, after, (f"merges/{name}",), work)
 
-    def _stage_of(self, model: str) -> list[str]:
-        return [] if model == "backbone" and self.settings.student is not None else [model]
-
-    def _scores(self, model: str, split: str) -> dict[str, Any]:
+    def _score(self, model: Model, split: str) -> Stage:
         settings = self.settings
-        tasks = {}
-        for domain in self.domains:
-            file = str(self._rows(domain, split))
-            own = settings.domains[domain].builtin
-            tasks[domain] = TaskSettings(questions=file if own else None, traces=file)
-        output = f"scores/{split}/{model.replace('/', '-')}"
-        evaluation = EvalSettings(
-            model=self._hf(model), tasks=tasks, output=str(self.directory / output), template=settings.template,
-            seed=settings.seed, **settings.evaluate.model_dump(),
-        )  # fmt: skip
-        after = [*self._stage_of(model), *(f"data/{domain}" for domain in self.domains)]
-        scoring = settings.evaluate.model_dump(exclude={"mesh", "batch"})
-        inputs = [scoring, *self._given(), settings.seed]
-        self.stages.run(f"evaluate/{split}/{model}", inputs, after, [output], lambda: evaluate(evaluation, self.log))
-        return json.loads((self.directory / output / "scores.json").read_text())
+        rows = {domain: self.rows(domain, split) for domain in settings.domains}
 
-    def _merged(self, winner: str) -> None:
+        def work() -> None:
+            tasks = {}
+            for domain, part in rows.items():
+                location, first = next(read_rows(part.file))
+                questions, texts = (str(part.file) if kind else None for kind in measures(first, location))
+                tasks[domain] = TaskSettings(questions=questions, traces=texts, judge=settings.domains[domain].judge)
+            evaluation = EvalSettings(
+                model=model.hf, tasks=tasks, output=str(self.directory / model.scores(split)), seed=settings.seed,
+                template=settings.template, run_programs=settings.run_programs, **settings.evaluate.model_dump(),
+            )  # fmt: skip
+            evaluate(evaluation, self.log)
+
+        judging = [settings.run_programs, [domain.judge for domain in settings.domains.values()]]
+        inputs = [settings.evaluate.model_dump(exclude={"mesh", "batch"}), *self._external(), settings.seed, judging]
+        after = (*model.made_by, *(part.stage for part in rows.values()))
+        return Stage(f"evaluate/{split}/{model.name}", lambda: inputs, after, (model.scores(split),), work)
+
+    def winner(self) -> Model:
+        """Return the merge that the validation rows choose; their scores must be there."""
+        candidates = {model.name: model for model in (self.backbone, *self.merges.values())}
+        scores = {name: model.read_scores(self.directory, "validation") for name, model in candidates.items()}
+        return candidates[choose(scores, self.settings.choose.by)]
+
+    def _merged(self, candidates: list[Model]) -> Stage:
         def work() -> None:
             with replacing(self.directory / "merged" / "hf") as temporary:
-                for file in Path(self._hf(winner)).iterdir():
+                for file in Path(self.winner().hf).iterdir():
                     try:
                         os.link(file, temporary / file.name)  # the same bytes under two names
                     except OSError:
                         shutil.copyfile(file, temporary / file.name)
 
-        self.stages.run("merged", winner, [winner], ["merged"], work)
-
-    # The report
-
-    def _summary(self, model: str) -> dict[str, Any]:
-        return json.loads((self.directory / model / "result.json").read_text())
-
-    def _report(self, scores: dict[str, Any], winner: str, validation: dict[str, Any]) -> dict[str, Any]:
-        trained = [*(f"branch/{d}" for d in self.domains), "mixture"]
-        tokens = {model: self._summary(model)["tokens"] for model in trained}
-        together = sum(tokens[f"branch/{d}"] for d in self.domains)
-        models: dict[str, Any] = {}
-        for name, score in scores.items():
-            if name == "mixture":
-                models["merged"] = models[winner]
-            is_merge = name.startswith("merge/")
-            own = name in trained or (name == "backbone" and self.settings.student is None)
-            models[name] = {
-                "hf": os.path.relpath(hub.model_directory(self._hf(name)), self.directory),
-                "metrics": f"{self._relative(name)}/metrics.jsonl" if own else None,
-                "merge_report": f"{self._relative(name)}/hf/{engine.REPORT}" if is_merge else None,
-                "tokens": tokens.get(name, together + self._calibration_tokens(name) if is_merge else 0),
-                "move": self._summary(name)["move"] if name in trained else None,
-                "scores": score,
-            }
-        models["merged"] = models[winner] | {"hf": "merged/hf", "merge_report": f"merged/hf/{engine.REPORT}"}
-        selection = {d: self._selection(d) for d in self.domains if self.settings.domains[d].builtin is not None}
-        return {
-            "models": models,
-            "chosen": {
-                "merge": winner.removeprefix("merge/"),
-                "rule": RULE.format(by=self.settings.choose.by),
-                "validation": {name.removeprefix("merge/"): score for name, score in validation.items()},
-            },
-            "selection": selection,
-            "stages": self.stages.measured,
-            "versions": {"bmjax": __version__, "python": platform.python_version()} | {p: version(p) for p in PACKAGES},
-            "config": self.settings.model_dump(mode="json"),
-        }
-
-    def _calibration_tokens(self, model: str) -> int:
-        """The tokens that a merge read beside the branches' training."""
-        report = json.loads((self.directory / self._relative(model) / "hf" / engine.REPORT).read_text())
-        return sum(report.get("tokens", {}).values())
-
-    def _selection(self, domain: str) -> dict[str, Any]:
-        return json.loads((self.directory / "teach" / domain / "counts.json").read_text())
+        after = tuple(f"evaluate/validation/{model.name}" for model in candidates)
+        return Stage("merged", lambda: self.settings.choose.model_dump(), after, ("merged",), work)
 
 
-def _important(training: TrainSettings) -> dict[str, Any]:
+def _deciding(training: TrainSettings) -> dict[str, Any]:
     """What a training's result depends on, its inputs left out."""
-    return training.model_dump(exclude=identity.NO_RESULT)
+    return training.model_dump(exclude=fingerprint.NO_RESULT)
 
 
-def _file_states(domain: Any) -> list[Any]:
-    """Size and time of the files a domain reads: a changed file redoes what depends on it."""
-    states: list[Any] = []
-    for source in (domain.train, domain.test):
-        for name in [] if source is None else [source.files] if isinstance(source.files, str) else source.files:
-            states.append([name, *_state(Path(name))])
-    return states
+def _source_state(source: SourceSettings) -> list[Any]:
+    """Size and time of the files of a source: a changed file redoes what depends on it."""
+    return [[name, *_state(Path(name))] for name in _as_list(source.data)]
+
+
+def _as_list(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
 
 
 def _state(path: Path) -> list[Any]:

@@ -1,4 +1,4 @@
-"""The settings of `bmjax run`: domains, backbone, branches, merges, mixture, evaluation."""
+"""The settings of `bmjax run`: domains, teacher, backbone, branches, merges, mixture, evaluation."""
 
 from typing import Any, Literal, Self
 
@@ -6,66 +6,95 @@ from pydantic import Field, ValidationError, model_validator
 
 from bmjax.branch.settings import Training
 from bmjax.config import Settings, first_problem
-from bmjax.demo.settings import Mistakes
-from bmjax.teach.settings import TeacherSettings
+from bmjax.teach.settings import Selection, TeacherSettings
 
 
 class SourceSettings(Settings):
-    """Rows that exist already: files, and how to make a prompt and a response of one."""
+    """Rows of data, and how a prompt, a response and a reference are made of one.
 
-    files: str | list[str] = Field(description="JSONL or Parquet file(s), or a hub dataset: org/name:subset:split")
-    prompt: str = Field("{prompt}", description="the prompt; {name} stands for a field of the row, lists line by line")
-    response: str = Field("{response}", description="what the student is to write")
+    Without `prompt`, `response` and `reference` the rows are taken as they are.
+    """
+
+    data: str | list[str] = Field(
+        description="JSON Lines, JSON or Parquet file(s), or a hub dataset (org/name:subset:split)"
+    )
+    prompt: str | None = Field(
+        None, description="the prompt; {name} stands for a field of the row (a list: line by line), {{ for a brace"
+    )
+    response: str | None = Field(None, description="what the student is to write")
+    reference: str | dict[str, str] | None = Field(
+        None,
+        description="the reference answer; a field that is a list holds a program's tests, as {tests: {name}} does",
+    )
     identity: str | None = Field(None, description="what tells rows apart when they are split; default: the prompt")
     between: dict[str, tuple[int, int]] = Field(
         {}, description="keep rows whose field lies in [from, to], e.g. {task_id: [11, 510]}"
     )
+    limit: int | None = Field(None, ge=1, description="take the first so many rows only")
 
-
-class BuiltinDomain(Settings):
-    """Procedural problems of a built-in domain, answered by the teacher."""
-
-    domain: Literal["math", "code", "science"] = Field(description="which")
-    count: int = Field(3600, ge=1, description="problems the teacher answers for the branch")
-    levels: list[int] = Field([1, 2, 3], description="difficulties of those and of the held-out problems")
-    backbone_count: int = Field(1200, ge=1, description="solved problems of the backbone's training")
-    backbone_levels: list[int] = Field([1, 2, 3], description="difficulties of those")
-    validation: int = Field(300, ge=1, description="held-out problems that choose the merge")
-    test: int = Field(600, ge=1, description="held-out problems of the report")
+    @property
+    def as_they_are(self) -> bool:
+        """Whether the rows are taken without a template."""
+        return self.prompt is None and self.response is None and self.reference is None
 
 
 class DomainSettings(Settings):
-    """One domain: built-in problems, or rows that exist. Each becomes one branch."""
+    """One domain: problems for the teacher, traces, or training rows. Each becomes one branch."""
 
-    builtin: BuiltinDomain | None = Field(None, description="procedural problems; or give train")
-    train: SourceSettings | None = Field(None, description="training rows; or give builtin")
-    test: SourceSettings | None = Field(None, description="test rows; never trained on")
-    test_share: float = Field(
-        0.0, ge=0, lt=1, description="without test: share of the training rows held out for it, by hash of the prompt"
+    problems: SourceSettings | None = Field(
+        None, description="prompt and reference: asked of the teacher, judged, selected"
     )
+    traces: str | list[str] | None = Field(
+        None, description="traces that exist, as `bmjax collect` writes them: selected; nothing is asked"
+    )
+    train: SourceSettings | None = Field(
+        None, description="training rows: prompt and response, or all that `bmjax train` reads"
+    )
+    test: SourceSettings | None = Field(
+        None, description="test rows, never trained on: prompt with reference (accuracy), response (loss) or both"
+    )
+    test_share: float = Field(
+        0.0, ge=0, lt=1, description="without test: share of the domain's rows held out for it, by hash of the prompt"
+    )
+    validation: SourceSettings | None = Field(None, description="rows that choose the merge, as test; never trained on")
     validation_share: float = Field(
-        0.1, gt=0, lt=1, description="share of the training rows that choose the merge, by hash of the prompt"
+        0.1, gt=0, lt=1, description="without validation: share of the domain's rows held out, by hash of the prompt"
+    )
+    backbone: SourceSettings | None = Field(
+        None, description="rows that a new backbone is trained on; default: the training rows"
     )
     backbone_rows: int | None = Field(
-        None, ge=1, description="with train: so many of the training rows, by hash of the prompt, train the backbone "
-        "too; null: all. Domains of equal share make a backbone that no single one dominates"
+        None, ge=1, description="so many of the training rows, by hash of the prompt, train a new backbone; null: all. "
+        "Domains of equal share make a backbone that no single one dominates",
     )  # fmt: skip
+    judge: Literal["math", "choice", "exact", "tests"] | None = Field(
+        None, description="how answers are judged; by default the domain's name and the reference decide"
+    )
     branch: dict[str, Any] = Field({}, description="training keys that differ from the top's `branch`")
 
     @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        if (self.builtin is None) == (self.train is None):
-            raise ValueError("give exactly one of 'builtin' and 'train'")
-        if self.builtin is not None and self.backbone_rows is not None:
-            raise ValueError("backbone_rows goes with 'train'; with 'builtin' set builtin.backbone_count")
-        if self.train is not None and (self.test is None) == (self.test_share == 0):
+    def _sources(self) -> Self:
+        if sum(source is not None for source in (self.problems, self.traces, self.train)) != 1:
+            raise ValueError("give exactly one of 'problems', 'traces' and 'train'")
+        if (self.test is None) == (self.test_share == 0):
             raise ValueError("give exactly one of 'test' and 'test_share'")
+        if self.backbone is not None and self.backbone_rows is not None:
+            raise ValueError("give 'backbone' or 'backbone_rows', not both")
+        if self.problems is not None and self.problems.response is not None:
+            raise ValueError("problems.response: the teacher gives the responses; rows that have theirs are 'train'")
+        held_out = "reference", "response"
+        needed = {"train": ("response",), "backbone": ("response",), "test": held_out, "validation": held_out}
+        for key, templates in needed.items():
+            source = getattr(self, key)
+            if source and not source.as_they_are and all(getattr(source, name) is None for name in templates):
+                raise ValueError(f"{key}: {' or '.join(templates)} is missing beside the other templates")
         return self
 
 
 class ModelSettings(Settings):
     """A new, small Qwen2 (an existing one is given by `student`)."""
 
+    tokenizer: str = Field(description="directory or hub id of the tokenizer")
     hidden_size: int = Field(64, ge=8, description="D")
     intermediate_size: int = Field(192, ge=8, description="F")
     num_layers: int = Field(4, ge=1, description="L")
@@ -77,17 +106,13 @@ class ModelSettings(Settings):
     initializer_range: float = Field(
         0.02, gt=0, description="standard deviation of the initial matrices; about 1/sqrt(D) suits a small D"
     )
-    tokenizer: str | None = Field(
-        None, description="directory or hub id; null: a byte-level BPE is trained on the backbone's rows"
-    )
-    vocab_size: int = Field(512, ge=270, description="of a tokenizer trained here")
 
 
 class ChooseSettings(Settings):
     """Which merge becomes `merged`; decided on the validation rows alone."""
 
     by: Literal["accuracy", "loss"] = Field(
-        "accuracy", description="what is compared; loss where there are no questions"
+        "accuracy", description="what is compared; the other where a domain has only that"
     )
 
 
@@ -108,20 +133,24 @@ class RunSettings(Settings):
     """`bmjax run CONFIG`: the whole branch-merge experiment."""
 
     output: str | None = Field(None, description="directory of the run; --output wins over it")
-    seed: int = Field(0, description="of problems, initialization, order of rows and sampling")
+    seed: int = Field(0, description="of initialization, order of rows and sampling")
     domains: dict[str, DomainSettings] = Field(description="NAME: a domain; one branch each")
     student: str | None = Field(
         None, description="backbone that exists: directory or hub id; null: `model` is trained by `backbone`"
     )
-    model: ModelSettings = Field(ModelSettings(), description="the new backbone's shape")
+    model: ModelSettings | None = Field(None, description="the new backbone's shape")
     template: str | None = Field(
         None, description="chat template: null for the student's own, chatml, deepseek-r1, or FILE.jinja"
     )
     backbone: Training | None = Field(
         None, description="how a new backbone is trained; on every domain's backbone rows"
     )
-    teacher: TeacherSettings = Field(TeacherSettings(), description="who answers the built-in problems")
-    mistakes: Mistakes = Field(Mistakes(), description="of the built-in teacher")
+    teacher: TeacherSettings = Field(TeacherSettings(), description="who answers the problems")
+    failed_share: float = Field(
+        0.0, ge=0, lt=1, description="share of a domain's requests that may fail for good; more of them stop the run"
+    )
+    select: Selection = Field(Selection(), description="which traces are trained on")
+    run_programs: bool = Field(False, description="run answers that are programs against their tests (not a sandbox)")
     branch: Training = Field(description="how every branch is trained")
     mixture: dict[str, Any] = Field(
         {},
@@ -144,22 +173,31 @@ class RunSettings(Settings):
             raise ValueError("merges: at least one is needed")
         if (self.student is None) == (self.backbone is None):
             raise ValueError("give 'student' (a backbone that exists) or 'backbone' (how a new one is trained)")
-        for name in self.domains:
+        if (self.backbone is None) != (self.model is None):
+            raise ValueError("'backbone' (how a new backbone is trained) and 'model' (its shape) go together")
+        for name, domain in self.domains.items():
+            if domain.problems is not None and not (self.teacher.base_url and self.teacher.model):
+                raise ValueError(
+                    f"domains.{name}.problems are asked of a teacher: set teacher.base_url (its endpoint, e.g. "
+                    "http://localhost:8000/v1) and teacher.model"
+                )
+            if self.student is not None and (domain.backbone is not None or domain.backbone_rows is not None):
+                raise ValueError(f"domains.{name}.backbone: 'student' is a trained backbone; remove the key")
             self.branch_training(name)
         self.mixture_training(1)
         return self
 
     def branch_training(self, domain: str) -> Training:
-        """How the branch of `domain` is trained: the top's keys with the domain's own over them."""
-        return _over(self.branch, self.domains[domain].branch, f"domains.{domain}.branch")
+        """Return how the branch of `domain` is trained: `branch` with the domain's changes."""
+        return _changed(self.branch, self.domains[domain].branch, f"domains.{domain}.branch")
 
     def mixture_training(self, steps: int) -> Training:
-        """How the mixture is trained: as a branch, for `steps` unless its own keys say otherwise."""
+        """Return how the mixture is trained: as a branch, for `steps` unless `mixture` says otherwise."""
         changes = {"steps": steps, "epochs": None} | self.mixture
-        return _over(self.branch, changes, "mixture")
+        return _changed(self.branch, changes, "mixture")
 
 
-def _over(base: Training, changes: dict[str, Any], where: str) -> Training:
+def _changed(base: Training, changes: dict[str, Any], key: str) -> Training:
     values = base.model_dump() | changes
     if "epochs" in changes and "steps" not in changes:
         values["steps"] = None
@@ -168,4 +206,4 @@ def _over(base: Training, changes: dict[str, Any], where: str) -> Training:
     try:
         return Training.model_validate(values)
     except ValidationError as error:
-        raise ValueError(f"{where}: {first_problem(Training, error)}") from None
+        raise ValueError(f"{key}: {first_problem(Training, error)}") from None

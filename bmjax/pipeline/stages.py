@@ -10,18 +10,34 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bmjax.config import UserError
 from bmjax.io.atomic import write_atomic
+from bmjax.log import Log
 
-Log = Callable[[str], None]
+
+@dataclass(frozen=True)
+class Stage:
+    """A piece of work that is done once.
+
+    inputs: called when the stage's turn comes; returns the JSON values that the result depends on.
+    after: names of the stages whose results it reads; they come before it.
+    outputs: paths under the run's directory that it makes, removed first when they come from other inputs.
+    """
+
+    name: str
+    inputs: Callable[[], Any]
+    after: tuple[str, ...]
+    outputs: tuple[str, ...]
+    work: Callable[[], object]
 
 
 class Stages:
-    """The stages of one run directory."""
+    """The stages of one run directory: which are done, what each took."""
 
     def __init__(self, directory: Path, log: Log) -> None:
         self.directory, self._log = directory, log
@@ -33,17 +49,16 @@ class Stages:
         except OSError as error:
             raise UserError(f"{directory}: cannot be written: {error.strerror}") from None
 
-    def run(
-        self, name: str, inputs: Any, after: Iterable[str], outputs: Iterable[str], work: Callable[[], Any]
-    ) -> None:
-        """Do `work` unless it is done. inputs: JSON values it depends on; after: stages whose results it reads;
-        outputs: paths under the run directory that it makes, removed first when they come from other inputs."""
-        text = json.dumps([name, inputs, [self._fingerprints[stage] for stage in after]], sort_keys=True, default=str)
+    def run(self, stage: Stage) -> None:
+        """Do the stage's work unless it is done."""
+        name = stage.name
+        inputs = [name, stage.inputs(), [self._fingerprints[before] for before in stage.after]]
+        text = json.dumps(inputs, sort_keys=True, default=str)
         fingerprint = hashlib.sha256(text.encode()).hexdigest()
         self._fingerprints[name] = fingerprint
         slug = name.replace("/", "-")
         done, started = self._markers / f"{slug}.json", self._markers / f"{slug}.started"
-        paths = [self.directory / output for output in outputs]
+        paths = [self.directory / output for output in stage.outputs]
         marker = _read(done)
         if marker.get("fingerprint") == fingerprint and all(path.exists() for path in paths):
             self.measured[name] = {key: marker[key] for key in ("seconds", "peak_rss_mib")}
@@ -57,7 +72,7 @@ class Stages:
         self._log(f"== {name}")
         begun = time.monotonic()
         with PeakMemory() as memory:
-            work()
+            stage.work()
         measured = {"seconds": round(time.monotonic() - begun, 2), "peak_rss_mib": round(memory.mib, 1)}
         write_atomic(done, json.dumps({"fingerprint": fingerprint, **measured}))
         self.measured[name] = measured

@@ -4,7 +4,11 @@ import json
 
 import pytest
 
-from bmjax.pipeline.stages import PeakMemory, Stages
+from bmjax.pipeline.stages import PeakMemory, Stage, Stages
+
+
+def stage(name, value, after, outputs, work):
+    return Stage(name, lambda: value, after, outputs, work)
 
 
 def make(directory, value, made):
@@ -19,7 +23,7 @@ def make(directory, value, made):
 def test_a_done_stage_is_skipped_and_a_changed_one_wiped(tmp_path):
     made: list[int] = []
     for value in (1, 1, 2):
-        Stages(tmp_path, lambda line: None).run("one", value, [], ["out"], make(tmp_path, value, made))
+        Stages(tmp_path, lambda line: None).run(stage("one", value, (), ("out",), make(tmp_path, value, made)))
     assert made == [1, 2]
     assert (tmp_path / "out" / "file").read_text() == "2"
 
@@ -28,8 +32,8 @@ def test_what_depends_on_a_changed_stage_is_redone(tmp_path):
     made: list[str] = []
     for value in (1, 1, 2):
         stages = Stages(tmp_path, lambda line: None)
-        stages.run("one", value, [], [], lambda: made.append("one"))
-        stages.run("two", 0, ["one"], [], lambda: made.append("two"))
+        stages.run(stage("one", value, (), (), lambda: made.append("one")))
+        stages.run(stage("two", 0, ("one",), (), lambda: made.append("two")))
     assert made == ["one", "two", "one", "two"]
 
 
@@ -43,14 +47,16 @@ def test_a_killed_stage_keeps_what_it_had_unless_its_inputs_changed(tmp_path):
     for value in (1, 1, 2):
         stages = Stages(tmp_path, lambda line: None)
         with pytest.raises(KeyboardInterrupt):
-            stages.run("one", value, [], ["out"], lambda: (seen.append((tmp_path / "out" / "half").exists()), killed()))
+            stages.run(
+                stage("one", value, (), ("out",), lambda: (seen.append((tmp_path / "out" / "half").exists()), killed()))
+            )
     assert seen == [False, True, False]
 
 
 def test_a_missing_output_is_made_again(tmp_path):
     made: list[int] = []
     for _ in range(2):
-        Stages(tmp_path, lambda line: None).run("one", 1, [], ["out"], make(tmp_path, 1, made))
+        Stages(tmp_path, lambda line: None).run(stage("one", 1, (), ("out",), make(tmp_path, 1, made)))
         (tmp_path / "out" / "file").unlink()
         (tmp_path / "out").rmdir()
     assert made == [1, 1]
@@ -58,9 +64,9 @@ def test_a_missing_output_is_made_again(tmp_path):
 
 def test_time_and_memory_are_measured_and_kept(tmp_path):
     stages = Stages(tmp_path, lambda line: None)
-    stages.run("a/b", 1, [], [], lambda: bytearray(50 * 2**20))
+    stages.run(stage("a/b", 1, (), (), lambda: bytearray(50 * 2**20)))
     again = Stages(tmp_path, lambda line: None)
-    again.run("a/b", 1, [], [], lambda: None)
+    again.run(stage("a/b", 1, (), (), lambda: None))
     assert again.measured == stages.measured
     assert json.loads((tmp_path / "stages" / "a-b.json").read_text())["seconds"] == stages.measured["a/b"]["seconds"]
 

@@ -16,7 +16,7 @@ import transformers
 
 import bmjax
 from bmjax.config import UserError
-from bmjax.pipeline import RunSettings, run
+from bmjax.demo.run import run_demo
 
 TINY = Path(__file__).with_name("tiny.yaml")
 
@@ -25,11 +25,15 @@ def quiet(line: str) -> None:
     del line
 
 
+def tiny_run(directory, overrides=(), log=quiet):
+    return run_demo(directory, list(overrides), log, TINY)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """(directory, report) of one undisturbed run."""
     directory = tmp_path_factory.mktemp("run") / "tiny"
-    return directory, run(RunSettings.read(TINY), directory, quiet)
+    return directory, tiny_run(directory)
 
 
 def scores(report):
@@ -81,37 +85,37 @@ def test_the_frozen_embedding_is_the_same_in_every_model(finished):
 def test_finished_stages_are_not_redone_and_changed_ones_are(finished):
     directory, report = finished
     lines: list[str] = []
-    again = run(RunSettings.read(TINY), directory, lines.append)
+    again = tiny_run(directory, log=lines.append)
     assert not [line for line in lines if line.startswith("==")]
     assert scores(again) == scores(report)
 
-    run(RunSettings.read(TINY, ["evaluate.max_new_tokens=4"]), directory, lines.append)
+    tiny_run(directory, ["evaluate.max_new_tokens=4"], lines.append)
     redone = {line.removeprefix("== ") for line in lines if line.startswith("==")}
     assert "evaluate/test/mixture" in redone and not {"backbone", "branch/math", "merge/linear"} & redone
 
     lines.clear()
     merges = "merges={linear: {merge_method: linear, models: [{model: math, parameters: {weight: 3}}, {model: code}]}}"
-    run(RunSettings.read(TINY, ["evaluate.max_new_tokens=4", merges]), directory, lines.append)
+    tiny_run(directory, ["evaluate.max_new_tokens=4", merges], lines.append)
     redone = {line.removeprefix("== ") for line in lines if line.startswith("==")}
     assert {"merge/linear", "evaluate/test/merge/linear"} <= redone
     assert not {"backbone", "branch/math", "evaluate/test/mixture"} & redone
-    assert scores(run(RunSettings.read(TINY), directory, quiet)) == scores(report)
+    assert scores(tiny_run(directory)) == scores(report)
 
 
 def test_answers_of_a_teacher_outlive_every_change(tmp_path):
     few = ["merges={linear: {merge_method: linear, models: [{model: math}, {model: code}]}}"]
     directory = tmp_path / "run"
-    run(RunSettings.read(TINY, few), directory, quiet)
+    tiny_run(directory, few)
     (answers,) = (directory / "teach" / "math").glob("answers-*")
     before = (answers / "traces.jsonl").read_bytes()
 
     def answered(*overrides):
         lines: list[str] = []
-        run(RunSettings.read(TINY, [*few, *overrides]), directory, lines.append)
+        tiny_run(directory, [*few, *overrides], lines.append)
         return {line.removeprefix("== ") for line in lines if line.startswith("==")}
 
     assert not answered("teacher.retries=3", "teacher.concurrency=2")
-    assert "teach/math" in answered("domains.math.builtin.count=41")
+    assert "teach/math" in answered("problems.math.count=41")
     assert (answers / "traces.jsonl").read_bytes().startswith(before)
     assert "teach/math" in answered("mistakes.wrong=0.5")
     assert (answers / "traces.jsonl").read_bytes().startswith(before)
@@ -121,13 +125,14 @@ def test_answers_of_a_teacher_outlive_every_change(tmp_path):
 def test_requests_that_failed_stop_the_run_and_are_asked_again(tmp_path):
     overrides = ["mistakes.flaky=1", "teacher.retries=0"]
     with pytest.raises(UserError, match=r"teach/math: \d+ requests failed, see .*failures.jsonl") as error:
-        run(RunSettings.read(TINY, overrides), tmp_path / "run", quiet)
+        tiny_run(tmp_path / "run", overrides)
     assert "\n" not in str(error.value)
-    assert run(RunSettings.read(TINY, ["mistakes.flaky=1"]), tmp_path / "run", quiet)["selection"]
+    assert tiny_run(tmp_path / "run", ["mistakes.flaky=1"])["selection"]
 
 
 def start(directory):
-    command = [sys.executable, "-m", "bmjax", "run", str(TINY), "--output", str(directory)]
+    program = f"from bmjax.demo.run import run_demo; run_demo({str(directory)!r}, config={str(TINY)!r})"
+    command = [sys.executable, "-c", program]
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": ""}
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
@@ -160,7 +165,7 @@ def test_killed_runs_end_with_the_scores_of_an_undisturbed_one(tmp_path, kills):
     [
         (["branch.lerning_rate=1"], "learning_rate"),
         (["branch.batch=many"], "branch.batch: expected a whole number"),
-        (["domains.math.builtin.count=0"], "domains.math.builtin.count"),
+        (["problems.math.count=0"], "problems.math.count"),
         (["merges.linear.merge_method=liner"], "linear"),
         (["student=DIR"], "'student'"),
         (["domains.code.branch={stps: 3}"], "stps"),
@@ -175,7 +180,7 @@ def test_killed_runs_end_with_the_scores_of_an_undisturbed_one(tmp_path, kills):
 )
 def test_mistakes_are_told_before_anything_runs(tmp_path, overrides, told):
     with pytest.raises(UserError, match=told) as error:
-        run(RunSettings.read(TINY, overrides), tmp_path / "run", quiet)
+        tiny_run(tmp_path / "run", overrides)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run" / "data").exists()
 
@@ -187,4 +192,4 @@ def test_a_second_run_in_the_same_directory_is_refused(tmp_path, finished):
     with (directory / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another run is writing"):
-            run(RunSettings.read(TINY), directory, quiet)
+            tiny_run(directory)

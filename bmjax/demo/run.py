@@ -1,0 +1,106 @@
+"""`bmjax demo`: writes problems as JSONL and a tokenizer, serves a teacher on this machine, and calls `bmjax run`.
+
+The run gets a config of public keys only: files of rows, a tokenizer's directory and an endpoint's URL.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bmjax.config import read_yaml
+from bmjax.demo.problems import Problem, make_problems, solve
+from bmjax.demo.settings import DemoSettings, Domain, ProblemSettings
+from bmjax.demo.teacher import MODEL, DemoTeacher
+from bmjax.demo.tokenizer import train_tokenizer
+from bmjax.io.jsonl import write_jsonl
+from bmjax.log import Log, write_line
+from bmjax.pipeline.phases import run
+from bmjax.pipeline.settings import RunSettings
+from bmjax.pipeline.stages import Stage, Stages
+
+CONFIG = Path(__file__).with_name("demo.yaml")
+OUTPUT = "runs/demo"
+
+
+def run_demo(
+    output: str | Path | None = None, overrides: Sequence[str] = (), log: Log = write_line, config: str | Path = CONFIG
+) -> dict[str, Any]:
+    """Run, or continue, the demo.
+
+    Arguments:
+        output: the run's directory; default: the config's, else runs/demo.
+        overrides: `key.sub=value`, of the demo's keys and of those of `bmjax run`.
+        log: gets a line for every stage and remark.
+        config: YAML with keys of both kinds.
+
+    Returns:
+        The content of report.json.
+
+    Raises:
+        UserError: for a wrong key or value.
+    """
+    values = read_yaml(config)
+    keys = DemoSettings.model_fields.keys()
+    is_demos = {override: override.partition("=")[0].strip().split(".")[0] in keys for override in overrides}
+    demo = DemoSettings.read(
+        {key: values.pop(key) for key in keys & values.keys()}, [o for o in overrides if is_demos[o]]
+    )
+    output = output or next((o.partition("=")[2] for o in overrides if o.startswith("output=")), None)
+    directory = Path(output or values.get("output") or OUTPUT)
+    files = directory / "demo"
+    values["model"] = {"tokenizer": str(files / "tokenizer")} | values["model"]
+    values["domains"] = {name: domain_keys(files / name) for name in demo.problems}
+    with DemoTeacher() as teacher:
+        endpoint = {"base_url": teacher.base_url, "model": MODEL, "extra": {"mistakes": demo.mistakes.model_dump()}}
+        values["teacher"] = endpoint | values.get("teacher", {})
+        settings = RunSettings.read(values, [o for o in overrides if not is_demos[o]])
+        write_inputs(demo, settings.seed, directory, log)
+        return run(settings, directory, log)
+
+
+def domain_keys(folder: Path) -> dict[str, Any]:
+    """Return the keys of a domain of `bmjax run` whose files are in `folder`."""
+    solved = {name: {"data": str(folder / f"{name}.jsonl")} for name in ("backbone", "validation", "test")}
+    return {"problems": {"data": str(folder / "problems.jsonl")}, **solved}
+
+
+def write_inputs(demo: DemoSettings, seed: int, directory: Path, log: Log) -> None:
+    """Write DIR/demo: every domain's rows, and the tokenizer trained on the backbone's. What is there already stays."""
+    stages, files = Stages(directory, log), directory / "demo"
+
+    def problems_of(name: Domain) -> Stage:
+        settings = demo.problems[name]
+        return Stage(
+            f"demo/{name}", lambda: [settings.model_dump(), seed], (), (f"demo/{name}",),
+            lambda: write_problems(name, settings, files / name, seed),
+        )  # fmt: skip
+
+    for name in demo.problems:
+        stages.run(problems_of(name))
+
+    def write_tokenizer() -> None:
+        rows = [files / name / "backbone.jsonl" for name in demo.problems]
+        train_tokenizer(rows, demo.vocab_size).save_pretrained(str(files / "tokenizer"))
+
+    after = tuple(f"demo/{name}" for name in demo.problems)
+    stages.run(Stage("demo/tokenizer", lambda: demo.vocab_size, after, ("demo/tokenizer",), write_tokenizer))
+
+
+def write_problems(domain: str, settings: ProblemSettings, folder: Path, seed: int) -> None:
+    """Write a domain's rows. The splits never share a prompt; the backbone's problems are not asked again."""
+    backbone = make_problems(domain, settings.backbone_count, seed, settings.backbone_levels, split="train")
+    known = {problem.prompt for problem in backbone}
+    asked = make_problems(domain, settings.count, seed + 1, settings.levels, exclude=known, split="train")
+    write_jsonl(folder / "backbone.jsonl", map(_solved, backbone))
+    write_jsonl(folder / "problems.jsonl", map(asdict, asked))
+    validation = make_problems(domain, settings.validation, seed, settings.levels, split="val")
+    test = make_problems(domain, settings.test, seed, settings.levels, split="test")
+    write_jsonl(folder / "validation.jsonl", map(_solved, validation))
+    write_jsonl(folder / "test.jsonl", map(_solved, test))
+
+
+def _solved(problem: Problem) -> dict[str, Any]:
+    solution = solve(problem.prompt)
+    row = {"prompt": problem.prompt, "reference": problem.reference}
+    return row | {"reasoning": solution.reasoning, "response": solution.answer}

@@ -1,0 +1,239 @@
+"""A domain's rows as files under DIR/data/DOMAIN: read from their sources, and split by their prompts.
+
+problems.jsonl   prompt, reference             what the teacher is asked
+train.jsonl      prompt, reasoning, response   the branch's rows, in any form that a training reads
+backbone.jsonl   the same                      the rows of a new backbone, where they are others than the branch's
+validation.jsonl, test.jsonl                   prompt with reference (accuracy), with response (loss), or both
+
+Rows stream through; only hashes of prompts stay in memory. The stages of bmjax.pipeline.phases call this module.
+"""
+
+import hashlib
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bmjax.chat.template import messages_of
+from bmjax.config import UserError
+from bmjax.io.atomic import replacing_file
+from bmjax.io.jsonl import json_line, write_jsonl
+from bmjax.io.rows import fill, read_rows
+from bmjax.log import Log
+from bmjax.pipeline.settings import DomainSettings, RunSettings, SourceSettings
+from bmjax.teach.judges.judge import choose
+
+HELD_OUT = ("test", "validation")  # the order in which shares are taken
+
+SourceRow = tuple[str, str, dict[str, Any]]  # location, identity, row
+
+
+@dataclass(frozen=True)
+class DomainRows:
+    """The row files of one domain of a run, in `folder`."""
+
+    name: str
+    run: RunSettings
+    folder: Path
+    log: Log
+
+    @property
+    def domain(self) -> DomainSettings:
+        """The domain's settings."""
+        return self.run.domains[self.name]
+
+    def write_sources(self) -> None:
+        """Write what the sources hold: held-out rows, then problems or training rows, then the backbone's rows.
+
+        Raises:
+            UserError: for rows that do not fit, and for a split that stays empty.
+        """
+        domain, held_out = self.domain, set[bytes]()
+        for split in HELD_OUT:
+            if source := getattr(domain, split):
+                write_jsonl(self.folder / f"{split}.jsonl", self._held_out_rows(source, split, held_out))
+        if domain.problems is not None:
+            self.split(self._problems(domain.problems), "problems", held_out)
+        elif domain.train is not None:
+            self.split(read_source(domain.train, f"domains.{self.name}.train"), "train", held_out)
+        if domain.backbone is not None:
+            rows = list(read_source(domain.backbone, f"domains.{self.name}.backbone"))
+            kept = [row for _, identity, row in rows if _hash(identity) not in held_out]
+            if not kept:
+                raise UserError(f"domains.{self.name}.backbone: every row is in validation or test; give other rows")
+            if len(kept) < len(rows):
+                self.log(f"data {self.name}: {len(rows) - len(kept)} backbone rows are in validation or test: left out")
+            write_jsonl(self.folder / "backbone.jsonl", kept)
+
+    def split(self, rows: Iterable[SourceRow], rest: str, held_out: set[bytes]) -> None:
+        """Write rows to validation.jsonl and test.jsonl by the domain's shares, and the others to `rest`.jsonl.
+
+        The split of a row depends on its identity alone, not on the order or the number of rows. Rows whose identity
+        is in `held_out` are left out. Where the rest is trained on and `backbone_rows` is set, so many of its rows
+        are written to backbone.jsonl, too.
+        """
+        domain = self.domain
+        shares = {split: getattr(domain, f"{split}_share") for split in HELD_OUT if getattr(domain, split) is None}
+        if rest == "train" and domain.problems is not None:
+            shares = {}  # they were taken of the problems
+        counts = dict.fromkeys((rest, *shares), 0)
+        left_out = {"in validation or test": 0, "asked twice": 0}
+        measured: dict[str, tuple[bool, bool]] = {}
+        asked: set[bytes] = set()
+        positions = array("d")  # of the rest's rows, for the backbone's share
+        with ExitStack() as stack:
+            files = {split: stack.enter_context(replacing_file(self.folder / f"{split}.jsonl")) for split in counts}
+            for location, identity, row in rows:
+                if _hash(identity) in held_out:
+                    left_out["in validation or test"] += 1
+                    continue
+                split = next((split for split, share in shares.items() if _position(identity, split) < share), rest)
+                if split == rest:
+                    positions.append(_position(identity, "backbone"))
+                else:
+                    questions, _ = self._measured(row, location, split, measured)
+                    if questions and _hash(identity) in asked:
+                        left_out["asked twice"] += 1
+                        continue
+                    asked.add(_hash(identity))
+                files[split].write(json_line(row))
+                counts[split] += 1
+            for split, count in counts.items():
+                if not count:
+                    raise UserError(
+                        f"domains.{self.name}: no {split} rows are left; check data, between, limit and the shares"
+                    )
+        if rest == "train" and domain.backbone_rows is not None:
+            last = sorted(positions)[min(domain.backbone_rows, len(positions)) - 1]
+            written = zip(read_rows(self.folder / "train.jsonl"), positions, strict=True)
+            write_jsonl(self.folder / "backbone.jsonl", (row for (_, row), position in written if position <= last))
+        reasons = [f"{count} {reason}" for reason, count in left_out.items() if count]
+        line = ", ".join(f"{count} {split} rows" for split, count in counts.items())
+        self.log(f"data {self.name}: {line}" + (f"; left out: {', '.join(reasons)}" if reasons else ""))
+
+    def _held_out_rows(self, source: SourceSettings, split: str, held_out: set[bytes]) -> Iterator[dict[str, Any]]:
+        measured: dict[str, tuple[bool, bool]] = {}
+        for location, identity, row in read_source(source, f"domains.{self.name}.{split}"):
+            self._measured(row, location, split, measured)
+            held_out.add(_hash(identity))
+            yield row
+
+    def _problems(self, source: SourceSettings) -> Iterator[SourceRow]:
+        """Yield prompt and reference of every problem, checked before anything is asked."""
+        key = f"domains.{self.name}.problems"
+        for location, identity, row in read_source(source, key):
+            prompt, reference = row.get("prompt"), row.get("reference")
+            if not isinstance(prompt, str) or not prompt.strip():
+                raise UserError(f"{location}: the prompt is empty or not text; check {key}.prompt")
+            if reference is None and "unjudged" not in self.run.select.keep:
+                raise UserError(
+                    f"{location}: no reference, so no answer can be judged right; give {key}.reference, "
+                    "or select.keep: [right, unjudged]"
+                )
+            self.check_reference(reference, location)
+            yield location, identity, {"prompt": prompt, "reference": reference}
+
+    def _measured(
+        self, row: Mapping[str, Any], location: str, split: str, measured: dict[str, tuple[bool, bool]]
+    ) -> tuple[bool, bool]:
+        """Return what a held-out row can measure; UserError where the rows of a split differ in that."""
+        kinds = measures(row, location)
+        if not any(kinds):
+            raise UserError(f"{location}: a {split} row needs a prompt and a reference (accuracy) or a response (loss)")
+        if kinds != measured.setdefault(split, kinds):
+            raise UserError(f"{location}: the other {split} rows have what this one lacks, or lack what it has: "
+                            "a reference (accuracy) or a response (loss)")  # fmt: skip
+        if kinds[0]:
+            self.check_reference(row["reference"], location)
+        return kinds
+
+    def check_reference(self, reference: Any, location: str) -> None:
+        """Raise UserError for a reference that no judge can read, or that needs programs to be run."""
+        try:
+            judge = self.domain.judge or choose(reference, self.name)
+        except UserError as error:
+            raise UserError(f"{location}: {error}") from None
+        if judge == "tests" and not self.run.run_programs:
+            raise UserError(
+                f"{location}: the reference is a program's tests; answers are judged by running them on this machine: "
+                "set run_programs: true, best inside a container"
+            )
+
+
+def measures(row: Mapping[str, Any], location: str) -> tuple[bool, bool]:
+    """Return (whether a row is a question with a reference, whether it holds a response)."""
+    question = isinstance(row.get("prompt"), str) and row.get("reference") is not None
+    if not {"response", "messages", "conversations"} & row.keys() or row.get("response", "") is None:
+        return question, False
+    return question, any(turn["role"] == "assistant" for turn in messages_of(row, location))
+
+
+def read_source(source: SourceSettings, key: str) -> Iterator[SourceRow]:
+    """Yield (location, identity, row) of a source's rows.
+
+    Arguments:
+        source: the rows and their templates.
+        key: the setting that holds the source, for errors.
+
+    Raises:
+        UserError: for a field that is missing, and for a source without a row.
+    """
+    count = 0
+    for location, fields in read_rows(source.data, f"{key}.data"):
+        if not all(low <= _number(fields, name, location) <= high for name, (low, high) in source.between.items()):
+            continue
+        row, identity = _filled(source, fields, location, key), source.identity
+        text = prompt_of(row, location) if identity is None else fill(identity, fields, location, f"{key}.identity")
+        yield location, " ".join(str(text).split()), row
+        count += 1
+        if count == source.limit:
+            return
+    if not count:
+        raise UserError(f"{key}: no row of {source.data} passes 'between' {source.between}")
+
+
+def _filled(source: SourceSettings, fields: Mapping[str, Any], location: str, key: str) -> dict[str, Any]:
+    """Return the row that the templates make of a row's fields."""
+    if source.as_they_are:
+        return dict(fields)
+    lines = {name: "\n".join(map(str, v)) if isinstance(v, list) else v for name, v in fields.items()}
+    row: dict[str, Any] = {"prompt": str(fill(source.prompt or "{prompt}", lines, location, f"{key}.prompt"))}
+    if isinstance(source.reference, dict):
+        row["reference"] = {
+            name: fill(template, fields, location, f"{key}.reference.{name}")
+            for name, template in source.reference.items()
+        }
+    elif source.reference is not None:
+        reference = fill(source.reference, fields, location, f"{key}.reference")
+        row["reference"] = {"tests": reference} if isinstance(reference, list) else reference
+    if source.response is not None:
+        row["response"] = str(fill(source.response, lines, location, f"{key}.response"))
+    return row
+
+
+def prompt_of(row: Mapping[str, Any], location: str) -> str:
+    """Return what a row asks: its prompt, or all turns before the last of the assistant."""
+    if isinstance(row.get("prompt"), str):
+        return row["prompt"]
+    turns = messages_of(row, location)
+    last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=len(turns))
+    return "\n".join(turn["content"] for turn in turns[:last])
+
+
+def _hash(identity: str) -> bytes:
+    return hashlib.sha256(identity.encode("utf-8", errors="surrogatepass")).digest()[:16]
+
+
+def _position(identity: str, purpose: str) -> float:
+    """Return the row's position in [0, 1) for a purpose: always the same, whatever the other rows."""
+    digest = hashlib.sha256(f"{purpose}\0{identity}".encode("utf-8", errors="surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def _number(fields: Mapping[str, Any], name: str, location: str) -> float:
+    try:
+        return float(fields[name])
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{location}: between: field '{name}' is missing or no number") from None
