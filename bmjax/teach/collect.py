@@ -92,7 +92,7 @@ def _wanted(settings: CollectSettings) -> list[Job]:
 
 
 class _Collector:
-    """The state of a run. A few workers take jobs from one iterator."""
+    """A run of collecting: its files, its counts and its workers, which take jobs from one iterator."""
 
     def __init__(
         self,
