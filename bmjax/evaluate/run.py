@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -31,22 +30,14 @@ from bmjax.io.rows import Row, fill, read_rows
 from bmjax.model import qwen2
 from bmjax.model.config import ModelConfig
 from bmjax.parallel.mesh import make_mesh
-from bmjax.teach.judges.judge import choose, judge
+from bmjax.teach.judges.judge import judge
 from bmjax.teach.judges.verdict import Verdict
+from bmjax.teach.problems import Problem, read_problems
 from bmjax.weights import hf
 from bmjax.weights import student as students
 from bmjax.weights.student import Student
 
-
-@dataclass(frozen=True)
-class Question:
-    """A row of a task: the prompt, as it was filled in, as text of the chat template and as tokens."""
-
-    location: str
-    prompt: str
-    reference: Any
-    judge: str
-    tokens: Sequence[int]
+Question = tuple[Problem, Sequence[int]]  # with its prompt as tokens of the chat template
 
 
 def evaluate(settings: EvalSettings, log: Callable[[str], None] = lambda line: None) -> dict[str, dict[str, Any]]:
@@ -113,21 +104,14 @@ def _questions(settings: EvalSettings, name: str, student: Student) -> list[Ques
         return []
     questions = []
     system = [{"role": "system", "content": settings.system}] if settings.system else []
-    for location, row in itertools.islice(read_rows(task.questions, f"tasks.{name}.questions"), task.limit):
-        prompt = fill(task.prompt, row, location, "prompt")
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise UserError(f"{location}: the prompt is empty or not text; check key 'prompt'")
-        reference = fill(task.reference, row, location, "reference")
-        try:
-            judge_name = task.judge or choose(reference, name)
-        except UserError as error:
-            raise UserError(f"{location}: {error}") from None
-        text = render_prompt(tokenizer, [*system, {"role": "user", "content": prompt}], template, location)
+    for problem in read_problems(task.questions, f"tasks.{name}.questions", task, name):
+        turns = [*system, {"role": "user", "content": problem.prompt}]
+        text = render_prompt(tokenizer, turns, template, problem.location)
         tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-        sampler.check_prompt(student.config, tokens, location)
-        questions.append(Question(location, prompt, reference, judge_name, tokens))
+        sampler.check_prompt(student.config, tokens, problem.location)
+        questions.append((problem, tokens))
     # An empty answer shows which questions cannot be judged, whatever the model says.
-    _check_judged(name, [judge(q.reference, "", q.judge, settings.run_programs) for q in questions])
+    _check_judged(name, [judge(p.reference, "", p.judge, settings.run_programs) for p, _ in questions])
     return questions
 
 
@@ -145,16 +129,16 @@ def _accuracy(
     """Generate and judge `settings.samples` answers to each question; returns (score, samples)."""
     asked = [question for question in questions for _ in range(settings.samples)]
     sampling = sampler.Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, settings.seed)
-    prompts, dtype = [question.tokens for question in asked], jnp.dtype(settings.compute_dtype)
+    prompts, dtype = [tokens for _, tokens in asked], jnp.dtype(settings.compute_dtype)
     outs = sampler.generate(student.config, params, prompts, sampling, student.end_tokens, settings.batch, dtype)
     answers = student.tokenizer.batch_decode([out.tokens for out in outs], skip_special_tokens=True)
 
     samples, verdicts = [], []
-    for question, answer, out in zip(asked, answers, outs, strict=True):
-        verdict = judge(question.reference, answer, question.judge, settings.run_programs, out.finish_reason)
+    for (problem, _), answer, out in zip(asked, answers, outs, strict=True):
+        verdict = judge(problem.reference, answer, problem.judge, settings.run_programs, out.finish_reason)
         verdicts.append(verdict)
         samples.append(
-            {"prompt": question.prompt, "reference": question.reference, "answer": answer,
+            {"prompt": problem.prompt, "reference": problem.reference, "answer": answer,
              "finish_reason": out.finish_reason, "verdict": verdict.verdict, "verdict_by": verdict.judge,
              "reason": verdict.reason}
         )  # fmt: skip

@@ -2,28 +2,20 @@
 
 from typing import Literal
 
-from pydantic import AliasChoices, Field
+from pydantic import Field
 
 from bmjax.config import Settings
-from bmjax.teach.settings import JudgeName
+from bmjax.teach.settings import ProblemSettings
 
 
-class TaskSettings(Settings):
+class TaskSettings(ProblemSettings):
     """One task: questions with references, and, for the held-out loss, whole traces of the same kind."""
 
     questions: str | list[str] | None = Field(
         None, description="accuracy: file(s) or hub data set(s), by the names that `data` of training takes"
     )
     traces: str | list[str] | None = Field(None, description="held-out loss: the same, with whole answers")
-    prompt: str = Field("{prompt}", description="the prompt, {name} stands for a field of the row, {{ for a brace")
-    reference: str = Field("{reference}", description="the reference; a lone {name} keeps {tests: [...]} as it is")
     response: str = Field("{response}", description="the answer in a row of traces")
-    judge: JudgeName | None = Field(
-        None,
-        validation_alias=AliasChoices("judge", "kind"),
-        description="how answers are judged; by default the reference decides, and for math and code the task's name",
-    )
-    limit: int | None = Field(None, ge=1, description="take the first so many rows only")
 
 
 class EvalSettings(Settings):

@@ -42,7 +42,7 @@ def read_rows(data: str | Path | Sequence[str | Path], key: str = "data") -> Ite
 
 
 def _read_source(name: str, key: str) -> Iterator[Row]:
-    rows = enumerate(hub.dataset_rows(name, key), 1) if hub.is_dataset_id(name) else _read_file(Path(name))
+    rows = enumerate(hub.dataset_rows(name, key), 1) if hub.is_dataset_id(name) else _read_file(Path(name).expanduser())
     for number, row in rows:
         if not isinstance(row, dict):
             raise UserError(f"{name}, row {number}: expected a JSON object, found {type(row).__name__}")

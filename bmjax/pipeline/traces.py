@@ -18,9 +18,9 @@ from bmjax.io.atomic import write_atomic
 from bmjax.io.jsonl import write_jsonl
 from bmjax.io.rows import read_rows
 from bmjax.pipeline.rows import HELD_OUT, DomainRows, prompt_of
-from bmjax.teach.collect import TRACES, collect, sampling_parameters, wanted_ids
+from bmjax.teach.collect import collect, sampling_parameters, wanted_ids
 from bmjax.teach.judges.judge import choose, judge
-from bmjax.teach.record import Record, read_records
+from bmjax.teach.record import TRACES, Record, read_records
 from bmjax.teach.select import select
 from bmjax.teach.settings import CollectSettings, SelectSettings, TeacherSettings
 

@@ -91,9 +91,8 @@ class ChatClient:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         context = httpx.create_ssl_context()
         # A pool scans all its connections at every request (5 ms of CPU with 32 of them): many small pools are quick.
-        sizes = [CONNECTIONS_PER_POOL] * (concurrency // CONNECTIONS_PER_POOL)
-        if rest := concurrency % CONNECTIONS_PER_POOL:
-            sizes.append(rest)
+        starts = range(0, concurrency, CONNECTIONS_PER_POOL)
+        sizes = [min(CONNECTIONS_PER_POOL, concurrency - start) for start in starts]
         self._pools = [
             httpx.AsyncClient(
                 headers=headers,

@@ -6,7 +6,6 @@ again by the next run.
 """
 
 import asyncio
-import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,9 +14,9 @@ from typing import Any
 
 from bmjax.config import UserError
 from bmjax.io.jsonl import JsonLines
-from bmjax.io.rows import fill, read_rows
 from bmjax.teach.client import ChatClient, Reply, RequestFailed, api_key, run_async
-from bmjax.teach.judges.judge import choose, judge
+from bmjax.teach.judges.judge import judge
+from bmjax.teach.problems import Problem, read_problems
 from bmjax.teach.record import TRACES, Record, ids_present, record_id
 from bmjax.teach.settings import CollectSettings, TeacherSettings
 
@@ -36,13 +35,10 @@ _FATAL = {
 
 @dataclass(frozen=True)
 class Job:
-    """A sample of a problem that is still to be asked for. judge: the name of the judge of its answer."""
+    """A sample of a problem that is still to be asked for."""
 
     id: str
-    prompt: str
-    reference: Any
-    judge: str
-    source: str
+    problem: Problem
     sample: int
 
 
@@ -88,24 +84,15 @@ def _wanted(settings: CollectSettings) -> list[Job]:
     _, model = endpoint(teacher)
     sampling = sampling_parameters(teacher)
     jobs: dict[str, Job] = {}
-    for location, row in itertools.islice(read_rows(settings.problems, "problems"), settings.limit):
-        prompt = fill(settings.prompt, row, location, "prompt")
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise UserError(f"{location}: the prompt is empty or not text; check key 'prompt'")
-        reference = fill(settings.reference, row, location, "reference") if settings.reference else None
-        try:
-            judge_name = settings.judge or choose(reference, domain)
-        except UserError as error:
-            raise UserError(f"{location}: {error}") from None
+    for problem in read_problems(settings.problems, "problems", settings, domain):
         for sample in range(teacher.samples):
-            identity = record_id(domain, prompt, model, sampling, sample)
-            if identity not in jobs:
-                jobs[identity] = Job(identity, prompt, reference, judge_name, location, sample)
+            identity = record_id(domain, problem.prompt, model, sampling, sample)
+            jobs.setdefault(identity, Job(identity, problem, sample))
     return list(jobs.values())
 
 
 class _Collector:
-    """The state of a run. A few workers take jobs from one iterator."""
+    """A run of collecting: its files, its counts and its workers, which take jobs from one iterator."""
 
     def __init__(
         self,
@@ -138,7 +125,7 @@ class _Collector:
         for job in waiting:
             request = request_parameters(self.teacher, job.sample)
             try:
-                reply = await client.complete([{"role": "user", "content": job.prompt}], request)
+                reply = await client.complete([{"role": "user", "content": job.problem.prompt}], request)
             except RequestFailed as error:
                 self._failed(job, error)
             else:
@@ -147,15 +134,16 @@ class _Collector:
 
     async def _received(self, job: Job, reply: Reply) -> None:
         # The slow judges wait for a process: off the event loop, whose lag would count as the teacher's.
-        slow = job.judge == "tests" or (job.judge == "math" and "\\" in reply.response)
-        arguments = (job.reference, reply.response, job.judge, self.settings.run_programs, reply.finish_reason)
+        problem = job.problem
+        slow = problem.judge == "tests" or (problem.judge == "math" and "\\" in reply.response)
+        arguments = (problem.reference, reply.response, problem.judge, self.settings.run_programs, reply.finish_reason)
         verdict = await asyncio.to_thread(judge, *arguments) if slow else judge(*arguments)
         record = Record(
             id=job.id,
             domain=self.domain,
-            source=job.source,
-            prompt=job.prompt,
-            reference=job.reference,
+            source=problem.location,
+            prompt=problem.prompt,
+            reference=problem.reference,
             reasoning=reply.reasoning,
             response=reply.response,
             finish_reason=reply.finish_reason,
@@ -177,7 +165,7 @@ class _Collector:
                 f"teacher {self.base_url}: no answer after {error.attempts} attempts ({error}); is the server running?"
             )
         self.counts["failed"] += 1
-        job_keys = {"id": job.id, "domain": self.domain, "prompt": job.prompt, "sample": job.sample}
+        job_keys = {"id": job.id, "domain": self.domain, "prompt": job.problem.prompt, "sample": job.sample}
         self.failures.append(job_keys | {"error": str(error), "status": error.status, "attempts": error.attempts})
 
     def _progress(self) -> None:

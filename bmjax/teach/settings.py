@@ -6,8 +6,6 @@ from pydantic import AliasChoices, Field, model_validator
 
 from bmjax.config import Settings
 
-JudgeName = Literal["math", "choice", "exact", "tests"]
-
 # What a request holds by keys of its own; `extra` may not change them.
 REQUEST_KEYS = ("model", "messages", "temperature", "top_p", "max_tokens", "seed", "n", "stream")
 
@@ -39,7 +37,20 @@ class TeacherSettings(Settings):
         return self
 
 
-class CollectSettings(Settings):
+class ProblemSettings(Settings):
+    """How rows become problems."""
+
+    prompt: str = Field("{prompt}", description="the prompt, {name} stands for a field of the row, {{ for a brace")
+    reference: str = Field("{reference}", description="the reference; a lone {name} keeps {tests: [...]} as it is")
+    judge: Literal["math", "choice", "exact", "tests"] | None = Field(
+        None,
+        validation_alias=AliasChoices("judge", "verify", "kind"),
+        description="how answers are judged; by default the reference decides, and the names math and code",
+    )
+    limit: int | None = Field(None, ge=1, description="take the first so many rows only")
+
+
+class CollectSettings(ProblemSettings):
     """Problems in, a teacher's traces out."""
 
     problems: str | list[str] = Field(
@@ -49,12 +60,6 @@ class CollectSettings(Settings):
     domain: str = Field(description="name of the domain, which every trace carries")
     prompt: str = Field("{question}", description="the prompt, {name} stands for a field of the row, {{ for a brace")
     reference: str = Field("{answer}", description="the reference answer; a lone {name} keeps {tests: [...]} as it is")
-    limit: int | None = Field(None, ge=1, description="take the first so many problems only")
-    judge: JudgeName | None = Field(
-        None,
-        validation_alias=AliasChoices("judge", "verify"),
-        description="how answers are judged; by default the reference decides, and for math and code the domain",
-    )
     run_programs: bool = Field(False, description="run answers that are programs against their tests (not a sandbox)")
     teacher: TeacherSettings = Field(TeacherSettings(), description="who answers")
 

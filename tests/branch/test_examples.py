@@ -51,7 +51,7 @@ def segments(tokenizer, example) -> list[tuple[str, int]]:
     return [(tokenizer.decode(example.tokens[run].tolist()), int(example.loss_mask[run[0]])) for run in runs]
 
 
-def test_chatml_masks_every_answer_with_its_end_token_and_nothing_else(tokenizer):
+def test_chatml_masks_answers_and_their_end_tokens(tokenizer):
     (example,) = build(tokenizer, {"messages": TALK}).examples
     assert example.tokens.dtype == np.int32 and example.loss_mask.dtype == np.uint8
     assert segments(tokenizer, example) == [
@@ -62,7 +62,7 @@ def test_chatml_masks_every_answer_with_its_end_token_and_nothing_else(tokenizer
     ]
 
 
-def test_deepseek_r1_masks_every_answer_with_its_end_token(deepseek_tokenizer):
+def test_deepseek_r1_masks_answers_and_their_end_tokens(deepseek_tokenizer):
     (example,) = build(deepseek_tokenizer, {"messages": TALK}, template="deepseek-r1").examples
     assert segments(deepseek_tokenizer, example) == [
         ("<｜begin▁of▁sentence｜>Be brief.<｜User｜>1 + 1?<｜Assistant｜>", 0),
@@ -134,7 +134,7 @@ def test_a_template_that_strips_the_reasoning_is_refused(deepseek_tokenizer):
     assert len(build(deepseek_tokenizer, {"prompt": "Q", "response": "A"}, template=DEEPSEEK).examples) == 1
 
 
-def test_stripped_text_that_also_stands_in_the_question_is_noticed(deepseek_tokenizer):
+def test_text_stripped_from_the_answer_only_is_noticed(deepseek_tokenizer):
     answer = "<think>because</think>A"
     row = {"messages": [{"role": "user", "content": f"Repeat: {answer}"}, {"role": "assistant", "content": answer}]}
     with pytest.raises(UserError, match="drops or rewrites"):
@@ -253,7 +253,7 @@ def test_bad_files_are_one_line_that_names_the_row(tmp_path, tokenizer, text, pr
     assert str(file) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_the_templates_end_token_is_a_target_whatever_the_tokenizers_end(tokenizer):
+def test_the_templates_end_token_is_a_target(tokenizer):
     from transformers import PreTrainedTokenizerFast
 
     other = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|endoftext|>")

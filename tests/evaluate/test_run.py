@@ -43,7 +43,7 @@ def plain(count, seed=2):
     return rows
 
 
-def test_held_out_loss_is_transformers_and_bits_per_byte_are_by_hand(student, hf, tokenizer, tmp_path):
+def test_held_out_loss_equals_transformers(student, hf, tokenizer, tmp_path):
     rows = plain(13)
     file = write_rows(tmp_path / "traces.jsonl", rows)
     scores = evaluate(settings(student, tmp_path / "out", {"math": {"traces": str(file)}}, batch=4))
@@ -74,7 +74,7 @@ def test_held_out_loss_is_transformers_and_bits_per_byte_are_by_hand(student, hf
     assert half["loss"] == pytest.approx(score["loss"], rel=0.01) and half["loss"] != score["loss"]
 
 
-def test_answers_are_the_models_own_and_every_sample_is_written(student, hf, tokenizer, tmp_path):
+def test_answers_equal_transformers_and_are_written(student, hf, tokenizer, tmp_path):
     rows = plain(5)
     file = write_rows(
         tmp_path / "questions.jsonl", [{"prompt": r["prompt"], "reference": r["reference"]} for r in rows]
@@ -96,7 +96,7 @@ def test_answers_are_the_models_own_and_every_sample_is_written(student, hf, tok
     assert score["truncated"] == np.mean([sample["finish_reason"] == "length" for sample in samples])
 
 
-def test_accuracy_is_the_mean_over_samples_of_what_the_judge_says(student, tokenizer, tmp_path, monkeypatch):
+def test_accuracy_is_the_mean_over_samples(student, tokenizer, tmp_path, monkeypatch):
     answers = [
         ["<think>9</think> 5", "It is 5.", "6"],  # 2 of 3 right
         ["7", "8", "cut in the midd"],  # none, one cut

@@ -58,11 +58,12 @@ def test_json_lines_json_and_parquet_give_the_same_rows(tmp_path: Path) -> None:
     ]
 
 
-def test_content_not_the_name_tells_the_kind_of_file(tmp_path: Path) -> None:
+def test_content_not_the_name_tells_the_kind_of_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert read(write_parquet(tmp_path / "a.jsonl", ROWS)) == ROWS
     assert read(write_rows(tmp_path / "b.json", ROWS)) == ROWS
     (tmp_path / "c").write_text(json.dumps(ROWS))
-    assert read(tmp_path / "c") == ROWS
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read(tmp_path / "c") == read("~/c") == ROWS
 
 
 def test_rows_are_numbered_by_line(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_every_problem_becomes_one_judged_record(tmp_path: Path, teacher: DemoTe
         assert (verdict.verdict, verdict.judge) == (record.verdict, record.verdict_by)
 
 
-def test_a_second_run_asks_nothing_and_a_longer_one_only_the_rest(tmp_path: Path, teacher: DemoTeacher) -> None:
+def test_a_second_run_asks_only_for_what_is_missing(tmp_path: Path, teacher: DemoTeacher) -> None:
     collect(settings(tmp_path, teacher))
     before = (tmp_path / "traces.jsonl").read_bytes()
     assert collect(settings(tmp_path, teacher))["present"] == 60
@@ -92,7 +92,7 @@ def test_two_runs_collect_the_same(tmp_path: Path, teacher: DemoTeacher) -> None
     assert {r.verdict_by for r in first.values()} == {"number"}
 
 
-def test_kill_9_loses_no_finished_line_and_a_restart_completes_it(tmp_path: Path, teacher: DemoTeacher) -> None:
+def test_kill_9_loses_no_line_and_a_restart_completes(tmp_path: Path, teacher: DemoTeacher) -> None:
     program = (
         "import sys; from bmjax.teach.collect import collect; from bmjax.teach.settings import CollectSettings\n"
         "collect(CollectSettings.model_validate_json(sys.argv[1]))"
@@ -199,6 +199,8 @@ def test_what_a_user_gets_wrong_is_one_line(tmp_path: Path) -> None:
     assert "did you mean" in failing(problems=str(rows), domain="x", prompt="{questions}")
     assert "row 1: reference: found keys ['test'], expected text or" in failing(problems=str(rows), domain="x")
     assert "problems:" in failing(problems=str(empty), domain="x") and "no rows" in failing(problems=str(empty))
+    programs = write_rows(tmp_path / "programs.jsonl", [{"question": "Q", "answer": {"tests": ["assert f()"]}}])
+    assert "row 1: reference: found tests" in failing(problems=str(programs), verify="exact")
     assert "prompt is empty" in failing(problems=str(blank), domain="x")
     assert "did you mean 'concurrency'" in failing(teacher={**dead, "concurency": 3})
     assert "extra: 'seed'" in failing(teacher={**dead, "extra": {"seed": 3}})

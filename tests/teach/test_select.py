@@ -134,7 +134,7 @@ def test_the_table_as_text() -> None:
     ]
 
 
-def test_what_a_user_gets_wrong_is_one_line_and_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_mistakes_are_one_line_and_leave_no_output(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none of 2 traces is left .*wrong 2"):
         run(tmp_path, [row(1, verdict="wrong"), row(2, verdict="wrong")])
     with pytest.raises(UserError, match="domain 'code': none of 1"):

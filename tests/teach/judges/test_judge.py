@@ -161,7 +161,7 @@ def test_hostile_text_neither_crashes_nor_hangs(text: str) -> None:
         assert time.monotonic() - begun < 15
 
 
-def test_an_endless_comparison_is_killed_and_the_next_one_is_judged() -> None:
+def test_an_endless_comparison_is_killed_alone() -> None:
     with pytest.raises(JudgeError):
         symbolic.equal("9", r"\boxed{9^{9^{9^{9}}}}", seconds=1.0)
     assert symbolic.equal("1+x", "$x+1$")
