@@ -53,7 +53,7 @@ def segments(tokenizer, example) -> list[tuple[str, int]]:
     return [(tokenizer.decode(example.tokens[run].tolist()), int(example.loss_mask[run[0]])) for run in runs]
 
 
-def test_chatml_masks_every_answer_with_its_end_token_and_nothing_else(tokenizer):
+def test_chatml_masks_every_answer_with_its_end_token(tokenizer):
     (example,) = build(tokenizer, {"messages": TALK}).examples
     assert example.tokens.dtype == np.int32 and example.loss_mask.dtype == np.uint8
     assert segments(tokenizer, example) == [
@@ -138,7 +138,7 @@ def test_a_template_that_strips_the_reasoning_is_refused(deepseek_tokenizer):
     assert len(build(deepseek_tokenizer, {"prompt": "Q", "response": "A"}, template=DEEPSEEK).examples) == 1
 
 
-def test_stripped_text_that_also_stands_in_the_question_is_noticed(deepseek_tokenizer):
+def test_stripped_text_that_stands_in_the_question_is_noticed(deepseek_tokenizer):
     answer = "<think>because</think>A"
     row = {"messages": [{"role": "user", "content": f"Repeat: {answer}"}, {"role": "assistant", "content": answer}]}
     with pytest.raises(UserError, match="drops or rewrites"):
@@ -177,7 +177,7 @@ def test_overlong_rows_are_cut_left_out_or_refused(tokenizer):
         build(tokenizer, long, seq_len=limit, overlong="drop")
 
 
-def test_a_prompt_longer_than_seq_len_is_an_error_that_names_it(tokenizer):
+def test_a_prompt_longer_than_seq_len_is_named(tokenizer):
     row = {"prompt": "many words " * 20, "response": "A"}
     with pytest.raises(UserError, match=r"^rows, row 1: the prompt alone has \d+ tokens, seq_len is 16.*raise seq_len"):
         build(tokenizer, row, seq_len=16, overlong="truncate")
@@ -245,7 +245,7 @@ def test_where_the_template_comes_from(tokenizer, tmp_path):
     file = tmp_path / "mine.jinja"
     file.write_text("{{ messages }}")
     assert chat_template(tokenizer, str(file)) == "{{ messages }}"
-    with pytest.raises(UserError, match="template: 'chatmal' is not one of chatml, deepseek-r1"):
+    with pytest.raises(UserError, match="template: 'chatmal' is not one of alpaca, chatml, deepseek-r1"):
         chat_template(tokenizer, "chatmal")
     with pytest.raises(UserError, match=r"other.jinja: no such file"):
         chat_template(tokenizer, str(tmp_path / "other.jinja"))
@@ -259,7 +259,7 @@ def test_where_the_template_comes_from(tokenizer, tmp_path):
     assert chat_template(Bare(), None) == "D"
 
 
-def test_the_token_that_ends_a_turn_is_the_templates_whatever_the_tokenizer_calls_its_end(tokenizer):
+def test_the_token_that_ends_a_turn_is_the_templates(tokenizer):
     from transformers import PreTrainedTokenizerFast
 
     other = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|endoftext|>")
