@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from bmjax.calibrate.recipe import CalibratedRecipe, CalibrationSettings, is_calibrated
 from bmjax.config import DISK_ERRORS, UserError, describe, disk_error
+from bmjax.log import progress_bar, write_line
 from bmjax.merge.methods import METHODS
 from bmjax.merge.plan.check import check
 from bmjax.merge.plan.output import parse_size
@@ -178,15 +179,13 @@ def _calibrated(options: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 def _merge(recipe: Recipe, options: argparse.Namespace, settings: dict[str, Any]) -> None:
     # Not needed, and slow to load, where a recipe is only checked or the help shown.
-    from tqdm import tqdm
-
     from bmjax.merge.engine.files import merge
     from bmjax.parallel.start import keep_compiled_programs, use_own_threads
 
     use_own_threads()
     keep_compiled_programs()
     start, last = time.perf_counter(), 0
-    bar = tqdm(unit="B", unit_scale=True, desc="merge", disable=options.quiet or not sys.stderr.isatty(), leave=False)
+    bar = progress_bar("merge", "B", shown=not options.quiet)
 
     def progress(done: int, total: int, name: str) -> None:
         nonlocal last
@@ -196,7 +195,7 @@ def _merge(recipe: Recipe, options: argparse.Namespace, settings: dict[str, Any]
 
     def log(line: str) -> None:
         if not options.quiet:
-            tqdm.write(f"bmjax: note: {line}", file=sys.stderr)
+            write_line(f"bmjax: note: {line}")
 
     with bar, warnings.catch_warnings():
         # What is not finite is said once, in words.
