@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from bmjax.config import UserError, nearest
 from bmjax.generate.text import generate
 from bmjax.model import qwen2
+from bmjax.model.batch import Batch
 from bmjax.model.config import ModelConfig, read_hf_config
 from bmjax.parallel.mesh import make_mesh, sharding
 from bmjax.weights import hf
@@ -55,10 +56,10 @@ class Model:
         mask[b, t] = 1 makes tokens[b, t] a target, predicted from the tokens before it; a document's first
         token has no prediction and is never counted.
         """
-        tokens, segments, places = self._arrays(tokens_BT, segment_ids, positions)
-        mask = self._place(loss_mask_BT, "loss_mask", tokens.shape)
+        tokens, segments, positions = self._arrays(tokens_BT, segment_ids, positions)
+        batch = Batch(tokens, segments, self._place(loss_mask_BT, "loss_mask", tokens.shape))
         with jax.set_mesh(self.mesh):
-            nats, count = _loss(self.config, self.dtype)(self.params, tokens, mask, segments, places)
+            nats, count = _loss(self.config, self.dtype)(self.params, batch, positions)
         return float(nats), int(count)
 
     def _arrays(self, tokens: Any, segments: Any, positions: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -96,7 +97,9 @@ def _logits(config: ModelConfig, dtype: str) -> Any:
 @lru_cache(maxsize=16)
 def _loss(config: ModelConfig, dtype: str) -> Any:
     return jax.jit(
-        lambda params, t, m, s, p: qwen2.loss_sum(config, _cast(params, dtype), t, m, s, p, dtype=jnp.dtype(dtype))
+        lambda params, batch, positions: qwen2.loss_sum(
+            config, _cast(params, dtype), batch, positions, dtype=jnp.dtype(dtype)
+        )
     )
 
 

@@ -18,6 +18,7 @@ from bmjax.model import loss, ops, rope, spec
 from bmjax.model import remat as checkpointed
 from bmjax.model.attention.dispatch import cached_attention, causal_attention
 from bmjax.model.attention.options import How, Remat
+from bmjax.model.batch import Batch
 from bmjax.model.config import ModelConfig
 from bmjax.model.embedding import lookup
 from bmjax.model.spec import Param
@@ -255,15 +256,14 @@ def logits(
 
 
 def loss_sum(
-    config: ModelConfig, params: Params, tokens_BT: jax.Array, loss_mask_BT: jax.Array,
-    segment_ids_BT: jax.Array | None = None, positions_BT: jax.Array | None = None, *,
+    config: ModelConfig, params: Params, batch: Batch[jax.Array], positions_BT: jax.Array | None = None, *,
     dtype: Any = jnp.float32, remat: Remat = "none", unroll: int = 1, how: How = How(),
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """Summed next-token loss in nats over targets with mask 1, and their number; both float32 scalars."""
+    """Summed next-token loss in nats over a batch's targets, and their number; both float32 scalars."""
     h_BTD = hidden(
-        config, params, tokens_BT, segment_ids_BT, positions_BT, dtype=dtype, remat=remat, unroll=unroll, how=how
+        config, params, batch.tokens, batch.segment_ids, positions_BT, dtype=dtype, remat=remat, unroll=unroll, how=how
     )
-    labels, mask = loss.next_token_targets(tokens_BT, loss_mask_BT, segment_ids_BT)
+    labels, mask = loss.next_token_targets(batch.tokens, batch.loss_mask, batch.segment_ids)
     nats = loss.cross_entropy_sum(h_BTD, head_weight(config, params).astype(dtype), labels, mask)
     return nats, jnp.sum(mask)
 

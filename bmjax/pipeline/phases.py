@@ -15,8 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from bmjax.branch import fingerprint as identity
-from bmjax.branch.settings import Training, TrainSettings
+from bmjax.branch.settings import SAME_RESULT, Training, TrainSettings
 from bmjax.branch.train import check, train
 from bmjax.calibrate.recipe import CalibratedRecipe, is_calibrated
 from bmjax.calibrate.run import merge as calibrated_merge
@@ -378,7 +377,7 @@ class _Run:
 
 def _important(training: TrainSettings) -> dict[str, Any]:
     """What a training's result depends on, its inputs left out."""
-    return training.model_dump(exclude=identity.NO_RESULT)
+    return training.model_dump(include=training.keys_without(SAME_RESULT))
 
 
 def _file_states(domain: Any) -> list[Any]:

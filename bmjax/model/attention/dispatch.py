@@ -13,6 +13,17 @@ from bmjax.model.attention.contexts import spread
 from bmjax.model.attention.options import Backend, How
 
 
+def check_backend(name: Backend, platform: str) -> None:
+    """Raise UserError where the backend of that name cannot run on devices of `platform` ("cpu", "gpu", "tpu")."""
+    needed = {"splash": "tpu", "cudnn": "gpu", "tokamax": "gpu"}.get(name, platform)
+    if platform != needed:
+        raise UserError(f"attention: {name} runs on {needed.upper()}s, and there are none; use auto or xla")
+    if name == "cudnn" and not cudnn.runs_here():
+        raise UserError(
+            "attention: cudnn's packed rows need a Hopper or Blackwell GPU (H100, H200, B200); use auto or xla"
+        )
+
+
 def backend(how: How, q: jax.Array | jax.ShapeDtypeStruct, windows: bool) -> Backend:
     """What computes rows with queries like `q` [B, T, N, H]: what `auto` stands for. windows: sliding ones."""
     if how.backend != "auto":
