@@ -63,7 +63,7 @@ def train(settings: TrainSettings, log: Log = write_line, progress: bool = True)
 
 def _train(settings: TrainSettings, log: Log, progress: bool) -> dict[str, Any]:
     output = Path(settings.output)
-    # What is trained, on what, where: everything wrong with it is said before weights are read.
+    # Open the student, tokenize the data, refuse what does not fit together. No weights are read yet.
     student = open_student(settings)
     config = student.config
     mesh = check(settings, config)
@@ -73,12 +73,14 @@ def _train(settings: TrainSettings, log: Log, progress: bool) -> dict[str, Any]:
     shared = settings.model_dump(exclude={"process_id", "student", "data"})
     processes.check_agreement({key: str(value) for key, value in shared.items()} | expected)
 
+    # A training that is done only says so.
     summary = _finished(output, expected, settings.importances) if processes.is_main() else None
     if processes.mains(summary is not None):
         summary = summary or json.loads((output / "result.json").read_text())
         log(f"{output}: already trained, {summary['steps']} steps")
         return summary
 
+    # Train, from the newest checkpoint on.
     log(_data_line(output.name, loader, config, steps))
     plan = step_plan(settings, config, mesh, loader.documents)
     run = Run(settings, student, loader, plan, steps, expected, log, progress)
@@ -90,6 +92,7 @@ def _train(settings: TrainSettings, log: Log, progress: bool) -> dict[str, Any]:
             state, summary = loop(run, state, begin, checkpoints)
         finally:
             checkpoints.close()
+        # Write the model. result.json comes last: it marks the training as done.
         _export(run, state)
     result = {"hf": str(output / "hf"), "steps": steps, "fingerprint": expected, **summary}
     if processes.is_main():

@@ -21,7 +21,7 @@ class Batch(Generic[A]):
     """Rows of one or more documents each: three arrays [B, T], in host memory (np.ndarray) or on a mesh (jax.Array).
 
     tokens: int32. segment_ids: int32, 1.. per document of a row, 0 for padding. loss_mask: uint8, 1 where the token is
-    a target.
+    a target; integers of another width will do.
     """
 
     tokens: A

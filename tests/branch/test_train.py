@@ -5,6 +5,8 @@ import math
 import os
 import re
 import signal
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -245,6 +247,7 @@ def test_a_killed_run_continues_bit_for_bit(student, train_file, undisturbed, tm
     with pytest.raises(Killed):
         run(student, train_file, output, shuffle=True, log=bomb(step))
     assert not (output / "hf").exists() and not (output / "result.json").exists()
+    wait_for_reading_threads_to_end()
     lines: list[str] = []
     result = run(student, train_file, output, shuffle=True, log=lines.append)
     assert [line for line in lines if "resuming" in line] == ([f"resuming at step {resumed}"] if resumed else [])
@@ -282,6 +285,13 @@ def test_a_run_may_go_on_with_bfloat16_moments(student, train_file, undisturbed,
     assert losses(output) != losses(undisturbed[0])
 
 
+def wait_for_reading_threads_to_end() -> None:
+    until = time.monotonic() + 20
+    while any(thread.name.startswith("grain-prefetch") for thread in threading.enumerate()):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
 def test_sigterm_saves_and_the_run_goes_on_from_there(student, train_file, undisturbed, tmp_path):
     output, lines = tmp_path / "run", []
 
@@ -294,6 +304,7 @@ def test_sigterm_saves_and_the_run_goes_on_from_there(student, train_file, undis
         run(student, train_file, output, shuffle=True, log=log, save_every=100)
     assert end.value.code == 0 and lines[-1] == "SIGTERM: saved after step 3 of 6; the same command goes on from there"
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    wait_for_reading_threads_to_end()
     lines.clear()
     result = run(student, train_file, output, shuffle=True, log=lines.append, save_every=100)
     assert "resuming at step 3" in lines
