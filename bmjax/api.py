@@ -20,6 +20,7 @@ from bmjax.chat.template import chat_template, end_of_turn, messages_of, render_
 from bmjax.config import UserError, nearest
 from bmjax.generate import sampler
 from bmjax.model import qwen2, spec
+from bmjax.model.batch import Batch
 from bmjax.model.config import ModelConfig, read_hf_config
 from bmjax.parallel.mesh import make_mesh, sharding
 from bmjax.teach.judges.judge import judge
@@ -96,9 +97,9 @@ class Model:
             UserError: as `logits`.
         """
         tokens, segments, numbered = self._arrays(tokens_BT, segment_ids, positions)
-        mask = self._on_mesh(loss_mask_BT, "loss_mask", tokens.shape)
+        batch = Batch(tokens, segments, self._on_mesh(loss_mask_BT, "loss_mask", tokens.shape))
         with jax.set_mesh(self.mesh):
-            nats, count = _loss(self.config, self.dtype)(self.params, tokens, mask, segments, numbered)
+            nats, count = _loss(self.config, self.dtype)(self.params, batch, numbered)
         return float(nats), int(count)
 
     def _arrays(self, tokens: Any, segments: Any, positions: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -150,7 +151,9 @@ def _logits(config: ModelConfig, dtype: str) -> Any:
 @lru_cache(maxsize=16)
 def _loss(config: ModelConfig, dtype: str) -> Any:
     return jax.jit(
-        lambda params, t, m, s, p: qwen2.loss_sum(config, _cast(params, dtype), t, m, s, p, dtype=jnp.dtype(dtype))
+        lambda params, batch, positions: qwen2.loss_sum(
+            config, _cast(params, dtype), batch, positions, dtype=jnp.dtype(dtype)
+        )
     )
 
 

@@ -1,7 +1,8 @@
-"""What a command says while it works: one line a remark, on standard error."""
+"""What a command says while it works: one line a remark and progress bars, on standard error."""
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 Log = Callable[[str], None]
 
@@ -16,3 +17,20 @@ def write_line(text: str) -> None:
 
 def silent(text: str) -> None:
     """Say nothing: the log of a caller that wants none, and of all processes but the first."""
+
+
+def progress_bar(name: str, unit: str, total: int | None = None, done: int = 0, shown: bool = True) -> Any:
+    """Return tqdm's progress bar, a context manager with `update(n)`; it shows on a terminal only.
+
+    Arguments:
+        name: stands before the bar.
+        unit: what is counted; "B" is written as kB, MB, GB.
+        total, done: the count at the end and at the start.
+        shown: false hides it.
+    """
+    from tqdm import tqdm
+
+    return tqdm(
+        desc=name, unit=unit, unit_scale=unit == "B", total=total, initial=done, disable=None if shown else True,
+        dynamic_ncols=True, leave=False,
+    )  # fmt: skip

@@ -77,13 +77,12 @@ def run_bmjax(arguments: argparse.Namespace) -> dict:
 
     from bmjax.branch import train as training
     from bmjax.branch.examples import Dataset, Example
-    from bmjax.branch.loader import Loader
-    from bmjax.branch.memory import text
+    from bmjax.branch.loader import Loader, read_ahead
     from bmjax.branch.metrics import flops_per_token
     from bmjax.branch.settings import TrainSettings
-    from bmjax.branch.step import compile_step, init_state, load_batch
+    from bmjax.branch.step import compile_step, init_state, memory_line
     from bmjax.model import qwen2
-    from bmjax.model.spec import ModelConfig
+    from bmjax.model.config import ModelConfig
     from bmjax.parallel.chips import peak_flops
     from bmjax.parallel.mesh import make_mesh
 
@@ -108,15 +107,15 @@ def run_bmjax(arguments: argparse.Namespace) -> dict:
     loader.rows = packed  # the same rows as the other side's
     plan = training.step_plan(settings, config, mesh, max(map(len, packed)))
     seconds = []
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), read_ahead(mesh, loader, 0, arguments.steps) as batches:
         state = init_state(plan, qwen2.init(config, 0, mesh))
         began = time.perf_counter()
         step_function = compile_step(plan, arguments.batch, arguments.seq_len)
         compiling = time.perf_counter() - began
-        print(text(step_function, state, mesh.local_devices[0]), file=sys.stderr)
-        for step in range(arguments.steps):
+        print(memory_line(step_function, state, mesh.local_devices[0]), file=sys.stderr)
+        for _ in range(arguments.steps):
             began = time.perf_counter()
-            state, metrics = step_function(state, *load_batch(mesh, loader, step), np.float32(LEARNING_RATE))
+            state, metrics = step_function(state, next(batches), np.float32(LEARNING_RATE))
             loss = float(metrics["loss"])
             seconds.append(time.perf_counter() - began)
     device = jax.devices()[0]

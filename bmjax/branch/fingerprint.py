@@ -1,46 +1,42 @@
-"""What makes a run the one that a checkpoint belongs to."""
+"""A training's fingerprint: settings, data, student. A checkpoint with another one is refused."""
 
 import hashlib
 from pathlib import Path
 
-from bmjax.branch.settings import TrainSettings
+from bmjax.branch.settings import MAY_CHANGE, SAME_RESULT, TrainSettings
 from bmjax.config import UserError
 
-# Settings that change nothing but rounding: where things are, how they are split and shown, what is kept of them.
-NO_RESULT = {
-    "output", "student", "data", "save_every", "keep", "keep_every", "log_every", "wandb", "profile_steps", "mesh",
-    "accumulate", "remat", "attention", "context_parallel", "coordinator", "num_processes", "process_id",
-    "peer_timeout", "stop_code",
-}  # fmt: skip
-# Settings that a run may go on with another value of.
-MAY_CHANGE = NO_RESULT | {"compute_dtype", "moments_dtype", "export_dtype", "importances"}
+BLOCK = 2**16  # bytes of a weights file that are hashed at a time
+BLOCKS = 256  # of them, spread over the file
 
 
-def fingerprint(settings: TrainSettings, student: Path, digest: str) -> dict[str, str]:
-    """What a checkpoint must share with the run that resumes from it, by the key to blame."""
-    keys = {key: str(value) for key, value in settings.model_dump().items() if key not in MAY_CHANGE}
-    return {**keys, "data": digest, "student": student_digest(student)}
+def fingerprint(settings: TrainSettings, student: Path, data_digest: str, steps: int) -> dict[str, str]:
+    """Return what a checkpoint must share with the training that resumes from it, by the key to blame."""
+    values = settings.model_dump(include=settings.keys_without(SAME_RESULT, MAY_CHANGE))
+    texts = {key: str(value) for key, value in values.items()}
+    return {**texts, "data": data_digest, "student": student_digest(student), "steps": str(steps)}
 
 
 def student_digest(student: Path) -> str:
-    """A hash of config.json and of the weights: sizes, and of each file 64 KiB at 256 places (all, up to 16 MiB)."""
+    """Hash config.json and the weights: sizes, and of each file 256 blocks of 64 KiB (all of it up to 16 MiB)."""
     digest = hashlib.sha256()
     for file in [*sorted(student.glob("*.safetensors")), student / "config.json"]:
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
         with file.open("rb") as stream:
-            for place in range(256):
-                start = max(place * 2**16, place * (size - 2**16) // 255)
+            for block in range(BLOCKS):
+                start = max(block * BLOCK, block * (size - BLOCK) // (BLOCKS - 1))
                 if start < size:
                     stream.seek(start)
-                    digest.update(stream.read(2**16))
+                    digest.update(stream.read(BLOCK))
     return digest.hexdigest()
 
 
-def check_same(found: dict[str, str], expected: dict[str, str], directory: Path) -> None:
+def check_same(stored: dict[str, str], expected: dict[str, str], directory: Path) -> None:
+    """Raise UserError, naming the key, where the fingerprint of what lies in `directory` is not the expected one."""
     for key, value in expected.items():
-        if found.get(key) != value:
-            detail = "its contents differ" if key in ("data", "student") else f"it had {found.get(key)}, now {value}"
+        if stored.get(key) != value:
+            detail = "its contents differ" if key in ("data", "student") else f"it had {stored.get(key)}, now {value}"
             raise UserError(
                 f"{directory}: the checkpoint belongs to another run: {key}: {detail}; "
                 "use another output, or delete the checkpoints to start anew"

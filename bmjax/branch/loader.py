@@ -1,34 +1,69 @@
-"""The stream of batches: a pure function of (dataset, settings, step), so a resumed run sees what it would have."""
+"""The stream of batches of a training, read ahead on threads.
 
-from dataclasses import dataclass
-from functools import lru_cache
+A batch is a pure function of (documents, settings, step). So a resumed training sees what the undisturbed one would
+have seen, on any mesh and any number of processes.
+"""
 
+import contextlib
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence
+from functools import lru_cache, partial
+
+import grain
+import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from bmjax.branch.examples import Dataset
-from bmjax.branch.packing import best_fit, fill
+from bmjax.model.batch import Batch, batch_sharding
 
 ROW_MULTIPLE = 64  # unpacked rows are padded to the longest document, rounded up to this
+READ_AHEAD = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)  # the buffer counts batches
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Arrays [B, T]: tokens int32, segment_ids int32 (1.. per document, 0 padding), loss_mask uint8."""
+def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Pack documents into rows by best-fit decreasing, within 11/9 of the least number of rows.
 
-    tokens: np.ndarray
-    segment_ids: np.ndarray
-    loss_mask: np.ndarray
+    Arguments:
+        lengths: tokens of each document, at most `capacity`.
+        capacity: tokens of a row.
 
-    @property
-    def real_tokens(self) -> int:
-        return int(np.count_nonzero(self.segment_ids))
+    Returns:
+        Rows as lists of document numbers. The longest document goes first, each into the row with the least room left.
+    """
+    rows: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (free tokens, row), ascending
+    for document in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        length = lengths[document]
+        tightest = bisect_left(room, (length, -1))
+        if tightest < len(room):
+            free, row = room.pop(tightest)
+        else:
+            free, row = capacity, len(rows)
+            rows.append([])
+        rows[row].append(document)
+        insort(room, (free - length, row))
+    return rows
 
 
 class Loader:
-    """Batches by step number. Rows are packed once; their order is drawn anew every epoch from (seed, epoch).
+    """The batches of a training by step number.
 
-    An epoch's last batch is filled up with empty rows, so each row is seen exactly once an epoch; the loss is a
-    mean over tokens, so empty rows weigh nothing. documents: the most of a row, padding counted as one.
+    Documents are packed into rows once. The order of the rows is drawn anew every epoch from (seed, epoch). An epoch's
+    last batch is filled up with empty rows, so that an epoch has each row once; the loss is a mean over tokens, so
+    empty rows weigh nothing.
+
+    Arguments:
+        dataset: the tokenized documents.
+        seq_len: tokens of a packed row, and the most of an unpacked one.
+        batch: rows a step, over all devices.
+        packing: several documents a row; otherwise one a row, padded.
+        shuffle: draw the order of rows; otherwise the order of `dataset` stays.
+        seed: of packing and order.
+
+    Attributes:
+        rows: the documents of each row, by number. length: tokens of a row. fill: share of positions with a token.
+        documents: the most segments of a row, padding counted as one. steps_per_epoch: steps that see each row once.
     """
 
     def __init__(self, dataset: Dataset, seq_len: int, batch: int, packing: bool, shuffle: bool, seed: int) -> None:
@@ -42,7 +77,7 @@ class Loader:
         else:
             self.rows = [[i] for i in range(len(lengths))]
             self.length = min(seq_len, -(-max(lengths) // ROW_MULTIPLE) * ROW_MULTIPLE)
-        self.fill = fill(lengths, self.rows, self.length)
+        self.fill = sum(lengths) / (len(self.rows) * self.length)
         self.documents = max(len(row) + (sum(lengths[i] for i in row) < self.length) for row in self.rows)
         self.steps_per_epoch = -(-len(self.rows) // batch)
         self._order = lru_cache(maxsize=2)(self._draw_order)
@@ -52,28 +87,57 @@ class Loader:
             return np.arange(len(self.rows))
         return np.random.default_rng([self.seed, 1 + epoch]).permutation(len(self.rows))
 
-    def at(self, step: int, places: range | None = None) -> Batch:
-        """The batch of optimizer step `step`, counted from 0; or only its rows at `places`, in that order."""
-        chosen = self._chosen(step)
-        places = range(self.batch) if places is None else places
-        shape = (len(places), self.length)
-        tokens, segments, mask = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.uint8)
-        for b, place in enumerate(places):
+    def rows_of(self, step: int) -> np.ndarray:
+        """Return the rows of a step's batch by number; at the end of an epoch they may be fewer than `batch`."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        return self._order(epoch)[index * self.batch : (index + 1) * self.batch]
+
+    def at(self, step: int, positions: range | None = None) -> Batch[np.ndarray]:
+        """Lay out the batch of optimizer step `step`, from 0, in host memory; or only its rows at `positions`."""
+        rows = self.rows_of(step)
+        positions = range(self.batch) if positions is None else positions
+        shape = (len(positions), self.length)
+        tokens, segment_ids = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        loss_mask = np.zeros(shape, np.uint8)
+        for b, position in enumerate(positions):
             start = 0
-            for segment, document in enumerate(self.rows[chosen[place]] if place < len(chosen) else (), 1):
+            for segment, document in enumerate(self.rows[rows[position]] if position < len(rows) else (), 1):
                 example = self.dataset.examples[document]
                 stop = start + len(example.tokens)
-                tokens[b, start:stop], segments[b, start:stop] = example.tokens, segment
-                mask[b, start:stop] = example.loss_mask
+                tokens[b, start:stop], segment_ids[b, start:stop] = example.tokens, segment
+                loss_mask[b, start:stop] = example.loss_mask
                 start = stop
-        return Batch(tokens, segments, mask)
+        return Batch(tokens, segment_ids, loss_mask)
 
     def real_tokens(self, step: int) -> int:
-        """Tokens of documents in the whole batch of `step`."""
-        documents = (document for row in self._chosen(step) for document in self.rows[row])
+        """Count the tokens of documents in the whole batch of `step`."""
+        documents = (document for row in self.rows_of(step) for document in self.rows[row])
         return sum(len(self.dataset.examples[document].tokens) for document in documents)
 
-    def _chosen(self, step: int) -> np.ndarray:
-        """The rows of the batch; fewer than `batch` at the end of an epoch."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        return self._order(epoch)[place * self.batch : (place + 1) * self.batch]
+
+def load_batch(mesh: Mesh, loader: Loader, step: int) -> Batch[jax.Array]:
+    """Return the batch of optimizer step `step` on the mesh; a process lays out the rows of its own devices only."""
+    shape = (loader.batch, loader.length)
+    layout = batch_sharding(mesh, *shape)
+    rows_at = lru_cache(maxsize=None)(lambda start, stop: loader.at(step, range(start, stop)))
+
+    def shard(field: str, index: tuple[slice, ...]) -> np.ndarray:
+        start, stop, _ = index[0].indices(loader.batch)
+        return getattr(rows_at(start, stop), field)[:, index[1]]
+
+    fields = ("tokens", "segment_ids", "loss_mask")
+    return Batch(*(jax.make_array_from_callback(shape, layout, partial(shard, field)) for field in fields))
+
+
+@contextlib.contextmanager
+def read_ahead(mesh: Mesh, loader: Loader, first: int, stop: int) -> Iterator[Iterator[Batch[jax.Array]]]:
+    """Give the batches of steps first..stop-1 on the mesh, in order, the next few laid out on threads meanwhile.
+
+    The threads end with the block, whatever ends it. An error in a thread is raised by the `next` that wants its batch.
+    """
+    batches = grain.MapDataset.range(first, stop).map(partial(load_batch, mesh, loader))
+    iterator = iter(batches.to_iter_dataset(READ_AHEAD))
+    try:
+        yield iterator
+    finally:
+        iterator.close()

@@ -1,23 +1,24 @@
-"""What a run says while it trains: metrics.jsonl, one line a step, a bar on a terminal, tokens/s, MFU, ETA."""
+"""What a training says of each step: metrics.jsonl, lines in the log, a bar on a terminal, Weights & Biases.
 
-import json
-import sys
+The training loop of the first process writes here; reports read metrics.jsonl.
+"""
+
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
 
+from bmjax.branch.run import Run
 from bmjax.config import UserError
-from bmjax.io.atomic import write_atomic
-from bmjax.log import Log, write_line
+from bmjax.io.jsonl import JsonLines, read_lines, write_jsonl
+from bmjax.log import progress_bar
 from bmjax.model import spec
 from bmjax.model.config import ModelConfig
 from bmjax.parallel.chips import peak_flops
 
 
 def flops_per_token(config: ModelConfig, length: int) -> float:
-    """Training FLOPs a token: 6 per matrix parameter used, and causal attention over rows of `length` tokens.
+    """Count the training FLOPs a token: 6 per matrix parameter used, and causal attention over rows of `length` tokens.
 
     Attention costs 12 N H T per layer over the square, half of it under the causal mask (PaLM, appendix B).
     """
@@ -25,13 +26,8 @@ def flops_per_token(config: ModelConfig, length: int) -> float:
     return 6.0 * matrices + 6.0 * config.num_layers * config.num_heads * config.head_dim * length
 
 
-def check_wandb(project: str | None) -> None:
-    """UserError when runs are to be logged to Weights & Biases and its package is not there."""
-    if project:
-        _wandb()
-
-
-def _wandb() -> Any:
+def import_wandb() -> Any:
+    """Return the module of Weights & Biases; UserError where the package is not installed."""
     try:
         import wandb
     except ImportError:
@@ -40,34 +36,46 @@ def _wandb() -> Any:
 
 
 class MetricsLog:
-    """Appends one JSON object a step and shows progress. Lines beyond `start` of an earlier run are cut off."""
+    """Appends one JSON object a step to DIR/metrics.jsonl and shows progress; a context manager.
 
-    def __init__(
-        self, path: Path, name: str, config: ModelConfig, length: int, start: int, steps: int, steps_per_epoch: int,
-        devices: int, log: Log, log_every: int, wandb_project: str | None = None,
-        settings: dict[str, Any] | None = None,
-    ) -> None:  # fmt: skip
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in _whole_lines(path) if line["step"] <= start]
-        write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = path.open("a")
-        self._start, self._steps, self._per_epoch = start, steps, steps_per_epoch
-        self._log, self._log_every = log, log_every
-        self._began = self._last = time.monotonic()
-        self._flops = flops_per_token(config, length)
+    start: optimizer steps done before. Lines beyond it, which a killed training left, are cut off.
+    """
+
+    def __init__(self, run: Run, start: int) -> None:
+        self._run, self._start = run, start
+        path = run.output / "metrics.jsonl"
+        lines = [line for _, _, line in read_lines(path)] if path.exists() else []
+        write_jsonl(path, (line for line in lines if line["step"] <= start))
+        self._file = JsonLines(path)
+        self._flops = flops_per_token(run.plan.config, run.loader.length)
         peak = peak_flops(jax.devices()[0].device_kind)
-        self._peak = peak * devices if peak else None
-        self._bar: Any = None
-        if log is write_line and sys.stderr.isatty():
-            from tqdm import tqdm
+        self._peak = peak * run.plan.mesh.size if peak else None
 
-            self._bar = tqdm(total=steps, initial=start, desc=name, unit="step", dynamic_ncols=True)
-        self._wandb: Any = None
-        if wandb_project:
-            self._wandb = _wandb().init(project=wandb_project, name=name, config=settings)
+    def __enter__(self) -> "MetricsLog":
+        run = self._run
+        self._file.__enter__()
+        self._bar = progress_bar(run.output.name, "step", run.steps, self._start, run.progress)
+        project = run.settings.wandb
+        self._wandb = project and import_wandb().init(
+            project=project, name=run.output.name, config=run.settings.model_dump()
+        )
+        self._began = self._last = time.monotonic()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._file.__exit__(*error)
+        self._bar.close()
+        if self._wandb:
+            self._wandb.finish()
 
     def step(self, step: int, rate: float, tokens: int, values: dict[str, float]) -> None:
-        """Record optimizer step `step` (from 1): its learning rate, real tokens, and the step's metrics."""
+        """Record optimizer step `step`, from 1.
+
+        Arguments:
+            rate: its learning rate.
+            tokens: real tokens of its batch.
+            values: the step's own metrics, see `step.make_step`.
+        """
         now = time.monotonic()
         seconds, self._last = now - self._last, now
         done = step - self._start
@@ -75,47 +83,27 @@ class MetricsLog:
         if done == 1:
             self._began = now
         pace = (now - self._began) / (done - 1) if done > 1 else seconds
+        run = self._run
         line = {
-            "step": step, "epoch": round(step / self._per_epoch, 4), **values, "learning_rate": rate,
+            "step": step, "epoch": round(step / run.loader.steps_per_epoch, 4), **values, "learning_rate": rate,
             "tokens": tokens, "tokens_per_second": tokens / seconds, "seconds": seconds,
+            "eta_seconds": (run.steps - step) * pace,
         }  # fmt: skip
-        line["eta_seconds"] = (self._steps - step) * pace
         if self._peak:
             line["mfu"] = tokens * self._flops / seconds / self._peak
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        self._file.append(line)
         if self._wandb:
             self._wandb.log(line, step=step)
-        if self._bar is not None:
-            self._bar.update(1)
-        if step % self._log_every == 0 or step == self._steps:
-            self._log(self._text(line))
+        self._bar.update(1)
+        if step % run.settings.log_every == 0 or step == run.steps:
+            run.log(self._text(line))
 
     def _text(self, line: dict[str, Any]) -> str:
         eta = line["eta_seconds"]
         mfu = f" mfu {line['mfu']:.1%}" if "mfu" in line else ""
         move = f" move {line['move']:.4f}" if "move" in line else ""
         return (
-            f"step {line['step']}/{self._steps} epoch {line['epoch']:.2f} loss {line['loss']:.4f} "
+            f"step {line['step']}/{self._run.steps} epoch {line['epoch']:.2f} loss {line['loss']:.4f} "
             f"lr {line['learning_rate']:.2e} grad {line['grad_norm']:.3f}{move} "
             f"{line['tokens_per_second']:,.0f} tok/s{mfu} eta {int(eta // 60)}m{int(eta % 60):02d}s"
         )
-
-    def close(self) -> None:
-        self._file.close()
-        if self._bar is not None:
-            self._bar.close()
-        if self._wandb:
-            self._wandb.finish()
-
-
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl that were written whole (a kill may cut the last)."""
-    lines = []
-    if path.exists():
-        for text in path.read_text().split("\n"):
-            try:
-                lines.append(json.loads(text))
-            except ValueError:
-                continue
-    return lines

@@ -1,4 +1,7 @@
-"""AdamW and its schedules, with Hugging Face Trainer's definitions of warm-up and decay."""
+"""AdamW and its schedules, with Hugging Face Trainer's definitions of warm-up and decay.
+
+The step builds its optax transformation here; the loop asks for the learning rate.
+"""
 
 import fnmatch
 import math
@@ -16,23 +19,23 @@ MOMENTS = ("mu", "nu")  # of optax's Adam
 
 
 def warmup_steps(warmup: float, steps: int) -> int:
-    """Below 1 a share of `steps`, rounded up; from 1 on a number of steps."""
+    """Return the steps of the warm-up. warmup: below 1 a share of `steps`, rounded up; from 1 on a number of steps."""
     return math.ceil(steps * warmup) if warmup < 1 else round(warmup)
 
 
 def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup: float) -> float:
-    """The rate of step `step` (from 0) of `steps`: up linearly from 0 during the warm-up, then `schedule`."""
-    warm = warmup_steps(warmup, steps)
-    if step < warm:
-        return peak * step / max(1, warm)
-    progress = (step - warm) / max(1, steps - warm)
+    """Return the rate of step `step`, from 0: up linearly from 0 during the warm-up, then as `schedule` says."""
+    warm_steps = warmup_steps(warmup, steps)
+    if step < warm_steps:
+        return peak * step / max(1, warm_steps)
+    progress = (step - warm_steps) / max(1, steps - warm_steps)
     if schedule == "cosine":
         return peak * max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
     return peak * max(0.0, 1.0 - progress) if schedule == "linear" else peak
 
 
 def split_frozen(rows: tuple[Param, ...], freeze: list[str]) -> tuple[tuple[Param, ...], tuple[Param, ...]]:
-    """(trained, frozen) rows of the table. A pattern that matches nothing is an error."""
+    """Split the table's rows into (trained, frozen); UserError for a pattern that matches nothing."""
     for pattern in freeze:
         if not any(fnmatch.fnmatchcase(row.name, pattern) for row in rows):
             raise UserError(
@@ -49,10 +52,10 @@ def adamw(
     rows: tuple[Param, ...], beta1: float, beta2: float, eps: float, weight_decay: float, clip: float,
     moments_dtype: str = "float32",
 ) -> Any:  # fmt: skip
-    """An optax transformation without its learning rate: clip, Adam, weight decay on matrices.
+    """Return an optax transformation without its learning rate: clip, Adam, weight decay on matrices.
 
-    The rate is a multiplier at the step, so that one compiled step serves every schedule. moments_dtype: what both
-    moments are stored in; they are computed in float32.
+    The step multiplies by the rate, so that one compiled step serves every schedule. moments_dtype: of both moments
+    between steps; they are computed in float32.
     """
     decayed = spec.unflatten([(row.path, row.is_matrix) for row in rows])
     parts = [optax.clip_by_global_norm(clip)] if clip else []
@@ -63,7 +66,7 @@ def adamw(
 
 
 def _stored_in(dtype: Any, adam: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`adam` with its moments kept in `dtype` between steps."""
+    """Return `adam` with its moments kept in `dtype` between steps."""
     if dtype == jnp.float32:
         return adam
 
@@ -78,10 +81,10 @@ def _stored_in(dtype: Any, adam: optax.GradientTransformation) -> optax.Gradient
 
 
 def importances(moments: Any, frozen: Any, beta2: float) -> dict[str, Any]:
-    """The running mean of every parameter's squared gradient, Adam's second moment without its bias towards 0; 0 for
-    frozen ones. An estimate of the Fisher information's diagonal that training has at hand.
+    """Return the running mean of every parameter's squared gradient, float32; 0 for frozen parameters.
 
-    moments: the state of `adamw`. frozen: the frozen parameters.
+    It is Adam's second moment without its bias towards 0: an estimate of the Fisher information's diagonal that
+    training has at hand. moments: the state of `adamw`. frozen: the frozen parameters.
     """
     (adam,) = (part for part in moments if hasattr(part, "nu"))
     bias = 1.0 - beta2 ** max(1, int(adam.count))
@@ -91,5 +94,5 @@ def importances(moments: Any, frozen: Any, beta2: float) -> dict[str, Any]:
 
 
 def global_norm(tree: Any) -> jax.Array:
-    """Root of the sum of squares over all leaves, float32."""
+    """Return the root of the sum of squares over all leaves, float32."""
     return jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)))

@@ -1,7 +1,10 @@
-"""Settings of a branch: one supervised fine-tuning run of a student on one dataset."""
+"""Settings of a branch: one supervised fine-tuning of a student on one dataset.
+
+`bmjax train` reads TrainSettings; `bmjax run` holds a Training for every model that it trains. No JAX is imported here.
+"""
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -9,6 +12,14 @@ from bmjax.config import Settings
 from bmjax.model.attention.options import Backend, Exchange, Remat
 
 MeshSizes = dict[str, int]
+Dtype = Literal["bfloat16", "float32"]
+T = TypeVar("T")
+
+# What a key is to the trained weights, as a mark on its type. A key without a mark decides them.
+SAME_RESULT = "same result"  # changes nothing but rounding: where things are, how they are split and shown
+MAY_CHANGE = "may change"  # changes the weights a little, or what is exported: a resumed training may differ in it
+SameResult = Annotated[T, SAME_RESULT]
+MayChange = Annotated[T, MAY_CHANGE]
 
 
 class Training(Settings):
@@ -17,7 +28,9 @@ class Training(Settings):
     seed: int = Field(0, description="order of the rows")
     seq_len: int = Field(16384, ge=2, description="tokens a row")
     batch: int = Field(96, ge=1, description="rows a step, over all devices")
-    accumulate: int = Field(1, ge=1, description="microbatches a step; divides batch; exact, weighted by tokens")
+    accumulate: SameResult[int] = Field(
+        1, ge=1, description="microbatches a step; divides batch; exact, weighted by tokens"
+    )
     steps: int | None = Field(None, ge=1, description="optimizer steps; or give epochs")
     epochs: float | None = Field(
         None, gt=0, description="passes over the data; or give steps; 5 where neither is given"
@@ -40,47 +53,60 @@ class Training(Settings):
     template: str | None = Field(
         None, description="chat template: null for the student's own, chatml, deepseek-r1, or FILE.jinja"
     )
-    compute_dtype: Literal["bfloat16", "float32"] = Field(
+    compute_dtype: MayChange[Dtype] = Field(
         "bfloat16", description="of activations and products; master weights are float32"
     )
-    remat: Remat = Field(
+    remat: SameResult[Remat] = Field(
         "full",
         description="kept for the backward pass besides each layer's input: full: nothing; save_attention: what "
         "attention gave (not tokamax's); minimal: every product, too; offload: as full, inputs in the "
         "host's memory; none: everything",
     )
-    attention: Backend = Field(
+    attention: SameResult[Backend] = Field(
         "auto",
         description="splash: Pallas kernels of TPUs; cudnn: of Hopper and Blackwell GPUs, in bfloat16; tokamax: of "
         "GPUs (bmjax[cuda]); xla: any device; auto: splash on a TPU and cudnn on a GPU where they can, else xla",
     )
-    context_parallel: Exchange = Field(
+    context_parallel: SameResult[Exchange] = Field(
         "auto",
         description="rows split over mesh context: ulysses exchanges heads for tokens, gather keys and values, ring "
         "passes them on; auto: ulysses where heads suffice, else ring",
     )
-    moments_dtype: Literal["float32", "bfloat16"] = Field(
+    moments_dtype: MayChange[Dtype] = Field(
         "float32", description="of Adam's two moments between steps; bfloat16 takes half, and needs beta2 <= 0.99"
     )
     freeze: list[str] = Field(
         [], description="parameters that stay as they are, e.g. [embed/*]; shell patterns on names like layers/mlp/*"
     )
     track_move: bool = Field(True, description="log |delta|/|backbone|; costs one more sharded copy of the weights")
-    mesh: MeshSizes = Field({"fsdp": -1}, description="devices along data, fsdp, context, tensor; -1: the rest")
-    save_every: int = Field(200, ge=1, description="steps between checkpoints")
-    keep: int = Field(3, ge=1, description="newest checkpoints kept")
-    keep_every: int | None = Field(None, ge=1, description="also keep every checkpoint of a multiple of so many steps")
-    export_dtype: Literal["bfloat16", "float16", "float32"] | None = Field(
+    mesh: SameResult[MeshSizes] = Field(
+        {"fsdp": -1}, description="devices along data, fsdp, context, tensor; -1: the rest"
+    )
+    save_every: SameResult[int] = Field(200, ge=1, description="steps between checkpoints")
+    keep: SameResult[int] = Field(3, ge=1, description="newest checkpoints kept")
+    keep_every: SameResult[int | None] = Field(
+        None, ge=1, description="also keep every checkpoint of a multiple of so many steps"
+    )
+    export_dtype: MayChange[Literal["bfloat16", "float16", "float32"] | None] = Field(
         None, description="of hf/; null: as the student was stored"
     )
-    importances: bool = Field(
+    importances: MayChange[bool] = Field(
         False, description="also write DIR/importances: what the fisher merge weighs this branch's parameters by"
     )
-    log_every: int = Field(1, ge=1, description="steps between lines in the log; metrics.jsonl has every step")
-    profile_steps: tuple[int, int] | None = Field(
+    log_every: SameResult[int] = Field(
+        1, ge=1, description="steps between lines in the log; metrics.jsonl has every step"
+    )
+    profile_steps: SameResult[tuple[int, int] | None] = Field(
         None, description="[first, last] step, counted from 1, of an XProf trace in DIR/profile, e.g. [10, 13]"
     )
-    wandb: str | None = Field(None, description="project name: also log to Weights & Biases (needs the wandb extra)")
+    wandb: SameResult[str | None] = Field(
+        None, description="project name: also log to Weights & Biases (needs the wandb extra)"
+    )
+
+    @classmethod
+    def keys_without(cls, *marks: str) -> set[str]:
+        """Return the keys whose type carries none of `marks`."""
+        return {name for name, field in cls.model_fields.items() if not any(mark in field.metadata for mark in marks)}
 
     @model_validator(mode="before")
     @classmethod
@@ -109,21 +135,25 @@ class Training(Settings):
 class TrainSettings(Training):
     """`bmjax train CONFIG`: fine-tune a student on a dataset."""
 
-    student: str = Field(description="Hugging Face directory or hub id of the model to start from")
-    data: str | list[str] = Field(
+    student: SameResult[str] = Field(description="Hugging Face directory or hub id of the model to start from")
+    data: SameResult[str | list[str]] = Field(
         description="JSON Lines or Parquet file(s), or a hub dataset (org/name:subset:split); "
         "rows with prompt and response (or messages, conversations)"
     )
-    output: str = Field(description="directory for checkpoints/, hf/ and metrics.jsonl; all processes see the same one")
-    coordinator: str | None = Field(
+    output: SameResult[str] = Field(
+        description="directory for checkpoints/, hf/ and metrics.jsonl; all processes see the same one"
+    )
+    coordinator: SameResult[str | None] = Field(
         None, description="several processes: host:port of process 0; null: as the launcher says (TPU slice, SLURM, "
         "Open MPI, Kubernetes), else one process",
     )  # fmt: skip
-    num_processes: int | None = Field(None, ge=1, description="several processes: how many; 1: ask no launcher")
-    process_id: int | None = Field(None, ge=0, description="several processes: which one this is, from 0")
-    stop_code: int = Field(
+    num_processes: SameResult[int | None] = Field(
+        None, ge=1, description="several processes: how many; 1: ask no launcher"
+    )
+    process_id: SameResult[int | None] = Field(None, ge=0, description="several processes: which one this is, from 0")
+    stop_code: SameResult[int] = Field(
         0, ge=0, le=125, description="exit code after SIGTERM; not 0 for schedulers that start again what failed"
     )
-    peer_timeout: int = Field(
+    peer_timeout: SameResult[int] = Field(
         120, ge=5, description="seconds until a process that is not heard of is taken for dead, and all others stop"
     )

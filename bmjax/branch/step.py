@@ -1,28 +1,36 @@
-"""One training step: microbatches summed, divided once by the count of target tokens, clipped, applied."""
+"""One training step: microbatches summed, divided once by the count of target tokens, clipped, applied.
 
+The training loop runs the compiled step; `bmjax plan` compiles it for chips that are not there. Nothing here reads
+data or files.
+"""
+
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bmjax.branch import optimizer
-from bmjax.branch.loader import Batch, Loader
 from bmjax.model import qwen2, spec
 from bmjax.model.attention.options import AttentionOptions, Remat
+from bmjax.model.batch import Batch, batch_sharding
 from bmjax.model.config import ModelConfig
 from bmjax.parallel.mesh import sharding
 
-BATCH_DTYPES = (jnp.int32, jnp.int32, jnp.uint8)  # tokens, segment ids, loss mask
+GIB = 2**30
+State = dict[str, Any]  # params, frozen, moments, and start where the move is tracked
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Everything a compiled step depends on; equal plans share one compilation."""
+    """Everything that a compiled step depends on; equal plans share one compilation.
+
+    `train.step_plan` makes it from the settings; the keys of the same names are explained there.
+    """
 
     config: ModelConfig
     freeze: tuple[str, ...]
@@ -42,23 +50,24 @@ class StepPlan:
 
     @property
     def rows(self) -> tuple[tuple[spec.Param, ...], tuple[spec.Param, ...]]:
-        """(trained, frozen) rows of the table."""
+        """The rows (trained, frozen) of the parameter table."""
         return optimizer.split_frozen(spec.table(self.config), list(self.freeze))
 
     @property
     def adamw(self) -> Any:
+        """The optax transformation of the trained parameters, see `optimizer.adamw`."""
         return optimizer.adamw(
             self.rows[0], self.beta1, self.beta2, self.eps, self.weight_decay, self.clip, self.moments_dtype
         )
 
 
-def init_state(plan: StepPlan, params: qwen2.Params) -> dict[str, Any]:
-    """Training state from float32 parameters: trained, frozen, moments, and the start when the move is tracked."""
+def init_state(plan: StepPlan, params: qwen2.Params) -> State:
+    """Build the training state from float32 parameters."""
     return _state(plan, params, lambda program, tree: program(tree))
 
 
-def abstract_state(plan: StepPlan) -> dict[str, Any]:
-    """What `init_state` gives, of shapes with shardings (jax.ShapeDtypeStruct) instead of arrays: nothing is held."""
+def abstract_state(plan: StepPlan) -> State:
+    """Return shapes, dtypes and shardings (jax.ShapeDtypeStruct) of the training state, without any memory."""
     params = spec.unflatten([
         (row.path, jax.ShapeDtypeStruct(row.shape, jnp.float32, sharding=sharding(plan.mesh, row.axes, row.shape)))
         for row in spec.table(plan.config)
@@ -66,127 +75,150 @@ def abstract_state(plan: StepPlan) -> dict[str, Any]:
     return _state(plan, params, lambda program, tree: program.eval_shape(tree))
 
 
-def abstract_arguments(plan: StepPlan, rows: int, length: int) -> tuple[Any, ...]:
-    """What the step takes for batches [rows, length], as shapes with shardings."""
-    place = batch_sharding(plan.mesh, rows, length)
-    batch = [jax.ShapeDtypeStruct((rows, length), kind, sharding=place) for kind in BATCH_DTYPES]
-    return (abstract_state(plan), *batch, jax.ShapeDtypeStruct((), jnp.float32))
+def abstract_arguments(plan: StepPlan, rows: int, length: int) -> tuple[State, Any, Any]:
+    """Return shapes, dtypes and shardings of the step's arguments (state, batch, rate) for batches [rows, length]."""
+    layout = batch_sharding(plan.mesh, rows, length)
+
+    def array(dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct((rows, length), dtype, sharding=layout)
+
+    batch = Batch(tokens=array(jnp.int32), segment_ids=array(jnp.int32), loss_mask=array(jnp.uint8))
+    return abstract_state(plan), batch, jax.ShapeDtypeStruct((), jnp.float32)
 
 
-def _state(plan: StepPlan, params: qwen2.Params, run: Callable[[Any, Any], Any]) -> dict[str, Any]:
-    """The training state, of what `run` makes of a jitted program and parameters."""
+def _state(plan: StepPlan, params: qwen2.Params, run: Callable[[Any, Any], Any]) -> State:
+    """Build the training state. run: applies a jitted program to parameters, or only evaluates its shapes."""
     trained, frozen = plan.rows
-    train = spec.pick(params, trained)
-    shardings = jax.tree.map(lambda a: a.sharding, train)
-    moments = run(jax.jit(plan.adamw.init, out_shardings=_moment_shardings(plan, shardings, train)), train)
-    state = {"params": train, "frozen": spec.pick(params, frozen), "moments": moments}
+    params_trained = spec.pick(params, trained)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, params_trained)
+    moment_shardings = _moment_shardings(plan, shardings, params_trained)
+    moments = run(jax.jit(plan.adamw.init, out_shardings=moment_shardings), params_trained)
+    state = {"params": params_trained, "frozen": spec.pick(params, frozen), "moments": moments}
     if plan.track_move:
         # The step donates the parameters; the start needs buffers of its own.
-        state["start"] = run(jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings), train)
+        copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)
+        state["start"] = run(copy, params_trained)
     return state
 
 
-def _moment_shardings(plan: StepPlan, shardings: Any, train: Any) -> Any:
-    """Moments lie where their parameters lie; counters are replicated."""
-    by_path = {jax.tree_util.keystr(path): s for path, s in jax.tree_util.tree_leaves_with_path(shardings)}
+def _moment_shardings(plan: StepPlan, shardings: Any, params: Any) -> Any:
+    """Lay moments out as their parameters, and replicate counters."""
+    by_path = {jax.tree_util.keystr(path): layout for path, layout in jax.tree_util.tree_leaves_with_path(shardings)}
     replicated = NamedSharding(plan.mesh, PartitionSpec())
 
-    def place(path: Any, leaf: Any) -> Any:
-        keys = [k for k in path if isinstance(k, jax.tree_util.DictKey)]
-        return by_path.get(jax.tree_util.keystr(tuple(keys)), replicated) if leaf.ndim else replicated
+    def layout(path: Any, leaf: Any) -> Any:
+        keys = tuple(key for key in path if isinstance(key, jax.tree_util.DictKey))
+        return by_path.get(jax.tree_util.keystr(keys), replicated) if leaf.ndim else replicated
 
-    return jax.tree_util.tree_map_with_path(place, jax.eval_shape(plan.adamw.init, train))
+    return jax.tree_util.tree_map_with_path(layout, jax.eval_shape(plan.adamw.init, params))
 
 
-def all_params(state: dict[str, Any]) -> qwen2.Params:
-    """The model's parameters, trained and frozen together."""
+def all_params(state: State) -> qwen2.Params:
+    """Return the model's parameters, trained and frozen together."""
     return spec.join(state["params"], state["frozen"])
 
 
 @lru_cache(maxsize=16)
 def make_step(plan: StepPlan) -> Any:
-    """step(state, tokens, segment_ids, loss_mask, rate) -> (state, metrics); arrays [B, T], B = all rows.
+    """Return the jitted function `step(state, batch, rate) -> (state, metrics)`.
 
-    metrics: loss (nats a target token), targets, grad_norm (before clipping), move (|delta|/|start|), all scalars.
-    The state is donated, and lies as it lay.
+    batch: of all rows [B, T]. rate: the learning rate, float32. The state is donated and keeps its layout. metrics are
+    scalars: loss (nats a target token), targets, grad_norm (before clipping) and move (|delta| / |start|).
     """
     dtype = jnp.dtype(plan.compute_dtype)
-    tx = plan.adamw
+    adamw = plan.adamw
 
-    def nats(train: Any, frozen: Any, batch: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    def nats(trained: Any, frozen: Any, batch: Batch[jax.Array]) -> tuple[jax.Array, jax.Array]:
         # Cast before the layers use them: what is gathered over fsdp is then of the compute dtype.
-        params = jax.tree.map(lambda a: a.astype(dtype), spec.join(train, frozen))
-        tokens, segments, mask = batch
+        params = jax.tree.map(lambda leaf: leaf.astype(dtype), spec.join(trained, frozen))
         return qwen2.loss_sum(
-            plan.config, params, tokens, mask, segments, dtype=dtype, remat=plan.remat, unroll=plan.unroll,
+            plan.config,
+            params,
+            batch,
+            dtype=dtype,
+            remat=plan.remat,
+            unroll=plan.unroll,
             attention_options=plan.attention_options,
-        )  # fmt: skip
+        )
 
     gradient = jax.value_and_grad(nats, has_aux=True)
 
-    def summed(train: Any, frozen: Any, batch: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array, Any]:
+    def accumulated(trained: Any, frozen: Any, batch: Batch[jax.Array]) -> tuple[jax.Array, jax.Array, Any]:
+        """Return (nats, targets, gradients), each summed over the microbatches."""
         if plan.accumulate == 1:
-            (total, count), grads = gradient(train, frozen, batch)
+            (total, count), grads = gradient(trained, frozen, batch)
             return total, count, grads
 
-        def body(carry: Any, micro: tuple[jax.Array, ...]) -> tuple[Any, None]:
-            (total, count), grads = gradient(train, frozen, micro)
-            return jax.tree.map(jnp.add, carry, (total, count, grads)), None
+        def add(sums: Any, microbatch: Batch[jax.Array]) -> tuple[Any, None]:
+            (total, count), grads = gradient(trained, frozen, microbatch)
+            return jax.tree.map(jnp.add, sums, (total, count, grads)), None
 
         # Row b goes to microbatch b mod A, so every microbatch takes a share of each device's rows.
-        micros = tuple(a.reshape(-1, plan.accumulate, a.shape[1]).swapaxes(0, 1) for a in batch)
-        start = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, train))
-        return jax.lax.scan(body, start, micros)[0]
+        microbatches = jax.tree.map(
+            lambda array: array.reshape(-1, plan.accumulate, array.shape[1]).swapaxes(0, 1), batch
+        )
+        zeros = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, trained))
+        return jax.lax.scan(add, zeros, microbatches)[0]
 
-    def step(
-        state: dict[str, Any], tokens: jax.Array, segments: jax.Array, mask: jax.Array, rate: jax.Array
-    ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
-        train = state["params"]
-        total, count, grads = summed(train, state["frozen"], (tokens, segments, mask))
+    def step(state: State, batch: Batch[jax.Array], rate: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+        params = state["params"]
+        total, count, grads = accumulated(params, state["frozen"], batch)
         denominator = jnp.maximum(count, 1.0)
         grads = jax.tree.map(lambda g: g / denominator, grads)
-        updates, moments = tx.update(grads, state["moments"], train)
-        train = jax.tree.map(lambda p, u: p - rate * u, train, updates)
+        updates, moments = adamw.update(grads, state["moments"], params)
+        params = jax.tree.map(lambda p, u: p - rate * u, params, updates)
         metrics = {"loss": total / denominator, "targets": count, "grad_norm": optimizer.global_norm(grads)}
         if plan.track_move:
-            delta = jax.tree.map(jnp.subtract, train, state["start"])
+            delta = jax.tree.map(jnp.subtract, params, state["start"])
             whole = spec.join(state["start"], state["frozen"])
             metrics["move"] = optimizer.global_norm(delta) / optimizer.global_norm(whole)
-        return state | {"params": train, "moments": moments}, metrics
+        return state | {"params": params, "moments": moments}, metrics
 
-    places = jax.tree.map(lambda a: a.sharding, abstract_state(plan))
-    return jax.jit(step, donate_argnums=0, out_shardings=(places, NamedSharding(plan.mesh, PartitionSpec())))
+    layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(plan))
+    return jax.jit(step, donate_argnums=0, out_shardings=(layout, NamedSharding(plan.mesh, PartitionSpec())))
 
 
 @lru_cache(maxsize=16)
 def compile_step(plan: StepPlan, rows: int, length: int) -> Any:
-    """`make_step(plan)`, compiled for batches [rows, length]; its `memory_analysis()` says what it takes."""
+    """Compile the step for batches [rows, length]; the program's `memory_analysis()` says what it takes."""
     with jax.set_mesh(plan.mesh):
         return make_step(plan).lower(*abstract_arguments(plan, rows, length)).compile()
 
 
-def batch_sharding(mesh: Mesh, rows: int, length: int) -> NamedSharding:
-    """Where a batch [rows, length] lies: rows over data and fsdp, tokens over context."""
-    return sharding(mesh, ("batch", "length"), (rows, length))
+def state_bytes(state: State) -> dict[str, float]:
+    """Count the bytes of a training state on one chip by kind, and of the float32 gradients that a step makes of it."""
+
+    def size(tree: Any) -> float:
+        leaves = jax.tree.leaves(tree)
+        return float(sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves))
+
+    parameters = size(state["params"])
+    return {
+        "parameters": parameters + size(state["frozen"]) + size(state.get("start", {})),
+        "optimizer": size(state["moments"]),
+        "gradients": parameters,
+    }
 
 
-def place_batch(mesh: Mesh, *arrays: Any) -> list[jax.Array]:
-    """Host arrays [B, T], the same in all processes, onto the mesh."""
-    return [jax.make_array_from_callback(a.shape, batch_sharding(mesh, *a.shape), a.__getitem__) for a in arrays]
+def program_bytes(compiled: Any) -> float:
+    """Count the bytes that a compiled program takes on a device: arguments, outputs, temporaries, code."""
+    memory = compiled.memory_analysis()
+    return float(
+        memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+        + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    )  # fmt: skip
 
 
-def load_batch(mesh: Mesh, loader: Loader, step: int) -> list[jax.Array]:
-    """The batch of optimizer step `step` on the mesh; a process lays out the rows of its own devices only."""
-    place = batch_sharding(mesh, loader.batch, loader.length)
-    laid: dict[tuple[int, int], Batch] = {}
+def memory_line(compiled: Any, state: State, device: jax.Device) -> str:
+    """Describe in one line what a compiled step takes of a device's memory."""
 
-    def part(name: str, index: tuple[slice, ...]) -> np.ndarray:
-        start, stop, _ = index[0].indices(loader.batch)
-        if (start, stop) not in laid:
-            laid[start, stop] = loader.at(step, range(start, stop))
-        return getattr(laid[start, stop], name)[:, index[1]]
+    def text(size: float) -> str:
+        return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / 2**20:.2f} MiB"
 
-    return [
-        jax.make_array_from_callback((loader.batch, loader.length), place, partial(part, name))
-        for name in ("tokens", "segment_ids", "loss_mask")
-    ]
+    kinds, total = state_bytes(state), program_bytes(compiled)
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    return (
+        f"a step takes {text(total)} a device{f' of {text(limit)}' if limit else ''}: parameters "
+        f"{text(kinds['parameters'])}, optimizer {text(kinds['optimizer'])}, gradients and temporaries "
+        f"{text(max(0.0, total - kinds['parameters'] - kinds['optimizer']))}"
+    )

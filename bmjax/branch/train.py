@@ -1,4 +1,7 @@
-"""Train one branch: a student, a dataset, AdamW, checkpoints, and a Hugging Face directory at the end."""
+"""Train one branch: a student, a dataset, AdamW, checkpoints, and a Hugging Face directory at the end.
+
+`bmjax train`, the pipeline and the Python interface call `train`; `bmjax plan` asks the same `check` and `step_plan`.
+"""
 
 import json
 import math
@@ -10,17 +13,20 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from bmjax.branch import examples, fingerprint, optimizer
+from bmjax.branch import examples, optimizer
+from bmjax.branch.fingerprint import check_same, fingerprint
 from bmjax.branch.loader import Loader
-from bmjax.branch.loop import Progress, loop, saved
-from bmjax.branch.metrics import Log, check_wandb, write_line
+from bmjax.branch.loop import loop, saved
+from bmjax.branch.metrics import import_wandb
+from bmjax.branch.run import Progress, Run
 from bmjax.branch.settings import Training, TrainSettings
-from bmjax.branch.step import StepPlan, all_params, init_state
+from bmjax.branch.step import State, StepPlan, all_params, init_state
 from bmjax.config import UserError
 from bmjax.io.atomic import write_atomic
 from bmjax.io.rows import read_rows
+from bmjax.log import Log, silent, write_line
 from bmjax.model import spec
-from bmjax.model.attention import cudnn
+from bmjax.model.attention.dispatch import check_backend
 from bmjax.model.attention.options import AttentionOptions
 from bmjax.model.config import ModelConfig
 from bmjax.parallel import processes
@@ -33,105 +39,61 @@ from bmjax.weights.student import Student
 UNROLL_UP_TO = 8  # layers: below this a CPU gains from unrolling the scan, and the program stays small
 
 
-def _unroll(config: ModelConfig) -> int:
-    return config.num_layers if jax.default_backend() == "cpu" and config.num_layers <= UNROLL_UP_TO else 1
+def train(settings: TrainSettings, log: Log = write_line, progress: bool = True) -> dict[str, Any]:
+    """Run or resume a training. A finished one returns its summary at once.
 
+    Where several processes train, each makes this call.
 
-def step_plan(settings: Training, config: ModelConfig, mesh: Mesh, documents: int = 0) -> StepPlan:
-    """What the compiled step depends on. documents: the most of a row, 0 where it is not known (`AttentionOptions`)."""
-    platform = mesh.devices.flat[0].platform
-    needed = {"splash": "tpu", "cudnn": "gpu", "tokamax": "gpu"}.get(settings.attention, platform)
-    if platform != needed:
-        raise UserError(
-            f"attention: {settings.attention} runs on {needed.upper()}s, and there are none; use auto or xla"
-        )
-    if settings.attention == "cudnn" and not cudnn.runs_here():
-        raise UserError(
-            "attention: cudnn's packed rows need a Hopper or Blackwell GPU (H100, H200, B200); use auto or xla"
-        )
-    if platform != "gpu":
-        documents = 0  # what does not matter must not make another program
-    return StepPlan(
-        config=config, freeze=tuple(settings.freeze), accumulate=settings.accumulate, beta1=settings.beta1,
-        beta2=settings.beta2, eps=settings.eps, weight_decay=settings.weight_decay, clip=settings.clip,
-        compute_dtype=settings.compute_dtype, remat=settings.remat, unroll=_unroll(config),
-        attention_options=AttentionOptions(
-            settings.attention, settings.context_parallel, platform, documents=documents
-        ),
-        track_move=settings.track_move, mesh=mesh, moments_dtype=settings.moments_dtype,
-    )  # fmt: skip
+    Arguments:
+        settings: the keys of `bmjax train`.
+        log: takes one line a remark.
+        progress: show a bar on a terminal.
 
+    Returns:
+        The summary, also written to DIR/result.json: hf (path), steps, tokens (real ones seen), loss (nats a target
+        token of the last step), move (|delta|/|student|, or None) and fingerprint.
 
-def total_steps(settings: TrainSettings, loader: Loader) -> int:
-    """Optimizer steps of the whole training."""
-    if settings.steps is not None:
-        return settings.steps
-    assert settings.epochs is not None  # the settings hold exactly one of the two
-    return max(1, math.ceil(settings.epochs * loader.steps_per_epoch))
-
-
-def train(settings: TrainSettings, log: Log = write_line) -> dict[str, Any]:
-    """Run or resume the training that `settings` describe; returns a summary, also written to DIR/result.json.
-
-    Keys of the summary: hf (path), steps, tokens (real tokens seen), loss (of the last step), move.
-    A finished run returns its summary at once. Where several processes train, each makes this call.
-    Raises UserError for inputs that do not fit; SystemExit after SIGTERM, with a checkpoint written.
+    Raises:
+        UserError: for inputs that do not fit together.
+        SystemExit: after SIGTERM, with a checkpoint written.
     """
     with processes.together(settings.coordinator, settings.num_processes, settings.process_id, settings.peer_timeout):
-        return _train(settings, log if processes.is_main() else lambda line: None)
+        return _train(settings, log if processes.is_main() else silent, progress)
 
 
-def open_student(settings: TrainSettings) -> Student:
-    """Open the student of a training, with the chat template that it is trained with."""
-    return students.open(settings.student, template=settings.template, purpose="training")
-
-
-def load_data(settings: TrainSettings, student: Student) -> Loader:
-    """Read and tokenize the rows of a training; UserError for what cannot be trained on."""
-    assert student.template is not None  # the student was opened for training
-    rows = read_rows(settings.data)
-    dataset = examples.build_dataset(rows, student.tokenizer, student.template, settings.seq_len, settings.overlong)
-    examples.check_vocabulary(dataset, student.config.vocab_size, student.directory)
-    return Loader(dataset, settings.seq_len, settings.batch, settings.packing, settings.shuffle, settings.seed)
-
-
-def _train(settings: TrainSettings, log: Log) -> dict[str, Any]:
+def _train(settings: TrainSettings, log: Log, progress: bool) -> dict[str, Any]:
     output = Path(settings.output)
+    # Open the student, tokenize the data, refuse what does not fit together. No weights are read yet.
     student = open_student(settings)
     config = student.config
     mesh = check(settings, config)
     loader = load_data(settings, student)
-    dataset = loader.dataset
     steps = total_steps(settings, loader)
-    expected = fingerprint.fingerprint(settings, student.directory, dataset.digest) | {"steps": str(steps)}
-    own = settings.model_dump(exclude={"process_id", "student", "data"})
-    processes.check_agreement({key: str(value) for key, value in own.items()} | expected)
-    finished = _finished(output, expected, settings.importances) if processes.is_main() else None
-    if processes.mains(finished is not None):
-        finished = finished or json.loads((output / "result.json").read_text())
-        log(f"{output}: already trained, {finished['steps']} steps")
-        return finished
+    expected = fingerprint(settings, student.directory, loader.dataset.digest, steps)
+    shared = settings.model_dump(exclude={"process_id", "student", "data"})
+    processes.check_agreement({key: str(value) for key, value in shared.items()} | expected)
 
-    overlong = (
-        f", {dataset.truncated} truncated, {dataset.dropped} dropped" if dataset.truncated + dataset.dropped else ""
-    )
-    log(
-        f"{output.name}: {len(dataset.examples)} documents, {dataset.tokens:,} tokens in {len(loader.rows)} rows of "
-        f"{loader.length} ({loader.fill:.1%} filled){overlong}; {spec.count(config):,} parameters, {steps} steps"
-    )
+    # A training that is done only says so.
+    summary = _finished(output, expected, settings.importances) if processes.is_main() else None
+    if processes.mains(summary is not None):
+        summary = summary or json.loads((output / "result.json").read_text())
+        log(f"{output}: already trained, {summary['steps']} steps")
+        return summary
+
+    # Train, from the newest checkpoint on.
+    log(_data_line(output.name, loader, config, steps))
     plan = step_plan(settings, config, mesh, loader.documents)
+    run = Run(settings, student, loader, plan, steps, expected, log, progress)
     with jax.set_mesh(mesh):
         state = init_state(plan, hf.load_params(student.directory, config, mesh, dtype=np.float32))
         checkpoints = Checkpoints(output / "checkpoints", settings.keep, settings.save_every, settings.keep_every)
         try:
-            state, begin = _resume(checkpoints, state, expected, log)
-            state, summary = loop(plan, settings, loader, state, begin, steps, checkpoints, expected, log)
+            state, begin = _resume(run, state, checkpoints)
+            state, summary = loop(run, state, begin, checkpoints)
         finally:
             checkpoints.close()
-        _export(output, settings, student, state)
-        if settings.importances:
-            found = optimizer.importances(state["moments"], state["frozen"], settings.beta2)
-            hf.save_hf(output / "importances", found, student.hf_config, dtype=np.dtype(np.float32))
+        # Write the model. result.json comes last: it marks the training as done.
+        _export(run, state)
     result = {"hf": str(output / "hf"), "steps": steps, "fingerprint": expected, **summary}
     if processes.is_main():
         write_atomic(output / "result.json", json.dumps(result, indent=1))
@@ -139,10 +101,26 @@ def _train(settings: TrainSettings, log: Log) -> dict[str, Any]:
     return result
 
 
+def open_student(settings: TrainSettings) -> Student:
+    """Open the student of a training, with the chat template that it is trained with."""
+    return students.open(settings.student, template=settings.template, purpose="training")
+
+
 def check(settings: Training, config: ModelConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of a training over all `devices` (default: those at hand, of one process perhaps fewer), once everything
-    that can be known before it begins is found right; else UserError."""
-    check_wandb(settings.wandb)
+    """Refuse a training that cannot run, before data and weights are read.
+
+    Arguments:
+        settings, config: the training, and the student's architecture.
+        devices: those to train on, all of them; None: those at hand, of which one process may leave some unused.
+
+    Returns:
+        The mesh of the training.
+
+    Raises:
+        UserError: naming the key to change.
+    """
+    if settings.wandb:
+        import_wandb()
     if settings.seq_len > config.max_length:
         raise UserError(
             f"seq_len: {settings.seq_len} is more than the student's context of {config.max_length} tokens; lower it"
@@ -154,12 +132,8 @@ def check(settings: Training, config: ModelConfig, devices: Sequence[Any] | None
             f"mesh: {settings.mesh} uses {mesh.size} of {count} devices; give one axis -1, or sizes whose product is "
             f"{count}"
         )
-    _check_divides(settings, config, mesh)
-    optimizer.split_frozen(spec.table(config), settings.freeze)
-    return mesh
-
-
-def _check_divides(settings: Training, config: ModelConfig, mesh: Mesh) -> None:
+    check_backend(settings.attention, mesh.devices.flat[0].platform)
+    # The mesh has to divide rows, heads and tokens.
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = settings.batch // settings.accumulate
     if rows % ways:
@@ -175,43 +149,92 @@ def _check_divides(settings: Training, config: ModelConfig, mesh: Mesh) -> None:
         )
     if settings.packing and settings.seq_len % mesh.shape["context"]:
         raise UserError(f"seq_len: {settings.seq_len} is not a multiple of mesh context = {mesh.shape['context']}")
+    optimizer.split_frozen(spec.table(config), settings.freeze)
+    return mesh
+
+
+def load_data(settings: TrainSettings, student: Student) -> Loader:
+    """Read and tokenize the rows of a training; UserError for what cannot be trained on."""
+    assert student.template is not None  # the student was opened for training
+    rows = list(read_rows(settings.data))
+    dataset = examples.build_dataset(rows, student.tokenizer, student.template, settings.seq_len, settings.overlong)
+    examples.check_vocabulary(dataset, student.config.vocab_size, student.directory)
+    return Loader(dataset, settings.seq_len, settings.batch, settings.packing, settings.shuffle, settings.seed)
+
+
+def total_steps(settings: TrainSettings, loader: Loader) -> int:
+    """Return the optimizer steps of the whole training."""
+    if settings.steps is not None:
+        return settings.steps
+    assert settings.epochs is not None  # the settings hold exactly one of the two
+    return max(1, math.ceil(settings.epochs * loader.steps_per_epoch))
+
+
+def step_plan(settings: Training, config: ModelConfig, mesh: Mesh, documents: int = 0) -> StepPlan:
+    """Make the plan that a step is compiled from.
+
+    Arguments:
+        settings, config, mesh: as `check` found them right.
+        documents: the most that a row of the data holds, padding counted as one; 0 where there is no data.
+    """
+    platform = mesh.devices.flat[0].platform
+    # Only GPU kernels are compiled for a number of documents; elsewhere all data share one program.
+    documents = documents if platform == "gpu" else 0
+    unroll = config.num_layers if jax.default_backend() == "cpu" and config.num_layers <= UNROLL_UP_TO else 1
+    options = AttentionOptions(settings.attention, settings.context_parallel, platform, documents=documents)
+    return StepPlan(
+        config=config, freeze=tuple(settings.freeze), accumulate=settings.accumulate, beta1=settings.beta1,
+        beta2=settings.beta2, eps=settings.eps, weight_decay=settings.weight_decay, clip=settings.clip,
+        compute_dtype=settings.compute_dtype, remat=settings.remat, unroll=unroll,
+        attention_options=options, track_move=settings.track_move, mesh=mesh, moments_dtype=settings.moments_dtype,
+    )  # fmt: skip
+
+
+def _data_line(name: str, loader: Loader, config: ModelConfig, steps: int) -> str:
+    dataset = loader.dataset
+    cut = f", {dataset.truncated} truncated, {dataset.dropped} dropped" if dataset.truncated + dataset.dropped else ""
+    return (
+        f"{name}: {len(dataset.examples)} documents, {dataset.tokens:,} tokens in {len(loader.rows)} rows of "
+        f"{loader.length} ({loader.fill:.1%} filled){cut}; {spec.count(config):,} parameters, {steps} steps"
+    )
 
 
 def _finished(output: Path, expected: dict[str, str], importances: bool) -> dict[str, Any] | None:
+    """Return the summary of a training that is done, with everything written that is asked for; else None."""
     path = output / "result.json"
-    if not path.exists() or not (output / "hf" / "config.json").exists():
-        return None
-    if importances and not (output / "importances" / "config.json").exists():
+    exports = [output / "hf"] + ([output / "importances"] if importances else [])
+    if not path.exists() or not all((directory / "config.json").exists() for directory in exports):
         return None
     result = json.loads(path.read_text())
-    fingerprint.check_same(result["fingerprint"], expected, output)
+    check_same(result["fingerprint"], expected, output)
     return result
 
 
-def _resume(
-    checkpoints: Checkpoints, state: dict[str, Any], expected: dict[str, str], log: Log
-) -> tuple[dict[str, Any], Progress]:
-    """(state, where it is) from the newest whole checkpoint, or the state given."""
+def _resume(run: Run, state: State, checkpoints: Checkpoints) -> tuple[State, Progress]:
+    """Restore the newest whole checkpoint; without one, return `state` as it is."""
     latest = checkpoints.latest()
     if latest is None:
         return state, Progress()
-    fingerprint.check_same(checkpoints.meta(latest)["fingerprint"], expected, checkpoints.directory)
+    check_same(checkpoints.meta(latest)["fingerprint"], run.fingerprint, checkpoints.directory)
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), saved(state))
     restored, meta = checkpoints.restore(latest, abstract)
-    log(f"resuming at step {latest}")
+    run.log(f"resuming at step {latest}")
     return state | restored, Progress(latest, meta["tokens"])
 
 
-def _export(output: Path, settings: TrainSettings, student: Student, state: dict[str, Any]) -> None:
-    """Write DIR/hf: the weights as the student stores them or in export_dtype, with its tokenizer and config."""
-    dtype = np.dtype(settings.export_dtype) if settings.export_dtype else hf.stored_dtype(student.directory)
+def _export(run: Run, state: State) -> None:
+    """Write DIR/hf, the weights in export_dtype or as the student stores them, and DIR/importances if asked for."""
+    settings, student = run.settings, run.student
     tokenizer = None
     if settings.template is not None:
         # The template is part of the branch: it is served with the one that it was trained with.
         tokenizer = student.tokenizer
         tokenizer.chat_template = student.template
-    new_end_tokens = student.end_tokens if student.end_tokens != student.stored_end_tokens else None
     hf.save_hf(
-        output / "hf", all_params(state), student.hf_config, side_files=student.directory, tokenizer=tokenizer,
-        dtype=dtype, eos=new_end_tokens,
+        run.output / "hf", all_params(state), student.hf_config, side_files=student.directory, tokenizer=tokenizer,
+        dtype=np.dtype(settings.export_dtype) if settings.export_dtype else hf.stored_dtype(student.directory),
+        eos=student.end_tokens if student.end_tokens != student.stored_end_tokens else None,
     )  # fmt: skip
+    if settings.importances:
+        importances = optimizer.importances(state["moments"], state["frozen"], settings.beta2)
+        hf.save_hf(run.output / "importances", importances, student.hf_config, dtype=np.dtype(np.float32))

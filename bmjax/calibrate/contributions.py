@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bmjax.calibrate.data import Arrays, Calibration
+from bmjax.calibrate.data import Calibration
 from bmjax.calibrate.recipe import CalibrationSettings
 from bmjax.model import qwen2, spec
 from bmjax.model.attention.options import Remat
+from bmjax.model.batch import Batch
 from bmjax.model.config import ModelConfig
 from bmjax.model.spec import get, unflatten
 
@@ -72,13 +73,13 @@ def _regmean(leaves: Sequence[jax.Array], own: Sequence[np.ndarray], off_diagona
     return [jax.device_put(part, leaf.sharding) for part, leaf in zip(parts, leaves, strict=True)]
 
 
-def grams(config: ModelConfig, params: Tree, batches: Iterator[Arrays], dtype: Any) -> dict[str, np.ndarray]:
+def grams(config: ModelConfig, params: Tree, batches: Iterator[Batch[jax.Array]], dtype: Any) -> dict[str, np.ndarray]:
     """Mean of x x^T over the real tokens' inputs x of the linear layers, by name (q, o, gate, down): [L, in, in]."""
     run, total, count = _grams(config, np.dtype(dtype).name), None, 0.0
-    for tokens, segments, _ in batches:
-        own = jax.tree.map(lambda a: np.asarray(a, np.float64), run(params, tokens, segments))
+    for batch in batches:
+        own = jax.tree.map(lambda a: np.asarray(a, np.float64), run(params, batch.tokens, batch.segment_ids))
         total = own if total is None else jax.tree.map(np.add, total, own)
-        count += float(jnp.sum(segments > 0))
+        count += float(jnp.sum(batch.segment_ids > 0))
     assert total is not None  # a loader has a row at least
     layers = total["layers"]
     return {name: layers[part][name]["input"] / count for part in layers for name in layers[part]}
@@ -108,29 +109,29 @@ def _grams(config: ModelConfig, dtype: str) -> Any:
     return jax.jit(run)
 
 
-def squares(config: ModelConfig, params: Tree, batches: Iterator[Arrays], dtype: Any, remat: Remat) -> Tree:
+def squares(config: ModelConfig, params: Tree, batches: Iterator[Batch[jax.Array]], dtype: Any, remat: Remat) -> Tree:
     """Sum over packed rows of the squared gradient of each row's summed loss: the empirical Fisher information's
     diagonal but for a factor, float32, as `params`."""
     run, total = _squares(config, np.dtype(dtype).name, remat), None
-    for tokens, segments, mask in batches:
-        total = run(params, tokens, segments, mask, total)
+    for batch in batches:
+        total = run(params, batch, total)
     assert total is not None
     return total
 
 
 @lru_cache(maxsize=8)
 def _squares(config: ModelConfig, dtype: str, remat: Remat) -> Any:
-    def nats(params: Tree, tokens: jax.Array, segments: jax.Array, mask: jax.Array) -> jax.Array:
+    def nats(params: Tree, batch: Batch[jax.Array]) -> jax.Array:
         own = jax.tree.map(lambda a: a.astype(dtype), params)
-        return qwen2.loss_sum(config, own, tokens, mask, segments, dtype=jnp.dtype(dtype), remat=remat)[0]
+        return qwen2.loss_sum(config, own, batch, dtype=jnp.dtype(dtype), remat=remat)[0]
 
-    def run(params: Tree, tokens: jax.Array, segments: jax.Array, mask: jax.Array, total: Tree | None) -> Tree:
-        def one(carry: Tree, row: tuple[jax.Array, ...]) -> tuple[Tree, None]:
-            own = jax.grad(nats)(params, *(a[None] for a in row))
+    def run(params: Tree, batch: Batch[jax.Array], total: Tree | None) -> Tree:
+        def one(carry: Tree, row: Batch[jax.Array]) -> tuple[Tree, None]:
+            own = jax.grad(nats)(params, jax.tree.map(lambda array: array[None], row))
             return jax.tree.map(lambda c, g: c + jnp.square(g.astype(jnp.float32)), carry, own), None
 
         start = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), params) if total is None else total
-        return jax.lax.scan(one, start, (tokens, segments, mask))[0]
+        return jax.lax.scan(one, start, batch)[0]
 
     return jax.jit(run)
 

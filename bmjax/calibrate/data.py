@@ -10,14 +10,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from bmjax.branch import examples
-from bmjax.branch.loader import Batch, Loader
-from bmjax.branch.step import place_batch
+from bmjax.branch.loader import Loader
 from bmjax.calibrate.recipe import CalibratedRecipe
 from bmjax.chat.template import chat_template
 from bmjax.config import UserError
 from bmjax.io.rows import read_rows
-
-Arrays = Sequence[jax.Array]
+from bmjax.model.batch import Batch, place_batch
 
 
 @dataclass
@@ -27,32 +25,31 @@ class Calibration:
 
     mesh: Mesh
     loaders: list[Loader]
-    held_out: list[Batch]
+    held_out: list[Batch[np.ndarray]]
     tokens: dict[str, int]
 
-    def rows(self, domain: int, count: int, purpose: str) -> Iterator[Arrays]:
-        """Batches (tokens, segment ids, mask; [B, T]) of one domain until `count` rows are given, counted."""
+    def rows(self, domain: int, count: int, purpose: str) -> Iterator[Batch[jax.Array]]:
+        """Batches of one domain until `count` rows are given, counted."""
         loader = self.loaders[domain]
         for start in range(0, min(count, len(loader.rows)), loader.batch):
             batch = loader.at(start // loader.batch)
             left = min(count, len(loader.rows)) - start
             if left < loader.batch:
-                batch = Batch(*(np.where(np.arange(loader.batch)[:, None] < left, a, 0).astype(a.dtype)
-                                for a in (batch.tokens, batch.segment_ids, batch.loss_mask)))  # fmt: skip
+                kept = np.arange(loader.batch)[:, None] < left
+                batch = jax.tree.map(lambda array, kept=kept: np.where(kept, array, 0).astype(array.dtype), batch)
             yield self._place(purpose, [batch])
 
-    def joint(self, step: int, purpose: str) -> Arrays:
+    def joint(self, step: int, purpose: str) -> Batch[jax.Array]:
         """The batch of a step: as many rows of each domain, one domain after another, counted."""
         return self._place(purpose, [loader.at(step) for loader in self.loaders])
 
-    def judged(self) -> list[Arrays]:
+    def judged(self) -> list[Batch[jax.Array]]:
         """The held-out batches, counted."""
         return [self._place("held_out", [batch]) for batch in self.held_out]
 
-    def _place(self, purpose: str, batches: Sequence[Batch]) -> Arrays:
+    def _place(self, purpose: str, batches: Sequence[Batch[np.ndarray]]) -> Batch[jax.Array]:
         self.tokens[purpose] = self.tokens.get(purpose, 0) + sum(batch.real_tokens for batch in batches)
-        names = ("tokens", "segment_ids", "loss_mask")
-        return place_batch(self.mesh, *(np.concatenate([getattr(b, name) for b in batches]) for name in names))
+        return place_batch(self.mesh, jax.tree.map(lambda *arrays: np.concatenate(arrays), *batches))
 
 
 def read(recipe: CalibratedRecipe, tokenizer: Any, vocab_size: int, base: Path, mesh: Mesh) -> Calibration:

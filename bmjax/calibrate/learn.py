@@ -18,6 +18,7 @@ from bmjax.calibrate.data import Calibration
 from bmjax.calibrate.recipe import CalibrationSettings
 from bmjax.model import loss, qwen2, spec
 from bmjax.model.attention.options import Remat
+from bmjax.model.batch import Batch
 from bmjax.model.config import ModelConfig
 from bmjax.model.spec import Param, unflatten
 
@@ -48,13 +49,12 @@ def merged(base: Tree, parts: Sequence[Tree], factors: Sequence[Tree]) -> Tree:
 
 
 def _nats(
-    config: ModelConfig, params: Tree, batch: Sequence[jax.Array], domains: int, dtype: str, remat: Remat
+    config: ModelConfig, params: Tree, batch: Batch[jax.Array], domains: int, dtype: str, remat: Remat
 ) -> jax.Array:
     """Mean over domains of nats a target token; the batch's rows are those of one domain after another."""
-    tokens, segments, mask = batch
     own = jax.tree.map(lambda a: a.astype(dtype), params)
-    hidden = qwen2.hidden(config, own, tokens, segments, dtype=jnp.dtype(dtype), remat=remat)
-    labels, targets = loss.next_token_targets(tokens, mask, segments)
+    hidden = qwen2.hidden(config, own, batch.tokens, batch.segment_ids, dtype=jnp.dtype(dtype), remat=remat)
+    labels, targets = loss.next_token_targets(batch.tokens, batch.loss_mask, batch.segment_ids)
     by_domain = targets.reshape(domains, -1)
     counts = jnp.maximum(jnp.sum(by_domain, axis=1, keepdims=True), 1.0)
     weights = (by_domain / counts / domains).reshape(targets.shape)
@@ -75,7 +75,9 @@ def held_out_losses(config: ModelConfig, params: Tree, calibration: Calibration,
 def _coefficient_step(config: ModelConfig, domains: int, dtype: str, remat: Remat) -> Any:
     tx = optax.scale_by_adam(*BETAS)
 
-    def step(factors: Any, moments: Any, base: Tree, parts: Any, batch: Any, rate: jax.Array) -> tuple[Any, Any]:
+    def step(
+        factors: Any, moments: Any, base: Tree, parts: Any, batch: Batch[jax.Array], rate: jax.Array
+    ) -> tuple[Any, Any]:
         def nats(own: Any) -> jax.Array:
             return _nats(config, merged(base, parts, own), batch, domains, dtype, remat)
 
@@ -103,7 +105,7 @@ def learn(
 def _polish_step(config: ModelConfig, domains: int, dtype: str, remat: Remat) -> Any:
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(*BETAS))
 
-    def step(params: Tree, moments: Any, moving: Tree, batch: Any, rate: jax.Array) -> tuple[Tree, Any]:
+    def step(params: Tree, moments: Any, moving: Tree, batch: Batch[jax.Array], rate: jax.Array) -> tuple[Tree, Any]:
         own = jax.grad(lambda p: _nats(config, p, batch, domains, dtype, remat))(params)
         own = jax.tree.map(lambda g, m: jnp.where(m, g, 0.0), own, moving)
         updates, moments = tx.update(own, moments)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from bmjax.cli.parser import option
 from bmjax.errors import UserError
+from bmjax.log import progress_bar, write_line
 
 if TYPE_CHECKING:
     from bmjax.calibrate.recipe import CalibratedRecipe
@@ -111,8 +112,6 @@ def _streamed_merge(recipe: "Recipe", options: Namespace, sizes: dict[str, Any])
         for line in check(recipe, options.out, options.overwrite, **sizes):
             print(line)
         return
-    from tqdm import tqdm
-
     from bmjax.merge.engine.files import merge
     from bmjax.merge.report.statistics import summary_lines
     from bmjax.parallel.start import keep_compiled_programs, use_own_threads
@@ -120,7 +119,7 @@ def _streamed_merge(recipe: "Recipe", options: Namespace, sizes: dict[str, Any])
     use_own_threads()
     keep_compiled_programs()
     start = time.perf_counter()
-    bar = tqdm(unit="B", unit_scale=True, desc="merge", disable=options.quiet or not sys.stderr.isatty(), leave=False)
+    bar = progress_bar("merge", "B", shown=not options.quiet)
     bytes_read = 0
 
     def progress(done: int, total: int, name: str) -> None:
@@ -131,7 +130,7 @@ def _streamed_merge(recipe: "Recipe", options: Namespace, sizes: dict[str, Any])
 
     def log(line: str) -> None:
         if not options.quiet:
-            tqdm.write(f"bmjax: note: {line}", file=sys.stderr)
+            write_line(f"bmjax: note: {line}")
 
     with bar, warnings.catch_warnings():
         # What is not finite is said once, in words.

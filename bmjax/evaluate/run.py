@@ -17,8 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from bmjax.branch.examples import Dataset, build_dataset, check_vocabulary
-from bmjax.branch.loader import Loader
-from bmjax.branch.step import load_batch
+from bmjax.branch.loader import Loader, load_batch
 from bmjax.chat.template import render_prompt
 from bmjax.config import UserError
 from bmjax.evaluate.score import accuracy
@@ -153,9 +152,7 @@ def _accuracy(
 
 @lru_cache(maxsize=16)
 def _loss_function(config: ModelConfig, dtype: Any) -> Any:
-    return jax.jit(
-        lambda params, tokens, segments, mask: qwen2.loss_sum(config, params, tokens, mask, segments, dtype=dtype)
-    )
+    return jax.jit(lambda params, batch: qwen2.loss_sum(config, params, batch, dtype=dtype))
 
 
 def _held_out_loss(
@@ -174,7 +171,7 @@ def _held_out_loss(
     function = _loss_function(config, jnp.dtype(settings.compute_dtype))
     nats, tokens = 0.0, 0.0
     for step in range(loader.steps_per_epoch):
-        total, count = function(params, *load_batch(mesh, loader, step))
+        total, count = function(params, load_batch(mesh, loader, step))
         nats, tokens = nats + float(total), tokens + float(count)
     return {
         "loss": nats / tokens,

@@ -19,6 +19,7 @@ from bmjax.model import loss, ops, rope, spec
 from bmjax.model import remat as checkpointed
 from bmjax.model.attention.dispatch import cached_attention, causal_attention
 from bmjax.model.attention.options import AttentionOptions, Remat
+from bmjax.model.batch import Batch
 from bmjax.model.config import ModelConfig
 from bmjax.model.embedding import lookup
 from bmjax.model.spec import Param
@@ -291,9 +292,7 @@ def logits(
 def loss_sum(
     config: ModelConfig,
     params: Params,
-    tokens_BT: jax.Array,
-    loss_mask_BT: jax.Array,
-    segment_ids_BT: jax.Array | None = None,
+    batch: Batch[jax.Array],
     positions_BT: jax.Array | None = None,
     *,
     dtype: Any = jnp.float32,
@@ -301,19 +300,19 @@ def loss_sum(
     unroll: int = 1,
     attention_options: AttentionOptions = AttentionOptions(),
 ) -> tuple[jax.Array, jax.Array]:
-    """Compute the summed next-token loss in nats over targets with mask 1, and their number; both float32 scalars."""
+    """Compute the summed next-token loss in nats over a batch's targets, and their number; both float32 scalars."""
     h_BTD = hidden(
         config,
         params,
-        tokens_BT,
-        segment_ids_BT,
+        batch.tokens,
+        batch.segment_ids,
         positions_BT,
         dtype=dtype,
         remat=remat,
         unroll=unroll,
         attention_options=attention_options,
     )
-    labels, mask = loss.next_token_targets(tokens_BT, loss_mask_BT, segment_ids_BT)
+    labels, mask = loss.next_token_targets(batch.tokens, batch.loss_mask, batch.segment_ids)
     nats = loss.cross_entropy_sum(h_BTD, head_weight(config, params).astype(dtype), labels, mask)
     return nats, jnp.sum(mask)
 

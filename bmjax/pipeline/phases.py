@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bmjax.branch import fingerprint
-from bmjax.branch.settings import Training, TrainSettings
+from bmjax.branch.settings import SAME_RESULT, Training, TrainSettings
 from bmjax.branch.train import train
 from bmjax.calibrate.recipe import is_calibrated
 from bmjax.calibrate.run import merge as calibrated_merge
@@ -289,7 +288,7 @@ class Experiment:
 
 def _deciding(training: TrainSettings) -> dict[str, Any]:
     """What a training's result depends on, its inputs left out."""
-    return training.model_dump(exclude=fingerprint.NO_RESULT)
+    return training.model_dump(include=training.keys_without(SAME_RESULT))
 
 
 def _source_state(source: SourceSettings) -> list[Any]:

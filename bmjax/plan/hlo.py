@@ -1,7 +1,7 @@
-"""What a compiled program does, read from its optimized HLO text: matrix products and collectives, loops counted.
+"""Read from a compiled program's optimized HLO text what it computes and sends: matrix products and collectives.
 
-XLA's own cost analysis counts the body of a loop once; here everything is multiplied by the known trip counts of the
-loops around it.
+XLA's own cost analysis counts the body of a loop once. Here everything is multiplied by the known trip counts of the
+loops around it. `plan` reads whole steps with it; nothing here compiles.
 """
 
 import math
@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from bmjax.parallel.mesh import slow_groups
 
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute", "ragged-all-to-all")
-# Of operations that call a computation once for every pair of numbers: nothing to count there.
+# Operations that call a computation for every pair of numbers: nothing to count in it.
 _ELEMENTWISE = ("reduce", "all-reduce", "reduce-scatter", "scatter", "sort", "reduce-window", "map")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
@@ -30,19 +30,25 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 @dataclass(frozen=True)
 class Shape:
-    kind: str
+    """An array type of HLO: its dtype, such as bf16, and its dimensions."""
+
+    dtype: str
     sizes: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
-        bits = re.search(r"\d+", self.kind)
+        bits = re.search(r"\d+", self.dtype)
         width = max(1, int(bits[0]) // 8) if bits else 1
         return width * math.prod(self.sizes)
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """A line of HLO. text: what follows the operation's name. within: the computation that it stands in."""
+    """One instruction of HLO.
+
+    shapes: of its result, several for a tuple. text: what follows the opcode and its bracket. times: how often it runs
+    a step. within: the computation that it stands in.
+    """
 
     name: str
     shapes: tuple[Shape, ...]
@@ -53,6 +59,7 @@ class Instruction:
 
     @property
     def operands(self) -> list[str]:
+        """The names of the instructions that it reads."""
         depth, end = 1, 0
         for end, letter in enumerate(self.text):  # noqa: B007
             depth += (letter == "(") - (letter == ")")
@@ -63,7 +70,11 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Collective:
-    """A collective that a chip takes part in `times` a step. nbytes: of its larger side, on one chip."""
+    """A collective of a step.
+
+    kind: its opcode. dtype, shape: of the largest array. axes: the mesh axes that it goes along. ways: chips of a
+    group. nbytes: of the larger of its two sides, on one chip. times: how often it runs a step.
+    """
 
     kind: str
     name: str
@@ -76,13 +87,13 @@ class Collective:
 
     @property
     def sent(self) -> float:
-        """Bytes that a chip sends a step, by a ring's count."""
+        """Bytes that a chip sends a step, where the chips form a ring."""
         share = (self.ways - 1) / self.ways
         return self.times * self.nbytes * {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share)
 
 
 class Program:
-    """The instructions of an optimized HLO module with how often each runs."""
+    """An optimized HLO module, given as text."""
 
     def __init__(self, text: str) -> None:
         self._computations: dict[str, list[Instruction]] = {}
@@ -93,30 +104,33 @@ class Program:
                 entry = head[1] if line.startswith("ENTRY") else entry
             elif line == "}":
                 lines = None
-            elif lines is not None and (found := _parse(line)) is not None:
-                lines.append(found)
+            elif lines is not None and (instruction := _parse(line)) is not None:
+                lines.append(instruction)
         self._entry = entry
-        self._shapes = {i.name: i.shapes for block in self._computations.values() for i in block}
+        self._shapes = {line.name: line.shapes for block in self._computations.values() for line in block}
 
-    def each(self) -> Iterator[Instruction]:
-        """Every instruction that runs, with `times`."""
+    def instructions(self) -> Iterator[Instruction]:
+        """Yield every instruction that runs, with `times` and `within`."""
         yield from self._walk(self._entry, 1)
 
     def _walk(self, computation: str, times: int) -> Iterator[Instruction]:
-        for one in self._computations.get(computation, []):
-            yield replace(one, times=times, within=computation)
-            if one.opcode in _ELEMENTWISE:
+        for instruction in self._computations.get(computation, []):
+            yield replace(instruction, times=times, within=computation)
+            if instruction.opcode in _ELEMENTWISE:
                 continue
-            called = _CALLED.findall(one.text)
-            if (branches := _BRANCHES.search(one.text)) is not None:
+            called = _CALLED.findall(instruction.text)
+            if (branches := _BRANCHES.search(instruction.text)) is not None:
                 called += re.findall(r"%?([\w.\-]+)", branches[1])
-            inner = times * self._trips(one) if one.opcode == "while" else times
+            inner = times * self._trips(instruction) if instruction.opcode == "while" else times
             for name in called:
                 yield from self._walk(name, inner)
 
     def _trips(self, loop: Instruction) -> int:
-        """How often a loop's body runs: what XLA says, else by the limit that its counter, from 0 on, is compared with
-        and by what the body adds to it; 1 where that is known at run time only."""
+        """Count how often a loop's body runs.
+
+        XLA may say it. Else it is the limit that the counter, from 0 on, is compared with, over what the body adds to
+        the counter; 1 where that is known at run time only.
+        """
         if (known := _TRIPS.search(loop.text)) is not None:
             return int(known[1])
         condition, body = (self._block(loop, key) for key in ("condition", "body"))
@@ -124,66 +138,72 @@ class Program:
             if test.opcode != "compare" or "direction=LT" not in test.text:
                 continue
             counter, limit = (condition.get(name) for name in test.operands)
-            place = counter and re.search(r"index=(\d+)", counter.text)
-            if limit is None or limit.opcode != "constant" or not place:
+            index = counter and re.search(r"index=(\d+)", counter.text)
+            if limit is None or limit.opcode != "constant" or not index:
                 continue
-            after = list(body.values())[-1].operands[int(place[1])]
-            added = (
-                [body[name] for name in body[after].operands] if after in body and body[after].opcode == "add" else []
-            )
-            step = next((_number(one) for one in added if one.opcode == "constant"), 1)
+            # The body's last instruction is the tuple of its results, the counter's next value among them.
+            update = body.get(list(body.values())[-1].operands[int(index[1])])
+            summands = [body[name] for name in update.operands] if update and update.opcode == "add" else []
+            step = next((_number(summand) for summand in summands if summand.opcode == "constant"), 1)
             return -(-_number(limit) // max(1, step))
         return 1
 
     def _block(self, loop: Instruction, key: str) -> dict[str, Instruction]:
-        found = re.search(rf"{key}=%?([\w.\-]+)", loop.text)
-        return {one.name: one for one in self._computations.get(found[1], [])} if found else {}
+        """Return the instructions, by name, of the computation that a loop calls as `key`."""
+        computation = re.search(rf"{key}=%?([\w.\-]+)", loop.text)
+        return {line.name: line for line in self._computations.get(computation[1], [])} if computation else {}
 
     def flops(self) -> float:
-        """Of matrix products, on one chip; both branches of a conditional count, kernels of other libraries don't."""
-        return float(sum(one.times * self._product(one) for one in self.each() if one.opcode in ("dot", "convolution")))
+        """Count the FLOPs of matrix products on one chip.
 
-    def _product(self, one: Instruction) -> int:
-        left, right = (self._shapes[name][0].sizes for name in one.operands[:2])
-        out = math.prod(one.shapes[0].sizes)
-        if one.opcode == "dot":
-            summed = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.text)
-            return 2 * out * math.prod(left[int(i)] for i in (summed[1].split(",") if summed and summed[1] else []))
-        return _convolution(one, left, right)
+        Both branches of a conditional count; kernels of other libraries don't.
+        """
+        products = (line for line in self.instructions() if line.opcode in ("dot", "convolution"))
+        return float(sum(product.times * self._product_flops(product) for product in products))
+
+    def _product_flops(self, product: Instruction) -> int:
+        left, right = (self._shapes[name][0].sizes for name in product.operands[:2])
+        if product.opcode == "convolution":
+            return _convolution_flops(product, left, right)
+        summed = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", product.text)
+        dimensions = summed[1].split(",") if summed and summed[1] else []
+        return 2 * math.prod(product.shapes[0].sizes) * math.prod(left[int(dimension)] for dimension in dimensions)
 
     def collectives(self, mesh: Mesh) -> list[Collective]:
-        """All of them, over which mesh axes each goes; those within a chip alone are left out.
+        """Return all collectives and the mesh axes that they go along; those within a chip are left out.
 
         What goes between slices over the hosts' network, which TPUs write as a send to their runtime, is of the axis
         `slices`.
         """
-        found = []
-        for one in self.each():
-            if (between := _MEGASCALE.search(one.text)) is not None and one.opcode == "send":
-                found.append(self._between_slices(one, between[1].lower().replace("_", "-"), mesh))
-            kind = one.opcode.removesuffix("-start")
+        collectives = []
+        for line in self.instructions():
+            if (between := _MEGASCALE.search(line.text)) is not None and line.opcode == "send":
+                collectives.append(self._between_slices(line, between[1].lower().replace("_", "-"), mesh))
+            kind = line.opcode.removesuffix("-start")
             if kind not in COLLECTIVES:
                 continue
-            if one.within.startswith("all-reduce-scatter"):
+            if line.within.startswith("all-reduce-scatter"):
                 kind = "reduce-scatter"  # as TPUs write it: one operation, of which each chip keeps a slice
-            axes, ways = _axes(one.text, mesh)
-            if ways > 1:
-                given = [shape for name in one.operands for shape in self._shapes.get(name, ())]
-                made = list(one.shapes)
-                largest = max([*given, *made], key=lambda s: s.nbytes)
-                taken, out = (sum(shape.nbytes for shape in shapes) for shapes in (given, made))
-                if one.opcode.endswith("-start") and kind != "all-reduce":
-                    # Its result repeats the operands, and has scalars of its own.
-                    out = sum(shape.nbytes for shape in made if shape.sizes) - taken
-                whole = max(taken, out)
-                found.append(Collective(kind, one.name, largest.kind, largest.sizes, axes, ways, whole, one.times))
-        return found
+            axes, ways = _axes(line.text, mesh)
+            if ways == 1:
+                continue
+            inputs = [shape for name in line.operands for shape in self._shapes.get(name, ())]
+            input_bytes, output_bytes = (sum(shape.nbytes for shape in shapes) for shapes in (inputs, line.shapes))
+            if line.opcode.endswith("-start") and kind != "all-reduce":
+                # Its result repeats the operands, and has scalars of its own.
+                output_bytes = sum(shape.nbytes for shape in line.shapes if shape.sizes) - input_bytes
+            largest = max([*inputs, *line.shapes], key=lambda shape: shape.nbytes)
+            nbytes = max(input_bytes, output_bytes)
+            collectives.append(
+                Collective(kind, line.name, largest.dtype, largest.sizes, axes, ways, nbytes, line.times)
+            )
+        return collectives
 
     def _between_slices(self, send: Instruction, kind: str, mesh: Mesh) -> Collective:
         shape = self._shapes[send.operands[0]][0]
         slices = len(set(slow_groups(list(mesh.devices.flat))))
-        whole = shape.nbytes * (slices if kind == "all-gather" else 1)
-        return Collective(kind, send.name, shape.kind, shape.sizes, (SLICES,), slices, whole, send.times)
+        nbytes = shape.nbytes * (slices if kind == "all-gather" else 1)
+        return Collective(kind, send.name, shape.dtype, shape.sizes, (SLICES,), slices, nbytes, send.times)
 
 
 def _parse(line: str) -> Instruction | None:
@@ -201,31 +221,28 @@ def _parse(line: str) -> Instruction | None:
     return Instruction(name, shapes, opcode[1], rest[opcode.end() :])
 
 
-def _convolution(one: Instruction, left: tuple[int, ...], right: tuple[int, ...]) -> int:
-    """FLOPs of a convolution, which is how a TPU writes matrix products; only what falls within its input counts."""
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.text)
+def _convolution_flops(product: Instruction, left: tuple[int, ...], right: tuple[int, ...]) -> int:
+    """Count the FLOPs of a convolution, as TPUs write matrix products; only taps within its input count."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", product.text)
     assert labels is not None
     inputs, kernel, output = (
         dict(zip(names, sizes, strict=True))
-        for names, sizes in zip(labels.groups(), (left, right, one.shapes[0].sizes), strict=True)
+        for names, sizes in zip(labels.groups(), (left, right, product.shapes[0].sizes), strict=True)
     )
-    window = {key: value.split("x") for key, value in re.findall(r"(\w+)=([\d_x\-]+)", _braces(one.text, "window="))}
-    groups = re.search(r"batch_group_count=(\d+)", one.text)
+    braces = re.search(r"window=\{([^}]*)\}", product.text)
+    window = {key: value.split("x") for key, value in re.findall(r"(\w+)=([\d_x\-]+)", braces[1] if braces else "")}
+    groups = re.search(r"batch_group_count=(\d+)", product.text)
     total = 2 * kernel["i"] * output["f"] * inputs["b"] // (int(groups[1]) if groups else 1)
-    for at in range(len(left) - 2):
+    for axis in range(len(left) - 2):
         stride, spread, dilation = (
-            int(window[k][at]) if k in window else 1 for k in ("stride", "lhs_dilate", "rhs_dilate")
+            int(window[key][axis]) if key in window else 1 for key in ("stride", "lhs_dilate", "rhs_dilate")
         )
-        low = int(window["pad"][at].split("_")[0]) if "pad" in window else 0
-        places = np.arange(output[str(at)])[:, None] * stride - low + np.arange(kernel[str(at)]) * dilation
-        inside = (places >= 0) & (places <= (inputs[str(at)] - 1) * spread) & (places % spread == 0)
+        low = int(window["pad"][axis].split("_")[0]) if "pad" in window else 0
+        # Positions in the input, spread by lhs_dilate, that each output entry's taps read.
+        taps = np.arange(output[str(axis)])[:, None] * stride - low + np.arange(kernel[str(axis)]) * dilation
+        inside = (taps >= 0) & (taps <= (inputs[str(axis)] - 1) * spread) & (taps % spread == 0)
         total *= int(inside.sum())
     return total
-
-
-def _braces(text: str, key: str) -> str:
-    found = re.search(re.escape(key) + r"\{([^}]*)\}", text)
-    return found[1] if found else ""
 
 
 def _number(constant: Instruction) -> int:
@@ -233,16 +250,16 @@ def _number(constant: Instruction) -> int:
 
 
 def _axes(text: str, mesh: Mesh) -> tuple[tuple[str, ...], int]:
-    """The mesh axes along which a collective's group of chips lies, and how many chips it has."""
+    """Return the mesh axes along which a collective's groups of chips lie, and how many chips a group has."""
     sizes = tuple(mesh.shape.values())
     groups = _groups(text, math.prod(sizes))
-    places = np.stack(np.unravel_index(groups, sizes), axis=-1)  # [groups, chips, axes]
-    differ = (places != places[:, :1]).any(axis=(0, 1))
+    coordinates = np.stack(np.unravel_index(groups, sizes), axis=-1)  # [groups, chips, axes]
+    differ = (coordinates != coordinates[:, :1]).any(axis=(0, 1))
     return tuple(name for name, varies in zip(mesh.axis_names, differ, strict=True) if varies), groups.shape[1]
 
 
 def _groups(text: str, chips: int) -> np.ndarray:
-    """Chips by group, int [groups, chips a group]."""
+    """Return the chips by group, int [groups, chips a group], from any spelling of replica groups."""
     if (pairs := re.search(r"source_target_pairs=\{(\{.*?\})\}", text)) is not None:
         return np.array([list(map(int, pair.split(","))) for pair in re.findall(r"\{([\d,]+)\}", pairs[1])])
     if (iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)) is not None:
@@ -264,7 +281,7 @@ _NAMED = re.compile(
 
 
 def _order(dims: str | None, turned: str | None, listed: str | None) -> np.ndarray | None:
-    """A named mesh's chips in its order: of device_ids=([2,4]T(1,0)) or device_ids=(0,2,1,3), None where not given."""
+    """Return a named mesh's chips in its order: of device_ids=([2,4]T(1,0)) or (0,2,1,3); None without device_ids."""
     if listed:
         return np.array(_ints(listed))
     if not dims:
@@ -278,28 +295,35 @@ def _ints(text: str) -> tuple[int, ...]:
 
 
 def _named_groups(sizes: str, axes: str, order: np.ndarray | None) -> np.ndarray:
-    """As `_groups`, of a mesh like 'data'=2,'fsdp'=4 and axes of it like 'fsdp'; or 'fsdp':(2)2 for a part of an axis,
-    its two after a major two. order: of the chips in the mesh."""
+    """Return the groups of a named mesh, int [groups, chips a group].
+
+    Arguments:
+        sizes: the mesh, like 'data'=2,'fsdp'=4.
+        axes: those that the groups lie along, like 'fsdp'; 'fsdp':(2)2 is a part of an axis, its two after a major two.
+        order: the chips in the mesh's order; None: 0, 1, 2, ...
+    """
     shape = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", sizes)}
-    split: list[int] = []  # sizes of all parts of axes
-    along: list[int] = []  # places of those that the groups lie along
-    chosen = {name: (int(major or 1), int(size or 0)) for name, major, size in
-              re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", axes)}  # fmt: skip
+    chosen = {
+        name: (int(major or 1), int(size or 0))
+        for name, major, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", axes)
+    }
+    part_sizes: list[int] = []  # every axis as three parts: major, chosen, minor
+    group_parts: list[int] = []  # indices of the parts that the groups lie along
     for name, size in shape.items():
         major, part = chosen.get(name, (1, 1))
         part = part or size
         if name in chosen:
-            along.append(len(split) + 1)
-        split += [major, part, size // (major * part)]
-    chips = np.arange(math.prod(split)) if order is None else order
-    numbers = np.moveaxis(chips.reshape(split), along, range(-len(along), 0))
-    return numbers.reshape(-1, math.prod(split[i] for i in along))
+            group_parts.append(len(part_sizes) + 1)
+        part_sizes += [major, part, size // (major * part)]
+    chips = np.arange(math.prod(part_sizes)) if order is None else order
+    numbers = np.moveaxis(chips.reshape(part_sizes), group_parts, range(-len(group_parts), 0))
+    return numbers.reshape(-1, math.prod(part_sizes[i] for i in group_parts))
 
 
 def totals(collectives: Sequence[Collective]) -> Mapping[str, float]:
-    """Bytes that a chip sends a step, by mesh axis (`fsdp`, or `fsdp+tensor` for both at once)."""
+    """Sum the bytes that a chip sends a step by mesh axis (`fsdp`, or `fsdp+tensor` for both at once)."""
     sums: dict[str, float] = {}
-    for one in collectives:
-        key = "+".join(one.axes)
-        sums[key] = sums.get(key, 0.0) + one.sent
+    for collective in collectives:
+        key = "+".join(collective.axes)
+        sums[key] = sums.get(key, 0.0) + collective.sent
     return sums

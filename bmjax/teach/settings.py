@@ -10,6 +10,9 @@ from bmjax.config import Settings
 REQUEST_KEYS = ("model", "messages", "temperature", "top_p", "max_tokens", "seed", "n", "stream")
 
 
+JudgeName = Literal["math", "choice", "exact", "tests"]
+
+
 class TeacherSettings(Settings):
     """The model that answers, behind an OpenAI-compatible endpoint, and how it is sampled."""
 
@@ -42,7 +45,7 @@ class ProblemSettings(Settings):
 
     prompt: str = Field("{prompt}", description="the prompt, {name} stands for a field of the row, {{ for a brace")
     reference: str = Field("{reference}", description="the reference; a lone {name} keeps {tests: [...]} as it is")
-    judge: Literal["math", "choice", "exact", "tests"] | None = Field(
+    judge: JudgeName | None = Field(
         None,
         validation_alias=AliasChoices("judge", "verify", "kind"),
         description="how answers are judged; by default the reference decides, and the names math and code",

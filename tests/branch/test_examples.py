@@ -173,7 +173,7 @@ def test_overlong_rows_are_cut_left_out_or_refused(tokenizer):
         build(tokenizer, long, seq_len=limit, overlong="drop")
 
 
-def test_a_prompt_longer_than_seq_len_is_an_error_that_names_it(tokenizer):
+def test_a_prompt_longer_than_seq_len_is_named(tokenizer):
     row = {"prompt": "many words " * 20, "response": "A"}
     with pytest.raises(UserError, match=r"^rows, row 1: the prompt alone has \d+ tokens, seq_len is 16.*raise seq_len"):
         build(tokenizer, row, seq_len=16, overlong="truncate")

@@ -1,16 +1,21 @@
-"""The stream of batches: each document once an epoch, a function of (seed, step), packing that changes no loss."""
+"""The stream of batches: each document once an epoch, a function of (seed, step), packed and read ahead."""
 
 import json
+import math
+import threading
+import time
 from collections import Counter
 
 import jax
 import numpy as np
 import pytest
 
+from bmjax.branch import loader as module
 from bmjax.branch.examples import Dataset, Example, build_dataset
-from bmjax.branch.loader import Loader
+from bmjax.branch.loader import Loader, best_fit, load_batch, read_ahead
 from bmjax.chat.template import chat_template
 from bmjax.model import qwen2
+from bmjax.parallel.mesh import make_mesh
 from tests.conftest import SHARED
 from tests.model.reference import build
 
@@ -72,7 +77,7 @@ def test_rows_of_gsm8k_are_98_percent_full(qwen2_tokenizer):
     assert data.tokens / (len(loader.rows) * 2048) == loader.fill
 
 
-def test_places_of_a_batch_are_laid_out_by_themselves():
+def test_some_rows_of_a_batch_are_those_of_the_whole():
     loader = Loader(dataset(), 64, 4, True, True, seed=3)
     last = loader.steps_per_epoch - 1
     assert len(loader.rows) % 4  # so that the last batch has an empty row
@@ -105,23 +110,155 @@ def test_a_batch_is_a_function_of_seed_and_step():
     assert epochs[0] != epochs[1]
 
 
-def test_rows_without_packing_are_as_long_as_the_longest_document_needs():
+def test_unpacked_rows_are_as_long_as_the_longest_document():
     assert Loader(dataset(top=40), 512, 4, False, False, 0).length == 64
     assert Loader(dataset(top=100), 512, 4, False, False, 0).length == 128
     assert Loader(dataset(top=40), 50, 4, False, False, 0).length == 50
 
 
-def test_the_loss_of_packed_rows_is_the_sum_over_their_documents():
+def test_loss_of_packed_rows_is_the_sum_over_documents():
     _, config, params = build("window_some")
     data = dataset(12)
-    loss = jax.jit(lambda tokens, mask, segments: qwen2.loss_sum(config, params, tokens, mask, segments))
+    loss = jax.jit(lambda batch: qwen2.loss_sum(config, params, batch))
 
     def total(packing: bool) -> tuple[float, float]:
         loader = Loader(data, 64, 4, packing, False, 0)
-        batches = [loader.at(step) for step in range(loader.steps_per_epoch)]
-        sums = [loss(b.tokens, b.loss_mask, b.segment_ids) for b in batches]
+        sums = [loss(loader.at(step)) for step in range(loader.steps_per_epoch)]
         return sum(float(nats) for nats, _ in sums), sum(float(count) for _, count in sums)
 
     packed, unpacked = total(True), total(False)
     assert packed[1] == unpacked[1] == sum(int(e.loss_mask.sum()) for e in data.examples)
     assert packed[0] == pytest.approx(unpacked[0], rel=1e-6)
+
+
+FIELDS = ("tokens", "segment_ids", "loss_mask")
+
+
+def same(left, right) -> bool:
+    return all(np.array_equal(getattr(left, field), getattr(right, field)) for field in FIELDS)
+
+
+def reading_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("grain-prefetch")]
+
+
+def wait_until(condition) -> None:
+    until = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"data": 2, "context": 4}])
+def test_a_stream_has_the_batches_of_its_steps_in_order(sizes):
+    loader, mesh = Loader(dataset(), 64, 4, True, True, seed=3), make_mesh(sizes)
+    with read_ahead(mesh, loader, 0, 12) as batches:
+        for step in range(12):
+            batch = next(batches)
+            assert same(batch, loader.at(step)) and batch.tokens.sharding.mesh == mesh
+        assert next(batches, None) is None
+
+
+def test_a_resumed_stream_equals_the_undisturbed_one():
+    def stream(first: int, sizes: dict) -> list:
+        loader = Loader(dataset(), 64, 4, True, True, seed=3)
+        with read_ahead(make_mesh(sizes), loader, first, 25) as batches:
+            return list(batches)
+
+    undisturbed = stream(0, {"data": 2})
+    for first, sizes in ((7, {"data": 2}), (11, {"fsdp": 4, "context": 2}), (24, {}), (25, {})):
+        resumed = stream(first, sizes)
+        assert len(resumed) == 25 - first and all(map(same, resumed, undisturbed[first:]))
+
+
+def test_batches_are_laid_out_ahead_while_the_first_is_used(monkeypatch):
+    loader, laid_out = Loader(dataset(), 64, 4, True, True, seed=3), []
+    original = Loader.at
+    monkeypatch.setattr(Loader, "at", lambda self, step, *rows: laid_out.append(step) or original(self, step, *rows))
+    with read_ahead(make_mesh({}), loader, 5, 100) as batches:
+        next(batches)
+        ahead = module.READ_AHEAD.prefetch_buffer_size
+        wait_until(lambda: len(laid_out) == 1 + ahead)  # by other threads: this one only waits
+        time.sleep(0.05)
+        assert sorted(laid_out) == list(range(5, 6 + ahead))  # and no further: memory stays bounded
+
+
+@pytest.mark.parametrize("error", [None, ValueError, SystemExit])
+def test_reading_threads_end_with_the_block(error):
+    loader = Loader(dataset(), 64, 4, True, True, seed=3)
+    before = len(reading_threads())
+    try:
+        with read_ahead(make_mesh({}), loader, 0, 100) as batches:
+            next(batches)
+            assert len(reading_threads()) > before
+            if error:
+                raise error
+    except (ValueError, SystemExit):
+        pass
+    wait_until(lambda: len(reading_threads()) == before)
+
+
+def test_an_error_of_a_reading_thread_reaches_the_caller(monkeypatch):
+    loader, original = Loader(dataset(), 64, 4, True, True, seed=3), Loader.at
+
+    def broken(self, step, *rows):
+        if step == 2:
+            raise OSError("the disk is gone")
+        return original(self, step, *rows)
+
+    monkeypatch.setattr(Loader, "at", broken)
+    with pytest.raises(OSError, match="the disk is gone"), read_ahead(make_mesh({}), loader, 0, 9) as batches:
+        assert len([next(batches), next(batches)]) == 2
+        next(batches)
+
+
+def test_only_the_rows_of_ones_own_devices_are_laid_out(monkeypatch):
+    loader, asked = Loader(dataset(), 64, 4, True, True, seed=3), []
+    original = Loader.at
+    monkeypatch.setattr(Loader, "at", lambda self, step, rows=None: asked.append(rows) or original(self, step, rows))
+    batch = load_batch(make_mesh({"data": 2, "context": 4}), loader, 1)
+    assert sorted(asked, key=lambda rows: rows.start) == [range(2), range(2, 4)]
+    assert {shard.data.shape for shard in batch.loss_mask.addressable_shards} == {(2, 16)}
+
+
+def lengths(seed: int, count: int, top: int) -> list[int]:
+    rng = np.random.default_rng(seed)
+    return np.clip(rng.lognormal(math.log(top / 6), 0.9, count).astype(int), 1, top).tolist()
+
+
+def first_come(sizes: list[int], capacity: int) -> int:
+    """Rows used when each document goes into the current row, or opens the next one."""
+    rows, room = 0, 0
+    for size in sizes:
+        if size > room:
+            rows, room = rows + 1, capacity
+        room -= size
+    return rows
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_packing_keeps_each_document_and_the_capacity(seed):
+    sizes = lengths(seed, 300, 512)
+    rows = best_fit(sizes, 512)
+    assert sorted(document for row in rows for document in row) == list(range(300))
+    assert all(sum(sizes[document] for document in row) <= 512 for row in rows)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_packing_needs_nearly_the_fewest_rows(seed):
+    sizes = lengths(seed, 300, 512)
+    rows = best_fit(sizes, 512)
+    assert len(rows) < first_come(sizes, 512)
+    least = math.ceil(sum(sizes) / 512)
+    assert len(rows) <= 11 / 9 * least + 1
+
+
+def test_packing_a_case_by_hand():
+    # 7 opens a row, 5 another; 4 fits only beside 5, 3 fits exactly beside 7, 1 exactly beside 5 and 4.
+    assert best_fit([3, 5, 7, 4, 1], 10) == [[2, 0], [1, 3, 4]]
+    assert best_fit([10, 10], 10) == [[0], [1]]
+
+
+def test_packing_depends_on_its_arguments_only():
+    sizes = lengths(9, 200, 100)
+    assert best_fit(sizes, 128) == best_fit(list(sizes), 128)

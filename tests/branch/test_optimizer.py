@@ -79,7 +79,7 @@ def test_adamw_equals_torchs(clip, decay):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), params, wanted)
 
 
-def test_bfloat16_moments_are_float32_ones_rounded_after_every_step():
+def test_bfloat16_moments_are_rounded_after_every_step():
     """Against a float64 formula that rounds where the moments are stored."""
     config, params = build("gqa_untied")[1:]
     tx = optimizer.adamw(spec.table(config), 0.9, 0.95, 1e-8, 0.0, 0.0, "bfloat16")

@@ -77,7 +77,7 @@ def killed(folder, undisturbed) -> Path:
     return folder / "killed"
 
 
-def test_two_processes_killed_and_resumed_end_with_the_same_bits(folder, undisturbed, killed):
+def test_two_killed_processes_resume_to_the_same_bits(folder, undisturbed, killed):
     shutil.copytree(killed, folder / "resumed")
     said = run(folder, "resumed", 2)[0][1]
     step = int(re.search(r"resuming at step (\d+)", said)[1])
@@ -88,7 +88,7 @@ def test_two_processes_killed_and_resumed_end_with_the_same_bits(folder, undistu
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 4])
-def test_another_number_of_processes_goes_on_with_the_same_rows(folder, killed, processes):
+def test_another_number_of_processes_sees_the_same_rows(folder, killed, processes):
     name = f"resumed{processes}"
     shutil.copytree(killed, folder / name)
     said = run(folder, name, processes)[0][1]
@@ -124,7 +124,7 @@ def test_a_failing_process_tells_the_others_why(folder):
 
 
 @pytest.mark.slow
-def test_a_dead_process_stops_the_others_with_a_line_that_names_it(folder):
+def test_a_dead_process_is_named_and_stops_the_others(folder):
     processes = start(folder / "config.yaml", 2, f"output={folder / 'peer'}", "steps=100000", timeout=6)
     wait_for_steps(folder, "peer", 3)
     processes[1].kill()
@@ -137,7 +137,7 @@ def test_a_dead_process_stops_the_others_with_a_line_that_names_it(folder):
 
 
 @pytest.mark.slow
-def test_a_process_that_hangs_stops_the_others_with_a_line_that_names_it(folder):
+def test_a_hanging_process_is_named_and_stops_the_others(folder):
     several = ["mesh={data: 6}", "batch=12", "steps=100000"]
     processes = start(folder / "config.yaml", 3, f"output={folder / 'hangs'}", *several, timeout=6)
     wait_for_steps(folder, "hangs", 3)
@@ -164,7 +164,7 @@ def test_sigterm_to_one_process_saves_and_ends_all(folder, undisturbed):
 
 
 @pytest.mark.slow
-def test_twenty_kills_at_random_moments_lose_and_repeat_nothing(folder):
+def test_twenty_kills_lose_and_repeat_nothing(folder):
     """One process that saves after every step, so that most kills fall into a save."""
     changes = ["steps=400", "save_every=1", "mesh={}", "accumulate=1", "batch=2", "track_move=false"]
     run(folder, "calm", 1, *changes)

@@ -1,5 +1,6 @@
 """Gram matrices and squared gradients are torch's, RegMean the closed form, Fisher's shares a weighted mean."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ def test_regmean_is_the_closed_form_over_torchs_activations(models, tmp_path):
     report = run.merge(recipe(models, "regmean", ridge=0.01, steps=0), tmp_path / "out")
     base, found = tensors(models / "base"), tensors(tmp_path / "out")
     branches = {name: tensors(models / name) for name in ("a", "b")}
-    read = {name: [np.concatenate(c) for c in zip(*batches(models, name)[1], strict=True)] for name in branches}
+    read = {name: jax.tree.map(lambda *arrays: np.concatenate(arrays), *batches(models, name)[1]) for name in branches}
     seen = {name: inputs(models / name, read[name]) for name in branches}
     for key, start in base.items():
         changes = [branches[name][key].astype(np.float64) - start for name in branches]
@@ -49,7 +50,7 @@ def test_regmean_is_the_closed_form_over_torchs_activations(models, tmp_path):
         # Two float32 passes through the model stand between the activations.
         assert np.abs(found[key] - expected).max() <= 2e-5, key
     assert report["kept"] == "start" and set(report["tokens"]) == {"grams", "held_out"}
-    assert report["tokens"]["grams"] == sum(int((r[1] > 0).sum()) for r in read.values())
+    assert report["tokens"]["grams"] == sum(batch.real_tokens for batch in read.values())
 
 
 def test_squares_are_torchs_squared_gradients(models):
@@ -59,7 +60,9 @@ def test_squares_are_torchs_squared_gradients(models):
     found = contributions.squares(config, params, iter(read), np.float32, "none")
     network = transformers.AutoModelForCausalLM.from_pretrained(models / "a", dtype=torch.float32)
     expected = {name: np.zeros(tuple(p.shape)) for name, p in network.named_parameters()}
-    rows = [[a[i : i + 1] for a in batch] for batch in read for i in range(len(batch[0]))]
+    rows = [
+        jax.tree.map(lambda array, i=i: array[i : i + 1], batch) for batch in read for i in range(len(batch.tokens))
+    ]
     for row in rows:
         network.zero_grad()
         for tokens, mask in documents(row):

@@ -9,5 +9,5 @@ def test_held_out_documents_are_never_learned_from(models):
     for loader, held in zip(calibration.loaders, calibration.held_out, strict=True):
         assert isinstance(loader, Loader)
         seen = {tuple(e.tokens) for e in loader.dataset.examples}
-        judged = [tuple(t) for t, _ in documents((held.tokens, held.segment_ids, held.loss_mask))]
+        judged = [tuple(t) for t, _ in documents(held)]
         assert len(judged) == 4 and not seen & set(judged)

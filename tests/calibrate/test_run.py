@@ -25,8 +25,8 @@ def test_learning_lowers_the_loss_and_polishing_leaves_what_no_branch_changed(mo
     # The held-out loss is the model's own, as written.
     m = bmjax.load(tmp_path / "out")
     calibration, _ = batches(models, "a")
-    tokens, segments, mask = calibration.judged()[0]
-    nats, count = m.loss(tokens, mask, segment_ids=segments)
+    batch = calibration.judged()[0]
+    nats, count = m.loss(batch.tokens, batch.loss_mask, segment_ids=batch.segment_ids)
     assert float(nats / count) == pytest.approx(report["held_out_loss"]["polished"]["a"], rel=1e-5)
     assert json.loads((tmp_path / "out" / "merge_report.json").read_text()) == json.loads(json.dumps(report))
 

@@ -1,5 +1,6 @@
 """A recipe over the fixture `models`, and what it reads."""
 
+import jax
 import numpy as np
 import safetensors.numpy
 
@@ -26,15 +27,15 @@ def tensors(directory):
 
 
 def batches(folder, name, count=4):
-    """(calibration, that domain's batches) as the merge reads them."""
+    """(calibration, that domain's batches in host memory) as the merge reads them."""
     checked = CalibratedRecipe.read(recipe(folder))
     base, mesh = folder / "base", make_mesh({})
     own = data.read(checked, hf.load_tokenizer(base), 300, base, mesh)
-    return own, [tuple(np.asarray(a) for a in batch) for batch in own.rows("ab".index(name), count, "grams")]
+    return own, [jax.tree.map(np.asarray, batch) for batch in own.rows("ab".index(name), count, "grams")]
 
 
 def documents(batch):
     """Every packed document by itself, with its mask."""
-    for tokens, segments, mask in zip(*batch, strict=True):
+    for tokens, segments, mask in zip(batch.tokens, batch.segment_ids, batch.loss_mask, strict=True):
         for segment in range(1, segments.max() + 1):
             yield tokens[segments == segment], mask[segments == segment]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from bmjax.model import qwen2, spec
+from bmjax.model.batch import Batch, place_batch
 from bmjax.parallel.mesh import make_mesh, sharding
 from tests.model.reference import CONFIGS, build, from_state
 
@@ -82,7 +83,7 @@ def test_loss_and_gradients(name, form):
     loss_mask = lay([m.astype(np.int32) for m in masks], 80)[0]
 
     def mean(params):
-        nats, n = qwen2.loss_sum(config, params, tokens, loss_mask, segments)
+        nats, n = qwen2.loss_sum(config, params, Batch(tokens, segments, loss_mask))
         return nats / n, n
 
     (loss, n), grads = jax.jit(jax.value_and_grad(mean, has_aux=True))(params)
@@ -112,12 +113,12 @@ def test_eight_devices_give_the_numbers_of_a_single_one(name, sizes):
     segments = np.sort(rng.integers(1, 4, (8, 64)), axis=1).astype(np.int32)
     mask = rng.integers(0, 2, (8, 64)).astype(np.int32)
 
-    def mean(params, tokens, segments, mask):
-        nats, n = qwen2.loss_sum(config, params, tokens, mask, segments)
+    def mean(params, batch):
+        nats, n = qwen2.loss_sum(config, params, batch)
         return nats / n
 
     step = jax.jit(jax.value_and_grad(mean))
-    loss, grads = step(params, tokens, segments, mask)
+    loss, grads = step(params, Batch(tokens, segments, mask))
     mesh = make_mesh(sizes)
     placed = spec.unflatten(
         [
@@ -125,9 +126,9 @@ def test_eight_devices_give_the_numbers_of_a_single_one(name, sizes):
             for r in spec.table(config)
         ]
     )
-    batch = [jax.device_put(a, sharding(mesh, ("batch", "length"))) for a in (tokens, segments, mask)]
+    batch = place_batch(mesh, Batch(tokens, segments, mask))
     with jax.set_mesh(mesh):
-        sharded_loss, sharded_grads = jax.jit(jax.value_and_grad(mean))(placed, *batch)
+        sharded_loss, sharded_grads = jax.jit(jax.value_and_grad(mean))(placed, batch)
     assert abs(float(loss) - float(sharded_loss)) < 1e-5
     for row in spec.table(config):
         a, b = np.asarray(spec.get(grads, row.path)), np.asarray(spec.get(sharded_grads, row.path))
@@ -140,7 +141,7 @@ def test_remat_and_unrolling_change_nothing(options):
     tokens, segments = packed(documents(config), 80)
 
     def loss(params, **options):
-        return qwen2.loss_sum(config, params, tokens, segments > 0, segments, **options)[0]
+        return qwen2.loss_sum(config, params, Batch(tokens, segments, segments > 0), **options)[0]
 
     value = jax.jit(jax.value_and_grad(loss), static_argnames=("remat", "unroll"))
     plain, grads = value(params)

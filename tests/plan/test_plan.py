@@ -13,15 +13,17 @@ import pytest
 
 from bmjax.branch import train
 from bmjax.branch.settings import TrainSettings
-from bmjax.branch.step import init_state, make_step, place_batch
+from bmjax.branch.step import init_state, make_step
 from bmjax.cli import main as cli
 from bmjax.config import UserError
 from bmjax.model import qwen2, spec
+from bmjax.model.batch import Batch, place_batch
 from bmjax.model.config import ModelConfig
 from bmjax.model.published import known
 from bmjax.parallel.chips import CHIPS, Chip, topology_devices
 from bmjax.plan import plan
 from bmjax.plan.hlo import Program
+from bmjax.weights import hf
 from tests.model.reference import build
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -37,14 +39,22 @@ def settings(**changes):
     return TrainSettings.model_validate(values | changes)
 
 
-def test_the_steps_of_a_training_are_those_it_will_take(student, train_file):
+def test_steps_of_a_plan_are_those_of_the_training(student, train_file):
     config = ModelConfig.from_dir(student)
-    given = settings(student=str(student), data=str(train_file), seq_len=128)
-    assert plan.training_steps(given, config) == 1
-    epochs = given.model_copy(update={"steps": None, "epochs": 2.5, "batch": 2})
+    one_step = settings(student=str(student), data=str(train_file), seq_len=128)
+    assert plan.training_steps(one_step, config) == 1
+    epochs = one_step.model_copy(update={"steps": None, "epochs": 2.5, "batch": 2})
     loader = train.load_data(epochs, train.open_student(epochs))
     assert plan.training_steps(epochs, config) == math.ceil(2.5 * math.ceil(len(loader.rows) / 2))
-    assert plan.training_steps(epochs.model_copy(update={"data": "not/here.jsonl"}), config) is None
+    for absent in ({"data": "not/here.jsonl"}, {"student": "not/here"}):
+        assert plan.training_steps(epochs.model_copy(update=absent), config) is None
+
+
+def test_steps_of_a_plan_open_the_tokenizer_once(student, train_file, monkeypatch):
+    opened, load = [], hf.load_tokenizer
+    monkeypatch.setattr(hf, "load_tokenizer", lambda directory: opened.append(directory) or load(directory))
+    chosen = settings(student=str(student), data=str(train_file), seq_len=128, steps=None, epochs=1)
+    assert plan.training_steps(chosen, ModelConfig.from_dir(student)) and len(opened) == 1
 
 
 @pytest.mark.parametrize(
@@ -53,7 +63,7 @@ def test_the_steps_of_a_training_are_those_it_will_take(student, train_file):
 def test_memory_is_the_programs_own(changes):
     """What a real training state takes, and what the compiled step reports, on eight CPU devices."""
     _, config, _ = build("gqa_untied")
-    found = plan.plan_on(settings(**changes), config, "cpu:8", CPU, jax.devices())
+    pod_plan = plan.plan_on(settings(**changes), config, "cpu:8", CPU, jax.devices())
     mesh = train.check(settings(**changes), config)
     step_plan = dataclasses.replace(train.step_plan(settings(**changes), config, mesh), unroll=1)
     with jax.set_mesh(mesh):
@@ -68,9 +78,9 @@ def test_memory_is_the_programs_own(changes):
             )
             for kind in ("params", "moments", "start")
         }
-        batch = place_batch(mesh, *(np.zeros((8, 64), kind) for kind in (np.int32, np.int32, np.uint8)))
-        memory = make_step(step_plan).lower(state, *batch, np.float32(0)).compile().memory_analysis()
-    parts = found.gib_per_chip
+        batch = place_batch(mesh, Batch(*(np.zeros((8, 64), dtype) for dtype in (np.int32, np.int32, np.uint8))))
+        memory = make_step(step_plan).lower(state, batch, np.float32(0)).compile().memory_analysis()
+    parts = pod_plan.gib_per_chip
     assert parts["parameters"] * 2**30 == pytest.approx(held["params"] + held["start"], rel=0.05, abs=2**20)
     assert parts["optimizer"] * 2**30 == pytest.approx(held["moments"], rel=0.05, abs=2**20)
     total = (
@@ -79,8 +89,8 @@ def test_memory_is_the_programs_own(changes):
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes
     )
-    assert found.gib_per_chip["total"] * 2**30 == pytest.approx(total, rel=0.05, abs=2**20)
-    assert found.fits and found.chips == 8
+    assert parts["total"] * 2**30 == pytest.approx(total, rel=0.05, abs=2**20)
+    assert pod_plan.fits and pod_plan.chips == 8
     assert sum(parts[kind] for kind in plan.KINDS) == pytest.approx(parts["total"], abs=0.01)
 
 
@@ -125,6 +135,15 @@ def test_wrong_arguments(arguments, message, tmp_path, capsys):
     assert re.search(message, capsys.readouterr().err)
 
 
+def test_a_plan_refuses_what_the_training_refuses():
+    config, chosen = build("gqa_untied")[1], settings(attention="splash")
+    with pytest.raises(UserError, match="attention: splash runs on TPUs") as planned:
+        plan.plan_on(chosen, config, "cpu:8", CPU, jax.devices())
+    with pytest.raises(UserError) as trained:
+        train.check(chosen, config)
+    assert str(planned.value) == str(trained.value)
+
+
 def test_chips_left_over_are_an_error():
     _, config, _ = build("gqa_untied")
     with pytest.raises(UserError, match="uses 2 of 8 devices"):
@@ -158,7 +177,7 @@ def test_a_small_slice(capsys, tmp_path):
 
 @needs_libtpu
 @pytest.mark.slow
-def test_two_slices_lie_along_data_and_send_each_other_gradients_once():
+def test_two_slices_send_each_other_gradients_once():
     """Between slices goes a chip's share of the gradients there and back, not the weights of every layer."""
     config = plan.student_config("Qwen/Qwen2.5-0.5B")
     chosen = settings(seq_len=512, mesh={"data": 2, "fsdp": -1}, compute_dtype="bfloat16")

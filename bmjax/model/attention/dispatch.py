@@ -17,6 +17,17 @@ from bmjax.model.attention.contexts import spread
 from bmjax.model.attention.options import AttentionOptions, Backend
 
 
+def check_backend(name: Backend, platform: str) -> None:
+    """Raise UserError where the backend of that name cannot run on devices of `platform` ("cpu", "gpu", "tpu")."""
+    needed = {"splash": "tpu", "cudnn": "gpu", "tokamax": "gpu"}.get(name, platform)
+    if platform != needed:
+        raise UserError(f"attention: {name} runs on {needed.upper()}s, and there are none; use auto or xla")
+    if name == "cudnn" and not cudnn.runs_here():
+        raise UserError(
+            "attention: cudnn's packed rows need a Hopper or Blackwell GPU (H100, H200, B200); use auto or xla"
+        )
+
+
 class _Kernel(NamedTuple):
     """A backend of whole rows. `refuses` returns why it cannot compute queries like these, or None."""
 

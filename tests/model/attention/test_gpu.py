@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 from bmjax.branch.settings import TrainSettings
-from bmjax.branch.train import step_plan
+from bmjax.branch.train import check
 from bmjax.config import UserError
 from bmjax.model import qwen2
 from bmjax.model.attention import cudnn
 from bmjax.model.attention.dispatch import backend, causal_attention
 from bmjax.model.attention.options import AttentionOptions
+from bmjax.model.batch import Batch
 from bmjax.model.ops import document_changes
 from bmjax.parallel.mesh import make_mesh
 from tests.model.attention.reference import dense, packed, value_and_gradients
@@ -114,8 +115,9 @@ def test_a_model_by_cudnn(remat):
     params = jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), params)
 
     def total(options, params):
+        batch = Batch(tokens, segments, np.ones_like(tokens))
         kinds = {"dtype": jnp.bfloat16, "remat": remat, "attention_options": options}
-        return qwen2.loss_sum(config, params, tokens, np.ones_like(tokens), segments, **kinds)[0]
+        return qwen2.loss_sum(config, params, batch, **kinds)[0]
 
     (loss, grads), (want_loss, want) = (
         jax.jit(jax.value_and_grad(partial(total, options)))(params)
@@ -167,9 +169,8 @@ def test_cudnn_runs_once_where_its_result_is_kept(remat, monkeypatch):
 
     def total(params):
         options = AttentionOptions("cudnn", documents=3)
-        return qwen2.loss_sum(
-            config, params, tokens, tokens, tokens, dtype=jnp.bfloat16, remat=remat, attention_options=options
-        )[0]
+        batch = Batch(tokens, tokens, tokens)
+        return qwen2.loss_sum(config, params, batch, dtype=jnp.bfloat16, remat=remat, attention_options=options)[0]
 
     text = str(jax.make_jaxpr(jax.grad(total))(params))
     assert text.count("dot_product_attention_fwd_wrapper") == (2 if remat == "full" else 1)
@@ -178,6 +179,6 @@ def test_cudnn_runs_once_where_its_result_is_kept(remat, monkeypatch):
 @pytest.mark.skipif(ON_GPU, reason="there is a GPU")
 @pytest.mark.parametrize(("name", "device"), [("cudnn", "GPU"), ("tokamax", "GPU"), ("splash", "TPU")])
 def test_a_training_says_where_kernels_run(name, device):
-    settings = TrainSettings(student="-", data="-", output="-", steps=1, attention=name)
+    settings = TrainSettings(student="-", data="-", output="-", steps=1, seq_len=64, batch=8, attention=name)
     with pytest.raises(UserError, match=f"attention: {name} runs on {device}s, and there are none; use auto or xla"):
-        step_plan(settings, build("gqa_untied")[1], make_mesh({}))
+        check(settings, build("gqa_untied")[1])
