@@ -19,9 +19,7 @@ from bmjax.chat.reasoning import answer_of, has_tags, join_think, split_think
         ("", None, ("", "")),
     ],
 )
-def test_reasoning_of_every_form_is_split_off(
-    content: str, thought: str | None, expected: tuple[str, str]
-) -> None:
+def test_reasoning_of_every_form_is_split_off(content: str, thought: str | None, expected: tuple[str, str]) -> None:
     assert split_think(content, thought) == expected
 
 
