@@ -375,7 +375,7 @@ def test_mistakes_are_one_line_and_leave_no_model(student, train_file, tmp_path,
 def test_missing_inputs_are_named(student, train_file, tmp_path):
     with pytest.raises(UserError, match=r"trian.jsonl: no such file; did you mean .*train.jsonl\?"):
         run(student, train_file.with_name("trian.jsonl"), tmp_path / "run")
-    with pytest.raises(UserError, match=r"studnet'?: no such model directory; did you mean .*student\?"):
+    with pytest.raises(UserError, match=r"studnet'?: no such model directory; did you mean .*student'\?"):
         run(student.with_name("studnet"), train_file, tmp_path / "run")
 
 
