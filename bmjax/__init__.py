@@ -1,7 +1,7 @@
 """bmjax: Branch-Merge distillation (arXiv 2503.04872) in JAX.
 
     m = bmjax.load("DIR or hub id")         bmjax.merge("recipe.yaml", "OUT")
-    m.logits(tokens), m.loss(tokens, mask)  bmjax.train({...}), bmjax.run("configs/demo.yaml", output="DIR")
+    m.logits(tokens), m.loss(tokens, mask)  bmjax.train({...}), bmjax.run("config.yaml", output="DIR")
 
 Heavy libraries are imported when a function is first used.
 """

@@ -89,7 +89,7 @@ def synthetic_run(directory: Path, layers: int = 3, merges: tuple[str, ...] = ME
         "stages": synthetic_stages(models, rng),
         "versions": {"bmjax": "0.1.0", "python": "3.11.9", "jax": "0.10.2", "flax": "0.12.8", "numpy": "2.3.1"},
         "config": {
-            "seed": 0, "domains": {d: {"builtin": {"domain": d}} for d in DOMAINS},
+            "seed": 0, "domains": {d: {"problems": {"data": f"{d}.jsonl"}} for d in DOMAINS},
             "branch": {"steps": 200, "learning_rate": 0.0005, "freeze": ["embed/*"]},
             "evaluate": {"max_new_tokens": 72},
         },

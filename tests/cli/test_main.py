@@ -115,7 +115,7 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch, tmp_path):
 def test_run_takes_its_output_before_or_after_the_config(monkeypatch, option):
     seen = []
     monkeypatch.setitem(cli.CALLS, "run", lambda settings, output: seen.append((settings.seed, output)))
-    config = str(ROOT / "configs" / "demo.yaml")
+    config = str(ROOT / "configs" / "own_problems.yaml")
     assert cli.main(["run", config, *option, "seed=7"]) == 0
     assert cli.main(["run", *option, config, "seed=7"]) == 0
     assert cli.main(["run", config]) == 0
@@ -125,7 +125,7 @@ def test_run_takes_its_output_before_or_after_the_config(monkeypatch, option):
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_config_is_read_by_its_command(file):
     family = file.stem.partition("_")[0]
-    command = {"demo": "run", "real": "run", "tinyr1": "train", "qwen2": "train"}.get(family, family)
+    command = {"own": "run", "real": "run", "tinyr1": "train", "qwen2": "train"}.get(family, family)
     assert cli._settings_of(command).read(file).model_dump()
 
 
