@@ -35,7 +35,7 @@ class BadRequest(Exception):
 
 
 def count_tokens(text: str) -> int:
-    """Tokens as this teacher bills them: a digit, a word, a sign or a line end each."""
+    """Count tokens as this teacher bills them: a digit, a word, a sign or a line end each."""
     return len(_TOKEN.findall(text))
 
 
@@ -68,7 +68,7 @@ class DemoTeacher:
 
     @property
     def base_url(self) -> str:
-        """The address a client is given; only while serving."""
+        """Return the address for clients; RuntimeError when not serving."""
         if self._server is None:
             raise RuntimeError("the demo's teacher serves inside a `with` block only")
         return f"http://127.0.0.1:{self._server.server_address[1]}/v1"

@@ -75,7 +75,7 @@ def collect(settings: CollectSettings, log: Callable[[str], None] = lambda line:
 
 
 def wanted_ids(settings: CollectSettings) -> set[str]:
-    """The ids of the traces that `settings` ask for, collected or not."""
+    """Return the ids of the traces that `settings` ask for, collected or not."""
     _, model = endpoint(settings.teacher)
     counts = dict.fromkeys(COUNTS, 0)
     jobs = _jobs(_problems(settings), settings.domain, model, settings.teacher, set(), counts)
@@ -187,7 +187,7 @@ class _Collector:
 
 
 def sampling_parameters(teacher: TeacherSettings) -> dict[str, Any]:
-    """What decides an answer besides the prompt and the sample: part of the record's id."""
+    """Return what decides an answer besides the prompt and the sample: part of the record's id."""
     return {
         "temperature": teacher.temperature,
         "top_p": teacher.top_p,
@@ -198,7 +198,7 @@ def sampling_parameters(teacher: TeacherSettings) -> dict[str, Any]:
 
 
 def request_parameters(teacher: TeacherSettings, sample: int) -> dict[str, Any]:
-    """The sampling parameters of one request: its seed is the settings' seed plus the sample's index."""
+    """Return the sampling parameters of one request: its seed is the settings' seed plus the sample's index."""
     parameters = {
         "temperature": teacher.temperature,
         "top_p": teacher.top_p,
@@ -216,7 +216,7 @@ def _jobs(
     present: set[str],
     counts: dict[str, int],
 ) -> list[Job]:
-    """The samples still wanted, each id once even where the input repeats a prompt."""
+    """Return the samples still wanted, each id once even where the input repeats a prompt."""
     jobs, seen, sampling = [], set[str](), sampling_parameters(teacher)
     for prompt, reference, source in problems:
         for sample in range(teacher.samples):
@@ -243,10 +243,10 @@ def endpoint(teacher: TeacherSettings) -> tuple[str, str]:
 
 def _problems(settings: CollectSettings) -> Iterator[tuple[str, Any, str]]:
     """Yield (prompt, reference, source) of each problem."""
-    for where, row in itertools.islice(read_rows(settings.problems, "problems"), settings.limit):
-        prompt = fill(settings.prompt, row, where, "prompt")
+    for location, row in itertools.islice(read_rows(settings.problems, "problems"), settings.limit):
+        prompt = fill(settings.prompt, row, location, "prompt")
         if not isinstance(prompt, str) or not prompt.strip():
-            raise UserError(f"{where}: the prompt is empty or not text; check key 'prompt'")
-        reference = fill(settings.reference, row, where, "reference") if settings.reference else None
+            raise UserError(f"{location}: the prompt is empty or not text; check key 'prompt'")
+        reference = fill(settings.reference, row, location, "reference") if settings.reference else None
         kind_of(settings.domain, reference)
-        yield prompt, reference, where
+        yield prompt, reference, location

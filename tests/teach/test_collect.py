@@ -66,7 +66,7 @@ def test_every_problem_becomes_one_judged_record(tmp_path: Path, teacher: DemoTe
     assert all(verify("math", r.reference, r.response).verdict == r.verdict for r in records.values())
 
 
-def test_a_second_run_asks_nothing_and_a_longer_one_only_the_rest(tmp_path: Path, teacher: DemoTeacher) -> None:
+def test_only_what_is_not_there_is_asked(tmp_path: Path, teacher: DemoTeacher) -> None:
     collect(settings(tmp_path, teacher))
     before = (tmp_path / "traces.jsonl").read_bytes()
     assert collect(settings(tmp_path, teacher))["present"] == 60
@@ -89,7 +89,7 @@ def test_two_runs_collect_the_same(tmp_path: Path, teacher: DemoTeacher) -> None
     assert {r.verdict_by for r in first.values()} == {"number"}
 
 
-def test_kill_9_loses_no_finished_line_and_a_restart_completes_it(tmp_path: Path, teacher: DemoTeacher) -> None:
+def test_kill_9_loses_no_finished_line(tmp_path: Path, teacher: DemoTeacher) -> None:
     program = (
         "import sys; from bmjax.teach.collect import collect; from bmjax.teach.settings import CollectSettings\n"
         "collect(CollectSettings.model_validate_json(sys.argv[1]))"
