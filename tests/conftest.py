@@ -73,7 +73,7 @@ def byte_tokenizer():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from bmjax.branch.examples import TEMPLATES
+    from bmjax.chat.template import TEMPLATES
 
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -96,7 +96,7 @@ def byte_tokenizer():
 def write_student(directory: Path, seed: int = 0, dtype: str = "float32", scale: float = 0.05, **changes) -> Path:
     """A random Qwen2 with 2 layers, D 32, V 300 and context 256 as a Hugging Face directory, with `byte_tokenizer`."""
     from bmjax.model import qwen2
-    from bmjax.model.spec import ModelConfig
+    from bmjax.model.config import ModelConfig
     from bmjax.weights.hf import save_hf
 
     hf_config = {

@@ -1,4 +1,7 @@
-"""An OpenAI-compatible endpoint for tests: a function from prompt and seed to (content, finish reason) serves it."""
+"""An OpenAI-compatible endpoint for tests: a function from prompt and seed to (content, finish reason) serves it.
+
+A number in place of the finish reason refuses the request with that HTTP status.
+"""
 
 import json
 import threading
@@ -30,7 +33,7 @@ class Endpoint:
                         "usage": {"completion_tokens": len(content.split())},
                     }
                 ).encode()
-                self.send_response(200)
+                self.send_response(finish if isinstance(finish, int) else 200)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)

@@ -152,7 +152,7 @@ def mixed(folder, **changes):
     values = {
         "student": str(write_student(folder / "student", max_position_embeddings=512)),
         "domains": {
-            "code": {"traces": changes.pop("traces"), "test_share": 0.2, "validation_share": 0.2},
+            "code": {"traces": changes.pop("traces"), "judge": changes.pop("judge", None), "test_share": 0.2, "validation_share": 0.2},
             "talk": {"train": {"data": str(write_rows(folder / "talk.jsonl", rows))}, "test_share": 0.3},
         },
         "branch": TRAINING, "merges": {"linear": {"merge_method": "linear", "models": ["code", "talk"]}},
@@ -180,7 +180,7 @@ def test_stored_traces_and_rows_as_they_are(finished, tmp_path):
 def test_traces_nobody_judged_are_judged(finished, tmp_path):
     (source,) = (finished[0] / "teach" / "math").glob("answers-*/traces.jsonl")
     traces = [row | {"verdict": "unjudged", "verdict_by": "none"} for row in read(source)]
-    settings = mixed(tmp_path, traces=str(write_rows(tmp_path / "traces.jsonl", traces)))
+    settings = mixed(tmp_path, traces=str(write_rows(tmp_path / "traces.jsonl", traces)), judge="math")
     report = run(settings, tmp_path / "run", lambda line: None)
     assert report["selection"]["code"]["dropped"] == finished[1]["selection"]["math"]["dropped"]
 
@@ -212,7 +212,7 @@ def test_mistakes_are_told_before_anything_is_trained(small, tmp_path, overrides
 def test_unanswered_requests_stop_a_run_unless_it_may_lack_them(small, tmp_path):
     def refusing(prompt, seed):
         if prompt.startswith("What is 3 +"):
-            raise ValueError  # the connection is closed without an answer
+            return "", 400
         return teacher(prompt, seed)
 
     with Endpoint(refusing) as endpoint:
