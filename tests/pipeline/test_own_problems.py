@@ -145,6 +145,7 @@ def test_a_resumed_run_at_another_port_asks_nothing(finished, small):
 
 def mixed(folder, **changes):
     """A run of stored traces and of rows as they are."""
+    traces_domain = {key: changes.pop(key) for key in ("traces", "judge") if key in changes}
     rows = [
         {"messages": [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["response"]}]}
         for r in sums(40, seed=5)
@@ -152,7 +153,7 @@ def mixed(folder, **changes):
     values = {
         "student": str(write_student(folder / "student", max_position_embeddings=512)),
         "domains": {
-            "code": {"traces": changes.pop("traces"), "judge": changes.pop("judge", None), "test_share": 0.2, "validation_share": 0.2},
+            "code": {"test_share": 0.2, "validation_share": 0.2, **traces_domain},
             "talk": {"train": {"data": str(write_rows(folder / "talk.jsonl", rows))}, "test_share": 0.3},
         },
         "branch": TRAINING, "merges": {"linear": {"merge_method": "linear", "models": ["code", "talk"]}},
