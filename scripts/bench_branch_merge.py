@@ -1,9 +1,10 @@
 #!/usr/bin/env python
 """Branches, merges and the mixture side by side over several seeds: the table of the README.
 
-    .venv/bin/python scripts/bench_branch_merge.py --seeds 5 [--config configs/demo.yaml] [--output runs/bench]
+    .venv/bin/python scripts/bench_branch_merge.py --seeds 5 [--config CONFIG] [--output runs/bench]
 
-Every seed is a whole `bmjax run` (other problems, other initial weights, other order); a killed bench continues.
+Every seed is a whole `bmjax demo`, or `bmjax run CONFIG`: other problems, initial weights and order of rows. A killed
+bench continues.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from bmjax.config import UserError
+from bmjax.demo.run import run_demo
 from bmjax.io.atomic import write_atomic
 from bmjax.parallel.start import use_cpu_cores
 from bmjax.pipeline import RunSettings, run
@@ -103,7 +105,7 @@ def closed(reports: list[dict[str, Any]]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5, help="how many seeds (0, 1, ...)")
-    parser.add_argument("--config", default="configs/demo.yaml")
+    parser.add_argument("--config", help="of `bmjax run`; default: the demo")
     parser.add_argument("--output", default="runs/bench", help="one run directory per seed lies in it")
     parser.add_argument("overrides", nargs="*", help="key=value, as for bmjax run")
     arguments = parser.parse_args()
@@ -113,8 +115,11 @@ def main() -> int:
     reports = []
     try:
         for seed in range(arguments.seeds):
-            settings = RunSettings.read(arguments.config, [*arguments.overrides, f"seed={seed}"])
-            reports.append(run(settings, Path(arguments.output) / f"seed{seed}"))
+            output, overrides = Path(arguments.output) / f"seed{seed}", [*arguments.overrides, f"seed={seed}"]
+            if arguments.config is None:
+                reports.append(run_demo(output, overrides))
+            else:
+                reports.append(run(RunSettings.read(arguments.config, overrides), output))
     except UserError as error:
         print(f"bench_branch_merge: error: {error}", file=sys.stderr)
         return 2

@@ -83,6 +83,7 @@ def test_wrong_values_are_named(values, line):
     (CollectSettings, "{domain: d, problems: 1}", "problems: expected text or a list, found a whole number '1'"),
     (CollectSettings, "{domain: d, problems: p, teacher: {sampels: 0}}", "unknown key 'teacher.sampels'; did you mean"),
     (CollectSettings, "{domain: d, problems: p, teacher: {extra: 1}}", "teacher.extra: expected a block of keys"),
+    (RunSettings, "{domains: {m: {problems: 1}}}", "domains.m.problems: expected a block of keys, found a whole"),
     (SelectSettings, "{traces: t, keep: [rihgt]}", "keep.0: expected 'right', 'unjudged' or 'wrong', found"),
     (EvalSettings, "{model: m, tasks: {m: {question: q}}}", "unknown key 'tasks.m.question'; did you mean 'questions'"),
     (TrainSettings, "{student: s, data: {a: 1}, steps: 1}", "data: expected text or a list, found a block of keys"),

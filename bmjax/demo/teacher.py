@@ -5,10 +5,12 @@ form or fails a first attempt, so that everything a real teacher puts a collecto
 how often by its field `mistakes`. What happens to it is a pure function of the server's seed and of the request.
 """
 
+import contextlib
 import hashlib
 import json
 import random
 import re
+import sys
 import threading
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -33,7 +35,7 @@ class BadRequest(Exception):
 
 
 def count_tokens(text: str) -> int:
-    """Tokens as this teacher bills them: a digit, a word, a sign or a line end each."""
+    """Count tokens as this teacher bills them: a digit, a word, a sign or a line end each."""
     return len(_TOKEN.findall(text))
 
 
@@ -51,11 +53,12 @@ class Request:
 class DemoTeacher:
     """Serves `base_url` (http://127.0.0.1:PORT/v1) from a thread while used as a context manager.
 
-    `mistakes` are those of requests that name none. The counters `requests` and `refused` are for tests.
+    `mistakes` are those of requests that name none; `port` 0 is any free one. The counters `requests` and `refused`
+    are for tests.
     """
 
-    def __init__(self, seed: int = 0, mistakes: Mistakes | None = None) -> None:
-        self.seed, self.mistakes = seed, mistakes or Mistakes()
+    def __init__(self, seed: int = 0, mistakes: Mistakes | None = None, port: int = 0) -> None:
+        self.seed, self.mistakes, self.port = seed, mistakes or Mistakes(), port
         self.requests = 0
         self.refused = 0
         self._attempted: set[bytes] = set()
@@ -65,7 +68,7 @@ class DemoTeacher:
 
     @property
     def base_url(self) -> str:
-        """The address a client is given; only while serving."""
+        """Return the address for clients; RuntimeError when not serving."""
         if self._server is None:
             raise RuntimeError("the demo's teacher serves inside a `with` block only")
         return f"http://127.0.0.1:{self._server.server_address[1]}/v1"
@@ -195,7 +198,7 @@ class _Server(ThreadingHTTPServer):
 
     def __init__(self, teacher: DemoTeacher) -> None:
         self.teacher = teacher
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(("127.0.0.1", teacher.port), _Handler)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that hangs up in mid-reply is its own affair: no traceback on the terminal."""
@@ -252,3 +255,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing on stderr: a collector reports failures itself."""
+
+
+def main() -> None:
+    """Serve until interrupted: python -m bmjax.demo.teacher [PORT]."""
+    port = int(sys.argv[1]) if sys.argv[1:] else 8765
+    with contextlib.suppress(KeyboardInterrupt), DemoTeacher(port=port) as teacher:
+        print(f"the demo's teacher answers at {teacher.base_url}", flush=True)
+        threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main()

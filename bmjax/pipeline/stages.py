@@ -1,4 +1,4 @@
-"""Stages of a run: each is skipped when it is done for the same inputs, and begun anew when they changed.
+"""Runs the stages of a run: skips one that is done for the same inputs, begins it anew when they changed.
 
 A stage's fingerprint is a hash of its name, its inputs and the fingerprints of the stages it reads. A marker with
 it is written when the stage ends; another, when it starts, tells a killed stage (continue) from a stale one (wipe).
@@ -93,7 +93,7 @@ def _remove(path: Path) -> None:
 
 
 class PeakMemory:
-    """Samples the resident memory of this process, MiB, while a block runs (the kernel's own peak never falls)."""
+    """Sample the resident memory of this process, MiB, while a block runs (the kernel's own peak never falls)."""
 
     def __init__(self, interval: float = 0.1) -> None:
         self.mib = 0.0

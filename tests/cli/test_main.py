@@ -203,7 +203,7 @@ def test_internal_error_keeps_its_traceback(monkeypatch, config):
 def test_words_options_and_keys_in_any_order(monkeypatch, option):
     calls = []
     replace(monkeypatch, "run", lambda options: calls.append((options.settings.seed, options.output)))
-    config = str(ROOT / "configs" / "demo.yaml")
+    config = str(ROOT / "configs" / "own_problems.yaml")
     assert cli.main(["run", config, *option, "seed=7"]) == 0
     assert cli.main(["run", *option, config, "seed=7"]) == 0
     assert cli.main(["run", "seed=7", *option, config]) == 0
@@ -222,7 +222,7 @@ def test_paths_may_hold_an_equals_sign(monkeypatch):
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_config_is_read_by_its_command(file):
     family = file.stem.partition("_")[0]
-    name = {"demo": "run", "real": "run", "tinyr1": "train", "qwen2": "train"}.get(family, family)
+    name = {"own": "run", "real": "run", "tinyr1": "train", "qwen2": "train"}.get(family, family)
     assert COMMANDS[name].settings_class().read(file).model_dump()
 
 

@@ -17,7 +17,7 @@ def problems(request: pytest.FixtureRequest) -> list[Problem]:
     return make_problems(request.param, 6000, seed=3)
 
 
-def test_there_are_enough_distinct_problems_and_splits_share_none(problems: list[Problem]) -> None:
+def test_problems_are_distinct_and_splits_share_none(problems: list[Problem]) -> None:
     domain = problems[0].domain
     splits = [problems, make_problems(domain, 600, seed=9, split="val"), make_problems(domain, 800, split="test")]
     prompts = [{p.prompt for p in split} for split in splits]
@@ -128,7 +128,7 @@ PHYSICS = [
 ]
 
 
-def test_the_right_choice_is_the_one_physics_gives_and_its_place_tells_nothing() -> None:
+def test_choices_are_right_and_their_order_tells_nothing() -> None:
     used, places = set(), [0, 0, 0, 0]
     for problem in make_problems("science", 4000, seed=14):
         stem, _, listed = problem.prompt.partition("\n")

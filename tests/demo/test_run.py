@@ -58,7 +58,7 @@ def test_report_json_holds_every_model_and_stage(finished):
     assert (directory / "report.html").read_text().startswith("<!doctype html>")
 
 
-def test_transformers_loads_the_merged_model_and_writes_the_same_text(finished):
+def test_transformers_writes_the_merged_models_text(finished):
     folder = finished[0] / "merged" / "hf"
     network = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)

@@ -101,7 +101,7 @@ def test_mistakes_come_at_their_rates_and_look_as_they_should() -> None:
     assert all(230 < kinds[kind] < 370 for kind in ("wrong", "truncated", "malformed"))
 
 
-def test_the_same_request_gets_the_same_answer_and_another_seed_another() -> None:
+def test_answers_depend_on_request_and_seed_alone() -> None:
     prompts = [p.prompt for p in make_problems("code", 300)]
     first, again = DemoTeacher(seed=1), DemoTeacher(seed=1)
     assert [first.reply(p, 7) for p in prompts] == [again.reply(p, 7) for p in reversed(prompts)][::-1]

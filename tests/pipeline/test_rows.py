@@ -53,7 +53,7 @@ def test_a_share_is_held_out_by_identity_and_between_filters(tmp_path):
     assert 10 <= len(parts[2]) <= 35
 
 
-def test_the_backbone_sees_so_many_training_rows_whatever_their_order(tmp_path):
+def test_backbone_rows_do_not_depend_on_the_order_of_rows(tmp_path):
     values = [{"q": f"q{i}", "a": "x"} for i in range(60)]
     seen = []
     for number, order in enumerate((values, values[::-1])):

@@ -37,7 +37,7 @@ def test_what_depends_on_a_changed_stage_is_redone(tmp_path):
     assert made == ["one", "two", "one", "two"]
 
 
-def test_a_killed_stage_keeps_what_it_had_unless_its_inputs_changed(tmp_path):
+def test_a_killed_stage_continues_unless_its_inputs_changed(tmp_path):
     def killed():
         (tmp_path / "out").mkdir(exist_ok=True)
         (tmp_path / "out" / "half").touch()

@@ -1,4 +1,4 @@
-"""Procedural problems in three domains, and the solver that is the built-in teacher's brain.
+"""Procedural problems in three domains, and the solver that the demo's teacher answers with.
 
 Texts are short (prompt and reasoning together at most about 160 characters) and all domains write arithmetic the
 same way, so that a student of a few hundred thousand parameters can learn them and its branches can be merged.
@@ -35,14 +35,14 @@ def make_problems(
     exclude: Container[str] = (),
     split: Literal["train", "val", "test"] = "train",
 ) -> list[Problem]:
-    """`n` problems of a domain with distinct prompts, the levels in turn; the same arguments give the same list.
+    """Return `n` problems of a domain with distinct prompts, the levels in turn; the same arguments give the same list.
 
     Splits are disjoint whatever the seeds: the sha256 of a prompt decides which one it belongs to. `exclude` holds
     prompts to leave out. A smaller `n` gives a prefix of a larger one. UserError for an unknown domain, level or
     split, and when the domain has no more than so many distinct problems.
     """
     if domain not in _GENERATORS:
-        raise UserError(f"domain '{domain}': no such built-in domain{nearest(domain, DOMAINS)}")
+        raise UserError(f"domain '{domain}': no such domain of the demo{nearest(domain, DOMAINS)}")
     if not levels or not set(levels) <= {1, 2, 3}:
         raise UserError(f"levels: found {list(levels)}, expected some of 1, 2, 3")
     if split not in ("train", "val", "test"):
@@ -68,12 +68,12 @@ def make_problems(
 
 
 def solve(prompt: str) -> Solution:
-    """The worked solution, from the prompt's text alone. ValueError for a prompt of none of the three domains."""
+    """Return the worked solution, made from the prompt's text; ValueError for a prompt of no domain."""
     return _solve(prompt, Calculator())
 
 
 def solve_with_slip(prompt: str, rng: random.Random) -> Solution:
-    """A solution with one arithmetic mistake, carried through to a wrong answer (ValueError as for `solve`).
+    """Return a solution with one arithmetic mistake, carried through to a wrong answer (ValueError as for `solve`).
 
     A mistake that does not reach the answer, because of a comparison or the nearest choice, is drawn again.
     """
@@ -94,7 +94,7 @@ def solve_with_slip(prompt: str, rng: random.Random) -> Solution:
 def _solve(prompt: str, calculator: Calculator) -> Solution:
     prompt = prompt.strip()
     if len(prompt) > MAX_PROMPT_CHARACTERS:
-        raise ValueError("the prompt is too long for a built-in problem")
+        raise ValueError("the prompt is too long for a problem of the demo")
     if prompt.startswith(code.QUESTION):
         return code.solve(prompt, calculator)
     if re.search(r"\n\d+, \d+, \d+ or ", prompt):

@@ -1,4 +1,4 @@
-"""What the three domains share: the problem, its solution, and the arithmetic every reasoning line is written in.
+"""Shared by the three domains: a problem, its solution, and the arithmetic of every reasoning line.
 
 A step is always written `7+5=12`: decimal whole numbers, no spaces, exact division. A domain
 with another convention would pull the branches apart where the merge needs them to agree.
@@ -32,7 +32,7 @@ class Solution:
 class Calculator:
     """Whole-number arithmetic that writes each step down.
 
-    `slip_step` is the index of the one step whose result comes out `slip_by` too high (the built-in teacher's
+    `slip_step` is the index of the one step whose result comes out `slip_by` too high (the demo teacher's
     mistakes); -1 means none. `steps` counts the steps taken so far.
     """
 
@@ -41,7 +41,7 @@ class Calculator:
     steps: int = 0
 
     def apply(self, left: int, operator: str, right: int) -> tuple[int, str]:
-        """The result and the line `left operator right=result`. ValueError if it is not a whole number in range."""
+        """Return the result and the line `left operator right=result`; ValueError unless whole and in range."""
         if operator == "+":
             result = left + right
         elif operator == "-":
@@ -63,6 +63,6 @@ class Calculator:
 
 
 def split_of(prompt: str) -> str:
-    """The split a prompt belongs to, whatever the seed: its sha256 modulo 10 is 0 for test, 1 for val, else train."""
+    """Return the split of a prompt, whatever the seed: its sha256 modulo 10 is 0 for test, 1 for val, else train."""
     digit = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "big") % 10
     return {0: "test", 1: "val"}.get(digit, "train")

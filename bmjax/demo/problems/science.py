@@ -186,10 +186,11 @@ def solve(prompt: str, calculator: Calculator) -> Solution:
     match = _CHOICES.fullmatch(prompt)
     if not match:
         raise ValueError("not a science prompt")
-    found, steps = next(((f, steps) for pattern, steps in _PATTERNS if (f := pattern.fullmatch(match[1]))), (None, ()))
-    if found is None:
+    matches = ((pattern.fullmatch(match[1]), steps) for pattern, steps in _PATTERNS)
+    question, steps = next((pair for pair in matches if pair[0]), (None, ()))
+    if question is None:
         raise ValueError("unknown science question")
-    values = {symbol: int(text) for symbol, text in found.groupdict().items() if symbol != "noun"}
+    values = {symbol: int(text) for symbol, text in question.groupdict().items() if symbol != "noun"}
     lines: list[str] = []
     for step in steps:
         if isinstance(step, Convert):
