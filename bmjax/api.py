@@ -132,18 +132,11 @@ def merge(
 ) -> dict[str, Any]:
     """Merge Hugging Face directories as `recipe` (YAML path or dict) says; returns the report.
 
-    options: further ones of `bmjax.merge.engine.files.merge`, or of `bmjax.calibrate.run.merge` for merges that look
-    at data.
+    options: further ones of `bmjax.calibrate.dispatch.merge`.
     """
-    from bmjax.calibrate.recipe import is_calibrated
+    from bmjax.calibrate import dispatch
 
-    if is_calibrated(recipe):
-        from bmjax.calibrate.run import merge as calibrated_merge
-
-        return calibrated_merge(recipe, output, overwrite, **options)
-    from bmjax.merge.engine import files as engine
-
-    return engine.merge(recipe, output, overwrite, **options)
+    return dispatch.merge(recipe, output, overwrite, **options)
 
 
 def train(settings: str | Path | Mapping[str, Any], *overrides: str) -> dict[str, Any]:

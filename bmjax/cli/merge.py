@@ -7,11 +7,11 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from bmjax.calibrate.recipe import CalibratedRecipe, CalibrationSettings, is_calibrated
+from bmjax.calibrate import dispatch
 from bmjax.config import DISK_ERRORS, UserError, describe, disk_error
 from bmjax.merge.methods import METHODS
-from bmjax.merge.plan.check import check
 from bmjax.merge.plan.output import parse_size
+from bmjax.merge.recipe.calibration import CalibrationSettings
 from bmjax.merge.recipe.recipe import Recipe, read_recipe
 
 _ABOUT = """\
@@ -125,66 +125,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     seed = [] if options.seed is None else [f"seed={options.seed}"]
-    if is_calibrated(options.recipe, options.overrides):
-        _calibrated(options, [*options.overrides, *seed])
-        return
     recipe = read_recipe(options.recipe, [*options.overrides, *seed])
     settings: dict[str, Any] = {"shard_bytes": parse_size(options.shard_size, "--shard-size")}
     if options.memory is not None:
         settings["memory"] = parse_size(options.memory, "--memory")
     if options.check:
-        for line in check(recipe, options.out, options.overwrite, **settings):
+        for line in dispatch.check(recipe, options.out, options.overwrite, **settings):
             print(line)
     else:
         _merge(recipe, options, settings)
-
-
-def _calibrated(options: argparse.Namespace, overrides: Sequence[str]) -> None:
-    """A merge that looks at data."""
-    recipe = CalibratedRecipe.read(options.recipe, overrides)
-    size = parse_size(options.shard_size, "--shard-size")
-    if options.memory is not None:
-        raise UserError(f"--memory: {recipe.merge_method} holds all its models in memory; leave it out")
-    from bmjax.calibrate import run
-
-    if options.check:
-        base, directories = run.check(recipe, options.out, options.overwrite)
-        for path in (base, *directories):
-            print(f"reads {path}")
-        for entry in recipe.models:
-            print(f"reads {entry.data} for '{entry.model}'")
-        print(f"writes {options.out}; all models are in memory at once, and are run on the data")
-        return
-    from bmjax.parallel.start import use_cpu_cores
-
-    use_cpu_cores()
-
-    def log(line: str) -> None:
-        if not options.quiet:
-            print(f"bmjax: note: {line}", file=sys.stderr)
-
-    start = time.perf_counter()
-    report = run.merge(recipe, options.out, options.overwrite, shard_bytes=size, log=log)
-    if options.quiet:
-        return
-    for stage, losses in report["held_out_loss"].items():
-        each = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
-        print(f"held-out loss, {stage}{' (kept)' if stage == report['kept'] else ''}: {each}")
-    for name, model in report["total"]["merged"]["models"].items():
-        print(f"mean coefficient of {name}: {model['coefficient']:.2f}")
-    tokens = ", ".join(f"{purpose} {count:,}" for purpose, count in report["tokens"].items())
-    print(f"{options.out}: written; tokens: {tokens}; {time.perf_counter() - start:.1f} s")
 
 
 def _merge(recipe: Recipe, options: argparse.Namespace, settings: dict[str, Any]) -> None:
     # Not needed, and slow to load, where a recipe is only checked or the help shown.
     from tqdm import tqdm
 
-    from bmjax.merge.engine.files import merge
-    from bmjax.parallel.start import keep_compiled_programs, use_own_threads
+    from bmjax.merge.report.statistics import summary_lines
+    from bmjax.parallel.start import keep_compiled_programs, use_cpu_cores, use_own_threads
 
-    use_own_threads()
-    keep_compiled_programs()
+    if recipe.is_calibrated:
+        use_cpu_cores()
+    else:
+        use_own_threads()
+        keep_compiled_programs()
     start, last = time.perf_counter(), 0
     bar = tqdm(unit="B", unit_scale=True, desc="merge", disable=options.quiet or not sys.stderr.isatty(), leave=False)
 
@@ -201,13 +164,10 @@ def _merge(recipe: Recipe, options: argparse.Namespace, settings: dict[str, Any]
     with bar, warnings.catch_warnings():
         # What is not finite is said once, in words.
         warnings.simplefilter("ignore", RuntimeWarning)
-        report = merge(recipe, options.out, options.overwrite, log=log, progress=progress, **settings)
+        report = dispatch.merge(recipe, options.out, options.overwrite, log=log, progress=progress, **settings)
     if options.quiet:
         return
-    for step in recipe.steps:
-        summary = report["total"][step.name]
-        moved = summary["moved_norm"] / max(summary["reference_norm"], 1e-30)
-        kept = ", ".join(f"{name} {model['kept']:.1%}" for name, model in summary["models"].items())
-        print(f"{step.name}: {step.method.name}, moved {moved:.2%} of its base's norm, entries taken: {kept}")
+    for line in summary_lines(recipe, report):
+        print(line)
     seconds = time.perf_counter() - start
     print(f"{options.out}: {len(report['tensors'])} tensors, {last / 1e9:.2f} GB read, {seconds:.1f} s")

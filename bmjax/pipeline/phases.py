@@ -6,6 +6,7 @@ DIR/backbone/         the common start            DIR/merges/NAME/hf  every merg
 DIR/scores/SPLIT/...  every sample                DIR/merged/hf       the chosen one
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -18,8 +19,7 @@ from typing import Any
 from bmjax.branch import fingerprint as identity
 from bmjax.branch.settings import Training, TrainSettings
 from bmjax.branch.train import check, train
-from bmjax.calibrate.recipe import CalibratedRecipe, is_calibrated
-from bmjax.calibrate.run import merge as calibrated_merge
+from bmjax.calibrate import dispatch
 from bmjax.config import UserError, nearest
 from bmjax.evaluate.run import evaluate
 from bmjax.evaluate.settings import EvalSettings, TaskSettings
@@ -29,7 +29,7 @@ from bmjax.io.jsonl import write_jsonl
 from bmjax.io.rows import read_rows
 from bmjax.log import Log, write_line
 from bmjax.merge.engine import files as engine
-from bmjax.merge.recipe.recipe import read_recipe
+from bmjax.merge.recipe.recipe import Recipe, read_recipe
 from bmjax.model.config import ModelConfig
 from bmjax.pipeline import data, student
 from bmjax.pipeline.choose import RULE, choose
@@ -65,8 +65,8 @@ class _Run:
         self.domains = list(settings.domains)
         self.stages = Stages(directory, log)
         self._check_trainings()
-        for name, recipe in settings.merges.items():
-            self._check_recipe(name, recipe)  # a bad recipe is told now, not after the training
+        for name in settings.merges:
+            self._check_recipe(name)  # a bad recipe is told now, not after the training
 
     def everything(self) -> dict[str, Any]:
         for domain in self.domains:
@@ -250,13 +250,10 @@ class _Run:
             except UserError as error:
                 raise UserError(f"{key}: {error}") from None
 
-    def _check_recipe(self, name: str, recipe: dict[str, Any]) -> None:
+    def _check_recipe(self, name: str) -> None:
         known = ["backbone", *self.domains]
         try:
-            if is_calibrated(recipe):
-                inputs = CalibratedRecipe.read(self._with_data(recipe, name)).inputs
-            else:
-                inputs = read_recipe(self._with_data(recipe, name)).inputs
+            inputs = self._recipe(name).inputs
         except UserError as error:
             message = str(error).removeprefix("recipe: ")
             raise UserError(message if message.startswith("merges.") else f"merges.{name}: {message}") from None
@@ -264,36 +261,31 @@ class _Run:
             if model not in known:
                 raise UserError(f"merges.{name}: no model is named '{model}'{nearest(model, known)}")
 
-    def _with_data(self, recipe: dict[str, Any], name: str) -> dict[str, Any]:
-        """The recipe with its sources; one that looks at data with each domain's training rows where it gives none,
-        and with the run's seed and template."""
-        if not is_calibrated(recipe):
-            return self._with_sources(recipe, name)
-        models = recipe.get("models")
-        if isinstance(models, list):
-            entries = [{"model": entry} if isinstance(entry, str) else entry for entry in models]
-            models = [{"data": str(self._rows(entry["model"], "train")), **entry}
-                      if isinstance(entry, dict) and entry.get("model") in self.domains else entry
-                      for entry in entries]  # fmt: skip
-        seed = recipe.get("seed", 0)
-        seed = seed + self.settings.seed if isinstance(seed, int) else seed
-        parameters = recipe.get("parameters") or {}
-        if isinstance(parameters, dict):
-            parameters = {"template": self.settings.template, **parameters}
-        return self._with_sources(recipe, name) | {"models": models, "seed": seed, "parameters": parameters}
+    def _recipe(self, name: str) -> Recipe:
+        """Return a merge's recipe over the run's models. Steps that look at data have each domain's training rows where
+        they name none, and the run's seed and template."""
+        data = {domain: str(self._rows(domain, "train")) for domain in self.domains}
+        recipe = read_recipe(self._with_sources(self.settings.merges[name], name), data=data)
+        if not recipe.is_calibrated:
+            return recipe
+        template = {"template": self.settings.template}
+        steps = tuple(
+            dataclasses.replace(step, calibration=step.calibration.model_copy(update=template))
+            if step.calibration is not None and "template" not in step.calibration.model_fields_set
+            else step
+            for step in recipe.steps
+        )
+        return dataclasses.replace(recipe, steps=steps, seed=recipe.seed + self.settings.seed)
 
     def _merge(self, name: str) -> None:
-        recipe = self._with_data(self.settings.merges[name], name)
+        recipe = self._recipe(name)
         after = [f"branch/{domain}" for domain in self.domains]
         if self.settings.student is None:
             after.append("backbone")
 
         def work() -> None:
             output = self.directory / "merges" / name / "hf"
-            if is_calibrated(recipe):
-                calibrated_merge(recipe, output, overwrite=True, log=self.log)
-            else:
-                engine.merge(recipe, output, overwrite=True)
+            dispatch.merge(recipe, output, overwrite=True, log=self.log if recipe.is_calibrated else None)
 
         self.stages.run(f"merge/{name}", [self.settings.merges[name], *self._given()], after, [f"merges/{name}"], work)
 

@@ -5,7 +5,7 @@ import numpy as np
 import torch
 import transformers
 
-from bmjax.calibrate import contributions, run
+from bmjax.calibrate import contributions, dispatch
 from bmjax.model import spec
 from bmjax.model.config import ModelConfig
 from bmjax.model.spec import get
@@ -33,7 +33,7 @@ def regmean(changes, grams, off_diagonal, ridge):
 
 
 def test_regmean_is_the_closed_form_over_torchs_activations(models, tmp_path):
-    report = run.merge(recipe(models, "regmean", ridge=0.01, steps=0), tmp_path / "out")
+    report = dispatch.merge(recipe(models, "regmean", ridge=0.01, steps=0), tmp_path / "out")
     base, found = tensors(models / "base"), tensors(tmp_path / "out")
     branches = {name: tensors(models / name) for name in ("a", "b")}
     read = {name: [np.concatenate(c) for c in zip(*batches(models, name)[1], strict=True)] for name in branches}

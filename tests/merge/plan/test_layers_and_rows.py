@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from bmjax.merge.engine import chunks
 from bmjax.merge.engine.files import merge
 from tests.merge.reference import SMALL, hf_dir, hf_tensors
 
@@ -106,6 +107,6 @@ def test_other_vocabulary_sizes(models, rows):
 
 def test_chunks_of_rows_that_a_model_lacks(models, monkeypatch):
     """The same in several chunks."""
-    monkeypatch.setattr("bmjax.merge.engine.chunks.CHUNK", 256)
-    monkeypatch.setattr("bmjax.merge.engine.chunks.COLUMNS", 64)
+    monkeypatch.setattr(chunks, "CHUNK", 256)
+    monkeypatch.setattr(chunks, "COLUMNS", 64)
     test_other_vocabulary_sizes(models, 40)

@@ -5,6 +5,7 @@ import pytest
 import yaml
 
 from bmjax.io.safetensors import open_checkpoint
+from bmjax.merge.engine import stream
 from bmjax.merge.engine.files import merge
 from bmjax.merge.engine.passes import block
 from bmjax.merge.methods.arcee_fusion import agreement, three_importances
@@ -93,7 +94,7 @@ def test_compat_takes_the_other_tools_mask(tmp_path, monkeypatch):
         assert report["total"]["merged"]["models"]["a"]["kept"] == pytest.approx(found.mean(), abs=1e-6)
 
 
-def test_how_far_the_textbooks_masks_are_off(models, tmp_path, monkeypatch):
+def test_masks_of_the_textbook_formula_differ(models, tmp_path, monkeypatch):
     base, (branch, _) = models
     three = [np.asarray(x) for x in three_importances(block(base, [branch], {}))]
     exact = fusion_mask(base, branch)
@@ -101,7 +102,7 @@ def test_how_far_the_textbooks_masks_are_off(models, tmp_path, monkeypatch):
     noisy = jaccard(mask(textbook(base, branch, BF16)), exact)
     (_, _), (both, either) = agreement(three)
     assert noisy < 0.35 and both / either == pytest.approx(noisy, abs=0.05)
-    monkeypatch.setattr("bmjax.merge.engine.stream.SAMPLE", 2**15)
+    monkeypatch.setattr(stream, "SAMPLE", 2**15)
     report = merge({"merge_method": "arcee_fusion", "base_model": "base", "models": ["a"]}, "out")
     found = report["total"]["merged"]["mask_jaccard_of_textbook"]
     assert found["bfloat16"] < 0.35 and found["float32"] < 0.95
