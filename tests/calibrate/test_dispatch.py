@@ -1,10 +1,12 @@
 """Merges of every kind through the one door: what a recipe may ask for, and steps of both kinds in one recipe."""
 
 import json
+import shutil
 
 import huggingface_hub
 import numpy as np
 import pytest
+import safetensors.numpy
 from tokenizers import Tokenizer
 
 from bmjax.calibrate import dispatch, steps
@@ -105,19 +107,25 @@ def test_a_step_with_data_may_end_a_recipe(models, tmp_path, kind):
 
 
 def test_a_union_of_tokenizers(models, tmp_path, kind):
-    """One model knows a token more: its row is taken, the others' rows keep their tokens."""
-    import shutil
-
+    """One model has a token and a row more: the result has it, and all other rows keep their tokens."""
     shutil.copytree(models / "b", tmp_path / "b")
     backend = Tokenizer.from_file(str(tmp_path / "b/tokenizer.json"))
     backend.add_tokens(["<new>"])
     backend.save(str(tmp_path / "b/tokenizer.json"))
-    number = backend.token_to_id("<new>")
+    weights = tensors(tmp_path / "b")
+    count = len(weights["model.embed_tokens.weight"])
+    assert backend.token_to_id("<new>") == count
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        row = np.full_like(weights[name][:1], 0.125)
+        weights[name] = np.concatenate([weights[name], row])
+    safetensors.numpy.save_file(weights, tmp_path / "b/model.safetensors", {"format": "pt"})
+    config = json.loads((tmp_path / "b/config.json").read_text())
+    (tmp_path / "b/config.json").write_text(json.dumps({**config, "vocab_size": count + 1}))
     merge = block(models, kind, sources=sources(models) | {"b": str(tmp_path / "b")}, tokenizer_source="union")
-    if number >= tensors(models / "b")["model.embed_tokens.weight"].shape[0]:
-        pytest.skip("the fixture has no row to spare")
     report = dispatch.merge(merge, tmp_path / "out")
-    assert Tokenizer.from_file(str(tmp_path / "out/tokenizer.json")).token_to_id("<new>") is not None
+    assert Tokenizer.from_file(str(tmp_path / "out/tokenizer.json")).token_to_id("<new>") == count
+    assert json.loads((tmp_path / "out/config.json").read_text())["vocab_size"] == count + 1
+    np.testing.assert_allclose(tensors(tmp_path / "out")["model.embed_tokens.weight"][count], 0.125, rtol=1e-6)
     assert listing(tmp_path) == ["b", "out"] and set(report["sources"]) == {"base", "a", "b"}
     assert report["sources"]["b"]["directory"] == str(tmp_path / "b")
 
