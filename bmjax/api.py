@@ -306,20 +306,10 @@ def merge(
     Raises:
         UserError: for anything wrong with the recipe or its models; `output` is then as it was.
     """
-    from bmjax.calibrate.recipe import CalibratedRecipe, is_calibrated
+    from bmjax.calibrate import dispatch
 
-    if is_calibrated(recipe, overrides):
-        from bmjax.calibrate.run import merge as calibrated_merge
-
-        calibrated = CalibratedRecipe.read(recipe, overrides)
-        if memory is not None:
-            raise UserError(f"memory: {calibrated.merge_method} holds all its models in memory; leave it out")
-        return calibrated_merge(calibrated, output, overwrite, shard_bytes=shard_bytes, log=log)
-    from bmjax.merge.engine.files import MEMORY
-    from bmjax.merge.engine.files import merge as merge_files
-
-    return merge_files(
-        recipe, output, overwrite, overrides=overrides, shard_bytes=shard_bytes, memory=memory or MEMORY, log=log
+    return dispatch.merge(
+        recipe, output, overwrite, overrides=overrides, shard_bytes=shard_bytes, memory=memory, log=log
     )
 
 

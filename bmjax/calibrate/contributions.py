@@ -1,4 +1,4 @@
-"""Each model's contribution to a mean of the changes; their sum is the mean.
+"""Computes each model's contribution to a mean of the changes; their sum is the mean.
 
 changes: change / N. regmean: the solution of min_W sum_b |X_b (W - change_b)|^2 (arXiv 2212.09849, applied to changes),
 model b's part of it (sum_j G_j)^-1 G_b change_b with G_b = X_b^T X_b, for every matrix; changes / N for the rest.
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bmjax.calibrate.data import Calibration
-from bmjax.calibrate.recipe import CalibrationSettings
+from bmjax.merge.recipe.calibration import CalibrationSettings
 from bmjax.model import qwen2, spec
 from bmjax.model.attention.options import Remat
 from bmjax.model.batch import Batch
@@ -30,25 +30,29 @@ SAME_INPUT = {"k": "q", "v": "q", "up": "gate"}
 def contributions(
     config: ModelConfig, base: Tree, branches: Sequence[Tree], calibration: Calibration, settings: CalibrationSettings
 ) -> list[Tree]:
-    """One tree a branch, float32, placed as the branch's leaves are."""
+    """Return one tree a branch, float32, placed as the branch's leaves are."""
     dtype = jnp.dtype(settings.compute_dtype)
     plain = [_plain(base, branch, len(branches)) for branch in branches]
     if settings.along == "changes":
         return plain
-    if settings.along == "fisher":
-        found = [squares(config, b, calibration.rows(i, settings.rows, "squares"), dtype, settings.remat)
-                 for i, b in enumerate(branches)]  # fmt: skip
-    else:
-        found = [grams(config, b, calibration.rows(i, settings.rows, "grams"), dtype) for i, b in enumerate(branches)]
+    # What the rows of each domain say about its model.
+    measured: list[Any] = []
+    for i, branch in enumerate(branches):
+        if settings.along == "fisher":
+            batches = calibration.rows(i, settings.rows, "squares")
+            measured.append(squares(config, branch, batches, dtype, settings.remat))
+        else:
+            measured.append(grams(config, branch, calibration.rows(i, settings.rows, "grams"), dtype))
+    # The contributions, parameter by parameter.
     by_row = []
     for row in spec.table(config):
         leaves = [get(tree, row.path) for tree in plain]
         if settings.along == "fisher":
             axes = tuple(range(1, len(row.shape))) if row.stacked else None
-            leaves = _weighted(leaves, [get(tree, row.path) for tree in found], axes)
+            leaves = _weighted(leaves, [get(tree, row.path) for tree in measured], axes)
         elif row.stacked and row.path[-1] == "kernel":
             name = SAME_INPUT.get(row.path[-2], row.path[-2])
-            leaves = _regmean(leaves, [own[name] for own in found], settings.off_diagonal, settings.ridge)
+            leaves = _regmean(leaves, [by_name[name] for by_name in measured], settings.off_diagonal, settings.ridge)
         by_row.append([(row.path, leaf) for leaf in leaves])
     return [unflatten(list(branch)) for branch in zip(*by_row, strict=True)]
 
@@ -58,27 +62,30 @@ def _plain(base: Tree, branch: Tree, count: int) -> Tree:
     return jax.tree.map(lambda w, b: (w.astype(jnp.float32) - b.astype(jnp.float32)) / count, branch, base)
 
 
-def _regmean(leaves: Sequence[jax.Array], own: Sequence[np.ndarray], off_diagonal: float, ridge: float) -> list[Any]:
-    """Contributions [L, in, out] of a matrix, by Gram matrices [L, in, in]; in float64, layer by layer."""
+def _regmean(leaves: Sequence[jax.Array], grams: Sequence[np.ndarray], off_diagonal: float, ridge: float) -> list[Any]:
+    """Return the contributions [L, in, out] to a matrix, by Gram matrices [L, in, in]; float64, layer by layer."""
     parts = [np.empty(leaf.shape, np.float32) for leaf in leaves]
     for layer in range(leaves[0].shape[0]):
-        scaled = [off_diagonal * g[layer] + (1 - off_diagonal) * np.diag(np.diag(g[layer])) for g in own]
+        scaled = [off_diagonal * g[layer] + (1 - off_diagonal) * np.diag(np.diag(g[layer])) for g in grams]
         total = np.sum(scaled, axis=0)
         total += (ridge * np.trace(total) / len(total) or 1e-30) * np.eye(len(total))
         changes = [len(leaves) * np.asarray(leaf[layer], np.float64) for leaf in leaves]
         right = np.concatenate([g @ c for g, c in zip(scaled, changes, strict=True)], axis=1)
         solved = np.split(np.linalg.solve(total, right), len(leaves), axis=1)
-        for part, one in zip(parts, solved, strict=True):
-            part[layer] = one
+        for part, solution in zip(parts, solved, strict=True):
+            part[layer] = solution
     return [jax.device_put(part, leaf.sharding) for part, leaf in zip(parts, leaves, strict=True)]
 
 
 def grams(config: ModelConfig, params: Tree, batches: Iterator[Batch[jax.Array]], dtype: Any) -> dict[str, np.ndarray]:
-    """Mean of x x^T over the real tokens' inputs x of the linear layers, by name (q, o, gate, down): [L, in, in]."""
+    """Return the mean of x x^T over the inputs x of the linear layers at real tokens.
+
+    float64 [L, in, in] by the layer's name: q, o, gate, down.
+    """
     run, total, count = _grams(config, np.dtype(dtype).name), None, 0.0
     for batch in batches:
-        own = jax.tree.map(lambda a: np.asarray(a, np.float64), run(params, batch.tokens, batch.segment_ids))
-        total = own if total is None else jax.tree.map(np.add, total, own)
+        sums = jax.tree.map(lambda a: np.asarray(a, np.float64), run(params, batch.tokens, batch.segment_ids))
+        total = sums if total is None else jax.tree.map(np.add, total, sums)
         count += float(jnp.sum(batch.segment_ids > 0))
     assert total is not None  # a loader has a row at least
     layers = total["layers"]
@@ -90,28 +97,30 @@ def _grams(config: ModelConfig, dtype: str) -> Any:
     def run(params: Tree, tokens: jax.Array, segments: jax.Array) -> Any:
         real = (segments > 0).astype(jnp.float32)[..., None]
 
-        def look(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        def add_gram(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
             module = context.module
             if isinstance(module, qwen2.Linear) and context.method_name == "__call__" and module.name not in SAME_INPUT:
                 x = args[0].astype(jnp.float32) * real
-                own = jnp.einsum("bti,btj->ij", x, x, preferred_element_type=jnp.float32)
-                module.sow("grams", "input", own, reduce_fn=lambda old, new: old + new, init_fn=lambda: 0.0)
+                gram = jnp.einsum("bti,btj->ij", x, x, preferred_element_type=jnp.float32)
+                module.sow("grams", "input", gram, reduce_fn=lambda old, new: old + new, init_fn=lambda: 0.0)
             return call(*args, **kwargs)
 
         model = qwen2.Qwen2(config, jnp.dtype(dtype))
-        own = jax.tree.map(lambda a: a.astype(dtype), qwen2.trunk(params))
-        with nn.intercept_methods(look):
-            _, found = model.apply(
-                {"params": own}, tokens, segments, qwen2.default_positions(segments), mutable=["grams"]
+        weights = jax.tree.map(lambda a: a.astype(dtype), qwen2.trunk(params))
+        with nn.intercept_methods(add_gram):
+            _, sown = model.apply(
+                {"params": weights}, tokens, segments, qwen2.default_positions(segments), mutable=["grams"]
             )
-        return found["grams"]
+        return sown["grams"]
 
     return jax.jit(run)
 
 
 def squares(config: ModelConfig, params: Tree, batches: Iterator[Batch[jax.Array]], dtype: Any, remat: Remat) -> Tree:
-    """Sum over packed rows of the squared gradient of each row's summed loss: the empirical Fisher information's
-    diagonal but for a factor, float32, as `params`."""
+    """Return the sum over packed rows of the squared gradient of each row's summed loss, float32, as `params`.
+
+    It is the diagonal of the empirical Fisher information but for a factor.
+    """
     run, total = _squares(config, np.dtype(dtype).name, remat), None
     for batch in batches:
         total = run(params, batch, total)
@@ -122,24 +131,24 @@ def squares(config: ModelConfig, params: Tree, batches: Iterator[Batch[jax.Array
 @lru_cache(maxsize=8)
 def _squares(config: ModelConfig, dtype: str, remat: Remat) -> Any:
     def nats(params: Tree, batch: Batch[jax.Array]) -> jax.Array:
-        own = jax.tree.map(lambda a: a.astype(dtype), params)
-        return qwen2.loss_sum(config, own, batch, dtype=jnp.dtype(dtype), remat=remat)[0]
+        weights = jax.tree.map(lambda a: a.astype(dtype), params)
+        return qwen2.loss_sum(config, weights, batch, dtype=jnp.dtype(dtype), remat=remat)[0]
 
     def run(params: Tree, batch: Batch[jax.Array], total: Tree | None) -> Tree:
-        def one(carry: Tree, row: Batch[jax.Array]) -> tuple[Tree, None]:
-            own = jax.grad(nats)(params, jax.tree.map(lambda array: array[None], row))
-            return jax.tree.map(lambda c, g: c + jnp.square(g.astype(jnp.float32)), carry, own), None
+        def add_row(carry: Tree, row: Batch[jax.Array]) -> tuple[Tree, None]:
+            gradient = jax.grad(nats)(params, jax.tree.map(lambda array: array[None], row))
+            return jax.tree.map(lambda c, g: c + jnp.square(g.astype(jnp.float32)), carry, gradient), None
 
         start = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), params) if total is None else total
-        return jax.lax.scan(one, start, batch)[0]
+        return jax.lax.scan(add_row, start, batch)[0]
 
     return jax.jit(run)
 
 
-def _weighted(plain: list[jax.Array], own: list[jax.Array], axes: tuple[int, ...] | None) -> list[jax.Array]:
-    """Contributions by squared gradients `own`, each over its mean along `axes`; the plain ones where all are 0."""
-    means = [jnp.mean(f, axis=axes, keepdims=True) for f in own]
-    shares = [f / jnp.where(m > 0, m, 1.0) for f, m in zip(own, means, strict=True)]
+def _weighted(plain: list[jax.Array], squared: list[jax.Array], axes: tuple[int, ...] | None) -> list[jax.Array]:
+    """Return contributions by squared gradients, each over its mean along `axes`; the plain ones where all are 0."""
+    means = [jnp.mean(f, axis=axes, keepdims=True) for f in squared]
+    shares = [f / jnp.where(m > 0, m, 1.0) for f, m in zip(squared, means, strict=True)]
     total = sum(shares)
     some = total > 0
     return [jnp.where(some, len(plain) * s / jnp.where(some, total, 1.0), 1.0) * p

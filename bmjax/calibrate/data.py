@@ -1,4 +1,4 @@
-"""The calibration set: packed rows of every domain to learn from, and documents held out."""
+"""The calibration set: packed rows of every domain to learn from, and documents held out of them."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -11,17 +11,22 @@ from jax.sharding import Mesh
 
 from bmjax.branch import examples
 from bmjax.branch.loader import Loader
-from bmjax.calibrate.recipe import CalibratedRecipe
 from bmjax.chat.template import chat_template
 from bmjax.config import UserError
 from bmjax.io.rows import read_rows
+from bmjax.merge.recipe.calibration import CalibrationSettings
+from bmjax.merge.recipe.recipe import Step
 from bmjax.model.batch import Batch, place_batch
 
 
 @dataclass
 class Calibration:
-    """loaders: one a domain, in the models' order. held_out: one batch of each domain. tokens: real tokens that went
-    through a model so far, by purpose."""
+    """The rows of all domains, in the order of the step's branches.
+
+    loaders: one a domain.
+    held_out: one batch of each domain.
+    tokens: real tokens that went through a model so far, by purpose.
+    """
 
     mesh: Mesh
     loaders: list[Loader]
@@ -52,24 +57,34 @@ class Calibration:
         return place_batch(self.mesh, jax.tree.map(lambda *arrays: np.concatenate(arrays), *batches))
 
 
-def read(recipe: CalibratedRecipe, tokenizer: Any, vocab_size: int, base: Path, mesh: Mesh) -> Calibration:
-    """The calibration set of a recipe. Raises UserError for rows that cannot be read, or too few of them."""
-    p = recipe.parameters
+def read(
+    step: Step, p: CalibrationSettings, seed: int, tokenizer: Any, vocab_size: int, base: Path, mesh: Mesh
+) -> Calibration:
+    """Read the calibration set of a step.
+
+    Arguments:
+        p: the step's settings.
+        seed: which documents are drawn and held out, and their order.
+        base: the directory that the tokenizer is of, for errors.
+
+    Raises:
+        UserError: for rows that cannot be read, or too few of them.
+    """
     template = chat_template(tokenizer, p.template)
     loaders, held_out = [], []
-    for entry in recipe.models:
-        rows = list(read_rows(entry.data))
+    for name, source in zip(step.branches, step.data, strict=True):
+        rows = list(read_rows(source, f"models.{name}.data"))
         if len(rows) <= p.held_out:
             raise UserError(
-                f"models.{entry.model}: data: {len(rows)} rows, {p.held_out} of them to be held out (held_out); "
+                f"models.{name}.data: {len(rows)} rows, {p.held_out} of them to be held out (held_out); "
                 "give more rows or lower it"
             )
-        order = np.random.default_rng([recipe.seed, 2]).permutation(len(rows))[: max(p.documents, p.held_out + 1)]
+        order = np.random.default_rng([seed, 2]).permutation(len(rows))[: max(p.documents, p.held_out + 1)]
         dataset = examples.build_dataset([rows[i] for i in order], tokenizer, template, p.seq_len, "truncate")
         examples.check_vocabulary(dataset, vocab_size, base)
         judged, learned = dataset.examples[: p.held_out], dataset.examples[p.held_out :]
-        every = Loader(replace(dataset, examples=judged), p.seq_len, 1, True, False, recipe.seed)
-        whole = Loader(every.dataset, p.seq_len, len(every.rows), True, False, recipe.seed)
-        held_out.append(whole.at(0))
-        loaders.append(Loader(replace(dataset, examples=learned), p.seq_len, p.batch, True, True, recipe.seed))
+        by_row = Loader(replace(dataset, examples=judged), p.seq_len, 1, True, False, seed)
+        all_rows = Loader(by_row.dataset, p.seq_len, len(by_row.rows), True, False, seed)
+        held_out.append(all_rows.at(0))
+        loaders.append(Loader(replace(dataset, examples=learned), p.seq_len, p.batch, True, True, seed))
     return Calibration(mesh, loaders, held_out, {})

@@ -1,4 +1,4 @@
-"""Coefficients learned by gradient descent through the merge and the model, and joint steps after it.
+"""Learns coefficients by gradient descent through the merge and the model, and polishes the result by joint steps.
 
 student = base + sum_b coefficient_b * contribution_b; one coefficient for each branch and output row (or tensor). The
 loss is the mean over domains of nats a target token.
@@ -15,7 +15,7 @@ import optax
 
 from bmjax.calibrate.contributions import Tree
 from bmjax.calibrate.data import Calibration
-from bmjax.calibrate.recipe import CalibrationSettings
+from bmjax.merge.recipe.calibration import CalibrationSettings
 from bmjax.model import loss, qwen2, spec
 from bmjax.model.attention.options import Remat
 from bmjax.model.batch import Batch
@@ -26,7 +26,10 @@ BETAS = (0.9, 0.95)
 
 
 def coefficients(config: ModelConfig, start: float, per: str) -> Tree:
-    """One branch's, float32, of shapes that broadcast over the parameters: an output row is a kernel's last axis."""
+    """Return one branch's coefficients, float32, of shapes that broadcast over the parameters.
+
+    per: "row" or "tensor"; an output row is a kernel's last axis.
+    """
     return unflatten([(row.path, jnp.full(_shape(row, per), start, jnp.float32)) for row in spec.table(config)])
 
 
@@ -39,26 +42,26 @@ def _shape(row: Param, per: str) -> tuple[int, ...]:
 
 @jax.jit
 def merged(base: Tree, parts: Sequence[Tree], factors: Sequence[Tree]) -> Tree:
-    """base + sum of factor * part, float32."""
+    """Return base + sum of factor * part, float32."""
 
-    def one(b: jax.Array, *rest: jax.Array) -> jax.Array:
-        own = zip(rest[: len(parts)], rest[len(parts) :], strict=True)
-        return b.astype(jnp.float32) + sum(part * factor for part, factor in own)
+    def add(leaf: jax.Array, *rest: jax.Array) -> jax.Array:
+        pairs = zip(rest[: len(parts)], rest[len(parts) :], strict=True)
+        return leaf.astype(jnp.float32) + sum(part * factor for part, factor in pairs)
 
-    return jax.tree.map(one, base, *parts, *factors)
+    return jax.tree.map(add, base, *parts, *factors)
 
 
 def _nats(
     config: ModelConfig, params: Tree, batch: Batch[jax.Array], domains: int, dtype: str, remat: Remat
 ) -> jax.Array:
-    """Mean over domains of nats a target token; the batch's rows are those of one domain after another."""
-    own = jax.tree.map(lambda a: a.astype(dtype), params)
-    hidden = qwen2.hidden(config, own, batch.tokens, batch.segment_ids, dtype=jnp.dtype(dtype), remat=remat)
+    """Return the mean over domains of nats a target token; the batch's rows are those of one domain after another."""
+    weights = jax.tree.map(lambda a: a.astype(dtype), params)
+    hidden = qwen2.hidden(config, weights, batch.tokens, batch.segment_ids, dtype=jnp.dtype(dtype), remat=remat)
     labels, targets = loss.next_token_targets(batch.tokens, batch.loss_mask, batch.segment_ids)
     by_domain = targets.reshape(domains, -1)
     counts = jnp.maximum(jnp.sum(by_domain, axis=1, keepdims=True), 1.0)
-    weights = (by_domain / counts / domains).reshape(targets.shape)
-    return loss.cross_entropy_sum(hidden, qwen2.head_weight(config, own), labels, weights)
+    shares = (by_domain / counts / domains).reshape(targets.shape)
+    return loss.cross_entropy_sum(hidden, qwen2.head_weight(config, weights), labels, shares)
 
 
 @lru_cache(maxsize=8)
@@ -67,7 +70,7 @@ def _judge(config: ModelConfig, dtype: str) -> Any:
 
 
 def held_out_losses(config: ModelConfig, params: Tree, calibration: Calibration, dtype: str) -> list[float]:
-    """Nats a target token of each domain's held-out documents."""
+    """Return the nats a target token of each domain's held-out documents."""
     return [float(_judge(config, dtype)(params, batch)) for batch in calibration.judged()]
 
 
@@ -78,8 +81,8 @@ def _coefficient_step(config: ModelConfig, domains: int, dtype: str, remat: Rema
     def step(
         factors: Any, moments: Any, base: Tree, parts: Any, batch: Batch[jax.Array], rate: jax.Array
     ) -> tuple[Any, Any]:
-        def nats(own: Any) -> jax.Array:
-            return _nats(config, merged(base, parts, own), batch, domains, dtype, remat)
+        def nats(candidate: Any) -> jax.Array:
+            return _nats(config, merged(base, parts, candidate), batch, domains, dtype, remat)
 
         updates, moments = tx.update(jax.grad(nats)(factors), moments)
         return jax.tree.map(lambda k, u: k - rate * u, factors, updates), moments
@@ -90,7 +93,7 @@ def _coefficient_step(config: ModelConfig, domains: int, dtype: str, remat: Rema
 def learn(
     config: ModelConfig, base: Tree, parts: Sequence[Tree], calibration: Calibration, settings: CalibrationSettings
 ) -> list[Tree]:
-    """The branches' coefficients after `settings.steps` steps of Adam."""
+    """Return the branches' coefficients after `settings.steps` steps of Adam."""
     factors = [coefficients(config, settings.start, settings.per) for _ in parts]
     tx, step = _coefficient_step(config, len(parts), settings.compute_dtype, settings.remat)
     moments = tx.init(factors)
@@ -106,9 +109,9 @@ def _polish_step(config: ModelConfig, domains: int, dtype: str, remat: Remat) ->
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(*BETAS))
 
     def step(params: Tree, moments: Any, moving: Tree, batch: Batch[jax.Array], rate: jax.Array) -> tuple[Tree, Any]:
-        own = jax.grad(lambda p: _nats(config, p, batch, domains, dtype, remat))(params)
-        own = jax.tree.map(lambda g, m: jnp.where(m, g, 0.0), own, moving)
-        updates, moments = tx.update(own, moments)
+        gradient = jax.grad(lambda p: _nats(config, p, batch, domains, dtype, remat))(params)
+        gradient = jax.tree.map(lambda g, m: jnp.where(m, g, 0.0), gradient, moving)
+        updates, moments = tx.update(gradient, moments)
         return jax.tree.map(lambda p, u: p - rate * u, params, updates), moments
 
     return tx, jax.jit(step)
@@ -117,8 +120,8 @@ def _polish_step(config: ModelConfig, domains: int, dtype: str, remat: Remat) ->
 def polish(
     config: ModelConfig, params: Tree, parts: Sequence[Tree], calibration: Calibration, settings: CalibrationSettings
 ) -> Tree:
-    """`settings.polish` joint steps of Adam from `params` on; leaves that no branch changed stay as they are."""
-    moving = jax.tree.map(lambda *own: jnp.stack([jnp.any(part != 0) for part in own]).any(), *parts)
+    """Return `params` after `settings.polish` joint steps of Adam. Leaves that no branch changed stay as they are."""
+    moving = jax.tree.map(lambda *leaves: jnp.stack([jnp.any(leaf != 0) for leaf in leaves]).any(), *parts)
     tx, step = _polish_step(config, len(parts), settings.compute_dtype, settings.remat)
     moments = tx.init(params)
     for number in range(settings.polish):

@@ -1,8 +1,7 @@
-"""A merge by a calibration set, from directories to a directory."""
+"""One step that looks at data, from model directories to a model directory. Called by dispatch.py alone."""
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.metadata import version
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,12 @@ import numpy as np
 from bmjax.calibrate import data
 from bmjax.calibrate.contributions import Tree, contributions
 from bmjax.calibrate.learn import coefficients, held_out_losses, learn, merged, polish
-from bmjax.calibrate.recipe import CalibratedRecipe
 from bmjax.config import UserError
-from bmjax.io import hub
-from bmjax.merge.engine.files import REPORT
-from bmjax.merge.plan.output import check_target
-from bmjax.merge.report.statistics import layer_of
+from bmjax.io.rows import read_rows
+from bmjax.merge.engine import passes
+from bmjax.merge.recipe.calibration import CalibrationSettings
+from bmjax.merge.recipe.recipe import Step
+from bmjax.merge.report.statistics import Stats
 from bmjax.model import spec
 from bmjax.model.config import ModelConfig, read_hf_config
 from bmjax.model.spec import get
@@ -28,157 +27,153 @@ from bmjax.weights import hf
 Log = Callable[[str], None]
 
 
-def merge(
-    recipe: CalibratedRecipe | str | Path | Mapping[str, Any], output: str | Path, overwrite: bool = False, *,
-    overrides: Sequence[str] = (), shard_bytes: float = 5e9, log: Log = lambda line: None,
-) -> dict[str, Any]:  # fmt: skip
-    """Merges the models into the Hugging Face directory `output`; returns what its merge_report.json holds.
+def merge_step(
+    step: Step,
+    directories: Mapping[str, Path],
+    output: Path,
+    *,
+    dtype: str,
+    seed: int,
+    shard_bytes: float,
+    log: Log,
+) -> tuple[dict[str, Stats], dict[str, Any]]:
+    """Carry out a step and write its result as a Hugging Face directory.
 
     The models and their contributions are in memory, float32, sharded over the mesh. What is learned is kept only if it
-    lowers the mean over domains of the held-out loss, and so are the polishing steps; the report has every loss and the
-    tokens that each purpose took. Raises UserError, one line; `output` is then as it was.
+    lowers the mean over domains of the held-out loss, and so are the polishing steps.
+
+    Arguments:
+        directories: of every model that the step reads.
+        output: the directory to write.
+        dtype: what is written.
+        seed: which documents are drawn and held out, and their order.
+        log: gets a line for what was learned and not kept.
+
+    Returns:
+        (statistics of every tensor, the further keys of merge_report.json: held_out_loss, kept, tokens)
+
+    Raises:
+        UserError: for rows that cannot be read, too few of them, NaN or infinity in a model.
     """
-    if not isinstance(recipe, CalibratedRecipe):
-        recipe = CalibratedRecipe.read(recipe, overrides)
-    base_directory, directories = check(recipe, output, overwrite)
-    p = recipe.parameters
+    p, base_directory = _settings(step), directories[str(step.base)]
     config = ModelConfig.from_dir(base_directory)
     tokenizer = hf.load_tokenizer(base_directory)
     if tokenizer is None:
         raise UserError(f"{base_directory}: no tokenizer files (tokenizer.json or vocab.json); the data needs them")
     mesh = make_mesh(p.mesh)
     with jax.set_mesh(mesh):
-        calibration = data.read(recipe, tokenizer, config.vocab_size, base_directory, mesh)
-        base = hf.load_params(base_directory, config, mesh, dtype=np.float32)
-        branches = [hf.load_params(directory, config, mesh, dtype=np.float32) for directory in directories]
-        for name, tree in zip(recipe.inputs, [base, *branches], strict=True):
+        # The rows, the models, and each model's part in the mean of the changes.
+        calibration = data.read(step, p, seed, tokenizer, config.vocab_size, base_directory, mesh)
+        base, *branches = (hf.load_params(directories[n], config, mesh, dtype=np.float32) for n in step.reads)
+        for name, tree in zip(step.reads, [base, *branches], strict=True):
             _check_finite(name, tree, config)
+        stats = _statistics_of_changes(step.branches, config, base, branches)
         parts = contributions(config, base, branches, calibration, p)
         del branches
+        # What is made of them: the start, learned coefficients, polished weights.
         factors = [coefficients(config, p.start, p.per) for _ in parts]
         params, kept = merged(base, parts, factors), "start"
         losses = {stage: held_out_losses(config, tree, calibration, p.compute_dtype)
                   for stage, tree in (("base", base), (kept, params))}  # fmt: skip
 
-        def better(stage: str, candidate: Tree) -> bool:
+        def is_better(stage: str, candidate: Tree) -> bool:
             losses[stage] = held_out_losses(config, candidate, calibration, p.compute_dtype)
-            one, other = np.mean(losses[stage]), np.mean(losses[kept])
-            if one < other:
+            loss, best = np.mean(losses[stage]), np.mean(losses[kept])
+            if loss < best:
                 return True
-            log(f"{stage}: held-out loss {one:.4f} is not below {other:.4f} ({kept}); not kept")  # NaN is not, either
+            log(f"{stage}: held-out loss {loss:.4f} is not below {best:.4f} ({kept}); not kept")  # NaN is not, either
             return False
 
         if p.steps:
-            found = learn(config, base, parts, calibration, p)
-            candidate = merged(base, parts, found)
-            if better("learned", candidate):
-                params, factors, kept = candidate, found, "learned"
+            learned = learn(config, base, parts, calibration, p)
+            candidate = merged(base, parts, learned)
+            if is_better("learned", candidate):
+                params, factors, kept = candidate, learned, "learned"
         if p.polish:
             candidate = polish(config, params, parts, calibration, p)
-            if better("polished", candidate):
+            if is_better("polished", candidate):
                 params, kept = candidate, "polished"
-        report = {
-            "recipe": recipe.model_dump(mode="json", exclude_defaults=True),
-            "seed": recipe.seed,
-            "sources": {name: {"directory": recipe.sources.get(name, name)} for name in recipe.inputs},
-            "held_out_loss": {stage: dict(zip(recipe.names, own, strict=True)) for stage, own in losses.items()},
-            "kept": kept,
-            "tokens": calibration.tokens,
-            "versions": {package: version(package) for package in ("jax", "numpy")},
-            **_summaries(recipe, config, base, params, parts, factors),
-        }  # fmt: skip
+        stats = _with_result(stats, config, base, params, parts, factors)
         hf.save_hf(
-            output, params, read_hf_config(base_directory), side_files=base_directory,
-            dtype=np.dtype(jnp.dtype(recipe.dtype)) if recipe.dtype else hf.stored_dtype(base_directory),
-            shard_bytes=shard_bytes, texts={REPORT: json.dumps(report, indent=1) + "\n"},
+            output, params, read_hf_config(base_directory), side_files=base_directory, dtype=np.dtype(jnp.dtype(dtype)),
+            shard_bytes=shard_bytes,
         )  # fmt: skip
-    return report
+    by_stage = {stage: dict(zip(step.branches, values, strict=True)) for stage, values in losses.items()}
+    return stats, {"held_out_loss": by_stage, "kept": kept, "tokens": calibration.tokens}
 
 
-def check(recipe: CalibratedRecipe, output: str | Path, overwrite: bool) -> tuple[Path, list[Path]]:
-    """The base's and the branches' directories, once what their configs say fits together; else UserError."""
-    base, *directories = [hub.model_directory(recipe.sources.get(n, n)) for n in recipe.inputs]
-    check_target(Path(output), [base, *directories], overwrite)
-    expected = ModelConfig.from_dir(base)
-    if recipe.parameters.seq_len > expected.max_length:
+def check_step(step: Step, base_directory: Path) -> None:
+    """Raise a UserError for what `merge_step` would refuse, known without reading a tensor.
+
+    base_directory: of the base, or of the model that its config comes from.
+    """
+    p, config = _settings(step), ModelConfig.from_dir(base_directory)
+    if p.seq_len > config.max_length:
         raise UserError(
-            f"parameters.seq_len: {recipe.parameters.seq_len} is more than the base's context of "
-            f"{expected.max_length} tokens; lower it"
+            f"step '{step.name}': seq_len: {p.seq_len} is more than the base's context of {config.max_length} tokens; "
+            "lower it"
         )
-    for name, directory in zip(recipe.names, directories, strict=True):
-        found = ModelConfig.from_dir(directory)
-        shapes = [{row.name: row.shape for row in spec.table(config)} for config in (expected, found)]
-        for parameter in dict.fromkeys([*shapes[0], *shapes[1]]):
-            one, other = (own.get(parameter, "nothing") for own in shapes)
-            if one != other:
-                raise UserError(
-                    f"model '{name}': {parameter} has shape {other}, {one} in '{recipe.base_model}'; "
-                    "all must come from one base"
-                )
-    return base, directories
+    for name, rows in zip(step.branches, step.data, strict=True):
+        next(read_rows(rows, f"models.{name}.data"))
+
+
+def _settings(step: Step) -> CalibrationSettings:
+    assert step.calibration is not None
+    return step.calibration
 
 
 def _check_finite(name: str, tree: Tree, config: ModelConfig) -> None:
     for row in spec.table(config):
-        if not bool(jnp.isfinite(get(tree, row.path)).all()):
-            raise UserError(f"model '{name}': {row.name} holds NaN or infinity; the training run is broken")
+        if not bool(jnp.isfinite(leaf := get(tree, row.path)).all()):
+            layers = jnp.isfinite(leaf).all(tuple(range(1, leaf.ndim))) if row.stacked else jnp.zeros(1, bool)
+            key = row.hf_keys()[int(jnp.argmin(layers))]
+            raise UserError(f"model '{name}': tensor '{key}' holds NaN or infinity; the training run is broken")
 
 
-def _summaries(
-    recipe: CalibratedRecipe, config: ModelConfig, base: Tree, params: Tree, parts: Sequence[Tree],
-    factors: Sequence[Tree],
-) -> dict[str, Any]:  # fmt: skip
-    """`layers` and `total`, each {"merged": {reference_norm, moved_norm, models: {name: {kept, delta_norm,
-    coefficient}}}}: kept is the share of entries the model has a part in, delta_norm its contribution's norm,
-    coefficient their mean over the entries."""
-    sums: dict[str, dict[str, Any]] = {}
+def _statistics_of_changes(
+    names: Sequence[str], config: ModelConfig, base: Tree, branches: Sequence[Tree]
+) -> dict[str, Stats]:
+    """Return by tensor the norms, products and conflicts of the models' changes, as the file engine measures them."""
+    stats: dict[str, Stats] = {}
     for row in spec.table(config):
-        own = [np.asarray(get(tree, row.path), np.float64) for tree in (base, params)]
-        given = [np.asarray(get(tree, row.path), np.float64) for tree in parts]
-        scale = [np.broadcast_to(np.asarray(get(tree, row.path), np.float64), row.shape) for tree in factors]
-        for number, key in enumerate(row.hf_keys()):
-            at = (number,) if row.stacked else ()
-            for group in (layer_of(key), ""):
-                entry = sums.setdefault(group, {"size": 0, "base": 0.0, "moved": 0.0, "models": {}})
-                entry["size"] += own[0][at].size
-                entry["base"] += float(np.sum(own[0][at] ** 2))
-                entry["moved"] += float(np.sum((own[1][at] - own[0][at]) ** 2))
-                for name, part, factor in zip(recipe.names, given, scale, strict=True):
-                    model = entry["models"].setdefault(name, np.zeros(3))
-                    scaled = factor[at] * part[at]
-                    model += [np.count_nonzero(scaled), np.sum(scaled**2), np.sum(factor[at])]
-    found = {
-        group: {
-            "size": entry["size"],
-            "merged": {
-                "reference_norm": entry["base"] ** 0.5,
-                "moved_norm": entry["moved"] ** 0.5,
-                "models": {
-                    name: {"kept": m[0] / entry["size"], "delta_norm": m[1] ** 0.5, "coefficient": m[2] / entry["size"]}
-                    for name, m in entry["models"].items()
-                },
-            },
-        }
-        for group, entry in sums.items()
-    }
-    return {"total": found.pop(""), "layers": found}
+        count = len(row.hf_keys())
+        base_rows, *branch_rows = (_rows(get(tree, row.path)) for tree in (base, *branches))
+        sums = passes.statistics()(passes.block(base_rows, branch_rows, {}), base_rows, [])
+        # [K, layers]: row sums in float32, their sum in float64.
+        totals = np.concatenate([np.asarray(s, np.float64).reshape(len(s), count, -1).sum(-1) for s in sums])
+        size = base_rows.size // count
+        stats |= {key: Stats.of(size, names, totals[:, i]) for i, key in enumerate(row.hf_keys())}
+    return stats
 
 
-def check_lines(recipe: CalibratedRecipe, output: str | Path, overwrite: bool) -> Iterator[str]:
-    """Yield what `merge` with the same arguments would read and write, line by line. Raises UserError as it would."""
-    base, directories = check(recipe, output, overwrite)
-    for directory in (base, *directories):
-        yield f"reads {directory}"
-    for entry in recipe.models:
-        yield f"reads {entry.data} for '{entry.model}'"
-    yield f"writes {output}; all models are in memory at once, and are run on the data"
+def _rows(leaf: jax.Array) -> jax.Array:
+    """Return a leaf [..., n] as rows [rows, n]; rows of one layer stay together."""
+    return leaf.reshape(-1, leaf.shape[-1])
 
 
-def summary_lines(report: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what a merge came to for the person who ran it. report: what merge_report.json holds."""
-    for stage, losses in report["held_out_loss"].items():
-        by_domain = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
-        yield f"held-out loss, {stage}{' (kept)' if stage == report['kept'] else ''}: {by_domain}"
-    for name, model in report["total"]["merged"]["models"].items():
-        yield f"mean coefficient of {name}: {model['coefficient']:.2f}"
-    yield "tokens: " + ", ".join(f"{purpose} {count:,}" for purpose, count in report["tokens"].items())
+def _with_result(
+    stats: Mapping[str, Stats],
+    config: ModelConfig,
+    base: Tree,
+    params: Tree,
+    parts: Sequence[Tree],
+    factors: Sequence[Tree],
+) -> dict[str, Stats]:
+    """Return the statistics with how far the result moved, and with what each model gave to it."""
+    complete: dict[str, Stats] = {}
+    for row in spec.table(config):
+        start, result = (np.asarray(get(tree, row.path), np.float64) for tree in (base, params))
+        scales = [np.broadcast_to(np.asarray(get(tree, row.path), np.float64), row.shape) for tree in factors]
+        contributed = [scale * np.asarray(get(tree, row.path)) for tree, scale in zip(parts, scales, strict=True)]
+        for i, key in enumerate(row.hf_keys()):
+            at = (i,) if row.stacked else ()
+            complete[key] = replace(
+                stats[key],
+                moved=float(np.sum((result[at] - start[at]) ** 2)),
+                kept=np.array([np.count_nonzero(part[at]) for part in contributed], np.float64),
+                weighted=(
+                    np.array([np.sum(part[at] ** 2) for part in contributed]),
+                    np.array([np.sum(scale[at]) for scale in scales]),
+                ),
+            )
+    return complete

@@ -11,6 +11,7 @@ from bmjax.chat.reasoning import join_think
 from bmjax.config import UserError, first_line, read_text
 
 TEMPLATES = Path(__file__).parent / "templates"
+TEMPLATE_NAMES = tuple(sorted(path.stem for path in TEMPLATES.glob("*.jinja")))
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
@@ -62,13 +63,16 @@ def chat_template(tokenizer: Any, template: str | None) -> str:
                 "set template: chatml, deepseek-r1 or FILE.jinja"
             )
         return text if isinstance(text, str) else text.get("default") or next(iter(text.values()))
-    bundled = TEMPLATES / f"{template}.jinja"
-    if bundled.is_file():
-        return bundled.read_text(encoding="utf-8").rstrip("\n")
+    if template in TEMPLATE_NAMES:
+        return named_template(template)
     if not template.endswith(".jinja"):
-        known = ", ".join(sorted(p.stem for p in TEMPLATES.glob("*.jinja")))
-        raise UserError(f"template: {template!r} is not one of {known}, nor a FILE.jinja")
+        raise UserError(f"template: {template!r} is not one of {', '.join(TEMPLATE_NAMES)}, nor a FILE.jinja")
     return read_text(template)
+
+
+def named_template(name: str) -> str:
+    """Return the Jinja text of one of TEMPLATE_NAMES."""
+    return (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8").rstrip("\n")
 
 
 def render(tokenizer: Any, messages: Sequence[Mapping[str, str]], template: str, location: str, prompt: bool) -> str:

@@ -1,18 +1,15 @@
 """`bmjax merge RECIPE OUT`: its options, the list of methods in its help, and the call of the merge."""
 
-import sys
 import time
 import warnings
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
 from bmjax.cli.parser import option
-from bmjax.errors import UserError
 from bmjax.log import progress_bar, write_line
 
 if TYPE_CHECKING:
-    from bmjax.calibrate.recipe import CalibratedRecipe
-    from bmjax.merge.recipe.recipe import Recipe
+    pass
 
 OPTIONS = (
     option("--check", action="store_true", help="only say what would be read and written; headers are read"),
@@ -26,11 +23,10 @@ OPTIONS = (
 
 def methods_text() -> str:
     """Return every merge method with its parameters and their defaults, as the help shows them."""
-    from bmjax.calibrate.recipe import METHODS as CALIBRATED
-    from bmjax.calibrate.recipe import CalibrationSettings
     from bmjax.config import describe
     from bmjax.merge.methods import METHODS
     from bmjax.merge.methods.method import WITHOUT_EFFECT
+    from bmjax.merge.recipe.calibration import CALIBRATED, CalibrationSettings
 
     lines = ["methods and their parameters (a * marks those given per model, or once for all):"]
     lines += [f"  all accept {p.name}, which has no effect: {p.about.text}" for p in WITHOUT_EFFECT.values()]
@@ -63,61 +59,27 @@ def _default_text(default: Any) -> str:
 
 def merge(options: Namespace) -> None:
     """Merge, or with --check say what a merge would do, and print what came of it."""
-    from bmjax.calibrate.recipe import CalibratedRecipe, is_calibrated
+    from bmjax.calibrate import dispatch
     from bmjax.merge.plan.output import parse_size
     from bmjax.merge.recipe.recipe import read_recipe
 
-    overrides = [*options.overrides, *([] if options.seed is None else [f"seed={options.seed}"])]
+    seed = [] if options.seed is None else [f"seed={options.seed}"]
+    recipe = read_recipe(options.recipe, [*options.overrides, *seed])
     sizes: dict[str, Any] = {"shard_bytes": parse_size(options.shard_size, "--shard-size")}
-    if is_calibrated(options.recipe, overrides):
-        calibrated = CalibratedRecipe.read(options.recipe, overrides)
-        if options.memory is not None:
-            raise UserError(f"--memory: {calibrated.merge_method} holds all its models in memory; leave it out")
-        _calibrated_merge(calibrated, options, sizes)
-        return
-    recipe = read_recipe(options.recipe, overrides)
     if options.memory is not None:
         sizes["memory"] = parse_size(options.memory, "--memory")
-    _streamed_merge(recipe, options, sizes)
-
-
-def _calibrated_merge(recipe: "CalibratedRecipe", options: Namespace, sizes: dict[str, Any]) -> None:
-    """Run a merge that looks at data."""
-    from bmjax.calibrate import run
-    from bmjax.parallel.start import use_cpu_cores
-
     if options.check:
-        for line in run.check_lines(recipe, options.out, options.overwrite):
+        for line in dispatch.check(recipe, options.out, options.overwrite, **sizes):
             print(line)
         return
-    use_cpu_cores()
-
-    def log(line: str) -> None:
-        if not options.quiet:
-            print(f"bmjax: note: {line}", file=sys.stderr)
-
-    start = time.perf_counter()
-    report = run.merge(recipe, options.out, options.overwrite, log=log, **sizes)
-    if not options.quiet:
-        for line in run.summary_lines(report):
-            print(line)
-        print(f"{options.out}: written; {time.perf_counter() - start:.1f} s")
-
-
-def _streamed_merge(recipe: "Recipe", options: Namespace, sizes: dict[str, Any]) -> None:
-    """Run a merge of weights alone, from file to file."""
-    if options.check:
-        from bmjax.merge.plan.check import check
-
-        for line in check(recipe, options.out, options.overwrite, **sizes):
-            print(line)
-        return
-    from bmjax.merge.engine.files import merge
     from bmjax.merge.report.statistics import summary_lines
-    from bmjax.parallel.start import keep_compiled_programs, use_own_threads
+    from bmjax.parallel.start import keep_compiled_programs, use_cpu_cores, use_own_threads
 
-    use_own_threads()
-    keep_compiled_programs()
+    if recipe.is_calibrated:
+        use_cpu_cores()
+    else:
+        use_own_threads()
+        keep_compiled_programs()
     start = time.perf_counter()
     bar = progress_bar("merge", "B", shown=not options.quiet)
     bytes_read = 0
@@ -135,7 +97,7 @@ def _streamed_merge(recipe: "Recipe", options: Namespace, sizes: dict[str, Any])
     with bar, warnings.catch_warnings():
         # What is not finite is said once, in words.
         warnings.simplefilter("ignore", RuntimeWarning)
-        report = merge(recipe, options.out, options.overwrite, log=log, progress=progress, **sizes)
+        report = dispatch.merge(recipe, options.out, options.overwrite, log=log, progress=progress, **sizes)
     if not options.quiet:
         for line in summary_lines(recipe, report):
             print(line)

@@ -49,9 +49,16 @@ def model_directory(
     if directory and not _exists(Path(name)) and _exists(Path(directory)):
         raise UserError(f"{label}{directory} is a directory, which has no revisions; remove @{suffix}")
     if text and path.is_dir():
+        if revision is not None:
+            raise UserError(f"{label}{text} is a directory, which has no revisions; remove @{revision}")
         return path
     if text and _exists(path):
-        raise UserError(f"{label}{text}: is a file, expected a model directory or a hub id like org/name")
+        problem = (
+            "is a file, expected"
+            if path.exists()
+            else "no such model directory, only a link that leads nowhere; expected"
+        )
+        raise UserError(f"{label}{text}: {problem} a model directory or a hub id like org/name")
     if "+" in text:
         raise UserError(
             f"{label}{text}: no such directory; LoRA adapters (MODEL+ADAPTER) are not merged on the way: "
@@ -64,7 +71,7 @@ def model_directory(
     if "did you mean" not in hint:
         hint = f"; known here: {', '.join(known)}" if known else "; a hub id looks like org/name"
     if not re.fullmatch(_ID, text):
-        raise UserError(f"{label}{text!r}: no such model directory{hint}")
+        raise UserError(f"{label}{text}: no such model directory{hint}")
     return _snapshot(text, revision, label, hint, download, weights)
 
 

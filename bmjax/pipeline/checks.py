@@ -1,13 +1,12 @@
 """What is wrong with a run and can be told before its first stage: trainings that do not fit, bad recipes."""
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
 
 from bmjax.branch.train import check
-from bmjax.calibrate.recipe import CalibratedRecipe, is_calibrated
 from bmjax.config import UserError, nearest
 from bmjax.io import hub
-from bmjax.merge.recipe.recipe import read_recipe
+from bmjax.merge.recipe.recipe import Recipe, read_recipe
 from bmjax.model.config import ModelConfig
 from bmjax.pipeline import student
 from bmjax.pipeline.settings import RunSettings
@@ -34,7 +33,7 @@ def check_trainings(settings: RunSettings) -> None:
             raise UserError(f"{key}: {error}") from None
 
 
-def recipe_of(settings: RunSettings, name: str, sources: Mapping[str, str], data: Mapping[str, str]) -> dict[str, Any]:
+def recipe_of(settings: RunSettings, name: str, sources: Mapping[str, str], data: Mapping[str, str]) -> Recipe:
     """Return a merge's recipe as it is run: with its sources and, where it looks at data, with rows, seed and template.
 
     Arguments:
@@ -45,30 +44,22 @@ def recipe_of(settings: RunSettings, name: str, sources: Mapping[str, str], data
     Raises:
         UserError: for a recipe that cannot be merged, or names a model that the run has not.
     """
-    recipe = settings.merges[name]
-    if "sources" in recipe:
+    if "sources" in settings.merges[name]:
         raise UserError(f"merges.{name}: sources are given by the run (backbone and the domains); remove the key")
-    complete = recipe | {"sources": dict(sources)}
-    if is_calibrated(recipe):
-        models, seed, parameters = recipe.get("models"), recipe.get("seed", 0), recipe.get("parameters") or {}
-        if isinstance(models, list):
-            entries = [{"model": entry} if isinstance(entry, str) else entry for entry in models]
-            models = [
-                {"data": data[entry["model"]], **entry}
-                if isinstance(entry, dict) and entry.get("model") in settings.domains
-                else entry
-                for entry in entries
-            ]
-        if isinstance(seed, int):
-            seed += settings.seed
-        if isinstance(parameters, dict):
-            parameters = {"template": settings.template, **parameters}
-        complete |= {"models": models, "seed": seed, "parameters": parameters}
     try:
-        inputs = CalibratedRecipe.read(complete).inputs if is_calibrated(recipe) else read_recipe(complete).inputs
+        recipe = read_recipe(settings.merges[name] | {"sources": dict(sources)}, data=data)
     except UserError as error:
         raise UserError(f"merges.{name}: {str(error).removeprefix('recipe: ')}") from None
-    for model in inputs:
+    for model in recipe.inputs:
         if model not in sources:
             raise UserError(f"merges.{name}: no model is named '{model}'{nearest(model, list(sources))}")
-    return complete
+    if not recipe.is_calibrated:
+        return recipe
+    template = {"template": settings.template}
+    steps = tuple(
+        replace(step, calibration=step.calibration.model_copy(update=template))
+        if step.calibration is not None and "template" not in step.calibration.model_fields_set
+        else step
+        for step in recipe.steps
+    )
+    return replace(recipe, steps=steps, seed=recipe.seed + settings.seed)

@@ -17,15 +17,13 @@ from typing import Any
 
 from bmjax.branch.settings import SAME_RESULT, Training, TrainSettings
 from bmjax.branch.train import train
-from bmjax.calibrate.recipe import is_calibrated
-from bmjax.calibrate.run import merge as calibrated_merge
+from bmjax.calibrate import dispatch
 from bmjax.config import UserError
 from bmjax.evaluate.run import evaluate
 from bmjax.evaluate.settings import EvalSettings, TaskSettings
 from bmjax.io.atomic import held, replacing, write_atomic
 from bmjax.io.rows import read_rows
 from bmjax.log import Log, write_line
-from bmjax.merge.engine import files as engine
 from bmjax.pipeline import checks, student, traces
 from bmjax.pipeline.choose import choose
 from bmjax.pipeline.results import Model, build_report
@@ -237,10 +235,7 @@ class Experiment:
         recipe, output = self.recipes[name], Path(self.merges[name].hf)
 
         def work() -> None:
-            if is_calibrated(recipe):
-                calibrated_merge(recipe, output, overwrite=True, log=self.log)
-            else:
-                engine.merge(recipe, output, overwrite=True)
+            dispatch.merge(recipe, output, overwrite=True, log=self.log if recipe.is_calibrated else None)
 
         after = (*(model.name for model in self.branches.values()), *self.backbone.made_by)
         inputs = [self.settings.merges[name], *self._external()]

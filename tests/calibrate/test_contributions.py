@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import transformers
 
-from bmjax.calibrate import contributions, run
+from bmjax.calibrate import contributions, dispatch
 from bmjax.model import spec
 from bmjax.model.config import ModelConfig
 from bmjax.model.spec import get
@@ -34,7 +34,7 @@ def regmean(changes, grams, off_diagonal, ridge):
 
 
 def test_regmean_is_the_closed_form_over_torchs_activations(models, tmp_path):
-    report = run.merge(recipe(models, "regmean", ridge=0.01, steps=0), tmp_path / "out")
+    report = dispatch.merge(recipe(models, "regmean", ridge=0.01, steps=0), tmp_path / "out")
     base, found = tensors(models / "base"), tensors(tmp_path / "out")
     branches = {name: tensors(models / name) for name in ("a", "b")}
     read = {name: jax.tree.map(lambda *arrays: np.concatenate(arrays), *batches(models, name)[1]) for name in branches}

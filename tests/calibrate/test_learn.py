@@ -12,7 +12,7 @@ from tests.calibrate.tiny_models import batches
 
 
 @pytest.mark.parametrize("per", ["row", "tensor"])
-def test_a_coefficients_gradient_is_the_difference_quotient_of_the_loss(models, per):
+def test_gradient_of_coefficients_is_the_difference_quotient(models, per):
     config = ModelConfig.from_dir(models / "base")
     load = lambda name: hf.load_params(models / name, config, dtype=np.float32)  # noqa: E731
     base = load("base")

@@ -5,7 +5,7 @@ import numpy as np
 import safetensors.numpy
 
 from bmjax.calibrate import data
-from bmjax.calibrate.recipe import CalibratedRecipe
+from bmjax.merge.recipe.recipe import read_recipe
 from bmjax.parallel.mesh import make_mesh
 from bmjax.weights import hf
 
@@ -27,11 +27,12 @@ def tensors(directory):
 
 
 def batches(folder, name, count=4):
-    """(calibration, that domain's batches in host memory) as the merge reads them."""
-    checked = CalibratedRecipe.read(recipe(folder))
+    """(calibration, that domain's batches) as the merge reads them."""
+    (step,) = read_recipe(recipe(folder)).steps
     base, mesh = folder / "base", make_mesh({})
-    own = data.read(checked, hf.load_tokenizer(base), 300, base, mesh)
-    return own, [jax.tree.map(np.asarray, batch) for batch in own.rows("ab".index(name), count, "grams")]
+    calibration = data.read(step, step.calibration, 0, hf.load_tokenizer(base), 300, base, mesh)
+    rows = calibration.rows("ab".index(name), count, "grams")
+    return calibration, [jax.tree.map(np.asarray, batch) for batch in rows]
 
 
 def documents(batch):

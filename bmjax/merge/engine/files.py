@@ -27,7 +27,7 @@ from bmjax.merge.plan.vocabulary import Vocabulary
 from bmjax.merge.recipe.recipe import Recipe, read_recipe
 from bmjax.merge.recipe.tokenizer import write_chat_template
 from bmjax.merge.report.card import write_card
-from bmjax.merge.report.statistics import report
+from bmjax.merge.report.statistics import merge_report, report, source_entry
 from bmjax.model.config import read_hf_config
 from bmjax.version import __version__
 from bmjax.weights.hf import TOKENIZER_FILES
@@ -98,15 +98,9 @@ def merge(
         stack.callback(stream.close)
         tensors = stream.run(planned.nodes, progress or (lambda done, total, name: None))
         writer.finish()
-        result = {
-            "recipe": dict(recipe.text),
-            "seed": recipe.seed,
-            "sources": {name: _source(recipe, name, model, journal) for name, model in models.items()},
-            "dtypes": sorted({dtype.name for _, dtype, _ in rows}),
-            "checksums": journal.checksums(),
-            "versions": {package: version(package) for package in ("jax", "numpy")},
-            **report(recipe, tensors),
-        }
+        sources = {name: source_entry(recipe, name, model, journal.source(name)) for name, model in models.items()}
+        dtypes = sorted({dtype.name for _, dtype, _ in rows})
+        result = merge_report(recipe, sources, journal.checksums(), dtypes, report(recipe, tensors))
         _copy_side_files(donor.directory, folder, {dtype for _, dtype, _ in rows}, planned.config_changes)
         if planned.vocabulary is not None:
             planned.vocabulary.save(folder)
@@ -131,17 +125,6 @@ def _fingerprint(
     written = [[name, dtype.name, list(shape)] for name, dtype, shape in rows]
     plain = [recipe.text, recipe.seed, recipe.compat, state, written, shard_bytes, version("jax"), __version__]
     return {"merge": hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()}
-
-
-def _source(recipe: Recipe, name: str, model: Checkpoint, journal: Journal) -> dict[str, Any]:
-    infos = model.tensors.values()
-    return {
-        "directory": str(recipe.sources.get(name, name)),
-        "tensors": len(infos),
-        "bytes": sum(info.nbytes for info in infos),
-        "dtypes": sorted({info.numpy_dtype.name for info in infos}),
-        "checksum": journal.source(name),
-    }
 
 
 def _side_files(donor: Path) -> list[Path]:

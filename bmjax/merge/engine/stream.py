@@ -19,7 +19,7 @@ from bmjax.merge.engine.chunks import CHUNK, SAMPLE, Chunk, ChunkCache, Geometry
 from bmjax.merge.engine.journal import Journal, block_digest, digest
 from bmjax.merge.engine.quantile import NotFiniteError
 from bmjax.merge.methods.arcee_fusion import agreement, three_importances
-from bmjax.merge.plan.nodes import Node, Source
+from bmjax.merge.plan.nodes import Node, TensorSource
 from bmjax.merge.plan.token_rows import row_reader
 from bmjax.merge.recipe.recipe import Recipe
 from bmjax.merge.report.statistics import Stats, TensorStats, check_overflow
@@ -204,7 +204,7 @@ class Stream:
         return {}
 
 
-def _stored_key(model: str, source: Source) -> StoredKey:
+def _stored_key(model: str, source: TensorSource) -> StoredKey:
     """Return what makes two reads of stored tensors the same: model, tensor and order of the rows."""
     return (model, source.tensor, id(source.rows))
 

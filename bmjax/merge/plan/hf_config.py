@@ -1,4 +1,4 @@
-"""What a merge changes in its donor's config.json, and where the inputs' configs disagree."""
+"""Which keys of its donor's config.json a merge changes, and where the inputs' configs disagree."""
 
 import copy
 import os
@@ -19,18 +19,18 @@ _MAY_DIFFER = {
 
 
 def read_config(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """The config.json beside the weights, or None."""
+    """Return the config.json beside the weights, or None."""
     # A link that leads nowhere is a mistake, not a model without a config.
     return read_hf_config(checkpoint.directory) if os.path.lexists(checkpoint.directory / "config.json") else None
 
 
 def says_untied(checkpoint: Checkpoint) -> bool:
-    """Whether the config says that the head is not the embedding."""
+    """Return whether the config says that the head is not the embedding."""
     return any(block.get(_TIED) is False for block in _blocks(read_config(checkpoint) or {}))
 
 
 def _blocks(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The config, and what it holds of a language model inside another."""
+    """Yield the config, and those of a language model inside another model's config."""
     yield config
     yield from (config[key] for key in _NESTED if isinstance(config.get(key), dict))
 
@@ -39,35 +39,37 @@ def config_changes(
     donor: str,
     models: Mapping[str, Checkpoint],
     *,
-    head: tuple[bool, bool],
+    heads: tuple[bool, bool],
     layers: Sequence[tuple[str, int]],
     donor_layers: int,
     vocabulary: tuple[int, Path] | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
-    """(the keys of the donor's config.json that change, with their values; notes).
+    """Return the keys of the donor's config.json that change, with their values, and notes.
 
-    head: whether the donor, and the result, have a head of their own. layers: the input and its layer that each of the
-    result's is configured as; empty where there is nothing to say. vocabulary: rows of tokens, and the directory that
-    a new tokenizer comes from.
+    Arguments:
+        heads: whether the donor, and the result, have a head of their own.
+        layers: the input and its layer that each of the result's is configured as; empty where that is not known.
+        donor_layers: how many layers the donor has.
+        vocabulary: rows of tokens, and the directory that a new tokenizer comes from.
     """
     old = read_config(models[donor])
     if old is None:
         return {}, [f"model '{donor}' has no config.json, so the result has none either"]
     new, notes = copy.deepcopy(old), list[str]()
     tied = any(block.get(_TIED) is True for block in _blocks(old))
-    if head[1] and (tied or not head[0]):
+    donor_has_head, result_has_head = heads
+    if result_has_head and (tied or not donor_has_head):
         _put(new, _TIED, False)
-    elif head[0] and not head[1]:
+    elif donor_has_head and not result_has_head:
         _put(new, _TIED, True)
     if vocabulary is not None:
         size, source = vocabulary
         _put(new, "vocab_size", size)
-        theirs = (
-            read_hf_config(source) if (source / "config.json").exists() and source != models[donor].directory else {}
-        )
-        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            if key in theirs:
-                _put(new, key, theirs[key])
+        if source != models[donor].directory and (source / "config.json").exists():
+            tokenizer_config = read_hf_config(source)
+            for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+                if key in tokenizer_config:
+                    _put(new, key, tokenizer_config[key])
     if list(layers) != [(donor, number) for number in range(donor_layers)] and layers:
         notes += _set_layers(new, donor_layers, layers, {name: read_config(model) for name, model in models.items()})
     return {key: value for key, value in new.items() if key not in old or old[key] != value}, notes
@@ -85,12 +87,12 @@ def _set_layers(
     layers: Sequence[tuple[str, int]],
     configs: Mapping[str, dict[str, Any] | None],
 ) -> list[str]:
-    """Makes `config`, of `count` layers, that of `layers`; returns notes."""
-    notes, found = [], False
-    for place, block in enumerate(_blocks(config)):
+    """Make `config`, of `count` layers, that of `layers`; returns notes."""
+    notes, has_count = [], False
+    for i, block in enumerate(_blocks(config)):
         for key in _LAYERS:
             if block.get(key) == count:
-                block[key], found = len(layers), True
+                block[key], has_count = len(layers), True
         for key, value in block.items():
             if not isinstance(value, list) or "layer" not in key or not value:
                 continue
@@ -98,25 +100,26 @@ def _set_layers(
                 notes.append(f"config.json: {key} names layers by number; it was not changed, look at it")
                 continue
             try:
-                block[key] = [list(_blocks(configs[model] or {}))[place][key][number] for model, number in layers]
+                block[key] = [list(_blocks(configs[model] or {}))[i][key][number] for model, number in layers]
             except (LookupError, TypeError):
                 notes.append(f"config.json: {key} has an entry for every layer, and not every model has it; look at it")
-    if not found:
+    if not has_count:
         notes.append(f"config.json: no key holds the number of layers, {count}; set it to {len(layers)} yourself")
     return notes
 
 
 def config_notes(donor: str, models: Mapping[str, Checkpoint], changed: Mapping[str, Any]) -> list[str]:
-    """One line for every input whose config differs from the donor's in more than bookkeeping."""
+    """Return one line for every input whose config differs from the donor's in more than bookkeeping."""
     configs = {name: read_config(model) for name, model in models.items()}
-    ours = configs[donor]
-    if ours is None:
+    donor_config = configs[donor]
+    if donor_config is None:
         return []
     notes = []
     for name, config in configs.items():
         if config is None:
             continue
-        keys = sorted(k for k in {*ours, *config} - _MAY_DIFFER - changed.keys() if ours.get(k) != config.get(k))
+        candidates = {*donor_config, *config} - _MAY_DIFFER - changed.keys()
+        keys = sorted(key for key in candidates if donor_config.get(key) != config.get(key))
         if keys:
             notes.append(f"config.json of '{name}' differs from '{donor}' in {', '.join(keys)}; it is not used")
     return notes

@@ -1,4 +1,4 @@
-"""Where a merge reads and writes: model directories, hub models, the output directory, and sizes in words."""
+"""The directories that a merge reads and writes, and sizes in words."""
 
 import os
 import re
@@ -27,7 +27,7 @@ def locate(recipe: Recipe, name: str, *, download: bool = True, weights: bool = 
 
 
 def tokenizer_directory(recipe: Recipe, *, download: bool = True) -> list[Path]:
-    """The directory that nothing but the tokenizer comes from, if there is one."""
+    """Return the directory that nothing but the tokenizer comes from, in a list that is empty without one."""
     source = None if recipe.tokenizer is None else recipe.tokenizer.source
     if source in (None, "base", "union", *recipe.inputs):
         return []
@@ -35,7 +35,7 @@ def tokenizer_directory(recipe: Recipe, *, download: bool = True) -> list[Path]:
 
 
 def check_target(target: Path, inputs: Iterable[Path], overwrite: bool) -> None:
-    """UserError unless `target` may be written: not an input, around one or in one, and empty unless `overwrite`."""
+    """Raise a UserError unless `target` may be written: no input, not around or in one, empty unless `overwrite`."""
     if not is_text(str(target)):
         raise UserError(f"{ascii(str(target))[:80]}: its name is no Unicode text; choose another output directory")
     try:
@@ -65,7 +65,7 @@ def check_target(target: Path, inputs: Iterable[Path], overwrite: bool) -> None:
 
 
 def check_space(target: Path, needed: int) -> int:
-    """The free bytes where `target` will be; UserError if they are fewer than `needed`."""
+    """Return the free bytes where `target` will be; UserError if they are fewer than `needed`."""
     parent = next(p for p in target.resolve().parents if p.exists())
     free = shutil.disk_usage(parent).free
     if free < needed:
@@ -74,15 +74,15 @@ def check_space(target: Path, needed: int) -> int:
 
 
 def parse_size(text: str, option: str) -> int:
-    """Bytes of `2GiB`, `512MiB`, `5GB`."""
-    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,6})?) ?([KMGT]?i?B)", text, re.ASCII)
-    if found is None or found[2] not in _UNITS or not (size := int(float(found[1]) * _UNITS[found[2]])):
+    """Return the bytes of `2GiB`, `512MiB`, `5GB`."""
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,6})?) ?([KMGT]?i?B)", text, re.ASCII)
+    if match is None or match[2] not in _UNITS or not (size := int(float(match[1]) * _UNITS[match[2]])):
         raise UserError(f"{option}: expected a size such as 512MiB, 2GiB or 5GB, found '{text}'")
     return size
 
 
 def size_text(size: int) -> str:
-    """A number of bytes in the largest decimal unit that leaves at least one whole."""
+    """Return a number of bytes in the largest decimal unit that leaves at least one whole."""
     for unit in ("TB", "GB", "MB", "KB"):
         if size >= _UNITS[unit]:
             return f"{size / _UNITS[unit]:.1f} {unit}"

@@ -1,4 +1,4 @@
-"""What the names of a Hugging Face checkpoint's tensors say, whatever the architecture."""
+"""Reads the names of a Hugging Face checkpoint's tensors, whatever the architecture: layers, embeddings, heads."""
 
 import functools
 import re
@@ -29,39 +29,41 @@ class Layer(NamedTuple):
 
 @functools.lru_cache(2**16)
 def layer(name: str) -> Layer | None:
-    """The layer a tensor belongs to: its number is the first in the name. None for embeddings, norms and heads."""
-    found = _LAYER.search(name)
-    return None if found is None else Layer(name[: found.start()], int(found[1]), name[found.end() :])
+    """Return the layer of a tensor: its number is the first in the name. None for embeddings, norms and heads."""
+    match = _LAYER.search(name)
+    return None if match is None else Layer(name[: match.start()], int(match[1]), name[match.end() :])
 
 
 def depth(number: int, layers: int) -> float:
-    """How deep a layer lies, from 0 for the first to 1 for the last; 1 for an only layer. (As mergekit: tensors of no
-    layer count as depth 0.)"""
+    """Return how deep a layer lies: 0 for the first, 1 for the last and for an only layer.
+
+    Tensors of no layer count as depth 0, as in mergekit.
+    """
     return number / (layers - 1) if layers > 1 else 1.0
 
 
 @functools.lru_cache(2**16)
 def is_head(name: str) -> bool:
-    """Whether the tensor turns hidden states into a token's score: a row for each token."""
+    """Return whether the tensor turns hidden states into scores of tokens: a row for each token."""
     return _HEAD.fullmatch(name) is not None
 
 
 def is_embedding(name: str) -> bool:
-    """Whether the tensor holds the tokens' input vectors: a row for each token."""
+    """Return whether the tensor holds the tokens' input vectors: a row for each token."""
     return layer(name) is None and not is_head(name) and _EMBEDDING.search(name) is not None
 
 
 @functools.lru_cache(2**16)
 def is_vocabulary(name: str) -> bool:
-    """Whether the tensor has a row for each token."""
+    """Return whether the tensor has a row for each token."""
     return is_embedding(name) or is_head(name)
 
 
 def is_buffer(name: str) -> bool:
-    """Whether loaders compute the tensor themselves, so that a checkpoint may lack it."""
+    """Return whether loaders compute the tensor themselves, so that a checkpoint may lack it."""
     return _BUFFER.search(name) is not None
 
 
 def is_before_layers(name: str) -> bool:
-    """Whether a tensor of no layer stands before them (an embedding) and not after (a norm, a head)."""
+    """Return whether a tensor of no layer stands before the layers (an embedding), not after (a norm, a head)."""
     return not is_head(name) and _FIRST.search(name) is not None

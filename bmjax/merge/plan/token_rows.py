@@ -9,78 +9,83 @@ from bmjax.config import UserError
 from bmjax.io.safetensors import TensorInfo
 from bmjax.merge.plan.layout import Layout
 from bmjax.merge.plan.vocabulary import MAX_ROWS, Vocabulary
-from bmjax.merge.recipe.recipe import Recipe
 
-Other = tuple[str, str, np.ndarray]  # model, tensor, for every row of the result the row of that, -1 for none
+StandIn = tuple[str, str, np.ndarray]  # model, tensor, for every row of the result the row of that tensor, -1 for none
 
 
 class TokenRows:
-    """Where each model has the rows of the result. `notes` gathers what was done about differing sizes."""
+    """Where each input has the rows of the result. Remarks on differing sizes go to `layout.notes`."""
 
-    def __init__(self, recipe: Recipe, layout: Layout, tokens: Vocabulary | None) -> None:
-        self.recipe, self.layout, self.tokens = recipe, layout, tokens
-        self.notes: dict[str, None] = {}
-        self._own: dict[tuple[str, str], np.ndarray] = {}
-        self._of: dict[tuple[str, str], tuple[np.ndarray | None, tuple[Other, ...]]] = {}
+    def __init__(self, layout: Layout, tokens: Vocabulary | None) -> None:
+        self.layout, self.tokens = layout, tokens
+        self._rows: dict[tuple[str, str], np.ndarray] = {}
+        self._planned: dict[tuple[str, str], tuple[np.ndarray | None, tuple[StandIn, ...]]] = {}
 
-    def of(self, model: str, result: str) -> tuple[np.ndarray | None, tuple[Other, ...]]:
-        """The rows of an input for the tensor `result`, None for all as they are; what stands in for those it lacks."""
-        if (model, result) not in self._of:
-            has = (self.layout.shape(model, result) or (0,))[0]
-            if self.tokens is None and has == self._wanted(result):
-                self._of[model, result] = (None, ())
-                return None, ()
-            own = self._rows(model, result)
-            same = len(own) == has and bool(np.array_equal(own, np.arange(has)))
-            self._of[model, result] = (None, ()) if same else (own, self._stand_ins(model, result))
-            if not same and self.tokens is None:
-                donor, more = self.recipe.donor, has - len(own)
-                told = f"its last {more} are not read" if more > 0 else f"the {-more} it lacks are taken from there"
-                self.notes[f"model '{model}' has {has} rows of tokens, '{donor}' {len(own)}: {told}"] = None
-        return self._of[model, result]
+    def of(self, model: str, result: str) -> tuple[np.ndarray | None, tuple[StandIn, ...]]:
+        """Return an input's rows for the tensor `result` (None: as they are), and what stands in for missing ones."""
+        if (model, result) not in self._planned:
+            self._planned[model, result] = self._plan(model, result)
+        return self._planned[model, result]
 
-    def _wanted(self, result: str) -> int:
-        """How many rows of tokens the result has: the new tokenizer's, or as many as the donor."""
+    def _plan(self, model: str, result: str) -> tuple[np.ndarray | None, tuple[StandIn, ...]]:
+        count = self.layout.row_count(model, result) or 0
+        if self.tokens is None and count == self._result_count(result):
+            return None, ()
+        rows = self._rows_of(model, result)
+        if len(rows) == count and bool(np.array_equal(rows, np.arange(count))):
+            return None, ()
+        if self.tokens is None:
+            donor, surplus = self.layout.recipe.donor, count - len(rows)
+            missing = f"the {-surplus} it lacks are taken from there"
+            remark = f"its last {surplus} are not read" if surplus > 0 else missing
+            self.layout.notes[f"model '{model}' has {count} rows of tokens, '{donor}' {len(rows)}: {remark}"] = None
+        return rows, self._stand_ins(model, result)
+
+    def _result_count(self, result: str) -> int:
+        """Return how many rows of tokens the result has: the new tokenizer's, or as many as the donor."""
         if self.tokens is not None:
             return self.tokens.size
-        shapes = [self.layout.shape(model, result) for model in (self.recipe.donor, *self.recipe.inputs)]
-        return next(shape[0] for shape in shapes if shape)
+        recipe = self.layout.recipe
+        counts = (self.layout.row_count(model, result) for model in (recipe.donor, *recipe.inputs))
+        return next(count for count in counts if count is not None)
 
-    def _rows(self, model: str, result: str) -> np.ndarray:
-        """For every row of the result the model's row, -1 where it has none."""
-        if (model, result) not in self._own:
-            has, wanted = (self.layout.shape(model, result) or (0,))[0], self._wanted(result)
-            if max(has, wanted) > MAX_ROWS:
+    def _rows_of(self, model: str, result: str) -> np.ndarray:
+        """Return for every row of the result the model's row, -1 where it has none: int64."""
+        if (model, result) not in self._rows:
+            count, result_count = self.layout.row_count(model, result) or 0, self._result_count(result)
+            if max(count, result_count) > MAX_ROWS:
                 raise UserError(
-                    f"tensor '{result}' has {has} rows in model '{model}', the result {wanted}; rows of tokens are put "
-                    f"in order up to {MAX_ROWS}"
+                    f"tensor '{result}' has {count} rows in model '{model}', the result {result_count}; rows of tokens "
+                    f"are put in order up to {MAX_ROWS}"
                 )
             if self.tokens is not None:
-                rows = self.tokens.rows(model, has)
+                rows = self.tokens.rows(model, count)
             else:
-                rows = np.arange(wanted, dtype=np.int64)
-                rows[has:] = -1
-            self._own[model, result] = rows
-        return self._own[model, result]
+                rows = np.arange(result_count, dtype=np.int64)
+                rows[count:] = -1
+            self._rows[model, result] = rows
+        return self._rows[model, result]
 
-    def _stand_ins(self, model: str, result: str) -> tuple[Other, ...]:
-        lacks = self._rows(model, result) < 0
-        found: dict[str, np.ndarray] = {}
-        for row, (place, _) in (self.tokens.rules if self.tokens else {}).items():
+    def _stand_ins(self, model: str, result: str) -> tuple[StandIn, ...]:
+        """Return what gives the rows that a model lacks: the recipe's rules, else the donor alone, else all others."""
+        lacks = self._rows_of(model, result) < 0
+        taken: dict[str, np.ndarray] = {}
+        for row, rule in (self.tokens.rules if self.tokens else {}).items():
             if lacks[row]:
                 lacks[row] = False
-                if place is not None:
-                    found.setdefault(place[0], np.full(len(lacks), -1, np.int64))[row] = place[1]
-        donor = self.recipe.donor
-        for other in (donor, *(name for name in self.recipe.inputs if name != donor)):
-            theirs = self._rows(other, result)
-            takes = lacks & (theirs >= 0)
-            if takes.any():
-                found.setdefault(other, np.full(len(lacks), -1, np.int64))[takes] = theirs[takes]
-            if other == donor:
-                lacks &= ~takes
-        places = ((other, self.layout.find(other, result), rows) for other, rows in found.items())
-        return tuple((other, tensor, rows) for other, tensor, rows in places if tensor is not None)
+                if rule.source is not None:
+                    source_model, source_row = rule.source
+                    taken.setdefault(source_model, np.full(len(lacks), -1, np.int64))[row] = source_row
+        recipe = self.layout.recipe
+        for other in (recipe.donor, *(name for name in recipe.inputs if name != recipe.donor)):
+            rows = self._rows_of(other, result)
+            usable = lacks & (rows >= 0)
+            if usable.any():
+                taken.setdefault(other, np.full(len(lacks), -1, np.int64))[usable] = rows[usable]
+            if other == recipe.donor:
+                lacks &= ~usable
+        tensors = ((other, self.layout.find(other, result), rows) for other, rows in taken.items())
+        return tuple((other, tensor, rows) for other, tensor, rows in tensors if tensor is not None)
 
 
 def row_reader(
@@ -89,10 +94,13 @@ def row_reader(
     others: Sequence[tuple[TensorInfo, np.ndarray]],
     read: Callable[[TensorInfo, int, np.ndarray], None],
 ) -> Callable[[int, np.ndarray], None]:
-    """Reads a tensor in the order of the result's rows: `f(start, out)` fills `out` [n] with entries `start`.. of it.
+    """Return `fill(start, out)`, which reads a tensor in the order of the result's rows into `out` [n].
 
-    rows, others: as in `bmjax.merge.plan.nodes.Source`. read: fills an array, of a tensor's stored type, with that
-    tensor's entries from a given one on. Rows that follow each other in the file are read at once.
+    Rows that follow each other in the file are read at once.
+
+    Arguments:
+        info, rows, others: a tensor, its rows and what stands in, as in `bmjax.merge.plan.nodes.TensorSource`.
+        read: fills an array, of a tensor's stored type, with that tensor's entries from a flat index on.
     """
     width = math.prod(info.shape[1:])
 
@@ -108,13 +116,13 @@ def row_reader(
             if rows[row] >= 0:
                 read(info, int(rows[row]) * width + inside, part)
             else:
-                found = [(other, int(theirs[row])) for other, theirs in others if theirs[row] >= 0]
+                stand_ins = [(other, int(other_rows[row])) for other, other_rows in others if other_rows[row] >= 0]
                 total = np.zeros(len(part), np.float32)
-                for other, at in found:
+                for other, other_row in stand_ins:
                     values = np.empty(len(part), other.numpy_dtype)
-                    read(other, at * width + inside, values)
+                    read(other, other_row * width + inside, values)
                     total += values.astype(np.float32)
-                part[...] = (total / max(1, len(found))).astype(part.dtype)
+                part[...] = (total / max(1, len(stand_ins))).astype(part.dtype)
             row = last
 
     return fill

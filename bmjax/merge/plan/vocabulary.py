@@ -1,7 +1,7 @@
 """The result's tokenizer, and the rows in which every model keeps its tokens.
 
 `tokenizer_source: base` or a model: its tokenizer, every model's rows in its order. `union`: the base's tokenizer and
-whatever tokens others have beside. (Without a word the donor's tokenizer is copied, and rows keep their numbers.) The
+the tokens that only others have. Without these keys the donor's tokenizer is copied, and rows keep their numbers. The
 result has at least as many rows as the tokenizer's model, so that padding stays (Qwen2: 152,064 rows, 151,665 tokens).
 """
 
@@ -10,50 +10,65 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from bmjax.config import UserError
-from bmjax.merge.recipe.tokenizer import TokenizerPlan, read_object
+from bmjax.config import UserError, first_line
+from bmjax.merge.recipe.tokenizer import TokenizerSettings, read_object
 
 MAX_ROWS = 2**24  # of tokens; an array as long is made for every model
 MAX_TOKENIZER_BYTES = 2**28  # the largest have 40 million
 
 
+class RowRule(NamedTuple):
+    """Where the recipe takes a row from: (model, its row), None for zeros; whether in models that have it, too."""
+
+    source: tuple[str, int] | None
+    force: bool
+
+
 @dataclass(frozen=True)
 class Vocabulary:
-    """size: rows of the result. ids: of every model its tokens, None for those of the tokenizer itself. tokens: of the
-    result. rules: rows that the recipe speaks of: (model, row) or None for zeros, and whether in all models."""
+    """The tokens of a merge's result.
+
+    size: rows of the result.
+    tokens: the result's row of each token.
+    ids: of every model, its row of each token.
+    source: the directory of the tokenizer.
+    rules: of rows that the recipe speaks of.
+    added: tokens that the tokenizer gets, as `tokenizers.AddedToken`.
+    """
 
     size: int
     tokens: Mapping[str, int]
     ids: Mapping[str, Mapping[str, int]]
     source: Path
-    rules: Mapping[int, tuple[tuple[str, int] | None, bool]] = field(default_factory=dict)
+    rules: Mapping[int, RowRule] = field(default_factory=dict)
     added: Sequence[Any] = ()
     notes: tuple[str, ...] = ()
 
-    def rows(self, model: str, has: int) -> np.ndarray:
-        """For every row of the result the row of a model of `has` rows, -1 where it has none: int64 [size]."""
+    def rows(self, model: str, count: int) -> np.ndarray:
+        """Return for every row of the result the row of a model of `count` rows, -1 for none: int64 [size]."""
         ids = self.ids[model]
         rows = np.full(self.size, -1, np.int64)
         if ids == self.tokens:
-            rows[:has] = np.arange(min(has, self.size))
+            rows[:count] = np.arange(min(count, self.size))
         else:
-            free = np.ones(max(self.size, has), np.bool_)
+            # Padding, rows of no token in either, keeps its number.
+            free = np.ones(max(self.size, count), np.bool_)
             free[[i for i in (*self.tokens.values(), *ids.values()) if i < len(free)]] = False
-            padding = np.flatnonzero(free[: min(self.size, has)])
+            padding = np.flatnonzero(free[: min(self.size, count)])
             rows[padding] = padding
-            pairs = [(i, ids[token]) for token, i in self.tokens.items() if ids.get(token, has) < has]
+            pairs = [(i, ids[token]) for token, i in self.tokens.items() if ids.get(token, count) < count]
             if pairs:
-                result, own = np.array(pairs, np.int64).T
-                rows[result] = own
-        rows[[row for row, (_, everywhere) in self.rules.items() if everywhere]] = -1
+                result_rows, model_rows = np.array(pairs, np.int64).T
+                rows[result_rows] = model_rows
+        rows[[row for row, rule in self.rules.items() if rule.force]] = -1
         return rows
 
     def save(self, folder: Path) -> None:
-        """Writes the tokenizer's files in place of those in `folder`."""
+        """Write the tokenizer's files in place of those in `folder`."""
         from bmjax.weights.hf import TOKENIZER_FILES  # loads jax, which a check does not need
 
         for name in TOKENIZER_FILES:
@@ -66,28 +81,23 @@ class Vocabulary:
         backend = _load(self.source)
         backend.add_tokens(list(self.added))
         backend.save(str(folder / "tokenizer.json"))
-        new = {token.content: backend.token_to_id(token.content) for token in self.added}
-        _update(folder / "added_tokens.json", new)
+        ids = {token.content: backend.token_to_id(token.content) for token in self.added}
+        _update(folder / "added_tokens.json", ids)
         config = folder / "tokenizer_config.json"
         if config.is_file() and isinstance(old := read_object(config).get("added_tokens_decoder"), dict):
-            entries = {str(new[token.content]): _entry(token) for token in self.added}
-            _update(config, {"added_tokens_decoder": old | entries})
-
-
-def _entry(token: Any) -> dict[str, Any]:
-    keys = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
-    return {key: getattr(token, key) for key in keys}
+            keys = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+            new = {str(ids[token.content]): {key: getattr(token, key) for key in keys} for token in self.added}
+            _update(config, {"added_tokens_decoder": old | new})
 
 
 def _update(path: Path, values: Mapping[str, Any]) -> None:
     if path.is_file():
-        path.write_text(
-            json.dumps({**read_object(path), **values}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        text = json.dumps({**read_object(path), **values}, indent=2, ensure_ascii=False)
+        path.write_text(text + "\n", encoding="utf-8")
 
 
 def _load(directory: Path) -> Any:
-    """The backend tokenizer of a directory."""
+    """Return the backend tokenizer of a directory."""
     path = directory / "tokenizer.json"
     if path.is_file():
         from tokenizers import Tokenizer
@@ -97,92 +107,107 @@ def _load(directory: Path) -> Any:
         try:
             return Tokenizer.from_file(str(path))
         except Exception as error:
-            raise UserError(f"{path}: the tokenizer cannot be loaded: {str(error)[:200]}") from None
+            raise UserError(f"{path}: the tokenizer cannot be loaded: {first_line(error)}") from None
     from bmjax.weights.hf import load_tokenizer
 
-    found = load_tokenizer(directory)
-    if found is None:
+    tokenizer = load_tokenizer(directory)
+    if tokenizer is None:
         raise UserError(f"{directory}: has no tokenizer; expected tokenizer.json")
-    return found.backend_tokenizer
+    return tokenizer.backend_tokenizer
 
 
 def _has_tokenizer(directory: Path) -> bool:
-    return any(
-        (directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-    )
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    return any((directory / name).is_file() for name in names)
 
 
-def vocabulary(plan: TokenizerPlan, donor: str, directories: Mapping[str, Path], rows: Mapping[str, int]) -> Vocabulary:
-    """The tokens of a merge. directories: of every input, and of `plan.source` if it is another model. rows: of every
-    input's embedding. A model without a tokenizer counts as having the donor's. Raises UserError, one line."""
-    source = donor if plan.source in ("base", "union") else plan.source
+def vocabulary(
+    settings: TokenizerSettings, donor: str, directories: Mapping[str, Path], rows: Mapping[str, int]
+) -> Vocabulary:
+    """Plan the tokens of a merge. A model without a tokenizer counts as having the donor's.
+
+    Arguments:
+        directories: of every input, and of `settings.source` if that is another model.
+        rows: how many rows every input's embedding has.
+
+    Raises:
+        UserError: for a tokenizer that cannot be read, a token that a rule expects and a model lacks, and a result of
+            more than MAX_ROWS rows.
+    """
+    source = donor if settings.source in ("base", "union") else settings.source
     has = {model: _has_tokenizer(directories[model]) for model in dict.fromkeys([*rows, source])}
     default = donor if has[donor] else source
     backends = {model: _load(directories[model]) for model in has if has[model] or model == source}
     vocabularies = {model: backend.get_vocab(with_added_tokens=True) for model, backend in backends.items()}
     ids = {model: vocabularies.get(model, vocabularies[default]) for model in rows}
     notes = [f"model '{m}' has no tokenizer; its tokens count as those of '{default}'" for m in rows if not has[m]]
-    added = list(_new_tokens(plan, vocabularies[source], {m: (backends[m], rows[m]) for m in rows if m in backends}))
+    # The tokens, and how many rows they make.
     tokens = vocabularies[source]
+    models = {model: (backends[model], rows[model]) for model in rows if model in backends}
+    added = list(_new_tokens(settings, tokens, models))
     if added:
         backends[source].add_tokens(added)
         tokens = backends[source].get_vocab(with_added_tokens=True)
         notes.append(f"the tokenizer of '{source}' gets {len(added)} tokens more")
     size = max(rows.get(source, 0), 1 + max(tokens.values(), default=0))
-    multiple = plan.pad_to_multiple_of or 1
+    multiple = settings.pad_to_multiple_of or 1
     size = -(-size // multiple) * multiple
     if size > MAX_ROWS:
-        what = "the ids of its tokens" if multiple == 1 else f"pad_to_multiple_of {multiple}"
-        raise UserError(f"{directories[source]}: the tokenizer: {what}: the result would have {size} rows of tokens")
-    rules = dict(_rules(plan, tokens, ids, rows))
-    nowhere = sum(
-        1 for token, i in tokens.items()
-        if i not in rules and not any(ids[m].get(token, n) < n for m, n in rows.items())
-    )  # fmt: skip
-    if nowhere:
-        notes.append(f"{nowhere} tokens have a row in no model; theirs are zeros")
+        cause = "the ids of its tokens" if multiple == 1 else f"pad_to_multiple_of {multiple}"
+        raise UserError(f"{directories[source]}: the tokenizer: {cause}: the result would have {size} rows of tokens")
+    # Where the rows come from that the recipe speaks of, and which come from nowhere.
+    rules = dict(_row_rules(settings, tokens, ids, rows))
+    zeros = [
+        token
+        for token, i in tokens.items()
+        if i not in rules and not any(ids[model].get(token, count) < count for model, count in rows.items())
+    ]
+    if zeros:
+        notes.append(f"{len(zeros)} tokens have a row in no model; theirs are zeros")
     return Vocabulary(size, tokens, ids, directories[source], rules, added, tuple(notes))
 
 
-def _new_tokens(plan: TokenizerPlan, known: Mapping[str, int], models: Mapping[str, tuple[Any, int]]) -> Iterator[Any]:
-    """What the tokenizer lacks: other models' tokens that have a row, plain ones first, and those of the recipe."""
+def _new_tokens(
+    settings: TokenizerSettings, known: Mapping[str, int], models: Mapping[str, tuple[Any, int]]
+) -> Iterator[Any]:
+    """Yield what the tokenizer lacks: other models' tokens that have a row, plain ones first, and the recipe's."""
     from tokenizers import AddedToken
 
     seen = set(known)
-    if plan.source == "union":
-        marked: dict[str, Any] = {}
-        for backend, has in models.values():
-            own = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    special: dict[str, Any] = {}
+    if settings.source == "union":
+        for backend, count in models.values():
+            marked = {token.content: token for token in backend.get_added_tokens_decoder().values()}
             for text, i in sorted(backend.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1]):
-                if i >= has or text in seen:
+                if i >= count or text in seen:
                     continue
-                if text in own:
-                    marked.setdefault(text, own[text])
+                if text in marked:
+                    special.setdefault(text, marked[text])
                 else:
                     seen.add(text)
                     yield AddedToken(text, normalized=False)
-        for text, token in marked.items():
-            if text not in seen:
-                seen.add(text)
-                yield token
-    for text in plan.tokens:
+    for text, token in [*special.items(), *((text, AddedToken(text, normalized=False)) for text in settings.rules)]:
         if text not in seen:
             seen.add(text)
-            yield AddedToken(text, normalized=False)
+            yield token
 
 
-def _rules(
-    plan: TokenizerPlan, tokens: Mapping[str, int], ids: Mapping[str, Mapping[str, int]], rows: Mapping[str, int]
-) -> Iterator[tuple[int, tuple[tuple[str, int] | None, bool]]]:
-    for text, rule in plan.tokens.items():
-        if rule.zero:
-            yield tokens[text], (None, rule.force)
+def _row_rules(
+    settings: TokenizerSettings,
+    tokens: Mapping[str, int],
+    ids: Mapping[str, Mapping[str, int]],
+    rows: Mapping[str, int],
+) -> Iterator[tuple[int, RowRule]]:
+    """Yield (row of the result, where it comes from) for the tokens whose rule names a source."""
+    for text, rule in settings.rules.items():
+        if rule.is_zero:
+            yield tokens[text], RowRule(None, rule.force)
         elif rule.model is not None:
-            wanted = rule.token or text
-            row = rule.token_id if rule.token_id is not None else ids[rule.model].get(wanted)
+            token = rule.token_of(text)
+            row = token if isinstance(token, int) else ids[rule.model].get(token)
             if row is None or row >= rows[rule.model]:
-                what = f"token '{wanted}'" if rule.token_id is None else f"token id {rule.token_id}"
+                missing = f"token id {token}" if isinstance(token, int) else f"token '{token}'"
                 raise UserError(
-                    f"tokenizer.tokens.{text}: model '{rule.model}' has no {what} among its {rows[rule.model]} rows"
+                    f"tokenizer.tokens.{text}: model '{rule.model}' has no {missing} among its {rows[rule.model]} rows"
                 )
-            yield tokens[text], ((rule.model, row), rule.force)
+            yield tokens[text], RowRule((rule.model, row), rule.force)

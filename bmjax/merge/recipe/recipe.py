@@ -1,14 +1,18 @@
-"""Merge recipes: mergekit-style YAML, or named `steps:` of such blocks, read into checked, frozen steps."""
+"""Merge recipes: mergekit-style YAML, or named `steps:` of such blocks, read into checked, frozen steps.
+
+The one reader of recipes, for methods of every kind. It opens no model and no data.
+"""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bmjax.config import UserError, nearest
 from bmjax.io.hub import split_revision
-from bmjax.merge.recipe.step import Slice, Step, build
-from bmjax.merge.recipe.tokenizer import TokenizerPlan, chat_template, tokenizer_plan
+from bmjax.merge.recipe.calibration import CALIBRATED
+from bmjax.merge.recipe.step import Slice, Step, build_step
+from bmjax.merge.recipe.tokenizer import TokenizerSettings, chat_template
 from bmjax.merge.recipe.yaml_blocks import StepBlock, TopBlock, read_blocks
 
 __all__ = ["Recipe", "Slice", "Step", "read_recipe"]
@@ -16,10 +20,17 @@ __all__ = ["Recipe", "Slice", "Step", "read_recipe"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """Merges in order; the last one's result is written. `text` is what was asked for, as plain values.
+    """Merges in order; the last one's result is written.
 
-    dtype: what the result is rounded to. seed: of random masks. compat: 'mergekit' where its arithmetic is asked for.
-    tokenizer None: the donor's files are copied. chat_template: jinja, None for the donor's.
+    sources: directories or hub ids by alias.
+    dtype: what the result is rounded to; None: as the donor stores each tensor.
+    notes: what has no effect, a line each.
+    text: the recipe as plain values, for the report.
+    seed: of random masks, and of the rows drawn by methods that look at data.
+    compat: 'mergekit' when its arithmetic is asked for.
+    tokenizer: None: the donor's files are copied.
+    chat_template: Jinja, None for the donor's.
+    vocabularies: models of which only the tokenizer and the rows of tokens are read.
     """
 
     steps: tuple[Step, ...]
@@ -29,93 +40,145 @@ class Recipe:
     text: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     compat: str | None = None
-    tokenizer: TokenizerPlan | None = None
+    tokenizer: TokenizerSettings | None = None
     chat_template: str | None = None
+    vocabularies: tuple[str, ...] = ()
 
     @property
     def inputs(self) -> tuple[str, ...]:
         """Names of the models that are read, not made, in order of first use."""
         made = {step.name for step in self.steps}
-        return tuple(dict.fromkeys(name for step in self.steps for name in step.models if name not in made))
+        names = [name for step in self.steps for name in step.models if name not in made]
+        return tuple(dict.fromkeys([*names, *self.vocabularies]))
 
     @property
     def donor(self) -> str:
-        """The input whose config, tokenizer and storage types the result takes: the last step's base, traced back."""
+        """The input whose config, tokenizer and storage types the result takes."""
+        return self.donor_of(self.steps[-1].name)
+
+    def donor_of(self, name: str) -> str:
+        """Return the input that a step's donor leads back to; an input is its own."""
         steps = {step.name: step for step in self.steps}
-        name = self.steps[-1].donor
         while name in steps:
             name = steps[name].donor
         return name
 
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether a step looks at data; bmjax/calibrate/ then carries the recipe out."""
+        return any(step.calibration is not None for step in self.steps)
+
     def revision(self, name: str) -> str | None:
-        """The hub revision asked for: what follows @ in `org/name@revision`."""
+        """Return the hub revision asked for: what follows @ in `org/name@revision`."""
         return split_revision(self.sources.get(name, name))[1]
 
 
-def read_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
-    """A recipe from a YAML file or a mapping, then `key.sub=value` overrides (`steps.NAME.key=value` for a step).
+def read_recipe(
+    source: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    data: Mapping[str, str | list[str]] | None = None,
+) -> Recipe:
+    """Read a recipe.
 
-    Several YAML documents are steps, the one without a name (or the last) being the result. Raises UserError, one
-    line, for a missing file, bad YAML, an unknown key, method, parameter or model name, a missing base_model or a
-    wrong number of models.
+    Arguments:
+        source: a YAML file or a mapping. Several YAML documents are steps, the one without a name (or the last) being
+            the result.
+        overrides: `key.sub=value`, applied in order; `steps.NAME.key=value` for a step.
+        data: rows of models by name, for methods that look at data, when the recipe gives a model none.
+
+    Raises:
+        UserError: for a missing file, bad YAML, an unknown key, method, parameter or model name, a missing base_model
+            or data, a wrong number of models.
     """
-    where, top, blocks = read_blocks(source, overrides)
-    blocks = [
-        (at, block if block.name else block.model_copy(update={"name": _free_name(block)})) for at, block in blocks
-    ]
-    names = [str(block.name) for _, block in blocks]
+    location, top, blocks = read_blocks(source, overrides)
+    blocks = [(at, _complete(block, data or {})) for at, block in blocks]
+    notes: list[str] = []
+    steps = tuple(build_step(block, at, notes) for at, block in blocks)
+    try:
+        _check_names(steps, top)
+        inputs = Recipe(steps).inputs
+        template = chat_template(top.chat_template)
+        tokenizer = _tokenizer(top, steps, inputs)
+    except UserError as error:
+        raise UserError(f"{location}: {error}") from None
+    for (at, block), step in zip(blocks, steps, strict=True):
+        if step is not steps[-1] and (block.dtype or block.out_dtype) and top.compat is None:
+            notes.append(f"{at}: dtype has no effect: steps stay float32 in memory, only the last one is rounded")
+        if step.calibration is not None and top.compat is not None:
+            notes.append(f"{at}: compat has no effect: mergekit has no {step.method.name} to be compatible with")
+    last = blocks[-1][1]
+    dtype = last.out_dtype or last.dtype or top.out_dtype or top.dtype
+    return Recipe(
+        steps=steps,
+        sources=top.sources,
+        dtype=dtype,
+        notes=tuple(notes),
+        text=_text(top, [block for _, block in blocks], dtype),
+        seed=top.seed,
+        compat=top.compat,
+        tokenizer=tokenizer,
+        chat_template=template,
+    )
+
+
+def _complete(block: StepBlock, data: Mapping[str, str | list[str]]) -> StepBlock:
+    """Return the block with a name, and with the rows of models that it gives none."""
+    entries = [{"model": entry} if isinstance(entry, str) else entry for entry in block.models or ()]
+    changes: dict[str, Any] = {}
+    if not block.name:
+        # The only step's name: one that none of its models has.
+        models = [entry.get("model") for entry in entries if isinstance(entry, Mapping)]
+        models += [source.model for part in block.slices or () for source in part.sources]
+        taken = [block.base_model, block.parameters.get("rebase"), *models]
+        changes["name"] = next(name for name in ("merged", "merge", "result", "student") if name not in taken)
+    if data and block.models is not None and block.merge_method in CALIBRATED:
+        changes["models"] = [
+            {"data": data[entry["model"]], **entry}
+            if isinstance(entry, Mapping) and isinstance(name := entry.get("model"), str) and name in data
+            else entry
+            for entry in entries
+        ]
+    return block.model_copy(update=changes)
+
+
+def _check_names(steps: Sequence[Step], top: TopBlock) -> None:
+    """Raise a UserError when a name means two things, when a step reads a later one, or when none reads a step."""
+    names = [step.name for step in steps]
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"{where}: two steps are named '{name}'; every step needs its own name")
+            raise UserError(f"two steps are named '{name}'; every step needs its own name")
         if name in top.sources:
-            raise UserError(f"{where}: '{name}' is a step and an alias of sources; rename one of them")
-    notes: list[str] = []
-    steps = tuple(build(block, at, notes) for at, block in blocks)
-    _check_order(steps, where)
-    last = blocks[-1][1]
-    for at, block in blocks[:-1]:
-        if (block.dtype or block.out_dtype) and top.compat is None:
-            notes.append(f"{at}: dtype has no effect: steps stay float32 in memory, only the last one is rounded")
-    dtype = last.out_dtype or last.dtype or top.out_dtype or top.dtype
-    recipe = Recipe(steps, top.sources, dtype, tuple(notes), _text(top, blocks, dtype), top.seed, top.compat)
-    return _with_tokens(recipe, top, where)
-
-
-def _with_tokens(recipe: Recipe, top: TopBlock, where: str) -> Recipe:
-    try:
-        plan, template = tokenizer_plan(top.tokenizer_source, top.tokenizer), chat_template(top.chat_template)
-        for name in plan.models if plan else ():
-            if name not in recipe.inputs:
-                raise UserError(f"tokenizer.tokens: '{name}' is not a model here{nearest(name, recipe.inputs)}")
-        if plan and plan.source in {step.name for step in recipe.steps}:
-            raise UserError(f"tokenizer: '{plan.source}' is a step; name the model whose tokenizer it has")
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-    return recipe if plan is None and template is None else replace(recipe, tokenizer=plan, chat_template=template)
-
-
-def _text(top: TopBlock, blocks: Sequence[tuple[str, StepBlock]], dtype: str | None) -> dict[str, Any]:
-    steps = [{k: v for k, v in block.model_dump(mode="json").items() if v not in (None, {})} for _, block in blocks]
-    rest = {k: v for k, v in top.model_dump(mode="json", exclude_defaults=True).items() if "dtype" not in k}
-    return {"sources": top.sources, "steps": steps, "dtype": dtype, **rest}
-
-
-def _free_name(block: StepBlock) -> str:
-    """A name for the only step that none of its models has."""
-    models = [entry.get("model") if isinstance(entry, Mapping) else entry for entry in block.models or ()]
-    models += [source.model for part in block.slices or () for source in part.sources]
-    taken = [block.base_model, block.parameters.get("rebase"), *models]
-    return next(name for name in ("merged", "merge", "result", "student") if name not in taken)
-
-
-def _check_order(steps: Sequence[Step], where: str) -> None:
-    names, used = [step.name for step in steps], set()
+            raise UserError(f"'{name}' is a step and an alias of sources; rename one of them")
+    read = set()
     for i, step in enumerate(steps):
         for model in step.models:
             if model in names[i:]:
-                when = "itself" if model == step.name else f"step '{model}', which is made after it"
-                raise UserError(f"{where}: step '{step.name}' reads {when}; a step may read earlier ones only")
-            used.add(model)
+                which = "itself" if model == step.name else f"step '{model}', which is made after it"
+                raise UserError(f"step '{step.name}' reads {which}; a step may read earlier ones only")
+            read.add(model)
     for name in names[:-1]:
-        if name not in used:
-            raise UserError(f"{where}: no later step reads step '{name}'; remove it, or name it where it is meant")
+        if name not in read:
+            raise UserError(f"no later step reads step '{name}'; remove it, or name it where it is meant")
+
+
+def _tokenizer(top: TopBlock, steps: Sequence[Step], inputs: Sequence[str]) -> TokenizerSettings | None:
+    if top.tokenizer_source is not None and top.tokenizer is not None:
+        raise UserError("'tokenizer_source' and 'tokenizer' both stand; keep 'tokenizer', with its `source:`")
+    if top.tokenizer_source is not None:
+        tokenizer = TokenizerSettings(source=top.tokenizer_source)
+    elif top.tokenizer is not None:
+        tokenizer = top.tokenizer
+    else:
+        return None
+    for rule in tokenizer.rules.values():
+        if rule.model is not None and rule.model not in inputs:
+            raise UserError(f"tokenizer.tokens: '{rule.model}' is not a model here{nearest(rule.model, inputs)}")
+    if tokenizer.source in {step.name for step in steps}:
+        raise UserError(f"tokenizer: '{tokenizer.source}' is a step; name the model whose tokenizer it has")
+    return tokenizer
+
+
+def _text(top: TopBlock, blocks: Sequence[StepBlock], dtype: str | None) -> dict[str, Any]:
+    steps = [{k: v for k, v in block.model_dump(mode="json").items() if v not in (None, {})} for block in blocks]
+    rest = {k: v for k, v in top.model_dump(mode="json", exclude_defaults=True).items() if "dtype" not in k}
+    return {"sources": top.sources, "steps": steps, "dtype": dtype, **rest}

@@ -3,25 +3,29 @@
 import inspect
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from bmjax.config import UserError
-from bmjax.merge.methods import Method, find
+from bmjax.config import UserError, nearest
+from bmjax.merge.methods import METHODS, Method
 from bmjax.merge.methods.method import WITHOUT_EFFECT, Parameter
-from bmjax.merge.recipe.values import Rule, Value, checked, either, parse
-from bmjax.merge.recipe.yaml_blocks import LayersEntry, ModelEntry, SliceBlock, StepBlock, settings
+from bmjax.merge.recipe.calibration import CALIBRATED, DEFAULTS, CalibrationSettings
+from bmjax.merge.recipe.values import Rule, Value, checked, parse, simplify
+from bmjax.merge.recipe.yaml_blocks import LayersEntry, ModelEntry, SliceBlock, StepBlock, validate
 
 
 @dataclass(frozen=True)
 class Step:
     """A checked merge. Models are names: of earlier steps, aliases or directories.
 
-    base is None for a method that measures against none; `donor` then still names the model whose config, tokenizer
-    and storage types the result takes. arguments: every parameter of the method by its recipe name, per-model ones
-    as tuples in branch order; a `Value` where it depends on the tensor, see `at`. slices: the layers of the result
-    where they are not simply its models'; `branches` are then those of all slices, and the arguments are theirs.
+    base: None for a method that measures against none.
+    donor: the model whose config, tokenizer and storage types the result takes.
+    arguments: every parameter of the method by its recipe name, per-model ones as tuples in branch order; a `Value`
+        where it depends on the tensor, see `at`.
+    slices: the layers of the result where they are not simply its models'. The branches are then those of all slices,
+        and the arguments are theirs.
     dtype, out_dtype: as written, for `compat: mergekit`.
+    calibration, data: of a method that looks at data, its settings and each branch's rows; else None and empty.
     """
 
     name: str
@@ -33,10 +37,12 @@ class Step:
     slices: tuple["Slice", ...] = ()
     dtype: str | None = None
     out_dtype: str | None = None
+    calibration: CalibrationSettings | None = None
+    data: tuple[str | list[str], ...] = ()
 
     @property
     def models(self) -> Iterator[str]:
-        """Every model name this step mentions, the donor first."""
+        """Every model that this step names, the donor first."""
         yield self.donor
         yield from self.reads
 
@@ -51,14 +57,14 @@ class Step:
     @property
     def named(self) -> dict[str, str]:
         """The models that parameters name, by what the method calls them: `rebase`, `importance.0`."""
-        found: dict[str, str] = {}
-        for p in self.method.parameters.values():
-            value = self.arguments.get(p.name) if p.about.model else None
+        models: dict[str, str] = {}
+        for parameter in self.method.parameters.values():
+            value = self.arguments.get(parameter.name) if parameter.about.model else None
             if isinstance(value, tuple):
-                found |= {f"{p.name}.{b}": name for b, name in enumerate(value)}
+                models |= {f"{parameter.name}.{i}": name for i, name in enumerate(value)}
             elif value is not None:
-                found[p.name] = value
-        return found
+                models[parameter.name] = value
+        return models
 
     @property
     def values(self) -> Iterator[tuple[str | None, Value]]:
@@ -70,19 +76,28 @@ class Step:
                 yield from ((b, a) for b, a in zip(self.branches, argument, strict=True) if isinstance(a, Value))
 
     def at(self, tensor: str, depth: float, names: Mapping[str, str] | None = None) -> dict[str, Any]:
-        """The arguments for one tensor of the result, at a depth of 0 to 1 (see `bmjax.merge.plan.tensor_names.depth`).
+        """Return the arguments for one tensor of the result.
 
-        names: the tensor's name in each model where it has another there, which the filters of per-model parameters
-        see. Raises UserError where no filter fits, or the method refuses the arguments.
+        Arguments:
+            tensor: its name.
+            depth: 0 to 1, see `bmjax.merge.plan.tensor_names.depth`.
+            names: its name in each model that has another one there, which the filters of per-model parameters see.
+
+        Raises:
+            UserError: when no filter fits, or the method refuses the arguments.
         """
-        own = names or {}
+
+        def resolve(argument: Any, name: str) -> Any:
+            return argument.at(name, depth) if isinstance(argument, Value) else argument
+
+        names = names or {}
         resolved: dict[str, Any] = {}
-        for name, argument in self.arguments.items():
+        for parameter, argument in self.arguments.items():
             if isinstance(argument, tuple):
                 pairs = zip(self.branches, argument, strict=True)
-                resolved[name] = tuple(_resolve(a, own.get(branch, tensor), depth) for branch, a in pairs)
+                resolved[parameter] = tuple(resolve(value, names.get(branch, tensor)) for branch, value in pairs)
             else:
-                resolved[name] = _resolve(argument, tensor, depth)
+                resolved[parameter] = resolve(argument, tensor)
         if self.method.check and any(self.values):
             try:
                 self.method.check(resolved)
@@ -105,26 +120,25 @@ class Slice:
         return end - first
 
 
-def _resolve(argument: Any, tensor: str, depth: float) -> Any:
-    return argument.at(tensor, depth) if isinstance(argument, Value) else argument
+def build_step(block: StepBlock, location: str, notes: list[str]) -> Step:
+    """Build the step of a named block.
 
-
-def build(block: StepBlock, where: str, notes: list[str]) -> Step:
-    """The step of a named block. notes: gets a line for what has no effect."""
+    location: of the block, for errors and notes. notes: gets a line for what has no effect.
+    """
     try:
-        method = find(block.merge_method)
-        if (block.models is None) == (block.slices is None):
-            raise UserError(
-                "key 'models' is missing; it has no default"
-                if block.models is None
-                else "'models' and 'slices' both stand; keep one: whole models, or ranges of their layers"
-            )
-        builder = _Builder(block, method, notes, where)
-        if block.slices is None:
-            return builder.whole([_entry(entry) for entry in block.models or ()])
-        return builder.sliced(block.slices)
+        known = {**METHODS, **CALIBRATED}
+        if block.merge_method not in known:
+            raise UserError(f"unknown merge_method '{block.merge_method}'{nearest(block.merge_method, list(known))}")
+        builder = _StepBuilder(block, known[block.merge_method], location, notes)
+        if block.models is not None and block.slices is not None:
+            raise UserError("'models' and 'slices' both stand; keep one: whole models, or ranges of their layers")
+        if block.slices is not None:
+            return builder.from_slices(block.slices)
+        if block.models is None:
+            raise UserError("key 'models' is missing; it has no default")
+        return builder.from_models([_entry(entry) for entry in block.models])
     except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+        raise UserError(f"{location}: {error}") from None
 
 
 def _entry(entry: Any) -> ModelEntry:
@@ -132,103 +146,154 @@ def _entry(entry: Any) -> ModelEntry:
         return ModelEntry.model_validate({"model": entry})
     if not isinstance(entry, Mapping):
         raise UserError(f"models: expected a model's name or `model: NAME`, found {entry!r}")
-    return settings(ModelEntry, entry, "models")
+    return validate(ModelEntry, entry, "models")
 
 
 @dataclass(frozen=True)
-class _Builder:
-    """Makes the step of one block."""
-
+class _StepBuilder:
     block: StepBlock
     method: Method
-    notes: list[str]
-    where: str
+    location: str
+    notes: list[str] = field(default_factory=list)
 
-    def whole(self, entries: Sequence[ModelEntry], part: SliceBlock | None = None) -> Step:
-        """The step of whole models, or of one slice."""
+    def from_models(self, entries: Sequence[ModelEntry], part: SliceBlock | None = None) -> Step:
+        """Build the step of whole models, or of one slice."""
         method, block = self.method, self.block
-        common = [part.parameters, block.parameters] if part else [block.parameters]
         base_model = (part and part.base_model) or block.base_model
+        # Which of the models listed are branches, and whether they are as many as the method takes.
         names = [entry.model for entry in entries]
-        if twice := [name for name, count in Counter(names).items() if count > 1]:
-            raise UserError(f"model '{twice[0]}' is listed twice; list it once")
-        base = None
+        if repeated := [name for name, count in Counter(names).items() if count > 1]:
+            raise UserError(f"model '{repeated[0]}' is listed twice; list it once")
         if method.base == "required" and base_model is None:
             raise UserError(f"{method.name} needs 'base_model': the model that changes are measured against")
-        if method.base != "unused" and base_model is not None:
-            base = base_model
-            for entry in entries:
-                if entry.model == base and entry.parameters:
-                    self.check_names(entry.parameters)
-                    self.note(f"parameters of the base model '{base}' have no effect")
-            entries = [entry for entry in entries if entry.model != base]
+        base = None if method.base == "unused" else base_model
+        for entry in entries:
+            if entry.data is not None and entry.model == base:
+                raise UserError(f"model '{base}' is the base_model, which needs no 'data'; remove it from 'models'")
+            if entry.data is not None and method.name not in CALIBRATED:
+                raise UserError(
+                    f"model '{entry.model}' has 'data', which {method.name} does not read; remove it, or choose "
+                    f"{' or '.join(CALIBRATED)}"
+                )
+            if entry.model == base and entry.parameters:
+                self.check_names(entry.parameters)
+                self.note(f"parameters of the base model '{base}' have no effect")
+        entries = [entry for entry in entries if base is None or entry.model != base]
         least, most = method.branches
         if len(entries) < least or (most is not None and len(entries) > most):
             up_to = "" if most is None else f" and at most {most}"
             beside = "" if base is None else " beside the base"
             raise UserError(f"{method.name} needs at least {least}{up_to} models{beside}, found {len(entries)}")
-        arguments = self.arguments(common, entries)
+        # What the method is told.
         branches = tuple(entry.model for entry in entries)
+        calibration: CalibrationSettings | None = None
+        data: tuple[str | list[str], ...] = ()
+        arguments: dict[str, Any] = {}
+        if method.name in CALIBRATED:
+            calibration, data = self.calibration(entries)
+        else:
+            arguments = self.arguments([part.parameters, block.parameters] if part else [block.parameters], entries)
         step = Step(
-            str(block.name), method, base, branches, base_model or branches[0], arguments,
-            dtype=block.dtype, out_dtype=block.out_dtype,
-        )  # fmt: skip
+            name=str(block.name),
+            method=method,
+            base=base,
+            branches=branches,
+            donor=base_model or branches[0],
+            arguments=arguments,
+            dtype=block.dtype,
+            out_dtype=block.out_dtype,
+            calibration=calibration,
+            data=data,
+        )
         if method.check and not any(step.values):
             method.check(arguments)
         return step
 
-    def sliced(self, parts: Sequence[SliceBlock]) -> Step:
-        """The step whose layers come from slices."""
+    def from_slices(self, parts: Sequence[SliceBlock]) -> Step:
+        """Build the step whose layers come from slices."""
+        if self.method.name in CALIBRATED:
+            raise UserError(f"{self.method.name} merges whole models: list them under 'models' instead of 'slices'")
         slices = []
         for i, part in enumerate(parts):
             try:
                 if part.residual_weight is not None:
                     self.note("residual_weight has no effect, as in mergekit")
-                step = self.whole(part.sources, part)
+                step = self.from_models(part.sources, part)
                 slices.append(Slice(step, _ranges(step, part.sources)))
             except UserError as error:
                 raise UserError(f"slices[{i}]: {error}") from None
         first, block = slices[0].step, self.block
-        branches = dict.fromkeys(name for part in slices for name in part.step.branches)
         return Step(
-            first.name, self.method, first.base, tuple(branches), block.base_model or first.donor, {},
-            tuple(slices), block.dtype, block.out_dtype,
-        )  # fmt: skip
+            name=first.name,
+            method=self.method,
+            base=first.base,
+            branches=tuple(dict.fromkeys(name for part in slices for name in part.step.branches)),
+            donor=block.base_model or first.donor,
+            arguments={},
+            slices=tuple(slices),
+            dtype=block.dtype,
+            out_dtype=block.out_dtype,
+        )
 
-    def arguments(self, common: Sequence[Mapping[str, Any]], entries: Sequence[ModelEntry]) -> dict[str, Any]:
-        """Every parameter's value or values; the level nearest to the model goes first, the default last."""
+    def calibration(self, entries: Sequence[ModelEntry]) -> tuple[CalibrationSettings, tuple[str | list[str], ...]]:
+        """Return the settings of a method that looks at data, and the rows of every branch."""
+        name, parameters, known = self.method.name, self.block.parameters, list(CalibrationSettings.model_fields)
+        for parameter in [*parameters, *(p for entry in entries for p in entry.parameters)]:
+            if parameter not in known:
+                raise UserError(f"unknown parameter '{parameter}' of {name}{nearest(str(parameter), known)}")
+        data = []
+        for entry in entries:
+            for parameter in entry.parameters:
+                raise self.not_of_a_model(parameter, entry)
+            if entry.data is None:
+                raise UserError(
+                    f"model '{entry.model}' has no 'data': {name} needs rows of every model's domain; "
+                    f"write {{model: {entry.model}, data: FILE}}"
+                )
+            data.append(entry.data)
+        try:
+            return CalibrationSettings.read({**DEFAULTS[name], **parameters}), tuple(data)
+        except UserError as error:
+            raise UserError(str(error).removeprefix("settings: ")) from None
+
+    def arguments(self, levels: Sequence[Mapping[str, Any]], entries: Sequence[ModelEntry]) -> dict[str, Any]:
+        """Return every parameter's value or values; the level nearest to the model goes first, the default last."""
         method = self.method
-        for level in common:
+        for level in levels:
             self.check_names(level)
         for entry in entries:
             self.check_names(entry.parameters)
             for name in entry.parameters:
-                own = name in WITHOUT_EFFECT or method.parameter(name).about.per_model
-                if not own and method.branches[1] != 1:
-                    raise UserError(
-                        f"parameter '{name}' of {method.name} is not a model's: move it from '{entry.model}' "
-                        "to the step's own 'parameters'"
-                    )
+                of_a_model = name in WITHOUT_EFFECT or method.parameter(name).about.per_model
+                if not of_a_model and method.branches[1] != 1:
+                    raise self.not_of_a_model(name, entry)
         arguments: dict[str, Any] = {}
         for name, parameter in method.parameters.items():
-            rules = tuple(rule for level in common for rule in _rules(parameter, level))
-            of_models = [
-                either(name, (*_rules(parameter, e.parameters), *rules, *_default(parameter))) for e in entries
-            ]
+            common = tuple(rule for level in levels for rule in _rules(parameter, level))
+            if parameter.default is not inspect.Parameter.empty:
+                common = (*common, Rule((parameter.default,)))
+            per_model = [simplify(name, (*_rules(parameter, entry.parameters), *common)) for entry in entries]
             if parameter.about.per_model:
-                arguments[name] = tuple(of_models)
+                arguments[name] = tuple(per_model)
             elif method.branches[1] == 1:
-                (arguments[name],) = of_models
+                (arguments[name],) = per_model
             else:
-                arguments[name] = either(name, (*rules, *_default(parameter)))
-            for value, entry in zip(of_models, entries, strict=True):
+                arguments[name] = simplify(name, common)
+            for value, entry in zip(per_model, entries, strict=True):
                 if isinstance(value, Value) and not value.rules:
                     of = f" of model '{entry.model}'" if parameter.about.per_model else ""
                     raise UserError(f"{method.name} needs parameter '{name}'{of}; it has no default")
         return arguments
 
+    def not_of_a_model(self, parameter: str, entry: ModelEntry) -> UserError:
+        """Return the error for a step's parameter that stands at a model."""
+        return UserError(
+            f"parameter '{parameter}' of {self.method.name} is not a model's: move it from '{entry.model}' "
+            "to the step's own 'parameters'"
+        )
+
     def check_names(self, parameters: Mapping[str, Any]) -> None:
-        """Every key is a parameter of the method, or known to do nothing."""
+        """Raise a UserError for a key that is neither a parameter of the method nor known to have no effect."""
         for name in parameters:
             if name in WITHOUT_EFFECT:
                 _rules(WITHOUT_EFFECT[name], parameters)
@@ -237,38 +302,36 @@ class _Builder:
                 self.method.parameter(name)
 
     def note(self, text: str) -> None:
-        """One line for the user, once."""
-        line = f"{self.where}: {text}"
+        """Add one line for the user, once."""
+        line = f"{self.location}: {text}"
         if line not in self.notes:
             self.notes.append(line)
-
-
-def _default(parameter: Parameter) -> tuple[Rule, ...]:
-    return () if parameter.default is inspect.Parameter.empty else (Rule((parameter.default,)),)
 
 
 def _rules(parameter: Parameter, level: Mapping[str, Any]) -> tuple[Rule, ...]:
     if parameter.name not in level:
         return ()
-    given = level[parameter.name]
-    if given is None and parameter.default is None:
+    value = level[parameter.name]
+    if value is None and parameter.default is None:
         return (Rule((None,)),)
     if parameter.about.model:
-        return (Rule((checked(parameter.name, given, parameter.check),)),)
-    return parse(parameter.name, given, parameter.check, line=parameter.kind is not int)
+        return (Rule((checked(parameter.name, value, parameter.check),)),)
+    return parse(parameter.name, value, parameter.check, line=parameter.kind is not int)
 
 
 def _ranges(step: Step, entries: Sequence[LayersEntry]) -> dict[str, tuple[int, int]]:
-    """Which layers of each model a slice reads; a model that is not listed is read where all others are."""
+    """Return which layers of each model a slice reads; a model that is not listed is read where all others are."""
     ranges = {entry.model: entry.layer_range for entry in entries}
     for model, (first, end) in ranges.items():
         if not 0 <= first < end:
             raise UserError(f"model '{model}': layer_range [{first}, {end}]: expected [first, end], 0 <= first < end")
     leader, *others = ranges
     for other in others:
-        one, more = (ranges[model][1] - ranges[model][0] for model in (leader, other))
-        if one != more:
-            raise UserError(f"'{leader}' gives {one} layers, '{other}' {more}; all sources of a slice give as many")
+        lead_count, count = (ranges[model][1] - ranges[model][0] for model in (leader, other))
+        if lead_count != count:
+            raise UserError(
+                f"'{leader}' gives {lead_count} layers, '{other}' {count}; all sources of a slice give as many"
+            )
     for model in step.reads:
         if model not in ranges:
             if len(set(ranges.values())) > 1:

@@ -29,18 +29,18 @@ class Rule:
     pattern: re.Pattern[str] | None = None
 
     def fits(self, tensor: str) -> bool:
-        """Whether the rule speaks of the tensor."""
+        """Return whether the rule is about the tensor."""
         if self.pattern is not None:
             return self.pattern.search(tensor) is not None
         return self.text is None or self.text in tensor
 
     def at(self, depth: float) -> Any:
-        """The value at a depth of 0 to 1: on the line between the points beside it; words and switches in steps."""
-        place = depth * (len(self.points) - 1)
-        before = int(place)
+        """Return the value at a depth of 0 to 1. Numbers lie on lines between the points; words change in steps."""
+        position = depth * (len(self.points) - 1)
+        before = int(position)
         if any(isinstance(point, (bool, str)) for point in self.points):
             return self.points[before]
-        after, share = min(before + 1, len(self.points) - 1), place - before
+        after, share = min(before + 1, len(self.points) - 1), position - before
         return self.points[before] if share == 0 else (1 - share) * self.points[before] + share * self.points[after]
 
 
@@ -52,7 +52,7 @@ class Value:
     rules: tuple[Rule, ...]
 
     def rule(self, tensor: str) -> Rule:
-        """The rule that decides, or a UserError where none fits."""
+        """Return the first rule that fits the tensor, or raise a UserError when none does."""
         for rule in self.rules:
             if rule.fits(tensor):
                 return rule
@@ -61,12 +61,12 @@ class Value:
         )
 
     def at(self, tensor: str, depth: float) -> Any:
-        """The value for a tensor at a depth of 0 (first layer) to 1 (last)."""
+        """Return the value for a tensor at a depth of 0 (first layer) to 1 (last)."""
         return self.rule(tensor).at(depth)
 
 
 def parse(name: str, value: Any, check: Callable[[Any], Any], *, line: bool = True) -> tuple[Rule, ...]:
-    """The rules of a parameter's value as a recipe gives it.
+    """Return the rules of a parameter's value as a recipe writes it.
 
     check: returns a single value as its type or raises UserError. line: whether values between two are values too.
     """
@@ -81,8 +81,8 @@ def parse(name: str, value: Any, check: Callable[[Any], Any], *, line: bool = Tr
     return tuple(rules)
 
 
-def either(name: str, rules: tuple[Rule, ...]) -> Any:
-    """The plain value if the first rule is one for all tensors and depths, else a Value of the rules that count."""
+def simplify(name: str, rules: tuple[Rule, ...]) -> Any:
+    """Return the plain value if the first rule is the same for all tensors and depths, else a Value of the rules."""
     last = next((i for i, rule in enumerate(rules) if rule.text is None), len(rules))
     if rules and last == 0 and len(rules[0].points) == 1:
         return rules[0].points[0]
@@ -99,9 +99,9 @@ def _rule(name: str, entry: Mapping[Any, Any], check: Callable[[Any], Any], line
     text, pattern = entry.get("filter"), entry.get("regex")
     if text is not None and pattern is not None:
         raise UserError(f"{name}: 'filter' and 'regex' stand in one entry; keep one of them")
-    for key, found in (("filter", text), ("regex", pattern)):
-        if found is not None and (not isinstance(found, str) or not found):
-            raise UserError(f"{name}: {key}: expected a part of tensor names, found {found!r}")
+    for key, part in (("filter", text), ("regex", pattern)):
+        if part is not None and (not isinstance(part, str) or not part):
+            raise UserError(f"{name}: {key}: expected a part of tensor names, found {part!r}")
     if pattern is None:
         return Rule(points, None if text == "*" else text)
     if len(pattern) > MAX_PATTERN:
@@ -118,7 +118,7 @@ def _rule(name: str, entry: Mapping[Any, Any], check: Callable[[Any], Any], line
 
 
 def _is_quick(pattern: str) -> bool:
-    """Whether no name makes a search of the pattern try very many ways to match it."""
+    """Return whether a search for the pattern is fast in every name."""
     bare = re.sub(r"\\.|\[\^?\]?[^\]]*\]", "x", pattern, flags=re.DOTALL)
     repeats = re.findall(r"(?<![(*+?}])[*+?{]", bare)
     return len(repeats) <= _MAX_REPEATS and bare.count("(") <= _MAX_GROUPS and not re.search(r"\)[*+{]", bare)
@@ -135,7 +135,7 @@ def _points(name: str, value: Any, check: Callable[[Any], Any], line: bool) -> t
 
 
 def checked(name: str, value: Any, check: Callable[[Any], Any]) -> Any:
-    """`check(value)`, whose comparisons with floats a whole number may be too large for."""
+    """Return `check(value)`; a UserError for a whole number too large to be compared with floats."""
     try:
         return check(value)
     except OverflowError:

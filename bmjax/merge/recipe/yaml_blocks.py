@@ -1,14 +1,16 @@
-"""The YAML of a recipe: which keys stand where, in one document, in `steps:`, or in several documents."""
+"""The YAML of a recipe: which keys stand in which block, in one document, in `steps:`, or in several documents."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from pydantic import Field
 
 from bmjax.config import Settings, UserError, nearest, read_yaml_documents
+from bmjax.merge.recipe.tokenizer import TokenizerSettings
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+S = TypeVar("S", bound=Settings)
 _OF_THE_RESULT = ("tokenizer_source", "tokenizer", "chat_template")
 
 
@@ -17,6 +19,9 @@ class ModelEntry(Settings):
 
     model: str = Field(min_length=1, description="a directory, hub id, alias of `sources`, or an earlier step's name")
     parameters: dict[str, Any] = Field({}, description="this model's values of the method's per-model parameters")
+    data: str | list[str] | None = Field(
+        None, description="learned and regmean: rows of the model's domain, in the formats that `bmjax train` reads"
+    )
 
 
 class LayersEntry(ModelEntry):
@@ -51,106 +56,115 @@ class TopBlock(Settings):
     """What a recipe says once."""
 
     sources: dict[str, str] = Field({}, description="short names of model directories or hub ids")
-    seed: int = Field(0, ge=0, lt=2**63, description="of random masks; the same seed gives the same bytes")
+    seed: int = Field(0, ge=0, lt=2**63, description="of random masks and of drawn rows; equal seeds give equal bytes")
     compat: Literal["mergekit"] | None = Field(None, description="mergekit: its arithmetic, where ours is better")
     tokenizer_source: str | None = Field(None, min_length=1, description="base, union, or a model")
-    tokenizer: dict[str, Any] | None = Field(None, description="source, tokens and pad_to_multiple_of")
+    tokenizer: TokenizerSettings | None = Field(None, description="source, tokens and pad_to_multiple_of")
     chat_template: str | None = Field(None, min_length=1, description="auto (the base's), a name, or jinja")
     dtype: Dtype | None = Field(None, description="as in a step")
     out_dtype: Dtype | None = Field(None, description="as in a step")
 
 
 class Blocks(NamedTuple):
-    """A recipe's YAML, every key known and of its type. steps: for each its place in words, and its block."""
+    """A recipe's YAML, every key known and of its type. steps: of each step its location for errors, and its block."""
 
-    where: str
+    location: str
     top: TopBlock
     steps: list[tuple[str, StepBlock]]
 
 
 def read_blocks(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Blocks:
-    """The blocks of a YAML file or a mapping, then `key.sub=value` overrides (`steps.NAME.key=value` for a step)."""
-    where = "recipe" if isinstance(source, Mapping) else str(source)
-    documents = _documents(source, where)
-    for document in documents:
-        if "modules" in document:
-            raise UserError(
-                f"{where}: 'modules' is not supported: list whole models under 'models', or layers under 'slices'"
-            )
-    if len(documents) == 1 and "steps" in documents[0]:
-        top, raw = _with_steps(documents[0], where)
-        return _several(where, top, raw, overrides, "step")
-    top, raw = _split(documents, where)
-    if len(raw) > 1:
-        return _several(where, top, raw, overrides, "document")
-    of_top = [o for o in overrides if _root(o) in TopBlock.model_fields.keys() - StepBlock.model_fields.keys()]
-    block = settings(StepBlock, raw[0], where, [o for o in overrides if o not in of_top])
-    return Blocks(where, settings(TopBlock, top, where, of_top), [(where, block)])
-
-
-def settings(kind: type[Any], values: Mapping[str, Any], where: str, overrides: Sequence[str] = ()) -> Any:
-    """`kind` read from `values`, the unknown key named before what it was meant to be is missed."""
-    for key in values:
-        _check_key(key, kind.model_fields, where)
-    try:
-        return kind.read(values, overrides)
-    except UserError as error:
-        raise UserError(f"{where}: {str(error).removeprefix('settings: ')}") from None
-
-
-def _documents(source: str | Path | Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+    """Read the blocks of a YAML file or a mapping, then apply `key.sub=value` overrides (`steps.NAME.key=value`)."""
+    location = "recipe" if isinstance(source, Mapping) else str(source)
+    # Which keys belong to the whole recipe, and which to each merge.
     raw = [source] if isinstance(source, Mapping) else read_yaml_documents(source)
     documents = [document for document in raw if document is not None] or [{}]
     for document in documents:
         if not isinstance(document, Mapping):
-            raise UserError(f"{where}: expected `key: value` lines at the top, found {type(document).__name__}")
-    return [dict(document) for document in documents]
+            raise UserError(f"{location}: expected `key: value` lines at the top, found {type(document).__name__}")
+        if "modules" in document:
+            raise UserError(
+                f"{location}: 'modules' is not supported: list whole models under 'models', or layers under 'slices'"
+            )
+    has_steps = len(documents) == 1 and "steps" in documents[0]
+    top, merges = _split_steps(documents[0], location) if has_steps else _split_documents(documents, location)
+    # Which override belongs to which of them.
+    if len(documents) == 1 and not has_steps:
+        top_only = TopBlock.model_fields.keys() - StepBlock.model_fields.keys()
+        of_top = [override for override in overrides if _root(override) in top_only]
+        of_steps = [[override for override in overrides if override not in of_top]]
+        locations = [location]
+    else:
+        names = [str(merge.get("name") or "merged") for merge in merges]
+        of_top, of_steps = _assign(overrides, names)
+        locations = [f"{location}: {'step' if has_steps else 'document'} '{name}'" for name in names]
+        merges = [{**merge, "name": name} for merge, name in zip(merges, names, strict=True)]
+    steps = [
+        (step_location, validate(StepBlock, merge, step_location, step_overrides))
+        for step_location, merge, step_overrides in zip(locations, merges, of_steps, strict=True)
+    ]
+    return Blocks(location, validate(TopBlock, top, location, of_top), steps)
 
 
-def _check_key(key: Any, known: Any, where: str) -> None:
+def validate(kind: type[S], values: Mapping[str, Any], location: str, overrides: Sequence[str] = ()) -> S:
+    """Validate `values` as `kind`. Unknown keys are reported before missing ones, which often are the same misspelt."""
+    for key in values:
+        _check_key(key, kind.model_fields, location)
+    try:
+        return kind.read(values, overrides)
+    except UserError as error:
+        raise UserError(f"{location}: {str(error).removeprefix('settings: ')}") from None
+
+
+def _check_key(key: Any, known: Any, location: str) -> None:
     if key not in known:
-        raise UserError(f"{where}: unknown key '{key}'{nearest(str(key), list(known))}")
+        raise UserError(f"{location}: unknown key '{key}'{nearest(str(key), list(known))}")
 
 
-def _with_steps(document: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _split_steps(document: Mapping[str, Any], location: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return the keys of the whole recipe, and those of each of its `steps:`."""
     for key in document:
         if key in StepBlock.model_fields and key not in TopBlock.model_fields:
-            raise UserError(f"{where}: '{key}' stands beside 'steps'; move it into a step")
-        _check_key(key, ["steps", *TopBlock.model_fields], where)
+            raise UserError(f"{location}: '{key}' stands beside 'steps'; move it into a step")
+        _check_key(key, ["steps", *TopBlock.model_fields], location)
     steps = document["steps"]
     if not isinstance(steps, list) or not steps or not all(isinstance(step, Mapping) for step in steps):
-        raise UserError(f"{where}: steps: expected a list of merges, each a block of keys, found {str(steps)[:60]!r}")
+        raise UserError(
+            f"{location}: steps: expected a list of merges, each a block of keys, found {str(steps)[:60]!r}"
+        )
     for step in steps:
         for key in step:
             if key in TopBlock.model_fields and key not in StepBlock.model_fields:
-                raise UserError(f"{where}: '{key}' is the whole recipe's, not a step's; move it beside 'steps'")
+                raise UserError(f"{location}: '{key}' is the whole recipe's, not a step's; move it beside 'steps'")
     for step in steps[:-1]:
         if not step.get("name"):
-            raise UserError(f"{where}: every step but the last needs a name: add `name: ...` to {step}"[:300])
+            raise UserError(f"{location}: every step but the last needs a name: add `name: ...` to {step}"[:300])
     return {key: value for key, value in document.items() if key != "steps"}, [dict(step) for step in steps]
 
 
-def _split(documents: list[dict[str, Any]], where: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What the documents say of the whole recipe, and each one's merge; the one without a name is the result."""
+def _split_documents(
+    documents: Sequence[Mapping[str, Any]], location: str
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return what the documents say of the whole recipe, and each one's merge, the one without a name last."""
     known = list(dict.fromkeys([*StepBlock.model_fields, *TopBlock.model_fields, "steps"]))
     unnamed = [document for document in documents if document.get("name") is None]
     if len(unnamed) > 1:
-        raise UserError(f"{where}: {len(unnamed)} documents have no name; only the result's may have none")
+        raise UserError(f"{location}: {len(unnamed)} documents have no name; only the result's may have none")
     ordered = [document for document in documents if document.get("name") is not None] + unnamed
     top: dict[str, Any] = {}
     for document in ordered:
         for key, value in document.items():
-            _check_key(key, known, where)
+            _check_key(key, known, location)
             if key == "steps":
-                raise UserError(f"{where}: 'steps' stands in one of {len(documents)} documents; keep one form")
+                raise UserError(f"{location}: 'steps' stands in one of {len(documents)} documents; keep one form")
             if key in StepBlock.model_fields:
                 continue
             if key in _OF_THE_RESULT and document is not ordered[-1]:
-                raise UserError(f"{where}: '{key}' belongs to the last document, which makes the result")
+                raise UserError(f"{location}: '{key}' belongs to the last document, which makes the result")
             if key == "sources" and isinstance(value, Mapping) and isinstance(top.get(key, {}), Mapping):
                 value = {**top.get(key, {}), **value}
             elif key in top and top[key] != value:
-                raise UserError(f"{where}: '{key}' is {top[key]!r} in one document and {value!r} in another")
+                raise UserError(f"{location}: '{key}' is {top[key]!r} in one document and {value!r} in another")
             top[key] = value
     return top, [{k: v for k, v in document.items() if k in StepBlock.model_fields} for document in ordered]
 
@@ -159,29 +173,23 @@ def _root(override: str) -> str:
     return override.split("=")[0].split(".")[0].strip()
 
 
-def _several(
-    where: str, top: Mapping[str, Any], raw: Sequence[Mapping[str, Any]], overrides: Sequence[str], kind: str
-) -> Blocks:
-    labels = [str(block.get("name") or "merged") for block in raw]
-    of_steps: dict[str, list[str]] = {label: [] for label in labels}
+def _assign(overrides: Sequence[str], names: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """Return the overrides of the whole recipe, and those of every step without their `steps.NAME.`."""
     of_top: list[str] = []
+    of_steps: dict[str, list[str]] = {name: [] for name in names}
     for override in overrides:
         root, _, rest = override.partition(".")
         if root == "steps" and "=" in rest:
-            label, _, key = rest.partition(".")
-            if label not in of_steps or not key:
-                target = label.split("=")[0]
-                raise UserError(f"override '{override}': no step is named '{target}'{nearest(target, labels)}")
-            of_steps[label].append(key)
+            name, _, key = rest.partition(".")
+            if name not in of_steps or not key:
+                target = name.split("=")[0]
+                raise UserError(f"override '{override}': no step is named '{target}'{nearest(target, names)}")
+            of_steps[name].append(key)
         elif _root(override) in ("dtype", "out_dtype"):
-            of_steps[labels[-1]].append(override)
+            of_steps[names[-1]].append(override)
         elif "=" in override and _root(override) not in TopBlock.model_fields:
             hint = nearest(_root(override), ["steps", *TopBlock.model_fields])
-            raise UserError(f"override '{override}': unknown key{hint} (a step's key: steps.{labels[-1]}.KEY=VALUE)")
+            raise UserError(f"override '{override}': unknown key{hint} (a step's key: steps.{names[-1]}.KEY=VALUE)")
         else:
             of_top.append(override)
-    blocks = []
-    for label, block in zip(labels, raw, strict=True):
-        at = f"{where}: {kind} '{label}'"
-        blocks.append((at, settings(StepBlock, {**block, "name": label}, at, of_steps[label])))
-    return Blocks(where, settings(TopBlock, top, where, of_top), blocks)
+    return of_top, [of_steps[name] for name in names]

@@ -1,4 +1,4 @@
-"""The model card of a merge: README.md, for people and for the hub."""
+"""Writes the model card of a merge: README.md, for people and for the hub."""
 
 import re
 from collections.abc import Mapping
@@ -14,12 +14,12 @@ NAME = "README.md"
 
 
 def write_card(folder: Path, recipe: Recipe, report: Mapping[str, Any]) -> None:
-    """Writes the card of the merge that `report`, what merge_report.json holds, tells of."""
+    """Write the model card from `report`, the content of merge_report.json."""
     (folder / NAME).write_text(card(recipe, report), encoding="utf-8")
 
 
 def card(recipe: Recipe, report: Mapping[str, Any]) -> str:
-    """The card as Markdown, its head as the hub reads it. Names of models are shown and not obeyed."""
+    """Return the card as Markdown, its head as the hub reads it. Names of models are shown and not obeyed."""
     names = [split_revision(recipe.sources.get(name, name))[0] for name in recipe.inputs]
     hub_ids = [name for name in names if re.fullmatch(r"[\w.-]+/[\w.-]+", name)]
     head: dict[str, Any] = {"library_name": "transformers", "tags": ["merge", "bmjax"]}
@@ -35,6 +35,12 @@ def card(recipe: Recipe, report: Mapping[str, Any]) -> str:
     lines += ["", "## What was taken", ""]
     for step in recipe.steps:
         lines += _step(step.name, step.method.name, report["total"][step.name])
+    if "held_out_loss" in report:
+        lines += ["Mean loss on held-out rows of each model's domain, nats a token:", ""]
+        for stage, losses in report["held_out_loss"].items():
+            by_domain = ", ".join(f"{_code(name)} {loss:.4f}" for name, loss in losses.items())
+            lines.append(f"- {stage}{' (kept)' if stage == report['kept'] else ''}: {by_domain}")
+        lines.append("")
     lines += ["## Recipe", "", _fenced(yaml.safe_dump(dict(report["recipe"]), sort_keys=False, allow_unicode=True))]
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     lines += ["", f"Seed {report['seed']}. Made with {versions}. By tensor and layer: `merge_report.json`.", ""]
@@ -45,25 +51,29 @@ def _step(name: str, method: str, summary: Mapping[str, Any]) -> list[str]:
     moved = summary["moved_norm"] / max(summary["reference_norm"], 1e-30)
     text = f"{_code(name)}: {_code(method)}, moved {moved:.2%} of its base's norm; "
     text += f"{summary['sign_conflicts']:.1%} of the entries were raised by one model and lowered by another."
-    lines = [text, "", "| model | entries taken | norm of its change |", "|---|---|---|"]
+    columns = {"entries taken": ("kept", ".1%"), "norm of its change": ("delta_norm", ".4g")}
+    if any("coefficient" in values for values in summary["models"].values()):
+        columns["mean coefficient"] = ("coefficient", ".2f")
+    lines = [text, "", f"| model | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     for model, values in summary["models"].items():
-        lines.append(f"| {_code(model)} | {values['kept']:.1%} | {values['delta_norm']:.4g} |")
+        cells = [_code(model), *(format(values[key], form) for key, form in columns.values())]
+        lines.append(f"| {' | '.join(cells)} |")
     if summary["cosines"]:
         pairs = "; ".join(f"{_code(pair)} {value:.3f}" for pair, value in summary["cosines"].items())
         lines += ["", f"Cosines between the changes: {pairs}."]
     if "mask_jaccard_of_textbook" in summary:
-        found = summary["mask_jaccard_of_textbook"]
+        jaccard = summary["mask_jaccard_of_textbook"]
         lines += [
             "",
             "The importance is computed in a form that does not cancel. The textbook's formula would have kept other "
-            f"entries: its mask agrees with this one (Jaccard) to {found['float32']:.3f} in float32 and "
-            f"{found['bfloat16']:.3f} in bfloat16 (sampled in {summary['sampled']} tensors).",
+            f"entries: its mask agrees with this one (Jaccard) to {jaccard['float32']:.3f} in float32 and "
+            f"{jaccard['bfloat16']:.3f} in bfloat16 (sampled in {summary['sampled']} tensors).",
         ]
     return [*lines, ""]
 
 
 def _code(text: str) -> str:
-    """`text` as code that Markdown does not look into, also in a table."""
+    """Return `text` as code that Markdown does not look into, also in a table."""
     plain = " ".join(text.split()).replace("|", "\\|")
     longest = max((len(run) for run in re.findall("`+", plain)), default=0)
     fence, space = "`" * (longest + 1), " " if longest else ""

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bmjax.calibrate import dispatch
 from bmjax.merge.__main__ import main
-from bmjax.merge.plan import check
 from tests.merge.reference import BF16, SMALL, hf_dir, hf_tensors
 
 BACKBONE = hf_tensors(SMALL, 0)
@@ -90,7 +90,7 @@ def test_check_fails_where_the_merge_would(models, capsys, arguments, message):
 
 def test_a_seed_from_the_command_line_is_the_recipes(models, monkeypatch):
     seen = []
-    monkeypatch.setattr(check, "check", lambda recipe, *rest, **more: seen.append((recipe.seed, more)) or ())
+    monkeypatch.setattr(dispatch, "check", lambda recipe, *rest, **more: seen.append((recipe.seed, more)) or ())
     assert main(["recipe.yaml", "out", "--check", "--seed", "5", "--memory", "1GiB", "--shard-size", "2GB"]) == 0
     assert seen == [(5, {"memory": 2**30, "shard_bytes": 2 * 10**9})]
 

@@ -15,7 +15,7 @@ def test_one_untied_model_makes_the_result_untied(save):
         assert any("'tied' is tied" in note for note in result.notes)
 
 
-def test_tied_models_stay_tied_even_where_the_config_comes_from_an_untied_one(save):
+def test_tied_models_stay_tied_with_an_untied_config(save):
     a, b = (save(name, tensors(head=False, seed=i), tie_word_embeddings=True) for i, name in enumerate("ab"))
     config = save("config", tensors(seed=2), tie_word_embeddings=False)
     result = planned(soup("a", "b", base_model="config"), a=a, b=b, config=config)

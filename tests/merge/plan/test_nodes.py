@@ -29,7 +29,7 @@ def test_whole_models(save):
     assert result.config_changes == {} and result.notes == ()
 
 
-def test_tensors_of_no_layer_count_as_depth_0_and_an_only_layer_as_1(save):
+def test_depth_of_no_layer_is_0_of_an_only_layer_1(save):
     """As mergekit 0.1.5 plans pre and post weights, and slices of one layer."""
     a = save("a", tensors(layers=1))
     values = [{"filter": "norm", "value": [2, 3]}, {"value": [1, 5]}]

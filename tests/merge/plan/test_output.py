@@ -65,9 +65,10 @@ def test_hub_models_and_their_revisions(hub, tmp_path):
     assert locate(recipe, "org/there@v2") == tmp_path / "there"
     assert locate(recipe, "org/here", download=False) == tmp_path / "here"
     assert hub == [("org/there", "v2", False), ("org/here", None, True)]
-    with pytest.raises(UserError, match=r"^org/there@v2: no such directory, and the hub's model is not here yet"):
+    with pytest.raises(UserError, match=r"^org/there@v2: no such model directory; .* is not here yet, so it cannot"):
         locate(recipe, "org/there@v2", download=False)
-    with pytest.raises(UserError, match=r"^org/gone@v1: no such directory, and.*: nothing of that name$"):
+    message = r"^model 'gone': org/gone@v1: no such .*the Hugging Face Hub did not give it.*: nothing of that name$"
+    with pytest.raises(UserError, match=message):
         locate(recipe, "gone")
 
 
@@ -78,11 +79,11 @@ def test_models_that_are_not_there(tmp_path, monkeypatch):
     recipe = soup("org/mathe", "file", "a", "org/math@v1", "o/m@a@b", "o/m+o/adapter", a="nowhere")
     for name, message in (
         ("org/mathe", "org/mathe: no such model directory; did you mean 'org/math'?"),
-        ("file", "model 'file': file is a file, expected a model directory"),
+        ("file", "file: is a file, expected a model directory"),
         ("a", "model 'a': nowhere: no such model directory"),
-        ("org/math@v1", "model 'org/math@v1': org/math is a directory, which has no revisions; remove @v1"),
-        ("o/m@a@b", "model 'o/m@a@b': no such directory; a hub model's revision is given as org/name@revision"),
-        ("o/m+o/adapter", "model 'o/m+o/adapter': no such directory; LoRA adapters (MODEL+ADAPTER) are not merged"),
+        ("org/math@v1", "org/math is a directory, which has no revisions; remove @v1"),
+        ("o/m@a@b", "o/m@a@b: no such directory; a hub model's revision is given as org/name@revision"),
+        ("o/m+o/adapter", "o/m+o/adapter: no such directory; LoRA adapters (MODEL+ADAPTER) are not merged"),
     ):
         with pytest.raises(UserError) as error:
             locate(recipe, name)

@@ -118,7 +118,7 @@ def test_base_puts_the_other_models_rows_in_its_order(make):
     assert not [note for note in planned.notes if "token" in note]
 
 
-def test_equal_tokenizers_keep_padding_rows_and_need_no_reordering(make):
+def test_equal_tokenizers_keep_padding_rows(make):
     make("a", 0, ["u", "x", "y"], rows=8, vocab_size=8)
     make("b", 1, ["u", "x", "y"], rows=8)
     for source in ("base", "union", "b"):

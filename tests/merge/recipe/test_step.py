@@ -98,7 +98,7 @@ def test_a_base_beside_the_sources_has_their_layers():
         read_recipe(block)
 
 
-def test_arguments_that_only_a_tensor_shows_to_be_wrong():
+def test_arguments_that_are_wrong_for_one_tensor():
     weights = [{"filter": "mlp", "value": 0}, {"value": 1}]
     (step,) = read_recipe({"merge_method": "linear", "models": ["a"], "parameters": {"weight": weights}}).steps
     assert step.at("norm", 0.0)["weight"] == (1.0,)

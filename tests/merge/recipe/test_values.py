@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from bmjax.config import UserError
-from bmjax.merge.recipe.values import MAX_PATTERN, Value, either, parse
+from bmjax.merge.recipe.values import MAX_PATTERN, Value, parse, simplify
 
 ATTENTION, MLP = "model.layers.3.self_attn.q_proj.weight", "model.layers.3.mlp.up_proj.weight"
 
@@ -14,7 +14,7 @@ def number(value):
 
 
 def value(given, check=number):
-    return either("t", parse("t", given, check))
+    return simplify("t", parse("t", given, check))
 
 
 def test_a_plain_number_stays_one():
@@ -53,19 +53,19 @@ def test_the_first_filter_that_fits_decides():
     assert t.at("model.norm.weight", 1.0) == 0.6
 
 
-def test_without_a_fitting_filter_it_is_an_error_that_names_the_tensor():
+def test_no_fitting_filter_names_the_tensor():
     t = value([{"filter": "mlp", "value": 1}])
     assert t.at(MLP, 0.0) == 1.0
     with pytest.raises(UserError, match=r"'t' has no value for tensor 'model\.norm\.weight'.*`- value: V`"):
         t.at("model.norm.weight", 0.0)
 
 
-def test_rules_of_a_lower_level_stand_in_where_no_filter_of_the_higher_fits():
+def test_rules_of_the_next_level_where_no_filter_fits():
     levels = (
         *parse("t", [{"filter": "mlp", "value": 1}], number),
         *parse("t", [{"filter": "attn", "value": 2}], number),
     )
-    t = either("t", (*levels, *parse("t", 3, number)))
+    t = simplify("t", (*levels, *parse("t", 3, number)))
     assert isinstance(t, Value)
     assert (t.at(MLP, 0), t.at(ATTENTION, 0), t.at("norm", 0)) == (1.0, 2.0, 3.0)
 
@@ -106,7 +106,7 @@ def test_what_a_filters_regex_needs_is_allowed(pattern):
     value([{"regex": pattern, "value": 1}, {"value": 0}])
 
 
-def test_where_depth_must_not_matter_a_list_is_refused():
+def test_lists_are_refused_for_whole_numbers():
     assert parse("n", [3], number, line=False)[0].points == (3.0,)
     with pytest.raises(UserError, match="n: expected one value, found a list of 2"):
         parse("n", [3, 4], number, line=False)

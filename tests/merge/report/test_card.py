@@ -94,7 +94,7 @@ def test_compat_takes_the_other_tools_mask(tmp_path, monkeypatch):
         assert report["total"]["merged"]["models"]["a"]["kept"] == pytest.approx(found.mean(), abs=1e-6)
 
 
-def test_how_far_the_textbooks_masks_are_off(models, tmp_path, monkeypatch):
+def test_masks_of_the_textbook_formula_differ(models, tmp_path, monkeypatch):
     base, (branch, _) = models
     three = [np.asarray(x) for x in three_importances(block(base, [branch], {}))]
     exact = fusion_mask(base, branch)

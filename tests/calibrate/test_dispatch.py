@@ -1,0 +1,192 @@
+"""Merges of every kind through the one door: what a recipe may ask for, and steps of both kinds in one recipe."""
+
+import json
+import shutil
+
+import huggingface_hub
+import numpy as np
+import pytest
+import safetensors.numpy
+from tokenizers import Tokenizer
+
+from bmjax.calibrate import dispatch, steps
+from bmjax.config import UserError
+from bmjax.io.safetensors import open_checkpoint
+from bmjax.merge.recipe.recipe import read_recipe
+from tests.calibrate.tiny_models import SMALL, recipe, tensors
+
+KINDS = ("ties", "regmean", "learned")
+CALIBRATION = SMALL | {"steps": 1, "rows": 2, "documents": 12}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+def block(folder, method, *models, **more):
+    """A merge onto the base of the fixture `models`, by names of `sources`."""
+    rows = {"a": "a.jsonl", "b": "b.jsonl"}
+    entries = [
+        name if method == "ties" else {"model": name, "data": str(folder / rows.get(name, "a.jsonl"))}
+        for name in models or ("a", "b")
+    ]
+    parameters = {} if method == "ties" else CALIBRATION if method == "learned" else CALIBRATION | {"steps": 0}
+    return {"merge_method": method, "base_model": "base", "models": entries, "parameters": parameters, **more}
+
+
+def sources(folder):
+    return {name: str(folder / name) for name in ("base", "a", "b")}
+
+
+def listing(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_type_template_report_and_card(models, tmp_path, kind):
+    merge = block(models, kind, sources=sources(models), out_dtype="bfloat16", chat_template="alpaca", seed=3)
+    report = dispatch.merge(merge, tmp_path / "out")
+    assert listing(tmp_path) == ["out"]
+    written = open_checkpoint(tmp_path / "out")
+    assert {info.dtype for info in written.tensors.values()} == {"BF16"}
+    assert "### Instruction" in (tmp_path / "out/chat_template.jinja").read_text()
+    assert json.loads((tmp_path / "out/merge_report.json").read_text()) == json.loads(json.dumps(report))
+    assert report["seed"] == 3 and report["dtypes"] == ["bfloat16"]
+    assert report["checksums"].keys() == written.tensors.keys() == report["tensors"].keys()
+    assert report["recipe"]["steps"][0]["merge_method"] == kind
+    assert {s["directory"] for s in report["sources"].values()} == set(sources(models).values())
+    card = (tmp_path / "out/README.md").read_text()
+    assert f"`{kind}`" in card and report["sources"]["a"]["checksum"] in card
+    assert ("held-out rows" in card and "mean coefficient" in card) == (kind != "ties")
+
+
+def test_statistics_are_those_of_the_changes(models, tmp_path, kind):
+    report = dispatch.merge(block(models, kind, sources=sources(models)), tmp_path / "out")
+    base, a, b, out = (tensors(path) for path in (models / "base", models / "a", models / "b", tmp_path / "out"))
+    for name in ("model.layers.1.mlp.down_proj.weight", "model.norm.weight", "model.layers.0.self_attn.q_proj.bias"):
+        changes = [x[name].astype(np.float64) - base[name] for x in (a, b)]
+        summary = report["tensors"][name]["merged"]
+        expected = np.sum(changes[0] * changes[1]) / np.linalg.norm(changes[0]) / np.linalg.norm(changes[1])
+        assert summary["cosines"]["a, b"] == pytest.approx(expected, abs=1e-5)
+        assert summary["models"]["a"]["delta_norm"] == pytest.approx(np.linalg.norm(changes[0]), rel=1e-5)
+        assert summary["reference_norm"] == pytest.approx(np.linalg.norm(base[name].astype(np.float64)), rel=1e-5)
+        moved = np.linalg.norm(out[name].astype(np.float64) - base[name])
+        assert summary["moved_norm"] == pytest.approx(moved, rel=1e-4)
+        assert summary["sign_conflicts"] == pytest.approx(np.mean(changes[0] * changes[1] < 0))
+    assert report["sources"]["a"]["checksum"] == CHECKSUMS.setdefault("a", report["sources"]["a"]["checksum"])
+
+
+CHECKSUMS: dict[str, str] = {}  # of the models read, the same whatever reads them
+
+
+def test_steps_are_the_merges_one_after_another(models, tmp_path, kind):
+    """ties, then this kind, then ties again: as three merges of directories in float32."""
+    first = {**block(models, "ties"), "name": "first"}
+    second = {**block(models, kind, "first", "b"), "name": "second"}
+    last = block(models, "ties", "second", "a")
+    report = dispatch.merge({"sources": sources(models), "steps": [first, second, last]}, tmp_path / "out")
+    assert listing(tmp_path) == ["out"] and set(report["total"]) == {"size", "first", "second", "merged"}
+    assert set(report["sources"]) == {"base", "a", "b"}
+    places = sources(models)
+    for merge, name in ((first, "first"), (second, "second"), (last, "merged")):
+        alone = {key: value for key, value in merge.items() if key != "name"}
+        dispatch.merge({**alone, "sources": dict(places), "dtype": "float32"}, tmp_path / name)
+        places[name] = str(tmp_path / name)
+    expected, written = tensors(tmp_path / "merged"), tensors(tmp_path / "out")
+    assert all(np.array_equal(written[name], expected[name]) for name in expected)
+
+
+def test_a_step_with_data_may_end_a_recipe(models, tmp_path, kind):
+    first = {**block(models, "ties"), "name": "first"}
+    second = block(models, kind, "b", base_model="first")
+    report = dispatch.merge(
+        {"sources": sources(models), "steps": [first, second], "dtype": "float16"}, tmp_path / "out"
+    )
+    assert {info.dtype for info in open_checkpoint(tmp_path / "out").tensors.values()} == {"F16"}
+    assert (tmp_path / "out/tokenizer.json").exists() and report["total"]["merged"]["reference_norm"] > 0
+
+
+def test_a_union_of_tokenizers(models, tmp_path, kind):
+    """One model has a token and a row more: the result has it, and all other rows keep their tokens."""
+    shutil.copytree(models / "b", tmp_path / "b")
+    backend = Tokenizer.from_file(str(tmp_path / "b/tokenizer.json"))
+    backend.add_tokens(["<new>"])
+    backend.save(str(tmp_path / "b/tokenizer.json"))
+    weights = tensors(tmp_path / "b")
+    count = len(weights["model.embed_tokens.weight"])
+    assert backend.token_to_id("<new>") == count
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        row = np.full_like(weights[name][:1], 0.125)
+        weights[name] = np.concatenate([weights[name], row])
+    safetensors.numpy.save_file(weights, tmp_path / "b/model.safetensors", {"format": "pt"})
+    config = json.loads((tmp_path / "b/config.json").read_text())
+    (tmp_path / "b/config.json").write_text(json.dumps({**config, "vocab_size": count + 1}))
+    merge = block(models, kind, sources=sources(models) | {"b": str(tmp_path / "b")}, tokenizer_source="union")
+    report = dispatch.merge(merge, tmp_path / "out")
+    assert Tokenizer.from_file(str(tmp_path / "out/tokenizer.json")).token_to_id("<new>") == count
+    assert json.loads((tmp_path / "out/config.json").read_text())["vocab_size"] == count + 1
+    np.testing.assert_allclose(tensors(tmp_path / "out")["model.embed_tokens.weight"][count], 0.125, rtol=1e-6)
+    assert listing(tmp_path) == ["b", "out"] and set(report["sources"]) == {"base", "a", "b"}
+    assert report["sources"]["b"]["directory"] == str(tmp_path / "b")
+
+
+def test_check_tells_and_writes_nothing(models, tmp_path, kind):
+    lines = list(dispatch.check(read_recipe(block(models, kind, sources=sources(models))), tmp_path / "out"))
+    assert lines[0] == f"step merged: {kind} of a, b into base" and not listing(tmp_path)
+    assert any(line.startswith("write ") for line in lines)
+    assert any("a.jsonl for 'a'" in line for line in lines) == (kind != "ties")
+
+
+def test_check_refuses_what_the_merge_would(models, tmp_path, kind):
+    bad = block(models, kind, sources=sources(models) | {"a": str(tmp_path / "nothing")})
+    for run in (lambda r: list(dispatch.check(r, tmp_path / "out")), lambda r: dispatch.merge(r, tmp_path / "out")):
+        with pytest.raises(UserError, match=r"model 'a': .*nothing: no such model directory"):
+            run(read_recipe(bad))
+    assert not listing(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["directory", "org/name", "org/name@v2"])
+def test_a_model_by_each_kind_of_name(models, tmp_path, monkeypatch, kind, name):
+    asked = []
+
+    def snapshot_download(repository, revision=None, **options):
+        asked.append((repository, revision))
+        return str(models / "a")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    spelt = str(models / "a") if name == "directory" else name
+    merge = block(models, kind, spelt, "b", sources={"base": str(models / "base"), "b": str(models / "b")})
+    lines = list(dispatch.check(read_recipe(merge), tmp_path / "out"))
+    assert any(line.startswith(f"read {spelt}") for line in lines)
+    expected = {"directory": set(), "org/name": {("org/name", None)}, "org/name@v2": {("org/name", "v2")}}
+    assert set(asked) == expected[name]
+
+
+def test_mistakes_in_a_later_step_are_told_before_any_is_made(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(steps.files, "merge", lambda *arguments, **options: pytest.fail("a step was made"))
+    first = {**block(models, "ties"), "name": "first"}
+    for change, words in (
+        ({"parameters": CALIBRATION | {"seq_len": 512}}, "context of 256"),
+        ({"models": [{"model": "first", "data": "nothing.jsonl"}]}, "nothing.jsonl"),
+        ({"parameters": {"rowz": 1}}, "did you mean 'rows'?"),
+    ):
+        second = block(models, "learned", "first") | change
+        with pytest.raises(UserError, match=words):
+            dispatch.merge({"sources": sources(models), "steps": [first, second]}, tmp_path / "out")
+    assert not listing(tmp_path)
+
+
+def test_an_error_leaves_nothing_behind(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(steps, "merge_step", lambda *arguments, **options: 1 / 0)
+    first = {**block(models, "ties"), "name": "first"}
+    with pytest.raises(ZeroDivisionError):
+        dispatch.merge(
+            {"sources": sources(models), "steps": [first, block(models, "learned", "first")]}, tmp_path / "out"
+        )
+    assert not listing(tmp_path)
+
+
+def test_memory_is_refused_with_data(models, tmp_path):
+    with pytest.raises(UserError, match="--memory: learned holds all its models in memory"):
+        dispatch.merge(recipe(models), tmp_path / "out", memory=2**20)
