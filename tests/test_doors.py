@@ -18,7 +18,7 @@ from bmjax.plan import plan
 from bmjax.teach.collect import wanted_ids
 from bmjax.teach.select import select
 from bmjax.teach.settings import CollectSettings, SelectSettings
-from bmjax.weights.convert import to_orbax
+from bmjax.weights.convert import convert
 from tests.conftest import sums, write_rows, write_student
 
 ROWS = sums(12, 5)
@@ -130,7 +130,7 @@ def test_the_api_loads_the_model(student, model):
 
 
 def test_convert_reads_the_model(tmp_path, model):
-    to_orbax(model, str(tmp_path / "orbax"))
+    convert(model, str(tmp_path / "orbax"), "orbax")
     assert (tmp_path / "orbax" / "config.json").is_file()
 
 

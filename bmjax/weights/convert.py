@@ -21,27 +21,22 @@ from bmjax.weights.checkpoint import Checkpoints
 PARAMS = "params"  # DST/params/0: an Orbax checkpoint whose only step is 0
 
 
-def _new_path(destination: str) -> Path:
-    path = Path(destination)
-    if path.exists():
-        raise UserError(f"{path}: exists already; choose a new directory")
-    return path
-
-
 def convert(source: str, destination: str, to: str) -> None:
-    """Convert a model directory to the form `to`, 'hf' or 'orbax'; see `to_hf` and `to_orbax`."""
-    forms = {"hf": to_hf, "orbax": to_orbax}
+    """Convert a model directory to the form `to`, 'hf' or 'orbax'."""
+    forms = {"hf": _to_hf, "orbax": _to_orbax}
     if to not in forms:
         raise UserError(f"to: expected hf or orbax, found '{to}'")
+    if Path(destination).exists():
+        raise UserError(f"{Path(destination)}: exists already; choose a new directory")
     forms[to](source, destination)
 
 
-def to_orbax(source: str, destination: str) -> None:
+def _to_orbax(source: str, destination: str) -> None:
     """Write the parameters of a Hugging Face directory or hub id, in their stored dtype, to DESTINATION/params."""
-    target, directory = _new_path(destination), hub.model_directory(source)
+    directory = hub.model_directory(source)
     config = ModelConfig.from_dir(directory)
     params = hf.load_params(directory, config, make_mesh())
-    with replacing(target) as temporary:
+    with replacing(Path(destination)) as temporary:
         for file in directory.iterdir():
             if file.name in (*hf.TOKENIZER_FILES, "config.json", "generation_config.json"):
                 shutil.copyfile(file, temporary / file.name)
@@ -51,9 +46,9 @@ def to_orbax(source: str, destination: str) -> None:
         checkpoints.close()
 
 
-def to_hf(source: str, destination: str) -> None:
-    """Write a Hugging Face directory from what `to_orbax` wrote: safetensors, config and tokenizer."""
-    target, directory = _new_path(destination), Path(source)
+def _to_hf(source: str, destination: str) -> None:
+    """Write a Hugging Face directory from what `_to_orbax` wrote: safetensors, config and tokenizer."""
+    directory = Path(source)
     if not (directory / PARAMS).is_dir():
         ready = directory / "hf"
         hint = f"; {ready} is a Hugging Face directory already" if (ready / "config.json").is_file() else ""
@@ -71,4 +66,4 @@ def to_hf(source: str, destination: str) -> None:
         params = checkpoints.restore(None, spec.unflatten(list(shapes.items())))[0]
     finally:
         checkpoints.close()
-    hf.save_hf(target, params, read_hf_config(directory), side_files=directory)
+    hf.save_hf(destination, params, read_hf_config(directory), side_files=directory)
