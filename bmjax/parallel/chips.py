@@ -83,8 +83,7 @@ def topology_devices(name: str) -> tuple[Chip, list[Any]]:
 
     options = {"num_slices": slices} if slices > 1 else {}
     try:
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{shape}", **options)
-        devices = list(topology.devices)
+        devices = list(topologies.get_topology_desc(f"{kind}:{shape}", "tpu", **options).devices)
     except Exception as error:
         raise UserError(f"--topology: {name}: {first_line(error)}") from None
     if len(devices) != slices * math.prod(map(int, shape.split("x"))):

@@ -41,10 +41,9 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     """
     devices = list(devices if devices is not None else jax.devices())
     sizes = dict(sizes or {})
-    for axis in sizes:
+    for axis, size in sizes.items():
         if axis not in AXES:
             raise UserError(f"mesh: unknown axis '{axis}'; the axes are {', '.join(AXES)}")
-    for axis, size in sizes.items():
         if not isinstance(size, int):
             raise UserError(f"mesh: {axis} is {size!r}, expected a whole number")
     shape = [sizes.get(axis, 1) for axis in AXES]
@@ -58,16 +57,15 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
                 "change one of the sizes"
             )
         shape[shape.index(-1)] = len(devices) // fixed
-        fixed = len(devices)
-    if fixed > len(devices):
-        raise UserError(f"mesh: sizes {sizes} need {fixed} devices, there are {len(devices)}; make a size smaller")
+    used = math.prod(shape)
+    if used > len(devices):
+        raise UserError(f"mesh: sizes {sizes} need {used} devices, there are {len(devices)}; make a size smaller")
     try:
-        device_array = arrange(shape, devices[:fixed])
+        return Mesh(arrange(shape, devices[:used]), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     except (AssertionError, NotImplementedError, ValueError):
         raise UserError(
             f"mesh: sizes {sizes} cannot be laid out on these {len(devices)} devices; use all of them, one size -1"
         ) from None
-    return Mesh(device_array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def slow_groups(devices: Sequence[Any]) -> list[int]:
@@ -109,7 +107,7 @@ def fitting_spec(mesh: Mesh | AbstractMesh, axes: Sequence[str | None], shape: S
     """Return the `partition_spec`, with those dimensions whole that their mesh axes do not divide."""
     parts = []
     for size, part in zip(shape, partition_spec(axes), strict=True):
-        names = (part,) if isinstance(part, str) else tuple(part or ())
+        names = split_axes((part,))
         parts.append(part if size % math.prod(mesh.shape[name] for name in names) == 0 else None)
     return PartitionSpec(*parts)
 

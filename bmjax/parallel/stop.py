@@ -2,10 +2,10 @@
 
 import signal
 import threading
-from types import FrameType, TracebackType
 from typing import Any, Self
 
 import jax
+from jax.experimental import multihost_utils
 
 
 class Stop:
@@ -23,22 +23,13 @@ class Stop:
     def __enter__(self) -> Self:
         # Only the main thread may set a signal's handler; with several processes JAX has set it.
         if self._alone and threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGTERM, self._on_signal)
+            self._previous = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_signalled", True))
         return self
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._signalled = True
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._previous is not None:
             signal.signal(signal.SIGTERM, self._previous)
 
     def reached(self, step: int) -> bool:
         """Return whether to end after this step. All processes call it once a step."""
-        if self._alone:
-            return self._signalled
-        from jax.experimental import multihost_utils
-
-        return multihost_utils.reached_preemption_sync_point(step)
+        return self._signalled if self._alone else multihost_utils.reached_preemption_sync_point(step)
