@@ -43,8 +43,8 @@ class Context(NamedTuple):
     cos: jax.Array
     sin: jax.Array
     segment_ids_BT: jax.Array
-    valid_BS: jax.Array | None
-    start: jax.Array | None
+    valid_BS: jax.Array | None = None
+    start: jax.Array | None = None
 
 
 @lru_cache(maxsize=64)
@@ -182,14 +182,10 @@ class Qwen2(nn.Module):
         embedding_VD = _Embedding(c, name="embed")()
         x_BTD = constrain(lookup(embedding_VD, tokens_BT).astype(self.dtype), "batch", "length", None)
         cos, sin = rope.tables(c.rope, c.head_dim, c.max_length, positions_BT)
-        windows = None
-        if c.uses_windows:
-            windows = jnp.array([NO_WINDOW if w is None else w for w in c.windows], jnp.int32)
-        if cache is None:
-            ctx, kv = Context(cos, sin, segment_ids_BT, None, None), None
-        else:
-            ctx = Context(cos, sin, segment_ids_BT, cache.valid_BS, cache.next_slot)
-            kv = (cache.k, cache.v)
+        windows = jnp.array([NO_WINDOW if w is None else w for w in c.windows], jnp.int32) if c.uses_windows else None
+        ctx, kv = Context(cos, sin, segment_ids_BT), None
+        if cache is not None:
+            ctx, kv = ctx._replace(valid_BS=cache.valid_BS, start=cache.next_slot), (cache.k, cache.v)
         # grams: what bmjax.calibrate sows in the linear layers; empty otherwise.
         stack = nn.scan(
             checkpointed.remat(Layer, self.remat),
