@@ -39,11 +39,7 @@ class Rope:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What the architecture needs of a Hugging Face `config.json`.
-
-    max_length: tokens of the context. windows: for every layer the sliding window in tokens, or None for full
-    attention; empty: no layer has one. tied: the embedding's transpose is the head.
-    """
+    """What the architecture needs of a Hugging Face `config.json`."""
 
     vocab_size: int
     hidden_size: int
@@ -52,11 +48,11 @@ class ModelConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    max_length: int
+    max_length: int  # tokens of the context
     norm_eps: float = 1e-6
-    tied: bool = False
+    tied: bool = False  # the embedding's transpose is the head
     rope: Rope = Rope()
-    windows: tuple[int | None, ...] = ()
+    windows: tuple[int | None, ...] = ()  # every layer's, in tokens, None for full attention; empty: no layer has one
     initializer_range: float = 0.02
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None

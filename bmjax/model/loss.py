@@ -8,7 +8,6 @@ On a mesh every device has its own tokens and, along `tensor`, its own part of t
 Letters: n tokens of a chunk, V the device's part of the vocabulary.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -87,17 +86,6 @@ def _chunk_count(tokens: int, vocab: int) -> int:
     return chunks
 
 
-def _chunked(arrays: Sequence[jax.Array], mask: jax.Array, chunks: int) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """Return the order that puts targets first, and the arrays [N, ...] in it, zero-padded, as [chunks, n, ...]."""
-    order = jnp.argsort(mask <= 0, stable=True)
-
-    def split_up(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x[order], [(0, -len(x) % chunks)] + [(0, 0)] * (x.ndim - 1))
-        return x.reshape(chunks, -1, *x.shape[1:])
-
-    return order, tuple(split_up(x) for x in arrays)
-
-
 def _sums_of_device(split: Layout, h, w, labels, mask, gradient: bool, train_head: bool) -> Any:
     """Return `_sums_of_chunk` of all of a device's tokens. h [N, D], w [D, V], labels and mask [N]."""
     chunks = _chunk_count(len(labels), w.shape[1])
@@ -113,9 +101,13 @@ def _sums_of_device(split: Layout, h, w, labels, mask, gradient: bool, train_hea
 
         return lax.cond(jnp.any(mask > 0), compute, lambda: (sums, jnp.zeros_like(h) if gradient else None))
 
-    order, chunked = _chunked((h, labels, mask), mask, chunks)
+    def split_up(x: jax.Array) -> jax.Array:  # [N, ...] -> [chunks, n, ...], targets first, zero-padded
+        x = jnp.pad(x[order], [(0, -len(x) % chunks)] + [(0, 0)] * (x.ndim - 1))
+        return x.reshape(chunks, -1, *x.shape[1:])
+
+    order = jnp.argsort(mask <= 0, stable=True)
     zeros = (jnp.float32(0), jnp.zeros(w.shape, jnp.float32) if train_head else None)
-    sums, dh = lax.scan(add_chunk, zeros, chunked)
+    sums, dh = lax.scan(add_chunk, zeros, (split_up(h), split_up(labels), split_up(mask)))
     return sums, dh.reshape(-1, h.shape[1])[jnp.argsort(order)] if gradient else None
 
 
@@ -124,17 +116,14 @@ def _reduce_head_gradient(split: Layout, dw: jax.Array) -> jax.Array:
 
     Where an axis splits the width and not the tokens, its devices hold the same sum, and each cuts its part out.
     """
-    tokens = split.token_axes
+    scatter = bool(split.embed) and set(split.embed) <= set(split.token_axes)
+    summed_axes = tuple(axis for axis in split.token_axes if not scatter or axis not in split.embed)
+    dw = lax.psum(dw, summed_axes) if summed_axes else dw
     if not split.embed:
-        return lax.psum(dw, tokens) if tokens else dw
-    if set(split.embed) <= set(tokens):
-        other_axes = tuple(axis for axis in tokens if axis not in split.embed)
-        if other_axes:
-            dw = lax.psum(dw, other_axes)
+        return dw
+    if scatter:
         # The barrier keeps it in the loop over microbatches: XLA fails at moving it out (libtpu 0.0.42).
         return lax.optimization_barrier(lax.psum_scatter(dw, split.embed, scatter_dimension=0, tiled=True))
-    if tokens:
-        dw = lax.psum(dw, tokens)
     size = dw.shape[0] // lax.axis_size(split.embed)
     return lax.dynamic_slice_in_dim(dw, lax.axis_index(split.embed) * size, size)
 

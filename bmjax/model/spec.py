@@ -19,18 +19,15 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # Hugging Face 
 class Param:
     """One row of the table.
 
-    path: keys in the nested parameter dictionary. shape and axes: of the array in that dictionary, with the
-    layer axis first where the parameter is stacked over layers. hf_key: name in a Hugging Face checkpoint,
-    with `{layer}` where it is stacked. init: 'normal' (standard deviation `initializer_range`), 'zeros' or 'ones'.
     transposed: the HF tensor is this array's (per layer) transpose, so the HF last axis (in_features, the row a merge
     normalises along) is the second to last axis here.
     """
 
-    path: tuple[str, ...]
-    shape: tuple[int, ...]
+    path: tuple[str, ...]  # keys in the nested parameter dictionary
+    shape: tuple[int, ...]  # of the array there, with the layer axis first where it is stacked over layers
     axes: tuple[str, ...]
-    hf_key: str
-    init: str
+    hf_key: str  # name in a Hugging Face checkpoint, with `{layer}` where the array is stacked
+    init: str  # 'normal' (standard deviation `initializer_range`), 'zeros' or 'ones'
     transposed: bool = False
 
     @property

@@ -32,19 +32,14 @@ def gpu_capability() -> tuple[int, int] | None:
 
 @dataclass(frozen=True)
 class Chip:
-    """A TPU chip.
+    """A TPU chip; bandwidths in bytes a second."""
 
-    hbm_gib: memory that XLA's compiler lets a program use. flops: dense bfloat16 peak a second. hbm_bandwidth: bytes a
-    second. link_bandwidth: bytes a second that it sends over all its links. slice_bandwidth: its share of the bytes a
-    second that its host sends to other slices. price: US$ an hour on demand.
-    """
-
-    hbm_gib: float
-    flops: float
+    hbm_gib: float  # that XLA's compiler lets a program use
+    flops: float  # dense bfloat16 peak a second
     hbm_bandwidth: float
-    link_bandwidth: float
-    slice_bandwidth: float
-    price: float
+    link_bandwidth: float  # sent over all its links
+    slice_bandwidth: float  # its share of what its host sends to other slices
+    price: float  # US$ an hour on demand
 
 
 # cloud.google.com/tpu/docs/system-architecture-tpu-vm and /pricing; links: jax-ml.github.io/scaling-book/tpus.

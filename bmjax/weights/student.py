@@ -18,22 +18,15 @@ from bmjax.weights import hf
 
 @dataclass(frozen=True)
 class Student:
-    """A model on disk, ready to be loaded.
+    """A model on disk, ready to be loaded."""
 
-    directory: its Hugging Face directory, fetched from the hub where it was named by an id. hf_config: what config.json
-    holds. config: the same as sizes of the architecture. tokenizer: transformers' fast tokenizer, None without
-    tokenizer files. template: the Jinja text of the chat template asked for, None where no tokenizer was asked for.
-    stored_end_tokens: the ids that its files end a generation with. end_tokens: those, and the one that the template
-    writes after an assistant's turn.
-    """
-
-    directory: Path
-    hf_config: Mapping[str, Any]
-    config: ModelConfig
-    tokenizer: Any
-    template: str | None
-    stored_end_tokens: tuple[int, ...]
-    end_tokens: tuple[int, ...]
+    directory: Path  # its Hugging Face directory, fetched from the hub where it was named by an id
+    hf_config: Mapping[str, Any]  # what config.json holds
+    config: ModelConfig  # the same as sizes of the architecture
+    tokenizer: Any  # transformers' fast tokenizer; None without tokenizer files
+    template: str | None  # the Jinja text of the chat template asked for; None where no tokenizer was asked for
+    stored_end_tokens: tuple[int, ...]  # the ids that its files end a generation with
+    end_tokens: tuple[int, ...]  # those, and the one that the template writes after an assistant's turn
 
 
 def open(name: str | Path, *, template: str | None = None, purpose: str | None = None, label: str = "") -> Student:
