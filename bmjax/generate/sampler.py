@@ -176,8 +176,7 @@ def _compiled(
             return jax.vmap(jax.random.categorical)(step_keys, z_BV).astype(jnp.int32)
 
         def unfinished(carry: Any) -> jax.Array:
-            step, _, _, done_B, _ = carry
-            return (step < new) & ~jnp.all(done_B)
+            return (carry[0] < new) & ~jnp.all(carry[3])
 
         def advance(carry: Any) -> Any:
             step, z_BV, out_BN, done_B, cache = carry

@@ -58,11 +58,11 @@ def _initial(row: Param, config: ModelConfig, key: jax.Array, shape: tuple[int, 
     return jnp.zeros(shape, dtype) if row.init == "zeros" else jnp.ones(shape, dtype)
 
 
-def _parameter(module: nn.Module, name: str, row_name: str, config: ModelConfig) -> jax.Array:
-    """Return a module's parameter `name`: the table's row `row_name`, or one layer of a stacked row."""
-    row = _rows_by_name(config)[row_name]
+def _parameter(module: Any, name: str) -> jax.Array:
+    """Return a module's parameter `name`: the table's row of the module, or one layer of a stacked row."""
+    row = _rows_by_name(module.config)[f"{module.row}/{name}"]
     shape = row.shape[1:] if row.stacked else row.shape
-    return module.param(name, lambda key: _initial(row, config, key, shape, jnp.float32))
+    return module.param(name, lambda key: _initial(row, module.config, key, shape, jnp.float32))
 
 
 class RMSNorm(nn.Module):
@@ -73,7 +73,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        scale = _parameter(self, "scale", f"{self.row}/scale", self.config)
+        scale = _parameter(self, "scale")
         x = x_BTD.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.config.norm_eps)
         return scale.astype(x_BTD.dtype) * x.astype(x_BTD.dtype)
@@ -87,10 +87,9 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = ops.matmul(x, _parameter(self, "kernel", f"{self.row}/kernel", self.config).astype(x.dtype))
-        if f"{self.row}/bias" in _rows_by_name(self.config):
-            y = y + _parameter(self, "bias", f"{self.row}/bias", self.config).astype(x.dtype)
-        return y
+        y = ops.matmul(x, _parameter(self, "kernel").astype(x.dtype))
+        has_bias = f"{self.row}/bias" in _rows_by_name(self.config)
+        return y + _parameter(self, "bias").astype(x.dtype) if has_bias else y
 
 
 class Attention(nn.Module):
@@ -100,9 +99,7 @@ class Attention(nn.Module):
     attention_options: AttentionOptions
 
     @nn.compact
-    def __call__(
-        self, x_BTD: jax.Array, ctx: Context, window: jax.Array | None, layer: jax.Array, kv: Any
-    ) -> tuple[jax.Array, Any]:
+    def __call__(self, x_BTD: jax.Array, ctx: Context, window, layer, kv: Any) -> tuple[jax.Array, Any]:
         c = self.config
         B, T, _ = x_BTD.shape
 
@@ -148,9 +145,7 @@ class Layer(nn.Module):
     attention_options: AttentionOptions
 
     @nn.compact
-    def __call__(
-        self, carry: tuple[jax.Array, Any], ctx: Context, window: jax.Array | None, layer: jax.Array
-    ) -> tuple[tuple[jax.Array, Any], None]:
+    def __call__(self, carry: tuple[jax.Array, Any], ctx: Context, window, layer) -> tuple[Any, None]:
         x_BTD, kv = carry  # the whole cache is carried, so that a step writes its slots in place
         x_BTD = checkpoint_name(x_BTD, checkpointed.LAYER_INPUT)
         normed = RMSNorm(self.config, "layers/attention_norm", name="attention_norm")(x_BTD)
@@ -204,10 +199,11 @@ class Qwen2(nn.Module):
 
 class _Embedding(nn.Module):
     config: ModelConfig
+    row: str = "embed"
 
     @nn.compact
     def __call__(self) -> jax.Array:
-        return _parameter(self, "embedding", "embed/embedding", self.config)
+        return _parameter(self, "embedding")
 
 
 def init(config: ModelConfig, seed: int, mesh: Mesh | None = None, dtype: Any = jnp.float32) -> Params:
