@@ -17,7 +17,7 @@ from bmjax.branch.settings import TrainSettings
 from bmjax.branch.step import StepPlan, compile_step, load_batch
 from bmjax.config import UserError
 from bmjax.parallel import processes
-from bmjax.parallel.stop import Stop
+from bmjax.parallel.processes import Stop
 from bmjax.weights.checkpoint import Checkpoints
 
 State = dict[str, Any]

@@ -4,6 +4,7 @@
 """
 
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import jax
@@ -40,10 +41,9 @@ def _to_orbax(source: str, destination: str) -> None:
         for file in directory.iterdir():
             if file.name in (*hf.TOKENIZER_FILES, "config.json", "generation_config.json"):
                 shutil.copyfile(file, temporary / file.name)
-        checkpoints = Checkpoints(temporary / PARAMS, keep=1, every=1)
         dtypes = {row.name: str(spec.get(params, row.path).dtype) for row in spec.table(config)}
-        checkpoints.save(0, params, {"dtypes": dtypes})
-        checkpoints.close()
+        with closing(Checkpoints(temporary / PARAMS, keep=1, every=1)) as checkpoints:
+            checkpoints.save(0, params, {"dtypes": dtypes})
 
 
 def _to_hf(source: str, destination: str) -> None:
@@ -54,16 +54,9 @@ def _to_hf(source: str, destination: str) -> None:
         hint = f"; {ready} is a Hugging Face directory already" if (ready / "config.json").is_file() else ""
         raise UserError(f"{directory}: not what `bmjax convert --to orbax` writes (no {PARAMS}/ in it){hint}")
     config, mesh = ModelConfig.from_dir(directory), make_mesh()
-    checkpoints = Checkpoints(directory / PARAMS, keep=1, every=1)
-    try:
+    with closing(Checkpoints(directory / PARAMS, keep=1, every=1)) as checkpoints:
         dtypes = checkpoints.meta(None)["dtypes"]
-        shapes = {
-            row.path: jax.ShapeDtypeStruct(
-                row.shape, jnp.dtype(dtypes[row.name]), sharding=sharding(mesh, row.axes, row.shape)
-            )
-            for row in spec.table(config)
-        }
-        params = checkpoints.restore(None, spec.unflatten(list(shapes.items())))[0]
-    finally:
-        checkpoints.close()
+        rows = [(row, jnp.dtype(dtypes[row.name]), sharding(mesh, row.axes, row.shape)) for row in spec.table(config)]
+        shapes = [(row.path, jax.ShapeDtypeStruct(row.shape, dtype, sharding=layout)) for row, dtype, layout in rows]
+        params = checkpoints.restore(None, spec.unflatten(shapes))[0]
     hf.save_hf(destination, params, read_hf_config(directory), side_files=directory)

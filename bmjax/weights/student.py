@@ -30,7 +30,7 @@ class Student:
 
 
 def open(name: str | Path, *, template: str | None = None, purpose: str | None = None, label: str = "") -> Student:
-    """Open a model by its name.
+    """Open a model by its name; UserError when the model, its config, its tokenizer or the template cannot be had.
 
     Arguments:
         name: a directory or a hub id, `id@revision` too.
@@ -38,9 +38,6 @@ def open(name: str | Path, *, template: str | None = None, purpose: str | None =
         purpose: what needs a tokenizer and a chat template, for the error when they are missing ("training"); None:
             both are optional, and the template is not read.
         label: what errors about the name begin with.
-
-    Raises:
-        UserError: when the model, its config, its tokenizer or the template cannot be had.
     """
     directory = hub.model_directory(name, label=label)
     hf_config = read_hf_config(directory)
