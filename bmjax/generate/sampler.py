@@ -50,7 +50,9 @@ def generate(
     batch: int = 64,
     dtype: Any = jnp.float32,
 ) -> list[Generation]:
-    """Continue every prompt, on the mesh in scope.
+    """Continue every prompt, on the mesh in scope; return the generations in order.
+
+    Where prompt and new tokens together reach the model's context, a generation ends there with 'length'.
 
     Arguments:
         params: nested dictionary of arrays, as the parameter table has it.
@@ -58,10 +60,6 @@ def generate(
         eos_ids: the tokens that end a generation.
         batch: rows at a time.
         dtype: of the computation.
-
-    Returns:
-        A generation for every prompt, in order. Where prompt and new tokens together reach the model's context, it
-        ends there with 'length'.
 
     Raises:
         UserError: for an empty prompt, one that fills the model's context, or a token id that the model lacks.

@@ -246,16 +246,10 @@ def hidden(
     unroll: int = 1,
     attention_options: AttentionOptions = AttentionOptions(),
 ) -> jax.Array:
-    """Compute the final hidden states of every token.
+    """Compute the final hidden states of every token, [B, T, D] in `dtype`. For the options see `Qwen2`.
 
-    Arguments:
-        tokens_BT: int32 token ids.
-        segment_ids_BT: int32, 1.. per document, 0 for padding. None: a row is one document.
-        positions_BT: int32. None: they count from 0 in every document.
-        dtype, remat, unroll, attention_options: see `Qwen2`.
-
-    Returns:
-        [B, T, D] in `dtype`.
+    segment_ids_BT: int32, 1.. per document, 0 for padding; None: a row is one document. positions_BT: int32; None: they
+    count from 0 in every document.
     """
     if segment_ids_BT is None:
         segment_ids_BT = jnp.ones_like(tokens_BT)

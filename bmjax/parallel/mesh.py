@@ -29,15 +29,11 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 
 
 def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Make a mesh with the axes data, fsdp, context, tensor.
+    """Make a mesh with the axes data, fsdp, context, tensor of these devices (None: all).
 
-    Arguments:
-        sizes: of the axes. Absent axes are 1; at most one may be -1, the devices left over. Without a -1 the product
-            may be smaller than the number of devices: the first ones are used.
-        devices: default: all.
-
-    Raises:
-        UserError: for an unknown axis or sizes that do not fit the devices.
+    sizes: of the axes. Absent axes are 1; at most one may be -1, the devices left over. Without a -1 the product may be
+    smaller than the number of devices: the first ones are used. Raises UserError for an unknown axis or sizes that do
+    not fit the devices.
     """
     devices = list(devices if devices is not None else jax.devices())
     sizes = dict(sizes or {})

@@ -77,18 +77,11 @@ class Checkpoints:
         return None if newest is None else int(newest.step)
 
     def restore(self, step: int | None, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
-        """Read the checkpoint of `step`, or the newest for None.
+        """Read (state, meta) as they were saved with `step`, or the newest for None.
 
-        Arguments:
-            abstract_state: a pytree of jax.ShapeDtypeStruct with shardings, which may be those of another mesh. A
-                float32 leaf may be restored as bfloat16, and the other way round.
-
-        Returns:
-            (state, meta) as they were saved.
-
-        Raises:
-            UserError: when there is no such checkpoint, when it is another model's (naming the first leaf that
-                differs) or when it is damaged.
+        abstract_state: a pytree of jax.ShapeDtypeStruct with shardings, which may be those of another mesh. A float32
+        leaf may be restored as bfloat16, and the other way round. Raises UserError when there is no such checkpoint,
+        when it is another model's (naming the first leaf that differs) or when it is damaged.
         """
         step = self._existing_step(step)
         path, expected = self.directory / str(step), _leaves(abstract_state)

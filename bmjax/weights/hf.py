@@ -40,18 +40,11 @@ COMPARE_ROWS = 4096
 def load_params(
     directory: str | Path, config: ModelConfig, mesh: Mesh | None = None, dtype: Any = None
 ) -> dict[str, Any]:
-    """Load the parameters of a directory. Every process reads only the blocks of its devices.
+    """Load the parameters of a directory as the table's nested dictionary of jax.Array.
 
-    Arguments:
-        config: the directory's config.
-        mesh: the arrays are laid out on it as the table says. None: on the default device.
-        dtype: of the arrays. None: as stored.
-
-    Returns:
-        A nested dictionary of jax.Array, as the table has it.
-
-    Raises:
-        UserError: when the files do not hold exactly the tensors that `config` describes.
+    Every process reads only the blocks of its devices. mesh: the arrays are laid out on it as the table says; None: on
+    the default device. dtype: of the arrays; None: as stored. Raises UserError when the files do not hold exactly the
+    tensors that `config`, the directory's, describes.
     """
     checkpoint = open_checkpoint(directory)
     _check_tensors(checkpoint, config)

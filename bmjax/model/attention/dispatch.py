@@ -50,19 +50,11 @@ def causal_attention(
     window: jax.Array | None = None,
     options: AttentionOptions = AttentionOptions(),
 ) -> jax.Array:
-    """Compute attention within the segments of packed rows, on the mesh in scope.
+    """Compute attention [B, T, N, H] within the segments of packed rows, in the dtype of `q`, on the mesh in scope.
 
-    Arguments:
-        q_BTNH, k_BTKH, v_BTKH: queries, keys and values; N is a multiple of K (grouped-query attention).
-        segment_ids_BT: int32, equal within a document.
-        window: int32 scalar: how many tokens a token sees, itself included. None: all. It may be traced, so that
-            layers with and without a window share one scan.
-
-    Returns:
-        [B, T, N, H] in the dtype of `q`.
-
-    Raises:
-        UserError: where the options name a backend that cannot compute these rows.
+    N is a multiple of K (grouped-query attention). segment_ids_BT: int32, equal within a document. window: int32
+    scalar: how many tokens a token sees, itself included; None: all. It may be traced, so that layers with and without
+    a window share one scan. Raises UserError where the options name a backend that cannot compute these rows.
     """
     name = backend(options, q_BTNH, window is not None)
     reason = _refusal(name, options, q_BTNH, window is not None)

@@ -32,18 +32,12 @@ def attention(
     start: jax.Array | int = 0,
     window: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Compute attention and the log of the softmax's sum.
+    """Compute attention [B, T, N, H] in the dtype of `q`, and the log of the softmax's sum, float32 [B, T, N].
 
-    A query sees the keys of its segment at or before its position, and within the window.
-
-    Arguments:
-        q_segments_BT, k_segments_BS: int32 segment ids of queries and keys.
-        start: position of the first query, counted from the first key. It may be negative or traced.
-        window: int32 scalar: how many tokens a query sees, itself included. None: all.
-
-    Returns:
-        out [B, T, N, H] in the dtype of `q`, and lse [B, T, N] float32; 0 and -1e30 for a query that sees nothing.
-        Both can be differentiated.
+    A query sees the keys of its int32 segment at or before its position, and within the window. Both results can be
+    differentiated; they are 0 and -1e30 for a query that sees nothing. start: position of the first query, counted
+    from the first key; it may be negative or traced. window: int32 scalar: how many tokens a query sees, itself
+    included; None: all.
     """
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
