@@ -59,17 +59,16 @@ def _initial(row: Param, config: ModelConfig, key: jax.Array, shape: tuple[int, 
 
 
 def _parameter(module: Any, name: str) -> jax.Array:
-    """Return a module's parameter `name`: the table's row of the module, or one layer of a stacked row."""
-    row = _rows_by_name(module.config)[f"{module.row}/{name}"]
+    """Return a module's parameter `name`: the table's row of that path, or one layer of a stacked row."""
+    row = _rows_by_name(module.config)["/".join((*module.path, name))]
     shape = row.shape[1:] if row.stacked else row.shape
     return module.param(name, lambda key: _initial(row, module.config, key, shape, jnp.float32))
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalization (arXiv 1910.07467), computed in float32. row: of the table, without /scale."""
+    """Root-mean-square normalization (arXiv 1910.07467), computed in float32."""
 
     config: ModelConfig
-    row: str
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
@@ -80,15 +79,14 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Module):
-    """x @ kernel, plus a bias where the table has a row for it. row: of the table, without /kernel."""
+    """x @ kernel, plus a bias where the table has a row for it."""
 
     config: ModelConfig
-    row: str
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         y = ops.matmul(x, _parameter(self, "kernel").astype(x.dtype))
-        has_bias = f"{self.row}/bias" in _rows_by_name(self.config)
+        has_bias = "/".join((*self.path, "bias")) in _rows_by_name(self.config)
         return y + _parameter(self, "bias").astype(x.dtype) if has_bias else y
 
 
@@ -104,7 +102,7 @@ class Attention(nn.Module):
         B, T, _ = x_BTD.shape
 
         def project(letter: str, heads: int) -> jax.Array:
-            y = Linear(c, f"layers/attention/{letter}", name=letter)(x_BTD)
+            y = Linear(c, name=letter)(x_BTD)
             return constrain(y.reshape(B, T, heads, c.head_dim), "batch", "length", "heads", None)
 
         q = rope.rotate(project("q", c.num_heads), ctx.cos, ctx.sin)
@@ -122,7 +120,7 @@ class Attention(nn.Module):
             k, v = (jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False) for cache in kv)
             out = cached_attention(q, k, v, ctx.valid_BS, ctx.start, window)
         out = out.reshape(B, T, c.num_heads * c.head_dim)
-        return Linear(c, "layers/attention/o", name="o")(out), kv
+        return Linear(c, name="o")(out), kv
 
 
 class MLP(nn.Module):
@@ -132,10 +130,10 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        gate = Linear(self.config, "layers/mlp/gate", name="gate")(x_BTD)
-        up = Linear(self.config, "layers/mlp/up", name="up")(x_BTD)
+        gate = Linear(self.config, name="gate")(x_BTD)
+        up = Linear(self.config, name="up")(x_BTD)
         h_BTF = constrain(ops.swiglu(gate, up), "batch", "length", "mlp")
-        return Linear(self.config, "layers/mlp/down", name="down")(h_BTF)
+        return Linear(self.config, name="down")(h_BTF)
 
 
 class Layer(nn.Module):
@@ -148,10 +146,10 @@ class Layer(nn.Module):
     def __call__(self, carry: tuple[jax.Array, Any], ctx: Context, window, layer) -> tuple[Any, None]:
         x_BTD, kv = carry  # the whole cache is carried, so that a step writes its slots in place
         x_BTD = checkpoint_name(x_BTD, checkpointed.LAYER_INPUT)
-        normed = RMSNorm(self.config, "layers/attention_norm", name="attention_norm")(x_BTD)
+        normed = RMSNorm(self.config, name="attention_norm")(x_BTD)
         out, kv = Attention(self.config, self.attention_options, name="attention")(normed, ctx, window, layer, kv)
         x_BTD = constrain(x_BTD + out, "batch", "length", None)
-        normed = RMSNorm(self.config, "layers/mlp_norm", name="mlp_norm")(x_BTD)
+        normed = RMSNorm(self.config, name="mlp_norm")(x_BTD)
         x_BTD = constrain(x_BTD + MLP(self.config, name="mlp")(normed), "batch", "length", None)
         return (x_BTD, kv), None
 
@@ -194,12 +192,11 @@ class Qwen2(nn.Module):
         (x_BTD, kv), _ = layers((x_BTD, kv), ctx, windows, jnp.arange(c.num_layers))
         if cache is not None:
             cache = cache._replace(k=kv[0], v=kv[1], next_slot=cache.next_slot + tokens_BT.shape[1])
-        return RMSNorm(c, "final_norm", name="final_norm")(x_BTD), cache
+        return RMSNorm(c, name="final_norm")(x_BTD), cache
 
 
 class _Embedding(nn.Module):
     config: ModelConfig
-    row: str = "embed"
 
     @nn.compact
     def __call__(self) -> jax.Array:
