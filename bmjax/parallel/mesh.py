@@ -103,8 +103,7 @@ def fitting_spec(mesh: Mesh | AbstractMesh, axes: Sequence[str | None], shape: S
     """Return the `partition_spec`, with those dimensions whole that their mesh axes do not divide."""
     parts = []
     for size, part in zip(shape, partition_spec(axes), strict=True):
-        names = split_axes((part,))
-        parts.append(part if size % math.prod(mesh.shape[name] for name in names) == 0 else None)
+        parts.append(part if size % math.prod(mesh.shape[name] for name in split_axes((part,))) == 0 else None)
     return PartitionSpec(*parts)
 
 
@@ -140,6 +139,4 @@ def on_each_device(local: Callable[..., Any], in_specs: Any, out_specs: Any) -> 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Tell the compiler the layout of `x` by logical names; without a mesh in scope it does nothing."""
     mesh = mesh_in_scope()
-    if mesh is None:
-        return x
-    return jax.lax.with_sharding_constraint(x, fitting_spec(mesh, axes, x.shape))
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, fitting_spec(mesh, axes, x.shape))

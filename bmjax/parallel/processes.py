@@ -38,17 +38,12 @@ def together(
 
     When a process is silent for too long, every other process stops with a line that names it; when a process leaves by
     an error, they stop at once. (When process 0 is killed, JAX's runtime ends the others with its message, since they
-    meet at process 0.) Nothing is done without a launcher, or where num_processes is 1.
+    meet at process 0.) Nothing is done without a launcher, or where num_processes is 1. Raises UserError for settings
+    that do not belong together, and when processes do not come.
 
-    Arguments:
-        coordinator: host:port of process 0, with num_processes and process_id. All None: as the launcher says (Cloud
-            TPU and GKE slices, SLURM's srun, Open MPI 4, Kubernetes indexed jobs with the kubernetes package).
-        num_processes: of the run.
-        process_id: this process's number, from 0 on.
-        timeout: seconds until a silent process counts as dead.
-
-    Raises:
-        UserError: for settings that do not belong together, and when processes do not come.
+    coordinator: host:port of process 0. With num_processes and process_id all None: as the launcher says (Cloud TPU and
+    GKE slices, SLURM's srun, Open MPI 4, Kubernetes indexed jobs with the kubernetes package). timeout: seconds until a
+    silent process counts as dead.
     """
     _connect(coordinator, num_processes, process_id, timeout)
     if jax.process_count() == 1:
