@@ -3,12 +3,12 @@
 import json
 
 import pytest
+from bmjax.calibrate.recipe import CalibratedRecipe
 
 from bmjax.api import load, merge
 from bmjax.branch import train
 from bmjax.branch.settings import TrainSettings
 from bmjax.calibrate import data as calibration_data
-from bmjax.calibrate.recipe import CalibratedRecipe
 from bmjax.evaluate import run as evaluation
 from bmjax.evaluate.settings import EvalSettings
 from bmjax.generate.sampler import Generation
@@ -18,7 +18,7 @@ from bmjax.plan import plan
 from bmjax.teach.collect import wanted_ids
 from bmjax.teach.select import select
 from bmjax.teach.settings import CollectSettings, SelectSettings
-from bmjax.weights.convert import to_orbax
+from bmjax.weights.convert import convert
 from tests.conftest import sums, write_rows, write_student
 
 ROWS = sums(12, 5)
@@ -130,7 +130,7 @@ def test_the_api_loads_the_model(student, model):
 
 
 def test_convert_reads_the_model(tmp_path, model):
-    to_orbax(model, str(tmp_path / "orbax"))
+    convert(model, str(tmp_path / "orbax"), "orbax")
     assert (tmp_path / "orbax" / "config.json").is_file()
 
 

@@ -19,7 +19,7 @@ from bmjax.branch.settings import TrainSettings
 from bmjax.branch.step import State, compile_step, memory_line
 from bmjax.config import UserError
 from bmjax.parallel import processes
-from bmjax.parallel.stop import Stop
+from bmjax.parallel.processes import Stop
 from bmjax.weights.checkpoint import Checkpoints
 
 

@@ -1,8 +1,8 @@
 """Batched generation with a key/value cache: greedy, or temperature with nucleus (top-p) sampling.
 
 Prompts are padded on the left, so that all rows of a batch write the same cache slot. A row's random numbers
-come from (seed, its number in the call), so its text does not depend on which rows share its batch. text.py and
-evaluation call `generate`; this module knows token ids only, no text.
+come from (seed, its number in the call), so its text does not depend on which rows share its batch. The Python
+interface and evaluation call `generate`; this module knows token ids only, no text.
 """
 
 from collections.abc import Sequence
@@ -25,15 +25,11 @@ BUCKET = 32  # prompt lengths are padded up to a multiple, so that few programs 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen.
+    """How tokens are chosen."""
 
-    max_new_tokens: of a prompt. temperature: 0 is greedy. top_p: only the least set of tokens with this probability is
-    sampled from. seed: of the random numbers.
-    """
-
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    top_p: float = 1.0
+    max_new_tokens: int = 64  # of a prompt
+    temperature: float = 0.0  # 0 is greedy
+    top_p: float = 1.0  # only the least set of tokens with this probability is sampled from
     seed: int = 0
 
 
@@ -54,7 +50,9 @@ def generate(
     batch: int = 64,
     dtype: Any = jnp.float32,
 ) -> list[Generation]:
-    """Continue every prompt, on the mesh in scope.
+    """Continue every prompt, on the mesh in scope; return the generations in order.
+
+    Where prompt and new tokens together reach the model's context, a generation ends there with 'length'.
 
     Arguments:
         params: nested dictionary of arrays, as the parameter table has it.
@@ -63,10 +61,6 @@ def generate(
         batch: rows at a time.
         dtype: of the computation.
 
-    Returns:
-        A generation for every prompt, in order. Where prompt and new tokens together reach the model's context, it
-        ends there with 'length'.
-
     Raises:
         UserError: for an empty prompt, one that fills the model's context, or a token id that the model lacks.
     """
@@ -74,20 +68,16 @@ def generate(
         check_prompt(config, prompt, f"prompt {number}")
     if sampling.max_new_tokens < 1 or sampling.temperature < 0 or not 0 < sampling.top_p <= 1:
         raise UserError("generation: max_new_tokens must be at least 1, temperature at least 0, top_p in (0, 1]")
-    results: list[Generation | None] = [None] * len(prompts)
+    results: dict[int, Generation] = {}
     # Prompts of like lengths share a batch.
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     mesh = jax.sharding.get_mesh()
     row_shards = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
-
-    def put_on_mesh(array: np.ndarray) -> Any:
-        axes = ("batch", *(None for _ in array.shape[1:]))
-        return array if mesh.empty else jax.device_put(array, sharding(mesh, axes, array.shape))
-
     for start in range(0, len(order), batch):
-        # Pad rows, prompts and new tokens to sizes that many batches share.
+        # Pad rows, prompts and new tokens to sizes that many batches share, and the rows to a multiple of the mesh's.
         members = order[start : start + batch]
-        rows = _row_count(len(members), batch, row_shards)
+        rows = min(1 << (len(members) - 1).bit_length(), batch)
+        rows = -(-rows // row_shards) * row_shards
         length = _padded_length(max(len(prompts[i]) for i in members))
         room = [min(sampling.max_new_tokens, config.max_length - len(prompts[i])) for i in members]
         new = min(sampling.max_new_tokens, _padded_length(max(room)))
@@ -98,17 +88,18 @@ def generate(
             tokens[b, pad[b] :], limit[b] = prompts[i], room[b]
 
         # Generate, and cut every row at its first end token.
-        run = _compiled(
-            config, new, sampling.temperature == 0, sampling.top_p < 1, tuple(eos_ids), str(jnp.dtype(dtype))
-        )
-        arrays = map(put_on_mesh, (tokens, pad, numbers, limit))
+        greedy, nucleus = sampling.temperature == 0, sampling.top_p < 1
+        run = _compiled(config, new, greedy, nucleus, tuple(eos_ids), str(jnp.dtype(dtype)))
+        arrays: Any = (tokens, pad, numbers, limit)
+        if not mesh.empty:
+            arrays = [jax.device_put(x, sharding(mesh, ("batch", None)[: x.ndim], x.shape)) for x in arrays]
         seed, temperature = np.uint32(sampling.seed & 0xFFFFFFFF), np.float32(sampling.temperature)
         out = np.asarray(run(params, *arrays, seed, temperature, np.float32(sampling.top_p)))
         for b, i in enumerate(members):
             ends = np.flatnonzero(np.isin(out[b, : room[b]], list(eos_ids)))
             stop, reason = (ends[0], "stop") if len(ends) else (room[b], "length")
             results[i] = Generation(tuple(int(t) for t in out[b, :stop]), reason)
-    return [result for result in results if result is not None]
+    return [results[i] for i in range(len(prompts))]
 
 
 def check_prompt(config: ModelConfig, prompt: Sequence[int], name: str) -> None:
@@ -125,14 +116,6 @@ def check_prompt(config: ModelConfig, prompt: Sequence[int], name: str) -> None:
             f"{name}: token id {low if low < 0 else high}, the model's vocabulary has 0..{config.vocab_size - 1}; "
             "tokenizer and model do not belong together"
         )
-
-
-def _row_count(prompts: int, batch: int, row_shards: int) -> int:
-    """Return the rows of a batch: a power of two, so that few shapes are compiled, and a multiple of the mesh's."""
-    rows = 1
-    while rows < prompts:
-        rows *= 2
-    return -(-min(rows, max(batch, prompts)) // row_shards) * row_shards
 
 
 def _padded_length(length: int) -> int:
@@ -154,16 +137,8 @@ def _compiled(
     model = qwen2.Qwen2(config, dtype, unroll=unroll)
     eos = jnp.array(eos_ids or (-1,), jnp.int32)
 
-    def run(
-        params: Any,
-        prompts_BP: jax.Array,
-        pad_B: jax.Array,
-        numbers_B: jax.Array,
-        limit_B: jax.Array,
-        seed: jax.Array,
-        temperature: jax.Array,
-        top_p: jax.Array,
-    ) -> jax.Array:
+    @jax.jit
+    def run(params: Any, prompts_BP, pad_B, numbers_B, limit_B, seed, temperature, top_p) -> jax.Array:
         B, P = prompts_BP.shape
         params = jax.tree.map(lambda a: a.astype(dtype), params)
         w_DV = qwen2.head_weight(config, params)
@@ -174,8 +149,8 @@ def _compiled(
         def forward(tokens_BT: jax.Array, cache: qwen2.Cache) -> tuple[jax.Array, qwen2.Cache]:
             slots = cache.next_slot + jnp.arange(tokens_BT.shape[1])
             positions = jnp.maximum(slots[None, :] - pad_B[:, None], 0)
-            variables = {"params": qwen2.trunk(params)}
-            out: Any = model.apply(variables, tokens_BT, jnp.ones_like(tokens_BT), positions, cache)
+            segments = jnp.ones_like(tokens_BT)
+            out: Any = model.apply({"params": qwen2.trunk(params)}, tokens_BT, segments, positions, cache)
             h_BTD, cache = out
             z_BV = jnp.einsum("bd,dv->bv", h_BTD[:, -1], w_DV, preferred_element_type=jnp.float32)
             return z_BV, cache
@@ -190,13 +165,16 @@ def _compiled(
                 return jnp.argmax(z_BV, axis=-1).astype(jnp.int32)
             z_BV = z_BV / temperature
             if nucleus:
-                z_BV = _nucleus(z_BV, top_p)
+                # -inf outside the least set of tokens whose probability reaches top_p (arXiv 1904.09751).
+                sorted_BV = jnp.flip(jnp.sort(z_BV, axis=-1), axis=-1)
+                p_BV = jax.nn.softmax(sorted_BV, axis=-1)
+                inside_BV = jnp.where(jnp.cumsum(p_BV, axis=-1) - p_BV < top_p, sorted_BV, jnp.inf)
+                z_BV = jnp.where(z_BV >= jnp.min(inside_BV, axis=-1, keepdims=True), z_BV, -jnp.inf)
             step_keys = jax.vmap(lambda key: jax.random.fold_in(key, step))(keys_B)
             return jax.vmap(jax.random.categorical)(step_keys, z_BV).astype(jnp.int32)
 
         def unfinished(carry: Any) -> jax.Array:
-            step, _, _, done_B, _ = carry
-            return (step < new) & ~jnp.all(done_B)
+            return (carry[0] < new) & ~jnp.all(carry[3])
 
         def advance(carry: Any) -> Any:
             step, z_BV, out_BN, done_B, cache = carry
@@ -210,12 +188,4 @@ def _compiled(
         out_BN = jnp.full((B, new), eos[0], jnp.int32)
         return jax.lax.while_loop(unfinished, advance, (jnp.int32(0), z_BV, out_BN, limit_B == 0, cache))[2]
 
-    return jax.jit(run)
-
-
-def _nucleus(z_BV: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Set logits outside the least set of tokens whose probability reaches top_p to -inf (arXiv 1904.09751)."""
-    sorted_BV = jnp.flip(jnp.sort(z_BV, axis=-1), axis=-1)
-    before = jnp.cumsum(jax.nn.softmax(sorted_BV, axis=-1), axis=-1) - jax.nn.softmax(sorted_BV, axis=-1)
-    least = jnp.min(jnp.where(before < top_p, sorted_BV, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(z_BV >= least, z_BV, -jnp.inf)
+    return run

@@ -13,20 +13,12 @@ from typing import Any
 from bmjax.config import UserError, read_text
 
 MAX_CONFIG_CHARACTERS = 2**24  # the largest, with a label for each of 20,000 classes, have a million
-
-
 # model_type -> the architecture's class in transformers, which config.json names under `architectures`.
 ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM"}
 _COUNTS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-)
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,11 +39,7 @@ class Rope:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What the architecture needs of a Hugging Face `config.json`.
-
-    max_length: tokens of the context. windows: for every layer the sliding window in tokens, or None for full
-    attention; empty: no layer has one. tied: the embedding's transpose is the head.
-    """
+    """What the architecture needs of a Hugging Face `config.json`."""
 
     vocab_size: int
     hidden_size: int
@@ -60,11 +48,11 @@ class ModelConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    max_length: int
+    max_length: int  # tokens of the context
     norm_eps: float = 1e-6
-    tied: bool = False
+    tied: bool = False  # the embedding's transpose is the head
     rope: Rope = Rope()
-    windows: tuple[int | None, ...] = ()
+    windows: tuple[int | None, ...] = ()  # every layer's, in tokens, None for full attention; empty: no layer has one
     initializer_range: float = 0.02
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
@@ -103,10 +91,11 @@ class ModelConfig:
         if config.get("hidden_act", "silu") != "silu":
             raise UserError(f"{source}: hidden_act is {config['hidden_act']!r}, expected 'silu'")
         try:
-            heads, hidden, layers = (
-                int(config[k]) for k in ("num_attention_heads", "hidden_size", "num_hidden_layers")
-            )
-            rope = _rope(config, source)
+            heads, layers = int(config["num_attention_heads"]), int(config["num_hidden_layers"])
+            hidden, rope = int(config["hidden_size"]), _rope(config)
+            # YaRN configs of Qwen2.5 leave max_position_embeddings at the length before scaling.
+            stretched = int(rope.factor * (rope.original_length or 0)) if rope.kind == "yarn" else 0
+            ends = config.get("eos_token_id")
             return cls(
                 vocab_size=int(config["vocab_size"]),
                 hidden_size=hidden,
@@ -115,19 +104,18 @@ class ModelConfig:
                 num_heads=heads,
                 num_kv_heads=int(config.get("num_key_value_heads") or heads),
                 head_dim=int(config.get("head_dim") or hidden // heads),
-                max_length=_context(config, rope),
+                max_length=max(int(config.get("max_position_embeddings") or 32_768), stretched),
                 norm_eps=float(config.get("rms_norm_eps", 1e-6)),
                 tied=bool(config.get("tie_word_embeddings", False)),
                 rope=rope,
-                windows=_windows(config, layers, source),
+                windows=_windows(config, layers),
                 initializer_range=float(config.get("initializer_range", 0.02)),
-                eos_token_ids=_ids(config.get("eos_token_id")),
+                eos_token_ids=() if ends is None else tuple(ends) if isinstance(ends, (list, tuple)) else (int(ends),),
                 pad_token_id=config.get("pad_token_id"),
                 model_type=model_type,
             )
         except UserError as error:
-            message = str(error).removeprefix(f"{source}: ")
-            raise UserError(f"{source}: {message}") from None
+            raise UserError(f"{source}: {error}") from None
         except KeyError as error:
             raise UserError(f"{source}: key {error} is missing") from None
         except (TypeError, ValueError) as error:
@@ -144,28 +132,15 @@ def read_hf_config(directory: str | Path) -> dict[str, Any]:
     path = Path(directory) / "config.json"
     try:
         config = json.loads(read_text(path, MAX_CONFIG_CHARACTERS))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    except RecursionError:
-        raise UserError(f"{path}: not valid JSON: nested too deeply") from None
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise UserError(f"{path}: not valid JSON: {reason}") from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(config).__name__}")
     return config
 
 
-def _ids(value: Any) -> tuple[int, ...]:
-    return () if value is None else tuple(value) if isinstance(value, (list, tuple)) else (int(value),)
-
-
-def _context(config: Mapping[str, Any], rope: Rope) -> int:
-    """Return the tokens of the context."""
-    # YaRN configs of Qwen2.5 leave max_position_embeddings at the length before scaling.
-    length = int(config.get("max_position_embeddings") or 32_768)
-    stretched = int(rope.factor * rope.original_length) if rope.kind == "yarn" and rope.original_length else 0
-    return max(length, stretched)
-
-
-def _rope(config: Mapping[str, Any], source: str) -> Rope:
+def _rope(config: Mapping[str, Any]) -> Rope:
     # transformers 5 writes `rope_parameters`, 4 wrote `rope_theta` and `rope_scaling`.
     values: dict[str, Any] = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     kind = values.get("rope_type", values.get("type")) or "default"
@@ -173,7 +148,7 @@ def _rope(config: Mapping[str, Any], source: str) -> Rope:
     if kind == "default":
         return Rope(theta=theta)
     if kind not in ("yarn", "linear"):
-        raise UserError(f"{source}: rope type {kind!r} is not supported; 'default', 'linear' and 'yarn' are")
+        raise UserError(f"rope type {kind!r} is not supported; 'default', 'linear' and 'yarn' are")
     original = values.get("original_max_position_embeddings") or config.get("max_position_embeddings")
     return Rope(
         theta=theta,
@@ -189,7 +164,7 @@ def _rope(config: Mapping[str, Any], source: str) -> Rope:
     )
 
 
-def _windows(config: Mapping[str, Any], layers: int, source: str) -> tuple[int | None, ...]:
+def _windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
     window = config.get("sliding_window", 4096)  # transformers' default
     kinds = config.get("layer_types")
     if not config.get("use_sliding_window", False) or window is None:
@@ -197,8 +172,8 @@ def _windows(config: Mapping[str, Any], layers: int, source: str) -> tuple[int |
     if kinds is None:
         first = int(config.get("max_window_layers", 28))
         kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
-    unknown = next((kind for kind in kinds if kind not in ("sliding_attention", "full_attention")), None)
-    if unknown is not None or len(kinds) != layers:
-        problem = f"{unknown!r}" if unknown is not None else f"{len(kinds)} entries for {layers} layers"
-        raise UserError(f"{source}: layer_types has {problem}; expected sliding_attention or full_attention a layer")
+    unknown = [repr(kind) for kind in kinds if kind not in ("sliding_attention", "full_attention")]
+    if unknown or len(kinds) != layers:
+        problem = unknown[0] if unknown else f"{len(kinds)} entries for {layers} layers"
+        raise UserError(f"layer_types has {problem}; expected sliding_attention or full_attention a layer")
     return tuple(int(window) if kind == "sliding_attention" else None for kind in kinds)

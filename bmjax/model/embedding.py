@@ -18,14 +18,6 @@ from bmjax.parallel.mesh import on_each_device
 TABLE_AXES = ("vocab", "embed")
 
 
-def lookup(embedding_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-    """Return the table's rows of the tokens [B, T, D], in its dtype, on the mesh in scope.
-
-    The gradient is summed in float32.
-    """
-    return _lookup(embedding_VD, jnp.asarray(tokens_BT))
-
-
 def _local_rows(split: Layout, size: int, tokens: jax.Array) -> jax.Array:
     """Return the rows of the local table (of `size` rows) for the tokens that this device looks up.
 
@@ -44,7 +36,11 @@ def _local_rows(split: Layout, size: int, tokens: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def _lookup(embedding_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+def lookup(embedding_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+    """Return the table's rows of the tokens [B, T, D], in its dtype, on the mesh in scope.
+
+    The gradient is summed in float32.
+    """
     return _lookup_forward(embedding_VD, tokens_BT)[0]
 
 
@@ -92,4 +88,4 @@ def _lookup_backward(saved: Any, dx_BTD: jax.Array):
     return on_each_device(local, in_specs, split.matrix)(embedding_VD, tokens_BT, dx_BTD), None
 
 
-_lookup.defvjp(_lookup_forward, _lookup_backward)
+lookup.defvjp(_lookup_forward, _lookup_backward)

@@ -8,7 +8,6 @@ On a mesh every device has its own tokens and, along `tensor`, its own part of t
 Letters: n tokens of a chunk, V the device's part of the vocabulary.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -51,17 +50,16 @@ def cross_entropy_sum(h_BTD: jax.Array, w_DV: jax.Array, labels_BT: jax.Array, m
     return _loss(h_BTD, w_DV, jnp.asarray(labels_BT), jnp.asarray(mask_BT, jnp.float32))
 
 
-def _softmax_of_chunk(split: Layout, h: jax.Array, w: jax.Array, labels: jax.Array, mask: jax.Array) -> Any:
-    """Return the loss of a chunk and what its gradient needs.
+def _sums_of_chunk(split: Layout, h, w, labels, mask, gradient: bool, train_head: bool) -> Any:
+    """Return ((loss, dw), dh) of a chunk: dw [D, V] float32, and dh [n, D] of the local vocabulary; None if not wanted.
 
-    Returns: the loss; e = exp(logits - max) [n, V]; mask / sum(e) [n, 1], so that dz = e * scale - onehot; the label's
-    index on this device [n], outside of 0..V-1 where another device has it.
+    h [n, D], w [D, V], labels and mask [n].
     """
     z_NV = jnp.einsum("nd,dv->nv", h, w, preferred_element_type=jnp.float32)
     largest = jnp.max(z_NV, axis=-1, keepdims=True)
     if split.vocab:
         largest = lax.pmax(largest, split.vocab)
-        labels = labels - lax.axis_index(split.vocab) * w.shape[1]
+        labels = labels - lax.axis_index(split.vocab) * w.shape[1]  # outside of 0..V-1 where another device has it
     e_NV = jnp.exp(z_NV - largest)
     total = jnp.sum(e_NV, axis=-1, keepdims=True)
     label_logit = jnp.take_along_axis(z_NV, jnp.clip(labels, 0, w.shape[1] - 1)[:, None], axis=-1)[:, 0]
@@ -69,18 +67,14 @@ def _softmax_of_chunk(split: Layout, h: jax.Array, w: jax.Array, labels: jax.Arr
         label_logit = jnp.where((labels >= 0) & (labels < w.shape[1]), label_logit, 0.0)
         total, label_logit = lax.psum((total, label_logit), split.vocab)
     loss = jnp.sum((jnp.log(total[:, 0]) + largest[:, 0] - label_logit) * mask)
-    return loss, e_NV, mask[:, None] / total, labels
-
-
-def _gradients_of_chunk(
-    split: Layout, h: jax.Array, w: jax.Array, labels: jax.Array, mask: jax.Array, train_head: bool
-) -> Any:
-    """Return (loss, dh [n, D] of the local vocabulary, dw [D, V] float32 or None) of a chunk."""
-    loss, e_NV, scale, labels = _softmax_of_chunk(split, h, w, labels, mask)
+    if not gradient:
+        return (loss, None), None
+    scale = mask[:, None] / total  # dz = e * scale - onehot * mask
     is_label = jnp.arange(w.shape[1]) == labels[:, None]
     dz = (e_NV * scale - jnp.where(is_label, mask[:, None], 0.0)).astype(h.dtype)
     dh = jnp.einsum("nv,dv->nd", dz, w, preferred_element_type=jnp.float32).astype(h.dtype)
-    return loss, dh, jnp.einsum("nd,nv->dv", h, dz, preferred_element_type=jnp.float32) if train_head else None
+    dw = jnp.einsum("nd,nv->dv", h, dz, preferred_element_type=jnp.float32) if train_head else None
+    return (loss, dw), dh
 
 
 def _chunk_count(tokens: int, vocab: int) -> int:
@@ -92,55 +86,29 @@ def _chunk_count(tokens: int, vocab: int) -> int:
     return chunks
 
 
-def _chunked(arrays: Sequence[jax.Array], mask: jax.Array, chunks: int) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """Return the order that puts targets first, and the arrays [N, ...] in it, zero-padded, as [chunks, n, ...]."""
-    order = jnp.argsort(mask <= 0, stable=True)
-
-    def split_up(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x[order], [(0, -len(x) % chunks)] + [(0, 0)] * (x.ndim - 1))
-        return x.reshape(chunks, -1, *x.shape[1:])
-
-    return order, tuple(split_up(x) for x in arrays)
-
-
-def _device_loss(split: Layout, h: jax.Array, w: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.Array:
-    """Return the loss of a device's tokens. h [N, D], w [D, V], labels and mask [N]."""
+def _sums_of_device(split: Layout, h, w, labels, mask, gradient: bool, train_head: bool) -> Any:
+    """Return `_sums_of_chunk` of all of a device's tokens. h [N, D], w [D, V], labels and mask [N]."""
     chunks = _chunk_count(len(labels), w.shape[1])
     if chunks == 1:
-        return _softmax_of_chunk(split, h, w, labels, mask)[0]
-
-    def add_chunk(total: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        h, labels, mask = chunk
-
-        def compute() -> jax.Array:
-            return _softmax_of_chunk(split, h, w, labels, mask)[0]
-
-        return total + lax.cond(jnp.any(mask > 0), compute, lambda: jnp.float32(0)), None
-
-    return lax.scan(add_chunk, jnp.float32(0), _chunked((h, labels, mask), mask, chunks)[1])[0]
-
-
-def _device_gradients(
-    split: Layout, h: jax.Array, w: jax.Array, labels: jax.Array, mask: jax.Array, train_head: bool
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Return (loss, dh [N, D], dw [D, V] or None) of a device's tokens. h [N, D], w [D, V], labels and mask [N]."""
-    chunks = _chunk_count(len(labels), w.shape[1])
-    if chunks == 1:
-        return _gradients_of_chunk(split, h, w, labels, mask, train_head)
+        return _sums_of_chunk(split, h, w, labels, mask, gradient, train_head)
 
     def add_chunk(sums: Any, chunk: tuple[jax.Array, ...]) -> Any:
         h, labels, mask = chunk
 
         def compute() -> Any:
-            loss, dh, dw = _gradients_of_chunk(split, h, w, labels, mask, train_head)
-            return jax.tree.map(jnp.add, sums, (loss, dw)), dh  # in here, so that the product adds to the sum in place
+            terms, dh = _sums_of_chunk(split, h, w, labels, mask, gradient, train_head)
+            return jax.tree.map(jnp.add, sums, terms), dh  # in here, so that the product adds to the sum in place
 
-        return lax.cond(jnp.any(mask > 0), compute, lambda: (sums, jnp.zeros_like(h)))
+        return lax.cond(jnp.any(mask > 0), compute, lambda: (sums, jnp.zeros_like(h) if gradient else None))
 
-    order, chunked = _chunked((h, labels, mask), mask, chunks)
+    def split_up(x: jax.Array) -> jax.Array:  # [N, ...] -> [chunks, n, ...], targets first, zero-padded
+        x = jnp.pad(x[order], [(0, -len(x) % chunks)] + [(0, 0)] * (x.ndim - 1))
+        return x.reshape(chunks, -1, *x.shape[1:])
+
+    order = jnp.argsort(mask <= 0, stable=True)
     zeros = (jnp.float32(0), jnp.zeros(w.shape, jnp.float32) if train_head else None)
-    (loss, dw), dh = lax.scan(add_chunk, zeros, chunked)
-    return loss, dh.reshape(-1, h.shape[1])[jnp.argsort(order)], dw
+    sums, dh = lax.scan(add_chunk, zeros, (split_up(h), split_up(labels), split_up(mask)))
+    return sums, dh.reshape(-1, h.shape[1])[jnp.argsort(order)] if gradient else None
 
 
 def _reduce_head_gradient(split: Layout, dw: jax.Array) -> jax.Array:
@@ -148,61 +116,48 @@ def _reduce_head_gradient(split: Layout, dw: jax.Array) -> jax.Array:
 
     Where an axis splits the width and not the tokens, its devices hold the same sum, and each cuts its part out.
     """
-    tokens = split.token_axes
+    scatter = bool(split.embed) and set(split.embed) <= set(split.token_axes)
+    summed_axes = tuple(axis for axis in split.token_axes if not scatter or axis not in split.embed)
+    dw = lax.psum(dw, summed_axes) if summed_axes else dw
     if not split.embed:
-        return lax.psum(dw, tokens) if tokens else dw
-    if set(split.embed) <= set(tokens):
-        other_axes = tuple(axis for axis in tokens if axis not in split.embed)
-        if other_axes:
-            dw = lax.psum(dw, other_axes)
+        return dw
+    if scatter:
         # The barrier keeps it in the loop over microbatches: XLA fails at moving it out (libtpu 0.0.42).
         return lax.optimization_barrier(lax.psum_scatter(dw, split.embed, scatter_dimension=0, tiled=True))
-    if tokens:
-        dw = lax.psum(dw, tokens)
     size = dw.shape[0] // lax.axis_size(split.embed)
     return lax.dynamic_slice_in_dim(dw, lax.axis_index(split.embed) * size, size)
 
 
-def _gather_head(split: Layout, w: jax.Array) -> jax.Array:
-    """Gather the width of a head: [D/(fsdp context), V/tensor] -> [D, V/tensor]."""
-    return lax.all_gather(w, split.embed, axis=0, tiled=True) if split.embed else w
+def _loss_and_gradients(h_BTD, w_DV, labels_BT, mask_BT, gradient: bool, train_head: bool) -> Any:
+    """Return (loss, dh [B, T, D], dw [D, V] float32), the gradients None where they are not asked for."""
+    split = layout(labels_BT.shape, w_DV.shape, HEAD_AXES)
+
+    def local(h, w, labels, mask) -> Any:
+        # h [B/(data fsdp), T/context, D], w [D/(fsdp context), V/tensor], labels and mask [B/(data fsdp), T/context]
+        if split.embed:
+            w = lax.all_gather(w, split.embed, axis=0, tiled=True)  # [D, V/tensor]
+        rows = (h.reshape(-1, h.shape[-1]), w, labels.reshape(-1), mask.reshape(-1))
+        (loss, dw), dh = _sums_of_device(split, *rows, gradient, train_head)
+        if gradient:
+            dh = dh.reshape(h.shape)
+            dh = lax.psum(dh, split.vocab) if split.vocab else dh
+        loss = lax.psum(loss, split.token_axes) if split.token_axes else loss
+        return loss, dh, _reduce_head_gradient(split, dw) if train_head else None
+
+    h_spec = PartitionSpec(*split.tokens, None)
+    out_specs = (PartitionSpec(), h_spec if gradient else None, split.matrix if train_head else None)
+    on_devices = on_each_device(local, (h_spec, split.matrix, split.tokens, split.tokens), out_specs)
+    return on_devices(h_BTD, w_DV, labels_BT, mask_BT)
 
 
 @jax.custom_vjp
-def _loss(h_BTD: jax.Array, w_DV: jax.Array, labels_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
-    split = layout(labels_BT.shape, w_DV.shape, HEAD_AXES)
-
-    def local(h: jax.Array, w: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.Array:
-        # h [B/(data fsdp), T/context, D], w [D/(fsdp context), V/tensor], labels and mask [B/(data fsdp), T/context]
-        w = _gather_head(split, w)
-        loss = _device_loss(split, h.reshape(-1, h.shape[-1]), w, labels.reshape(-1), mask.reshape(-1))
-        return lax.psum(loss, split.token_axes) if split.token_axes else loss
-
-    in_specs = (PartitionSpec(*split.tokens, None), split.matrix, split.tokens, split.tokens)
-    return on_each_device(local, in_specs, PartitionSpec())(h_BTD, w_DV, labels_BT, mask_BT)
+def _loss(h_BTD, w_DV, labels_BT, mask_BT) -> jax.Array:
+    return _loss_and_gradients(h_BTD, w_DV, labels_BT, mask_BT, False, False)[0]
 
 
 def _loss_forward(h_BTD: Any, w_DV: Any, labels_BT: Any, mask_BT: Any):
-    split = layout(labels_BT.value.shape, w_DV.value.shape, HEAD_AXES)
     train_head = w_DV.perturbed  # a frozen head needs no gradient: a third of the products
-
-    def local(h: jax.Array, w: jax.Array, labels: jax.Array, mask: jax.Array) -> Any:
-        # h [B/(data fsdp), T/context, D], w [D/(fsdp context), V/tensor], labels and mask [B/(data fsdp), T/context]
-        w = _gather_head(split, w)  # [D, V/tensor]
-        loss, dh, dw = _device_gradients(
-            split, h.reshape(-1, h.shape[-1]), w, labels.reshape(-1), mask.reshape(-1), train_head
-        )
-        dh = dh.reshape(h.shape)
-        if split.vocab:
-            dh = lax.psum(dh, split.vocab)
-        if split.token_axes:
-            loss = lax.psum(loss, split.token_axes)
-        return loss, dh, jnp.float32(0) if dw is None else _reduce_head_gradient(split, dw)
-
-    h_spec = PartitionSpec(*split.tokens, None)
-    out_specs = (PartitionSpec(), h_spec, split.matrix if train_head else PartitionSpec())
-    on_devices = on_each_device(local, (h_spec, split.matrix, split.tokens, split.tokens), out_specs)
-    loss, dh, dw = on_devices(h_BTD.value, w_DV.value, labels_BT.value, mask_BT.value)
+    loss, dh, dw = _loss_and_gradients(h_BTD.value, w_DV.value, labels_BT.value, mask_BT.value, True, train_head)
     return loss, (dh, dw.astype(w_DV.value.dtype) if train_head else None)
 
 

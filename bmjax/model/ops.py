@@ -14,10 +14,6 @@ def matmul(x_BTD: jax.Array, w_DF: jax.Array) -> jax.Array:
     return x_BTD @ w_DF
 
 
-def _matmul_forward(x_BTD: jax.Array, w_DF: jax.Array):
-    return x_BTD @ w_DF, (x_BTD, w_DF)
-
-
 def _matmul_backward(saved, dy_BTF: jax.Array):
     x_BTD, w_DF = saved
     dx_BTD = jnp.einsum("btf,df->btd", dy_BTF, w_DF)
@@ -31,17 +27,13 @@ def _matmul_backward(saved, dy_BTF: jax.Array):
     return dx_BTD, dw_DF.astype(w_DF.dtype)
 
 
-matmul.defvjp(_matmul_forward, _matmul_backward)
+matmul.defvjp(lambda x_BTD, w_DF: (x_BTD @ w_DF, (x_BTD, w_DF)), _matmul_backward)
 
 
 @jax.custom_vjp
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
     """Compute silu(gate) * up (arXiv 2002.05202), elementwise."""
     return gate * jax.nn.sigmoid(gate) * up
-
-
-def _swiglu_forward(gate: jax.Array, up: jax.Array):
-    return swiglu(gate, up), (gate, up)
 
 
 def _swiglu_backward(saved, dh: jax.Array):
@@ -52,7 +44,7 @@ def _swiglu_backward(saved, dh: jax.Array):
     return jax.lax.optimization_barrier((d_gate, d_up))  # computed once, not inside each product that reads them
 
 
-swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+swiglu.defvjp(lambda gate, up: (swiglu(gate, up), (gate, up)), _swiglu_backward)
 
 
 def document_changes(segment_ids_BT: jax.Array) -> jax.Array:

@@ -44,8 +44,8 @@ class Context(NamedTuple):
     cos: jax.Array
     sin: jax.Array
     segment_ids_BT: jax.Array
-    valid_BS: jax.Array | None
-    start: jax.Array | None
+    valid_BS: jax.Array | None = None
+    start: jax.Array | None = None
 
 
 @lru_cache(maxsize=64)
@@ -59,39 +59,36 @@ def _initial(row: Param, config: ModelConfig, key: jax.Array, shape: tuple[int, 
     return jnp.zeros(shape, dtype) if row.init == "zeros" else jnp.ones(shape, dtype)
 
 
-def _parameter(module: nn.Module, name: str, row_name: str, config: ModelConfig) -> jax.Array:
-    """Return a module's parameter `name`: the table's row `row_name`, or one layer of a stacked row."""
-    row = _rows_by_name(config)[row_name]
+def _parameter(module: Any, name: str) -> jax.Array:
+    """Return a module's parameter `name`: the table's row of that path, or one layer of a stacked row."""
+    row = _rows_by_name(module.config)["/".join((*module.path, name))]
     shape = row.shape[1:] if row.stacked else row.shape
-    return module.param(name, lambda key: _initial(row, config, key, shape, jnp.float32))
+    return module.param(name, lambda key: _initial(row, module.config, key, shape, jnp.float32))
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalization (arXiv 1910.07467), computed in float32. row: of the table, without /scale."""
+    """Root-mean-square normalization (arXiv 1910.07467), computed in float32."""
 
     config: ModelConfig
-    row: str
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        scale = _parameter(self, "scale", f"{self.row}/scale", self.config)
+        scale = _parameter(self, "scale")
         x = x_BTD.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.config.norm_eps)
         return scale.astype(x_BTD.dtype) * x.astype(x_BTD.dtype)
 
 
 class Linear(nn.Module):
-    """x @ kernel, plus a bias where the table has a row for it. row: of the table, without /kernel."""
+    """x @ kernel, plus a bias where the table has a row for it."""
 
     config: ModelConfig
-    row: str
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = ops.matmul(x, _parameter(self, "kernel", f"{self.row}/kernel", self.config).astype(x.dtype))
-        if f"{self.row}/bias" in _rows_by_name(self.config):
-            y = y + _parameter(self, "bias", f"{self.row}/bias", self.config).astype(x.dtype)
-        return y
+        y = ops.matmul(x, _parameter(self, "kernel").astype(x.dtype))
+        has_bias = "/".join((*self.path, "bias")) in _rows_by_name(self.config)
+        return y + _parameter(self, "bias").astype(x.dtype) if has_bias else y
 
 
 class Attention(nn.Module):
@@ -101,14 +98,12 @@ class Attention(nn.Module):
     attention_options: AttentionOptions
 
     @nn.compact
-    def __call__(
-        self, x_BTD: jax.Array, ctx: Context, window: jax.Array | None, layer: jax.Array, kv: Any
-    ) -> tuple[jax.Array, Any]:
+    def __call__(self, x_BTD: jax.Array, ctx: Context, window, layer, kv: Any) -> tuple[jax.Array, Any]:
         c = self.config
         B, T, _ = x_BTD.shape
 
         def project(letter: str, heads: int) -> jax.Array:
-            y = Linear(c, f"layers/attention/{letter}", name=letter)(x_BTD)
+            y = Linear(c, name=letter)(x_BTD)
             return constrain(y.reshape(B, T, heads, c.head_dim), "batch", "length", "heads", None)
 
         q = rope.rotate(project("q", c.num_heads), ctx.cos, ctx.sin)
@@ -126,7 +121,7 @@ class Attention(nn.Module):
             k, v = (jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False) for cache in kv)
             out = cached_attention(q, k, v, ctx.valid_BS, ctx.start, window)
         out = out.reshape(B, T, c.num_heads * c.head_dim)
-        return Linear(c, "layers/attention/o", name="o")(out), kv
+        return Linear(c, name="o")(out), kv
 
 
 class MLP(nn.Module):
@@ -136,10 +131,10 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        gate = Linear(self.config, "layers/mlp/gate", name="gate")(x_BTD)
-        up = Linear(self.config, "layers/mlp/up", name="up")(x_BTD)
+        gate = Linear(self.config, name="gate")(x_BTD)
+        up = Linear(self.config, name="up")(x_BTD)
         h_BTF = constrain(ops.swiglu(gate, up), "batch", "length", "mlp")
-        return Linear(self.config, "layers/mlp/down", name="down")(h_BTF)
+        return Linear(self.config, name="down")(h_BTF)
 
 
 class Layer(nn.Module):
@@ -149,15 +144,13 @@ class Layer(nn.Module):
     attention_options: AttentionOptions
 
     @nn.compact
-    def __call__(
-        self, carry: tuple[jax.Array, Any], ctx: Context, window: jax.Array | None, layer: jax.Array
-    ) -> tuple[tuple[jax.Array, Any], None]:
+    def __call__(self, carry: tuple[jax.Array, Any], ctx: Context, window, layer) -> tuple[Any, None]:
         x_BTD, kv = carry  # the whole cache is carried, so that a step writes its slots in place
         x_BTD = checkpoint_name(x_BTD, checkpointed.LAYER_INPUT)
-        normed = RMSNorm(self.config, "layers/attention_norm", name="attention_norm")(x_BTD)
+        normed = RMSNorm(self.config, name="attention_norm")(x_BTD)
         out, kv = Attention(self.config, self.attention_options, name="attention")(normed, ctx, window, layer, kv)
         x_BTD = constrain(x_BTD + out, "batch", "length", None)
-        normed = RMSNorm(self.config, "layers/mlp_norm", name="mlp_norm")(x_BTD)
+        normed = RMSNorm(self.config, name="mlp_norm")(x_BTD)
         x_BTD = constrain(x_BTD + MLP(self.config, name="mlp")(normed), "batch", "length", None)
         return (x_BTD, kv), None
 
@@ -183,14 +176,10 @@ class Qwen2(nn.Module):
         embedding_VD = _Embedding(c, name="embed")()
         x_BTD = constrain(lookup(embedding_VD, tokens_BT).astype(self.dtype), "batch", "length", None)
         cos, sin = rope.tables(c.rope, c.head_dim, c.max_length, positions_BT)
-        windows = None
-        if c.uses_windows:
-            windows = jnp.array([NO_WINDOW if w is None else w for w in c.windows], jnp.int32)
-        if cache is None:
-            ctx, kv = Context(cos, sin, segment_ids_BT, None, None), None
-        else:
-            ctx = Context(cos, sin, segment_ids_BT, cache.valid_BS, cache.next_slot)
-            kv = (cache.k, cache.v)
+        windows = jnp.array([NO_WINDOW if w is None else w for w in c.windows], jnp.int32) if c.uses_windows else None
+        ctx, kv = Context(cos, sin, segment_ids_BT), None
+        if cache is not None:
+            ctx, kv = ctx._replace(valid_BS=cache.valid_BS, start=cache.next_slot), (cache.k, cache.v)
         # grams: what bmjax.calibrate sows in the linear layers; empty otherwise.
         stack = nn.scan(
             checkpointed.remat(Layer, self.remat),
@@ -204,7 +193,7 @@ class Qwen2(nn.Module):
         (x_BTD, kv), _ = layers((x_BTD, kv), ctx, windows, jnp.arange(c.num_layers))
         if cache is not None:
             cache = cache._replace(k=kv[0], v=kv[1], next_slot=cache.next_slot + tokens_BT.shape[1])
-        return RMSNorm(c, "final_norm", name="final_norm")(x_BTD), cache
+        return RMSNorm(c, name="final_norm")(x_BTD), cache
 
 
 class _Embedding(nn.Module):
@@ -212,7 +201,7 @@ class _Embedding(nn.Module):
 
     @nn.compact
     def __call__(self) -> jax.Array:
-        return _parameter(self, "embedding", "embed/embedding", self.config)
+        return _parameter(self, "embedding")
 
 
 def init(config: ModelConfig, seed: int, mesh: Mesh | None = None, dtype: Any = jnp.float32) -> Params:
@@ -255,16 +244,10 @@ def hidden(
     unroll: int = 1,
     attention_options: AttentionOptions = AttentionOptions(),
 ) -> jax.Array:
-    """Compute the final hidden states of every token.
+    """Compute the final hidden states of every token, [B, T, D] in `dtype`. For the options see `Qwen2`.
 
-    Arguments:
-        tokens_BT: int32 token ids.
-        segment_ids_BT: int32, 1.. per document, 0 for padding. None: a row is one document.
-        positions_BT: int32. None: they count from 0 in every document.
-        dtype, remat, unroll, attention_options: see `Qwen2`.
-
-    Returns:
-        [B, T, D] in `dtype`.
+    segment_ids_BT: int32, 1.. per document, 0 for padding; None: a row is one document. positions_BT: int32; None: they
+    count from 0 in every document.
     """
     if segment_ids_BT is None:
         segment_ids_BT = jnp.ones_like(tokens_BT)

@@ -37,18 +37,12 @@ def inverse_frequencies(rope: Rope, head_dim: int, max_length: int) -> tuple[np.
     ramp = np.clip((np.arange(head_dim // 2, dtype=np.float32) - low) / (high - low), 0.0, 1.0)
     extrapolated, interpolated = 1.0 / wavelengths, 1.0 / (np.float32(rope.factor) * wavelengths)
     frequencies = interpolated * ramp + extrapolated * (1.0 - ramp)
-    return frequencies.astype(np.float32), _attention_factor(rope)
 
-
-def _attention_factor(rope: Rope) -> float:
     def mscale(weight: float) -> float:
         return 1.0 if rope.factor <= 1 else 0.1 * weight * math.log(rope.factor) + 1.0
 
-    if rope.attention_factor is not None:
-        return rope.attention_factor
-    if rope.mscale and rope.mscale_all_dim:
-        return mscale(rope.mscale) / mscale(rope.mscale_all_dim)
-    return mscale(1.0)
+    factor = mscale(rope.mscale) / mscale(rope.mscale_all_dim) if rope.mscale and rope.mscale_all_dim else mscale(1.0)
+    return frequencies.astype(np.float32), factor if rope.attention_factor is None else rope.attention_factor
 
 
 def tables(rope: Rope, head_dim: int, max_length: int, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -6,8 +6,8 @@ Shapes: V vocabulary, D hidden size, N query heads, K key/value heads, H head si
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from bmjax.model.config import ModelConfig
@@ -19,20 +19,16 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # Hugging Face 
 class Param:
     """One row of the table.
 
-    path: keys in the nested parameter dictionary. shape and axes: of the array in that dictionary, with the
-    layer axis first where the parameter is stacked over layers. hf_key: name in a Hugging Face checkpoint,
-    with `{layer}` where it is stacked. transposed: the HF tensor is this array's (per layer) transpose, so the
-    HF last axis (in_features, the row a merge normalises along) is the second to last axis here.
-    init: 'normal' (standard deviation `initializer_range`), 'zeros' or 'ones'.
+    transposed: the HF tensor is this array's (per layer) transpose, so the HF last axis (in_features, the row a merge
+    normalises along) is the second to last axis here.
     """
 
-    path: tuple[str, ...]
-    shape: tuple[int, ...]
+    path: tuple[str, ...]  # keys in the nested parameter dictionary
+    shape: tuple[int, ...]  # of the array there, with the layer axis first where it is stacked over layers
     axes: tuple[str, ...]
-    hf_key: str
-    init: str
+    hf_key: str  # name in a Hugging Face checkpoint, with `{layer}` where the array is stacked
+    init: str  # 'normal' (standard deviation `initializer_range`), 'zeros' or 'ones'
     transposed: bool = False
-    hf_shape: tuple[int, ...] = field(default=())
 
     @property
     def stacked(self) -> bool:
@@ -47,53 +43,50 @@ class Param:
     @property
     def is_matrix(self) -> bool:
         """Two or more dimensions per layer: what weight decay applies to (biases and norms are vectors)."""
-        return len(self.shape) - self.stacked >= 2
+        return len(self.hf_shape) >= 2
+
+    @property
+    def hf_shape(self) -> tuple[int, ...]:
+        """The shape of the checkpoint's tensor, or of each layer's."""
+        per_layer = self.shape[1:] if self.stacked else self.shape
+        return per_layer[::-1] if self.transposed else per_layer
 
     def hf_keys(self) -> list[str]:
         """Return the names of the checkpoint's tensors that make up this parameter, in layer order."""
         return [self.hf_key.format(layer=i) for i in range(self.shape[0])] if self.stacked else [self.hf_key]
 
 
-def _param(path: str, shape: tuple[int, ...], axes: tuple[str, ...], hf_key: str, init: str, transposed: bool) -> Param:
-    per_layer = shape[1:] if "{layer}" in hf_key else shape
-    return Param(
-        path=tuple(path.split("/")),
-        shape=shape,
-        axes=axes,
-        hf_key=hf_key,
-        init=init,
-        transposed=transposed,
-        hf_shape=per_layer[::-1] if transposed else per_layer,
-    )
-
-
 def table(c: ModelConfig) -> tuple[Param, ...]:
     """Return a row for every parameter of the model, in the order of a Hugging Face checkpoint."""
     L, D, F, V = c.num_layers, c.hidden_size, c.intermediate_size, c.vocab_size
     NH, KH = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    layer = "model.layers.{layer}."
-    rows = [_param("embed/embedding", (V, D), ("vocab", "embed"), EMBEDDING, "normal", False)]
 
-    def kernel(path: str, shape: tuple[int, int], axes: tuple[str, str], hf: str) -> None:
-        rows.append(
-            _param(f"layers/{path}/kernel", (L, *shape), ("layers", *axes), f"{layer}{hf}.weight", "normal", True)
-        )
+    def kernel(path: str, shape: tuple[int, int], axes: tuple[str, str], hf: str) -> Param:
+        keys, hf_key = ("layers", *path.split("/"), "kernel"), f"model.layers.{{layer}}.{hf}.weight"
+        return Param(keys, (L, *shape), ("layers", *axes), hf_key, "normal", transposed=True)
 
-    def vector(path: str, size: int, axis: str, hf: str, init: str) -> None:
-        rows.append(_param(f"layers/{path}", (L, size), ("layers", axis), layer + hf, init, False))
+    def vector(path: str, size: int, axis: str, hf: str, init: str) -> Param:
+        return Param(("layers", *path.split("/")), (L, size), ("layers", axis), f"model.layers.{{layer}}.{hf}", init)
 
-    vector("attention_norm/scale", D, "norm", "input_layernorm.weight", "ones")
+    rows = [
+        Param(("embed", "embedding"), (V, D), ("vocab", "embed"), EMBEDDING, "normal"),
+        vector("attention_norm/scale", D, "norm", "input_layernorm.weight", "ones"),
+    ]
     for letter, size, axis in (("q", NH, "heads"), ("k", KH, "kv_heads"), ("v", KH, "kv_heads")):
-        kernel(f"attention/{letter}", (D, size), ("embed", axis), f"self_attn.{letter}_proj")
-        vector(f"attention/{letter}/bias", size, axis, f"self_attn.{letter}_proj.bias", "zeros")
-    kernel("attention/o", (NH, D), ("heads", "embed"), "self_attn.o_proj")
-    vector("mlp_norm/scale", D, "norm", "post_attention_layernorm.weight", "ones")
-    kernel("mlp/gate", (D, F), ("embed", "mlp"), "mlp.gate_proj")
-    kernel("mlp/up", (D, F), ("embed", "mlp"), "mlp.up_proj")
-    kernel("mlp/down", (F, D), ("mlp", "embed"), "mlp.down_proj")
-    rows.append(_param("final_norm/scale", (D,), ("norm",), "model.norm.weight", "ones", False))
+        rows += [
+            kernel(f"attention/{letter}", (D, size), ("embed", axis), f"self_attn.{letter}_proj"),
+            vector(f"attention/{letter}/bias", size, axis, f"self_attn.{letter}_proj.bias", "zeros"),
+        ]
+    rows += [
+        kernel("attention/o", (NH, D), ("heads", "embed"), "self_attn.o_proj"),
+        vector("mlp_norm/scale", D, "norm", "post_attention_layernorm.weight", "ones"),
+        kernel("mlp/gate", (D, F), ("embed", "mlp"), "mlp.gate_proj"),
+        kernel("mlp/up", (D, F), ("embed", "mlp"), "mlp.up_proj"),
+        kernel("mlp/down", (F, D), ("mlp", "embed"), "mlp.down_proj"),
+        Param(("final_norm", "scale"), (D,), ("norm",), "model.norm.weight", "ones"),
+    ]
     if not c.tied:
-        rows.append(_param("lm_head/kernel", (D, V), ("embed", "vocab"), HEAD, "normal", True))
+        rows.append(Param(("lm_head", "kernel"), (D, V), ("embed", "vocab"), HEAD, "normal", transposed=True))
     return tuple(rows)
 
 
@@ -109,7 +102,7 @@ def get(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:
     return tree
 
 
-def unflatten(leaves: Iterator[tuple[tuple[str, ...], Any]] | list[tuple[tuple[str, ...], Any]]) -> dict[str, Any]:
+def unflatten(leaves: Iterable[tuple[tuple[str, ...], Any]]) -> dict[str, Any]:
     """Build a nested dictionary from (path, leaf) pairs."""
     tree: dict[str, Any] = {}
     for path, leaf in leaves:

@@ -9,16 +9,12 @@ from bmjax.parallel.mesh import fitting_spec, mesh_in_scope, split_axes
 
 
 class Layout(NamedTuple):
-    """Mesh axes that split tokens [B, T] and a matrix with the dimensions vocabulary and width.
-
-    tokens, matrix: their partition specs. vocab: the axis that splits the vocabulary, or None. embed: the axes that
-    split the width; some of them may split the tokens, too.
-    """
+    """Mesh axes that split tokens [B, T] and a matrix with the dimensions vocabulary and width."""
 
     tokens: PartitionSpec = PartitionSpec()
     matrix: PartitionSpec = PartitionSpec()
-    vocab: str | None = None
-    embed: tuple[str, ...] = ()
+    vocab: str | None = None  # the axis that splits the vocabulary
+    embed: tuple[str, ...] = ()  # the axes that split the width; some of them may split the tokens, too
 
     @property
     def token_axes(self) -> tuple[str, ...]:

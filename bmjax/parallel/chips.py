@@ -32,19 +32,14 @@ def gpu_capability() -> tuple[int, int] | None:
 
 @dataclass(frozen=True)
 class Chip:
-    """A TPU chip.
+    """A TPU chip; bandwidths in bytes a second."""
 
-    hbm_gib: memory that XLA's compiler lets a program use. flops: dense bfloat16 peak a second. hbm_bandwidth: bytes a
-    second. link_bandwidth: bytes a second that it sends over all its links. slice_bandwidth: its share of the bytes a
-    second that its host sends to other slices. price: US$ an hour on demand.
-    """
-
-    hbm_gib: float
-    flops: float
+    hbm_gib: float  # that XLA's compiler lets a program use
+    flops: float  # dense bfloat16 peak a second
     hbm_bandwidth: float
-    link_bandwidth: float
-    slice_bandwidth: float
-    price: float
+    link_bandwidth: float  # sent over all its links
+    slice_bandwidth: float  # its share of what its host sends to other slices
+    price: float  # US$ an hour on demand
 
 
 # cloud.google.com/tpu/docs/system-architecture-tpu-vm and /pricing; links: jax-ml.github.io/scaling-book/tpus.
@@ -83,8 +78,7 @@ def topology_devices(name: str) -> tuple[Chip, list[Any]]:
 
     options = {"num_slices": slices} if slices > 1 else {}
     try:
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{shape}", **options)
-        devices = list(topology.devices)
+        devices = list(topologies.get_topology_desc(f"{kind}:{shape}", "tpu", **options).devices)
     except Exception as error:
         raise UserError(f"--topology: {name}: {first_line(error)}") from None
     if len(devices) != slices * math.prod(map(int, shape.split("x"))):

@@ -29,22 +29,17 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 
 
 def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Make a mesh with the axes data, fsdp, context, tensor.
+    """Make a mesh with the axes data, fsdp, context, tensor of these devices (None: all).
 
-    Arguments:
-        sizes: of the axes. Absent axes are 1; at most one may be -1, the devices left over. Without a -1 the product
-            may be smaller than the number of devices: the first ones are used.
-        devices: default: all.
-
-    Raises:
-        UserError: for an unknown axis or sizes that do not fit the devices.
+    sizes: of the axes. Absent axes are 1; at most one may be -1, the devices left over. Without a -1 the product may be
+    smaller than the number of devices: the first ones are used. Raises UserError for an unknown axis or sizes that do
+    not fit the devices.
     """
     devices = list(devices if devices is not None else jax.devices())
     sizes = dict(sizes or {})
-    for axis in sizes:
+    for axis, size in sizes.items():
         if axis not in AXES:
             raise UserError(f"mesh: unknown axis '{axis}'; the axes are {', '.join(AXES)}")
-    for axis, size in sizes.items():
         if not isinstance(size, int):
             raise UserError(f"mesh: {axis} is {size!r}, expected a whole number")
     shape = [sizes.get(axis, 1) for axis in AXES]
@@ -58,16 +53,15 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
                 "change one of the sizes"
             )
         shape[shape.index(-1)] = len(devices) // fixed
-        fixed = len(devices)
-    if fixed > len(devices):
-        raise UserError(f"mesh: sizes {sizes} need {fixed} devices, there are {len(devices)}; make a size smaller")
+    used = math.prod(shape)
+    if used > len(devices):
+        raise UserError(f"mesh: sizes {sizes} need {used} devices, there are {len(devices)}; make a size smaller")
     try:
-        device_array = arrange(shape, devices[:fixed])
+        return Mesh(arrange(shape, devices[:used]), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     except (AssertionError, NotImplementedError, ValueError):
         raise UserError(
             f"mesh: sizes {sizes} cannot be laid out on these {len(devices)} devices; use all of them, one size -1"
         ) from None
-    return Mesh(device_array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def slow_groups(devices: Sequence[Any]) -> list[int]:
@@ -109,8 +103,7 @@ def fitting_spec(mesh: Mesh | AbstractMesh, axes: Sequence[str | None], shape: S
     """Return the `partition_spec`, with those dimensions whole that their mesh axes do not divide."""
     parts = []
     for size, part in zip(shape, partition_spec(axes), strict=True):
-        names = (part,) if isinstance(part, str) else tuple(part or ())
-        parts.append(part if size % math.prod(mesh.shape[name] for name in names) == 0 else None)
+        parts.append(part if size % math.prod(mesh.shape[name] for name in split_axes((part,))) == 0 else None)
     return PartitionSpec(*parts)
 
 
@@ -146,6 +139,4 @@ def on_each_device(local: Callable[..., Any], in_specs: Any, out_specs: Any) -> 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Tell the compiler the layout of `x` by logical names; without a mesh in scope it does nothing."""
     mesh = mesh_in_scope()
-    if mesh is None:
-        return x
-    return jax.lax.with_sharding_constraint(x, fitting_spec(mesh, axes, x.shape))
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, fitting_spec(mesh, axes, x.shape))

@@ -8,16 +8,18 @@ import atexit
 import contextlib
 import importlib.util
 import os
+import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from bmjax.config import UserError, first_line
 
@@ -26,10 +28,6 @@ BEAT = 5.0  # seconds between looks at the other processes, at most
 TOGETHER = 5  # seconds within which processes that fail for the same reason have all reported it
 _REASON = "bmjax/alive/reason"
 _AGAIN = "the same command on all of them resumes from the newest checkpoint"
-_DEAD = (
-    "bmjax: error: process {dead} of {count} has not been heard of for {seconds:.0f} s; see its own log for why. "
-    "Stopped; " + _AGAIN
-)
 
 
 @contextlib.contextmanager
@@ -40,17 +38,12 @@ def together(
 
     When a process is silent for too long, every other process stops with a line that names it; when a process leaves by
     an error, they stop at once. (When process 0 is killed, JAX's runtime ends the others with its message, since they
-    meet at process 0.) Nothing is done without a launcher, or where num_processes is 1.
+    meet at process 0.) Nothing is done without a launcher, or where num_processes is 1. Raises UserError for settings
+    that do not belong together, and when processes do not come.
 
-    Arguments:
-        coordinator: host:port of process 0, with num_processes and process_id. All None: as the launcher says (Cloud
-            TPU and GKE slices, SLURM's srun, Open MPI 4, Kubernetes indexed jobs with the kubernetes package).
-        num_processes: of the run.
-        process_id: this process's number, from 0 on.
-        timeout: seconds until a silent process counts as dead.
-
-    Raises:
-        UserError: for settings that do not belong together, and when processes do not come.
+    coordinator: host:port of process 0. With num_processes and process_id all None: as the launcher says (Cloud TPU and
+    GKE slices, SLURM's srun, Open MPI 4, Kubernetes indexed jobs with the kubernetes package). timeout: seconds until a
+    silent process counts as dead.
     """
     _connect(coordinator, num_processes, process_id, timeout)
     if jax.process_count() == 1:
@@ -58,18 +51,19 @@ def together(
         return
     ended, beat = threading.Event(), min(BEAT, timeout / 5)
     threading.Thread(target=_watch, args=(timeout, beat, ended), name="bmjax-watch", daemon=True).start()
+    process = f"process {jax.process_index()} of {jax.process_count()}"
     try:
         yield
         wait_for_all("bmjax/done")
     except SystemExit:
         raise
     except BaseException as error:
-        _leave_reason(error)
+        with contextlib.suppress(Exception):  # where the watch of the other processes looks for it
+            _client().key_value_set(_REASON, f"{process} stopped: {first_line(error)}")
         atexit.register(_leave, 2 if isinstance(error, UserError | jax.errors.JaxRuntimeError) else 1, beat)
         if isinstance(error, jax.errors.JaxRuntimeError):
             raise UserError(
-                f"process {jax.process_index()} of {jax.process_count()}: a device or another process failed: "
-                f"{first_line(error)}; see the other logs; {_AGAIN}"
+                f"{process}: a device or another process failed: {first_line(error)}; see the other logs; {_AGAIN}"
             ) from error
         raise
     finally:
@@ -81,13 +75,6 @@ def _client() -> Any:
     from jax._src.distributed import global_state
 
     return global_state.client
-
-
-def _leave_reason(error: BaseException) -> None:
-    """Write the reason of this process's end to the store, where the watch of the other processes looks for it."""
-    reason = f"process {jax.process_index()} of {jax.process_count()} stopped: {first_line(error)}"
-    with contextlib.suppress(Exception):
-        _client().key_value_set(_REASON, reason)
 
 
 def _leave(code: int, beat: float) -> None:
@@ -112,24 +99,19 @@ def _connect(coordinator: str | None, num_processes: int | None, process_id: int
         raise UserError(f"{', '.join(missing)}: missing; coordinator, num_processes and process_id belong together")
     if num_processes == 1 or jax.distributed.is_initialized():
         return
-    if missing:
-        arguments = _launched()
-        if arguments is None:
-            return
-    else:
-        assert coordinator is not None and num_processes is not None and process_id is not None
+    arguments = _launched() if missing else {"cluster_detection_method": "deactivate"}
+    if arguments is None:
+        return
+    if coordinator is not None and num_processes is not None and process_id is not None:
         if not coordinator.rpartition(":")[2].isdigit():
             raise UserError(f"coordinator: '{coordinator}' is not like host:port")
         if not 0 <= process_id < num_processes:
             raise UserError(f"process_id: {process_id} is not one of 0 to {num_processes - 1} (num_processes)")
-        arguments = {
-            "coordinator_address": coordinator,
-            "num_processes": num_processes,
-            "process_id": process_id,
-            "cluster_detection_method": "deactivate",
-        }
     try:
         jax.distributed.initialize(
+            coordinator_address=coordinator,
+            num_processes=num_processes,
+            process_id=process_id,
             **arguments,
             initialization_timeout=max(timeout, 10),
             heartbeat_timeout_seconds=timeout + SLACK,
@@ -153,8 +135,11 @@ def _launched() -> dict[str, Any] | None:
         return arguments
     if int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
         return {"cluster_detection_method": "ompi"}
-    if _on_tpu():
-        return {}
+    # A host of a TPU slice whose software JAX may use.
+    if env.get("JAX_PLATFORMS", "tpu") in ("", "tpu") and importlib.util.find_spec("libtpu") is not None:
+        devices = [*Path("/dev").glob("accel*"), *Path("/dev/vfio").glob("*")]
+        if any(path.name[-1].isdigit() for path in devices):
+            return {}
     if "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env:
         if importlib.util.find_spec("kubernetes") is None:
             raise UserError(
@@ -165,27 +150,18 @@ def _launched() -> dict[str, Any] | None:
     return None
 
 
-def _on_tpu() -> bool:
-    """Return whether this is a host of a TPU slice whose software JAX may use."""
-    if os.environ.get("JAX_PLATFORMS", "tpu") not in ("", "tpu") or importlib.util.find_spec("libtpu") is None:
-        return False
-    return any(path.name[-1].isdigit() for path in [*Path("/dev").glob("accel*"), *Path("/dev/vfio").glob("*")])
-
-
 def _watch(timeout: int, beat: float, ended: threading.Event) -> None:
     """End this process with a line when another process is silent for `timeout` seconds, or has left a reason.
 
-    A collective that waits for a dead process never returns, so a thread watches. Every process counts up a number in
-    the runtime's store, which process 0 holds, and reads the numbers of all others.
+    A collective that waits for a dead process never returns, so a thread watches. Every process writes the
+    time to the runtime's store, which process 0 holds, and looks whether the others' times change.
     """
     client = _client()
     process, count = jax.process_index(), jax.process_count()
-    last_change = {i: ("", time.monotonic()) for i in range(count) if i != process}  # the number, and since when
-    number = 0
+    last_change = {i: ("", time.monotonic()) for i in range(count) if i != process}  # what each wrote, and since when
     while not ended.wait(beat):
-        number += 1
         try:
-            client.key_value_set(f"bmjax/alive/{process}", str(number), allow_overwrite=True)
+            client.key_value_set(f"bmjax/alive/{process}", str(time.monotonic_ns()), allow_overwrite=True)
             store = dict(client.key_value_dir_get("bmjax/alive"))
         except Exception:
             return  # the store is gone, and process 0 with it: the runtime says so itself
@@ -193,15 +169,44 @@ def _watch(timeout: int, beat: float, ended: threading.Event) -> None:
             print(f"bmjax: error: {reason}; {_AGAIN}", file=sys.stderr, flush=True)
             os._exit(1)
         now = time.monotonic()
-        for other, (last_number, since) in last_change.items():
-            other_number = store.get(f"bmjax/alive/{other}", "")
-            if other_number != last_number:
-                last_change[other] = (other_number, now)
+        for other, (last_stamp, since) in last_change.items():
+            stamp = store.get(f"bmjax/alive/{other}", "")
+            if stamp != last_stamp:
+                last_change[other] = (stamp, now)
             elif now - since > timeout and not ended.is_set():
-                print(_DEAD.format(dead=other, count=count, seconds=now - since), file=sys.stderr, flush=True)
+                silent = f"process {other} of {count} has not been heard of for {now - since:.0f} s"
+                message = f"{silent}; see its own log for why. Stopped; {_AGAIN}"
+                print(f"bmjax: error: {message}", file=sys.stderr, flush=True)
                 if process == 0:
                     time.sleep(2 * beat)  # for the others to see the same
                 os._exit(1)
+
+
+class Stop:
+    """A context in which SIGTERM, which schedulers send, does not end the process; `reached` returns when to end.
+
+    In a run of several processes JAX's runtime passes a SIGTERM of any process to all of them and picks the step after
+    which they end together.
+    """
+
+    def __init__(self) -> None:
+        self._signalled = False
+        self._previous: Any = None
+        self._alone = jax.process_count() == 1
+
+    def __enter__(self) -> Self:
+        # Only the main thread may set a signal's handler; with several processes JAX has set it.
+        if self._alone and threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_signalled", True))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
+
+    def reached(self, step: int) -> bool:
+        """Return whether to end after this step. All processes call it once a step."""
+        return self._signalled if self._alone else multihost_utils.reached_preemption_sync_point(step)
 
 
 def is_main() -> bool:
@@ -212,17 +217,11 @@ def is_main() -> bool:
 def wait_for_all(what: str) -> None:
     """Wait until every process has made this call. what: a name, the same for all."""
     if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
         multihost_utils.sync_global_devices(what)
 
 
 def mains(value: bool) -> bool:
     """Return process 0's value in all processes."""
-    if jax.process_count() == 1:
-        return value
-    from jax.experimental import multihost_utils
-
     return bool(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
@@ -230,8 +229,6 @@ def check_agreement(values: Mapping[str, str]) -> None:
     """Raise UserError in every process, naming the key, where processes have different values."""
     if jax.process_count() == 1:
         return
-    from jax.experimental import multihost_utils
-
     names = sorted(values)
     digests = [np.frombuffer(sha256(values[name].encode()).digest()[:8], np.int32) for name in names]
     gathered = np.asarray(multihost_utils.process_allgather(np.array(digests, np.int32)))  # [processes, keys, 2]

@@ -3,6 +3,7 @@
 The commands call it. Each function leaves alone what the user has set by an environment variable.
 """
 
+import contextlib
 import ctypes
 import hashlib
 import importlib.metadata
@@ -28,15 +29,12 @@ def use_cpu_cores() -> None:
     """
     if "host_platform_device_count" in os.environ.get("XLA_FLAGS", "") or "JAX_NUM_CPU_DEVICES" in os.environ:
         return
-    cores = min(
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, MOST_CPU_DEVICES
-    )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
-        jax.config.update("jax_num_cpu_devices", 1 << (cores.bit_length() - 1))
+        jax.config.update("jax_num_cpu_devices", 1 << (min(cores, MOST_CPU_DEVICES).bit_length() - 1))
     except RuntimeError:
         return
-    if not _accelerators():
-        keep_freed_memory()
+    _keep_freed_memory()
 
 
 def use_gpu_memory() -> None:
@@ -55,8 +53,7 @@ def use_own_threads() -> None:
     """
     os.environ.setdefault("NPROC", "1")  # the size of XLA's thread pool
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    if not _accelerators():
-        keep_freed_memory()
+    _keep_freed_memory()
 
 
 def keep_compiled_programs() -> None:
@@ -68,9 +65,16 @@ def keep_compiled_programs() -> None:
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
+    # A program is compiled for the processor's abilities, by a version of JAX.
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        abilities = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        abilities = platform.processor()
+    target = f"{importlib.metadata.version('jaxlib')} {platform.machine()} {abilities}"
     try:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        folder = home / "bmjax" / f"compiled-{_processor()}"
+        folder = home / "bmjax" / f"compiled-{hashlib.sha256(target.encode()).hexdigest()[:16]}"
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError):  # no home, or no right to write there
         return
@@ -81,33 +85,15 @@ def keep_compiled_programs() -> None:
     warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache entry")
 
 
-def _processor() -> str:
-    """Return a name for the target of a compiled CPU program: the processor's abilities and JAX's version."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        abilities = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    except OSError:
-        abilities = platform.processor()
-    text = f"{importlib.metadata.version('jaxlib')} {platform.machine()} {abilities}"
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _accelerators() -> bool:
-    """Return whether an accelerator's JAX plugin is installed and allowed."""
-    if os.environ.get("JAX_PLATFORMS") == "cpu":
-        return False
-    return bool(importlib.metadata.entry_points(group="jax_plugins")) or importlib.util.find_spec("libtpu") is not None
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep large freed blocks for the next step instead of returning them to the kernel.
+def _keep_freed_memory() -> None:
+    """Have glibc keep large freed blocks for the next step, unless JAX may use an accelerator.
 
     XLA on a CPU allocates a step's temporaries anew every step; mapping and clearing those pages takes a fifth of
     a small model's step. One arena, since only the main one can hold blocks above 64 MiB.
     """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # another C library
+    accelerator = importlib.metadata.entry_points(group="jax_plugins") or importlib.util.find_spec("libtpu")
+    if accelerator and os.environ.get("JAX_PLATFORMS") != "cpu":
         return
-    for parameter, value in ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1)):
-        mallopt(parameter, value)
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        for parameter, value in ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1)):
+            ctypes.CDLL(None).mallopt(parameter, value)

@@ -5,13 +5,14 @@ moment. What it left is removed when the directory is opened again. Training and
 nothing else calls Orbax.
 """
 
+import contextlib
 import errno
 import logging
 import operator
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,8 @@ from orbax.checkpoint import v1 as ocp
 from bmjax.config import UserError, first_line
 from bmjax.parallel.processes import is_main, wait_for_all
 
-TEMPORARY = "*.orbax-checkpoint-tmp"
-
-
-class _NotOrbax(logging.Filter):
-    """Orbax logs every step of its work, and each background error several times before it raises it."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return "orbax" not in record.pathname
-
-
-logging.getLogger("absl").addFilter(_NotOrbax())
+# Orbax logs every step of its work, and each background error several times before it raises it.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 
 
 class Checkpoints:
@@ -45,20 +37,17 @@ class Checkpoints:
     def __init__(self, directory: str | Path, keep: int, every: int, keep_every: int | None = None) -> None:
         self.directory = Path(directory).resolve()
         self.every = every
-        training = ocp.training
-        preserved: Any = training.preservation_policies.LatestN(keep)
-        if keep_every:
-            multiples = training.preservation_policies.EveryNSteps(keep_every)
-            preserved = training.preservation_policies.AnyPreservationPolicy([preserved, multiples])
+        policies = ocp.training.preservation_policies
+        preserved = [policies.LatestN(keep), *([policies.EveryNSteps(keep_every)] if keep_every else [])]
         try:
             if is_main():
                 self.directory.mkdir(parents=True, exist_ok=True)
                 self._clear_leftovers()
             wait_for_all("bmjax/checkpoints")
-            self._checkpointer = training.Checkpointer(
+            self._checkpointer = ocp.training.Checkpointer(
                 self.directory,
-                save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1),
-                preservation_policy=preserved,
+                save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+                preservation_policy=policies.AnyPreservationPolicy(preserved),
             )
         except OSError as error:
             raise UserError(f"{self.directory}: cannot hold checkpoints: {error.strerror}") from None
@@ -77,36 +66,37 @@ class Checkpoints:
         latest = self.latest()
         if latest is not None and step <= latest:
             raise ValueError(f"{self.directory}: step {step} is not after the newest checkpoint, {latest}")
-        try:
+        with self._disk_errors():
             self._checkpointer.save_async(step, state, custom_metadata={"meta": dict(meta), "leaves": _leaves(state)})
-        except Exception as error:
-            raise self._failed(error) from None
 
     def latest(self) -> int | None:
         """Return the newest complete step, None when there is none."""
-        self._wait()
+        with self._disk_errors():
+            self._checkpointer.wait()
         newest = self._checkpointer.latest
         return None if newest is None else int(newest.step)
 
     def restore(self, step: int | None, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
-        """Read the checkpoint of `step`, or the newest for None.
+        """Read (state, meta) as they were saved with `step`, or the newest for None.
 
-        Arguments:
-            abstract_state: a pytree of jax.ShapeDtypeStruct with shardings, which may be those of another mesh. A
-                float32 leaf may be restored as bfloat16, and the other way round.
-
-        Returns:
-            (state, meta) as they were saved.
-
-        Raises:
-            UserError: when there is no such checkpoint, when it is another model's (naming the first leaf that
-                differs) or when it is damaged.
+        abstract_state: a pytree of jax.ShapeDtypeStruct with shardings, which may be those of another mesh. A float32
+        leaf may be restored as bfloat16, and the other way round. Raises UserError when there is no such checkpoint,
+        when it is another model's (naming the first leaf that differs) or when it is damaged.
         """
         step = self._existing_step(step)
-        path = self.directory / str(step)
+        path, expected = self.directory / str(step), _leaves(abstract_state)
         try:
             saved = self._checkpointer.metadata(step).custom_metadata
-            _check_same(saved["leaves"], _leaves(abstract_state), path)
+            leaves = saved["leaves"]
+            for name in [*expected, *leaves]:
+                stored, wanted = leaves.get(name, "absent"), expected.get(name, "absent")
+                (dtype, _, shape), (wanted_dtype, _, wanted_shape) = stored.partition(" "), wanted.partition(" ")
+                castable = {dtype, wanted_dtype} <= {"float32", "bfloat16"}  # Orbax casts what it restores
+                if shape != wanted_shape or (dtype != wanted_dtype and not castable):
+                    raise UserError(
+                        f"{path}: the checkpoint is of another model or optimizer: {name} is {stored}, expected "
+                        f"{wanted}; use another output, or delete the checkpoints"
+                    )
             return self._checkpointer.load(step, abstract_state), saved["meta"]
         except UserError:
             raise
@@ -129,31 +119,30 @@ class Checkpoints:
     def close(self) -> None:
         """Wait for the save under way. No other call may follow."""
         try:
-            self._wait()
+            with self._disk_errors():
+                self._checkpointer.wait()
         finally:
             self._checkpointer.close()
 
-    def _wait(self) -> None:
+    @contextlib.contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        """Remove what a failed save left, and raise a disk's error as a UserError."""
         try:
-            self._checkpointer.wait()
+            yield
         except Exception as error:
-            raise self._failed(error) from None
-
-    def _failed(self, error: Exception) -> Exception:
-        """Remove what a failed save left; return the UserError of a disk's error, or the error as it is."""
-        code = re.search(r"os_error_code='(\d+)'", str(error))
-        if isinstance(error, OSError) or code:
+            code = re.search(r"os_error_code='(\d+)'", str(error))
+            if not isinstance(error, OSError) and not code:
+                raise
             self._clear_leftovers()
             number = int(code[1]) if code else getattr(error, "errno", None) or errno.EIO
-            return UserError(
+            raise UserError(
                 f"{self.directory}: cannot write a checkpoint: {os.strerror(number)}; the earlier ones are intact, "
                 "make room and run again to resume"
-            )
-        return error
+            ) from None
 
     def _clear_leftovers(self) -> None:
         if is_main():
-            for path in self.directory.glob(TEMPORARY):
+            for path in self.directory.glob("*.orbax-checkpoint-tmp"):
                 shutil.rmtree(path, ignore_errors=True)
 
 
@@ -163,15 +152,3 @@ def _leaves(tree: Any) -> dict[str, str]:
         jax.tree_util.keystr(path, simple=True, separator="/"): f"{np.dtype(leaf.dtype).name} {list(leaf.shape)}"
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
-
-
-def _check_same(saved: Mapping[str, str], expected: Mapping[str, str], path: Path) -> None:
-    for name in [*expected, *saved]:
-        dtype, _, shape = saved.get(name, "absent").partition(" ")
-        expected_dtype, _, expected_shape = expected.get(name, "absent").partition(" ")
-        castable = {dtype, expected_dtype} <= {"float32", "bfloat16"}  # Orbax casts what it restores
-        if shape != expected_shape or (dtype != expected_dtype and not castable):
-            raise UserError(
-                f"{path}: the checkpoint is of another model or optimizer: {name} is {saved.get(name, 'absent')}, "
-                f"expected {expected.get(name, 'absent')}; use another output, or delete the checkpoints"
-            )

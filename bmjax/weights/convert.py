@@ -4,6 +4,7 @@
 """
 
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import jax
@@ -21,54 +22,41 @@ from bmjax.weights.checkpoint import Checkpoints
 PARAMS = "params"  # DST/params/0: an Orbax checkpoint whose only step is 0
 
 
-def _new_path(destination: str) -> Path:
-    path = Path(destination)
-    if path.exists():
-        raise UserError(f"{path}: exists already; choose a new directory")
-    return path
-
-
 def convert(source: str, destination: str, to: str) -> None:
-    """Convert a model directory to the form `to`, 'hf' or 'orbax'; see `to_hf` and `to_orbax`."""
-    forms = {"hf": to_hf, "orbax": to_orbax}
+    """Convert a model directory to the form `to`, 'hf' or 'orbax'."""
+    forms = {"hf": _to_hf, "orbax": _to_orbax}
     if to not in forms:
         raise UserError(f"to: expected hf or orbax, found '{to}'")
+    if Path(destination).exists():
+        raise UserError(f"{Path(destination)}: exists already; choose a new directory")
     forms[to](source, destination)
 
 
-def to_orbax(source: str, destination: str) -> None:
+def _to_orbax(source: str, destination: str) -> None:
     """Write the parameters of a Hugging Face directory or hub id, in their stored dtype, to DESTINATION/params."""
-    target, directory = _new_path(destination), hub.model_directory(source)
+    directory = hub.model_directory(source)
     config = ModelConfig.from_dir(directory)
     params = hf.load_params(directory, config, make_mesh())
-    with replacing(target) as temporary:
+    with replacing(Path(destination)) as temporary:
         for file in directory.iterdir():
             if file.name in (*hf.TOKENIZER_FILES, "config.json", "generation_config.json"):
                 shutil.copyfile(file, temporary / file.name)
-        checkpoints = Checkpoints(temporary / PARAMS, keep=1, every=1)
         dtypes = {row.name: str(spec.get(params, row.path).dtype) for row in spec.table(config)}
-        checkpoints.save(0, params, {"dtypes": dtypes})
-        checkpoints.close()
+        with closing(Checkpoints(temporary / PARAMS, keep=1, every=1)) as checkpoints:
+            checkpoints.save(0, params, {"dtypes": dtypes})
 
 
-def to_hf(source: str, destination: str) -> None:
-    """Write a Hugging Face directory from what `to_orbax` wrote: safetensors, config and tokenizer."""
-    target, directory = _new_path(destination), Path(source)
+def _to_hf(source: str, destination: str) -> None:
+    """Write a Hugging Face directory from what `_to_orbax` wrote: safetensors, config and tokenizer."""
+    directory = Path(source)
     if not (directory / PARAMS).is_dir():
         ready = directory / "hf"
         hint = f"; {ready} is a Hugging Face directory already" if (ready / "config.json").is_file() else ""
         raise UserError(f"{directory}: not what `bmjax convert --to orbax` writes (no {PARAMS}/ in it){hint}")
     config, mesh = ModelConfig.from_dir(directory), make_mesh()
-    checkpoints = Checkpoints(directory / PARAMS, keep=1, every=1)
-    try:
+    with closing(Checkpoints(directory / PARAMS, keep=1, every=1)) as checkpoints:
         dtypes = checkpoints.meta(None)["dtypes"]
-        shapes = {
-            row.path: jax.ShapeDtypeStruct(
-                row.shape, jnp.dtype(dtypes[row.name]), sharding=sharding(mesh, row.axes, row.shape)
-            )
-            for row in spec.table(config)
-        }
-        params = checkpoints.restore(None, spec.unflatten(list(shapes.items())))[0]
-    finally:
-        checkpoints.close()
-    hf.save_hf(target, params, read_hf_config(directory), side_files=directory)
+        rows = [(row, jnp.dtype(dtypes[row.name]), sharding(mesh, row.axes, row.shape)) for row in spec.table(config)]
+        shapes = [(row.path, jax.ShapeDtypeStruct(row.shape, dtype, sharding=layout)) for row, dtype, layout in rows]
+        params = checkpoints.restore(None, spec.unflatten(shapes))[0]
+    hf.save_hf(destination, params, read_hf_config(directory), side_files=directory)

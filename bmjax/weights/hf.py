@@ -9,8 +9,9 @@ import json
 import math
 import shutil
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache, partial
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
@@ -28,45 +29,30 @@ from bmjax.model.spec import EMBEDDING, HEAD, Param
 from bmjax.parallel.mesh import sharding
 from bmjax.parallel.processes import is_main
 
-FLOATS = {name: DTYPES[name] for name in ("BF16", "F16", "F32")}
-TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+FLOATS = ("BF16", "F16", "F32")
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "tokenizer.model",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    *TEMPLATE_FILES,
-)
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model",
+    "added_tokens.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
 COMPARE_ROWS = 4096
 
 
 def load_params(
     directory: str | Path, config: ModelConfig, mesh: Mesh | None = None, dtype: Any = None
 ) -> dict[str, Any]:
-    """Load the parameters of a directory. Every process reads only the blocks of its devices.
+    """Load the parameters of a directory as the table's nested dictionary of jax.Array.
 
-    Arguments:
-        config: the directory's config.
-        mesh: the arrays are laid out on it as the table says. None: on the default device.
-        dtype: of the arrays. None: as stored.
-
-    Returns:
-        A nested dictionary of jax.Array, as the table has it.
-
-    Raises:
-        UserError: when the files do not hold exactly the tensors that `config` describes.
+    Every process reads only the blocks of its devices. mesh: the arrays are laid out on it as the table says; None: on
+    the default device. dtype: of the arrays; None: as stored. Raises UserError when the files do not hold exactly the
+    tensors that `config`, the directory's, describes.
     """
     checkpoint = open_checkpoint(directory)
-    check_tensors(checkpoint, config)
+    _check_tensors(checkpoint, config)
     dtype = None if dtype is None else np.dtype(dtype)
     return spec.unflatten([(row.path, _load_leaf(checkpoint, row, mesh, dtype)) for row in spec.table(config)])
 
 
-def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
+def _check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
     """Raise UserError unless the checkpoint holds exactly the tensors of the table, in shape and in a float type.
 
     A tied checkpoint may also hold lm_head.weight if it equals the embedding; rotary_emb.inv_freq is ignored.
@@ -83,78 +69,62 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
         raise UserError(f"{directory}: missing {listing(missing)}{hint}")
     surplus = [name for name in tensors if name not in expected and not name.endswith("rotary_emb.inv_freq")]
     if config.tied and HEAD in surplus:
-        _check_tied(checkpoint)
+        if not _head_is_embedding(checkpoint):
+            raise UserError(
+                f"{directory}: config.json has tie_word_embeddings true, but the files hold a {HEAD} "
+                f"that differs from {EMBEDDING}; set tie_word_embeddings to false"
+            )
         surplus.remove(HEAD)
     if surplus:
         raise UserError(
             f"{directory}: surplus {listing(surplus)} that a {config.model_type} model with this config.json "
             "does not have"
         )
-    misshapen = [
-        f"{name} is {list(tensors[name].shape)}, expected {list(shape)}"
-        for name, shape in expected.items()
-        if tensors[name].shape != shape
-    ]
-    if misshapen:
-        raise UserError(
-            f"{directory}: {len(misshapen)} misshapen: {_first_three(misshapen)}; config.json or the file is wrong"
-        )
-    not_float = [f"{name} is {tensors[name].dtype}" for name in expected if tensors[name].dtype not in FLOATS]
-    if not_float:
-        raise UserError(
-            f"{directory}: {len(not_float)} of a type not supported: {_first_three(not_float)}; use BF16, F16 or F32"
-        )
+    infos = [(name, tensors[name], list(shape)) for name, shape in expected.items()]
+    misshapen = [f"{name} is {list(i.shape)}, expected {shape}" for name, i, shape in infos if list(i.shape) != shape]
+    not_float = [f"{name} is {i.dtype}" for name, i, _ in infos if i.dtype not in FLOATS]
+    for problems, fault, advice in (
+        (misshapen, "misshapen", "config.json or the file is wrong"),
+        (not_float, "of a type not supported", "use BF16, F16 or F32"),
+    ):
+        if problems:
+            examples = ", ".join([*problems[:3], *["..."] * (len(problems) > 3)])
+            raise UserError(f"{directory}: {len(problems)} {fault}: {examples}; {advice}")
 
 
-def _first_three(problems: Sequence[str]) -> str:
-    return ", ".join(problems[:3]) + (", ..." if len(problems) > 3 else "")
-
-
-def _check_tied(checkpoint: Checkpoint) -> None:
+def _head_is_embedding(checkpoint: Checkpoint) -> bool:
     embedding, head = checkpoint.tensors[EMBEDDING], checkpoint.tensors[HEAD]
-    same = (embedding.shape, embedding.dtype) == (head.shape, head.dtype)
-    for start in range(0, embedding.shape[0] if same and embedding.shape else 0, COMPARE_ROWS):
-        rows = (slice(start, start + COMPARE_ROWS),)
-        same = same and checkpoint.read(EMBEDDING, rows).tobytes() == checkpoint.read(HEAD, rows).tobytes()
-    if not same:
-        raise UserError(
-            f"{checkpoint.directory}: config.json has tie_word_embeddings true, but the files hold a {HEAD} "
-            f"that differs from {EMBEDDING}; set tie_word_embeddings to false"
-        )
+    if (embedding.shape, embedding.dtype) != (head.shape, head.dtype):
+        return False
+    starts = range(0, embedding.shape[0] if embedding.shape else 0, COMPARE_ROWS)
+    blocks = [(slice(start, start + COMPARE_ROWS),) for start in starts]
+    return all(checkpoint.read(EMBEDDING, rows).tobytes() == checkpoint.read(HEAD, rows).tobytes() for rows in blocks)
 
 
 def _load_leaf(checkpoint: Checkpoint, row: Param, mesh: Mesh | None, dtype: np.dtype | None) -> jax.Array:
     keys = row.hf_keys()
-    if dtype is None:
-        stored = {checkpoint.tensors[key].numpy_dtype for key in keys}
-        dtype = stored.pop() if len(stored) == 1 else np.dtype(jnp.result_type(*stored))
-    blocks: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+    stored_as = jnp.result_type(*(checkpoint.tensors[key].numpy_dtype for key in keys))
+    leaf_dtype = stored_as if dtype is None else dtype
+
+    @cache  # devices that hold the same block share one reading of it
+    def read(bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
+        # Read one layer after another, and turn each to the table's orientation.
+        inner = tuple(slice(*pair) for pair in (bounds[1:] if row.stacked else bounds))
+        out = np.empty([stop - start for start, stop in bounds], leaf_dtype)
+        layers = keys[slice(*bounds[0])] if row.stacked else keys
+        for layer, key in zip(out if row.stacked else [out], layers, strict=True):
+            tensor = checkpoint.read(key, inner[::-1] if row.transposed else inner)
+            with np.errstate(invalid="ignore", over="ignore"):  # casting keeps NaN and infinity, which is no error
+                layer[...] = tensor.T if row.transposed else tensor
+        return out
 
     def block(index: tuple[slice, ...] | None) -> np.ndarray:
         assert index is not None  # only fully replicated extended dtypes have none
-        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, row.shape, strict=True))
-        if bounds not in blocks:  # devices that hold the same block share one reading of it
-            blocks[bounds] = _read_block(checkpoint, row, keys, bounds, dtype)
-        return blocks[bounds]
+        return read(tuple(part.indices(size)[:2] for part, size in zip(index, row.shape, strict=True)))
 
     if mesh is None:
         return jax.device_put(block((slice(None),) * len(row.shape)))
     return jax.make_array_from_callback(row.shape, sharding(mesh, row.axes, row.shape), block)
-
-
-def _read_block(
-    checkpoint: Checkpoint, row: Param, keys: Sequence[str], bounds: tuple[tuple[int, int], ...], dtype: np.dtype
-) -> np.ndarray:
-    """Read the block `bounds` of the leaf, one layer after another."""
-    inner = tuple(slice(*pair) for pair in (bounds[1:] if row.stacked else bounds))
-    index = inner[::-1] if row.transposed else inner
-    out = np.empty([stop - start for start, stop in bounds], dtype)
-    layers = keys[slice(*bounds[0])] if row.stacked else keys
-    for layer, key in zip(out if row.stacked else [out], layers, strict=True):
-        tensor = checkpoint.read(key, index)
-        with np.errstate(invalid="ignore", over="ignore"):  # casting keeps NaN and infinity, which is no error
-            layer[...] = tensor.T if row.transposed else tensor
-    return out
 
 
 @partial(jax.jit, static_argnames=("dtype", "transposed"))
@@ -162,19 +132,6 @@ def _hf_tensor(leaf: jax.Array, layer: Any, dtype: Any, transposed: bool) -> jax
     """Return a tensor in Hugging Face's orientation, as a new array: reading it leaves no host copy on the leaf."""
     part = leaf if layer is None else jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
     return jnp.array(part.T if transposed else part, dtype=dtype, copy=True)
-
-
-def _identity(array: jax.Array) -> jax.Array:
-    return array
-
-
-def _to_host(array: jax.Array) -> np.ndarray | None:
-    """Return the whole array in the first process, and None in the others, which make this call, too."""
-    if not array.is_fully_addressable:
-        assert isinstance(array.sharding, NamedSharding)  # several processes share arrays only on a mesh
-        replicated = NamedSharding(array.sharding.mesh, PartitionSpec())
-        array = jax.block_until_ready(jax.jit(_identity, out_shardings=replicated)(array))
-    return jax.device_get(array) if is_main() else None
 
 
 def save_hf(
@@ -205,34 +162,54 @@ def save_hf(
         UserError: for a directory that holds something else than a model, for a full disk, and for parameters that do
             not fit the config.
     """
-    # Check parameters and directory.
+    # Plan the tensors layer by layer, as Hugging Face orders them.
     directory = Path(directory)
     if eos is not None:
         hf_config = {**hf_config, "eos_token_id": list(eos)}
     config = ModelConfig.from_hf(hf_config, "config")
-    rows = _file_order(spec.table(config))
-    leaves = {row.path: _leaf(params, row) for row, _ in rows}
-    dtypes = {path: np.dtype(leaf.dtype if dtype is None else dtype) for path, leaf in leaves.items()}
-    plan = [(row.hf_key.format(layer=layer), dtypes[row.path], row.hf_shape) for row, layer in rows]
+    table = spec.table(config)
+    leaves: dict[tuple[str, ...], Any] = {}
+    for row in table:
+        try:
+            leaves[row.path] = leaf = spec.get(params, row.path)
+        except (KeyError, TypeError):
+            message = f"parameters: {row.name} is missing; config and parameters belong to different models"
+            raise UserError(message) from None
+        if tuple(leaf.shape) != row.shape:
+            raise UserError(f"parameters: {row.name} is {list(leaf.shape)}, the config says {list(row.shape)}")
+    rows = [
+        (row, layer, np.dtype(leaves[row.path].dtype if dtype is None else dtype))
+        for stacked, block in groupby(table, lambda row: row.stacked)
+        for layer, row in product(range(config.num_layers) if stacked else [None], block)
+    ]
+    plan = [(row.hf_key.format(layer=layer), stored_as, row.hf_shape) for row, layer, stored_as in rows]
     if directory.is_dir() and not (directory / "config.json").exists() and any(directory.iterdir()):
         raise UserError(f"{directory}: exists, is not empty and holds no model; choose another name or empty it")
 
-    # Every process has a part of each tensor; the first one gets all parts, and writes them.
-    tensors = (_to_host(_hf_tensor(leaves[row.path], layer, dtypes[row.path], row.transposed)) for row, layer in rows)
+    def tensors() -> Iterator[Any]:
+        # Every process has a part of each tensor; the first one gets all parts, and the others None.
+        for row, layer, stored_as in rows:
+            tensor = _hf_tensor(leaves[row.path], layer, stored_as, row.transposed)
+            if not tensor.is_fully_addressable:
+                assert isinstance(tensor.sharding, NamedSharding)  # several processes share arrays only on a mesh
+                tensor = jax.block_until_ready(jax.device_put(tensor, tensor.sharding.update(spec=PartitionSpec())))
+            yield jax.device_get(tensor) if is_main() else None
+
+    # Write the tensors in the first process.
     if not is_main():
-        deque(tensors, maxlen=0)
+        deque(tensors(), maxlen=0)
         return
     with replacing(directory) as temporary:
         with SharedWriter(temporary, plan, shard_bytes) as writer:
-            for (name, _, _), tensor in zip(plan, tensors, strict=True):
-                assert tensor is not None  # this is the first process
+            for (name, _, _), tensor in zip(plan, tensors(), strict=True):
                 writer.write(name, 0, tensor)
 
-        # Write config, tokenizer and the other files beside the weights.
-        sizes: Counter[str] = Counter()
-        for _, stored_as, shape in plan:
-            sizes[stored_as.name] += math.prod(shape)
-        _write_json(temporary / "config.json", _with_dtype(hf_config, config.model_type, sizes.most_common(1)[0][0]))
+        # Write config, tokenizer and the other files beside the weights. transformers 5 writes `dtype`, 4 wrote
+        # `torch_dtype`; both read the latter.
+        most = _most((stored_as.name, math.prod(shape)) for _, stored_as, shape in plan)
+        values = {"architectures": [ARCHITECTURES[config.model_type]], **hf_config}
+        keys = [key for key in ("dtype", "torch_dtype") if key in values] or ["torch_dtype"]
+        _write_json(temporary / "config.json", values | dict.fromkeys(keys, most))
         _write_side_files(temporary, hf_config, side_files, tokenizer)
         for name, text in (texts or {}).items():
             (temporary / name).write_text(text, encoding="utf-8")
@@ -241,32 +218,12 @@ def save_hf(
             _write_json(path, json.loads(read_text(path)) | {"eos_token_id": list(eos)})
 
 
-def _file_order(table: Sequence[Param]) -> list[tuple[Param, int | None]]:
-    """Return (row, layer) of every tensor, layer by layer, as Hugging Face orders them."""
-    stacked = [row for row in table if row.stacked]
-    first = table.index(stacked[0])
-    layers = [(row, layer) for layer in range(stacked[0].shape[0]) for row in stacked]
-    head = [(row, None) for row in table[:first]]
-    return [*head, *layers, *((row, None) for row in table[first:] if not row.stacked)]
-
-
-def _leaf(params: Mapping[str, Any], row: Param) -> Any:
-    try:
-        leaf = spec.get(params, row.path)
-    except (KeyError, TypeError):
-        raise UserError(
-            f"parameters: {row.name} is missing; config and parameters belong to different models"
-        ) from None
-    if tuple(leaf.shape) != row.shape:
-        raise UserError(f"parameters: {row.name} is {list(leaf.shape)}, the config says {list(row.shape)}")
-    return leaf
-
-
-def _with_dtype(hf_config: Mapping[str, Any], model_type: str, dtype: str) -> dict[str, Any]:
-    # transformers 5 writes `dtype`, 4 wrote `torch_dtype`; both read the latter.
-    result = {"architectures": [ARCHITECTURES[model_type]], **hf_config}
-    keys = [key for key in ("dtype", "torch_dtype") if key in result] or ["torch_dtype"]
-    return result | dict.fromkeys(keys, dtype)
+def _most(sizes: Iterable[tuple[str, int]]) -> str:
+    """Return the name with the largest sum of sizes."""
+    sums: Counter[str] = Counter()
+    for name, size in sizes:
+        sums[name] += size
+    return sums.most_common(1)[0][0]
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -274,34 +231,28 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def _write_side_files(target: Path, hf_config: Mapping[str, Any], source: Path | None, tokenizer: Any) -> None:
+    generation_config, tokenizer_config = target / "generation_config.json", target / "tokenizer_config.json"
     if source is not None:
-        for name in ("generation_config.json", *(TOKENIZER_FILES if tokenizer is None else ())):
+        for name in (generation_config.name, *(TOKENIZER_FILES if tokenizer is None else ())):
             if (Path(source) / name).is_file():
                 shutil.copyfile(Path(source) / name, target / name)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(target))
-        _name_for_transformers_4(target / "tokenizer_config.json")
-    if not (target / "generation_config.json").exists():
-        ids = {key: hf_config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        _write_json(target / "generation_config.json", {key: value for key, value in ids.items() if value is not None})
-
-
-def _name_for_transformers_4(path: Path) -> None:
-    # transformers 5 names its general class TokenizersBackend, which 4 does not know; both know the old name.
-    if path.is_file():
-        values = json.loads(read_text(path))
+        values = json.loads(read_text(tokenizer_config)) if tokenizer_config.is_file() else {}
+        # transformers 5 names its general class TokenizersBackend, which 4 does not know; both know the old name.
         if values.get("tokenizer_class") == "TokenizersBackend":
-            _write_json(path, values | {"tokenizer_class": "PreTrainedTokenizerFast"})
+            _write_json(tokenizer_config, values | {"tokenizer_class": "PreTrainedTokenizerFast"})
+    if not generation_config.exists():
+        ids = {key: hf_config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        _write_json(generation_config, {key: value for key, value in ids.items() if value is not None})
 
 
 def stored_dtype(directory: str | Path) -> np.dtype:
     """Return the dtype that most of a directory's parameters are stored in."""
-    sizes: Counter[str] = Counter()
-    for info in open_checkpoint(directory).tensors.values():
-        sizes[info.dtype] += info.nbytes // info.numpy_dtype.itemsize
-    if not sizes:
+    tensors = open_checkpoint(directory).tensors.values()
+    if not tensors:
         raise UserError(f"{directory}: the weights hold no tensor")
-    return DTYPES[sizes.most_common(1)[0][0]]
+    return DTYPES[_most((info.dtype, info.nbytes // info.numpy_dtype.itemsize) for info in tensors)]
 
 
 def load_tokenizer(directory: str | Path) -> Any:
@@ -327,13 +278,10 @@ def load_tokenizer(directory: str | Path) -> Any:
 def end_tokens(directory: str | Path, config: ModelConfig, tokenizer: Any = None) -> tuple[int, ...]:
     """Return the token ids that end a generation: of generation_config.json, of the config, of the tokenizer."""
     path = Path(directory) / "generation_config.json"
-    stored: Any = None
-    if path.exists():
-        try:
-            values = json.loads(read_text(path))
-            stored = values.get("eos_token_id")
-        except (ValueError, AttributeError):
-            raise UserError(f"{path}: expected a JSON object") from None
+    try:
+        stored: Any = json.loads(read_text(path)).get("eos_token_id") if path.exists() else None
+    except (ValueError, AttributeError):
+        raise UserError(f"{path}: expected a JSON object") from None
     ids = [] if stored is None else list(stored) if isinstance(stored, list) else [stored]
     if not all(type(token) is int for token in ids):
         raise UserError(f"{path}: eos_token_id is {stored!r}, expected a token id or a list of them")

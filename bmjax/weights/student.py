@@ -18,26 +18,19 @@ from bmjax.weights import hf
 
 @dataclass(frozen=True)
 class Student:
-    """A model on disk, ready to be loaded.
+    """A model on disk, ready to be loaded."""
 
-    directory: its Hugging Face directory, fetched from the hub where it was named by an id. hf_config: what config.json
-    holds. config: the same as sizes of the architecture. tokenizer: transformers' fast tokenizer, None without
-    tokenizer files. template: the Jinja text of the chat template asked for, None where no tokenizer was asked for.
-    stored_end_tokens: the ids that its files end a generation with. end_tokens: those, and the one that the template
-    writes after an assistant's turn.
-    """
-
-    directory: Path
-    hf_config: Mapping[str, Any]
-    config: ModelConfig
-    tokenizer: Any
-    template: str | None
-    stored_end_tokens: tuple[int, ...]
-    end_tokens: tuple[int, ...]
+    directory: Path  # its Hugging Face directory, fetched from the hub where it was named by an id
+    hf_config: Mapping[str, Any]  # what config.json holds
+    config: ModelConfig  # the same as sizes of the architecture
+    tokenizer: Any  # transformers' fast tokenizer; None without tokenizer files
+    template: str | None  # the Jinja text of the chat template asked for; None where no tokenizer was asked for
+    stored_end_tokens: tuple[int, ...]  # the ids that its files end a generation with
+    end_tokens: tuple[int, ...]  # those, and the one that the template writes after an assistant's turn
 
 
 def open(name: str | Path, *, template: str | None = None, purpose: str | None = None, label: str = "") -> Student:
-    """Open a model by its name.
+    """Open a model by its name; UserError when the model, its config, its tokenizer or the template cannot be had.
 
     Arguments:
         name: a directory or a hub id, `id@revision` too.
@@ -45,9 +38,6 @@ def open(name: str | Path, *, template: str | None = None, purpose: str | None =
         purpose: what needs a tokenizer and a chat template, for the error when they are missing ("training"); None:
             both are optional, and the template is not read.
         label: what errors about the name begin with.
-
-    Raises:
-        UserError: when the model, its config, its tokenizer or the template cannot be had.
     """
     directory = hub.model_directory(name, label=label)
     hf_config = read_hf_config(directory)

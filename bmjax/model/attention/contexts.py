@@ -66,18 +66,16 @@ def spread(
     if repeats > 1:
         k_BTKH, v_BTKH = (jnp.repeat(x, repeats, axis=2) for x in (k_BTKH, v_BTKH))
 
-    optional_window = () if window is None else (jnp.int32(window),)
-
-    def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, *optional_window: jax.Array) -> jax.Array:
+    def local(q, k, v, segments, window) -> jax.Array:
         # q [B/(data fsdp), T/context, N/tensor, H], k and v [B/(data fsdp), T/context, K/tensor, H]
         # segments [B/(data fsdp), T/context]
-        window = optional_window[0] if optional_window else None
         if context == 1:
             return whole_rows(q, k, v, segments, window)
         return _EXCHANGES[exchange](whole_rows, q, k, v, segments, window)
 
-    in_specs = (q_spec, q_spec, q_spec, PartitionSpec(batch, length), *[PartitionSpec()] * len(optional_window))
-    return on_each_device(local, in_specs, q_spec)(q_BTNH, k_BTKH, v_BTKH, segments_BT, *optional_window)
+    window = None if window is None else jnp.int32(window)
+    in_specs = (q_spec, q_spec, q_spec, PartitionSpec(batch, length), None if window is None else PartitionSpec())
+    return on_each_device(local, in_specs, q_spec)(q_BTNH, k_BTKH, v_BTKH, segments_BT, window)
 
 
 # Below, local shapes leave out the batch and `tensor`, which split every array alike.
@@ -87,32 +85,26 @@ def _all_tokens(x: jax.Array) -> jax.Array:
     return lax.all_gather(x, AXIS, axis=1, tiled=True)  # [B, T/context, ...] -> [B, T, ...]
 
 
-def _ulysses(
-    whole_rows: RowsAttention, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, window: Any
-) -> jax.Array:
+def _ulysses(whole_rows: RowsAttention, q, k, v, segments, window) -> jax.Array:
     # q [B, T/context, N, H] -> [B, T, N/context, H]; k, v likewise
     q, k, v = (lax.all_to_all(x, AXIS, split_axis=2, concat_axis=1, tiled=True) for x in (q, k, v))
     out = whole_rows(q, k, v, _all_tokens(segments), window)  # [B, T, N/context, H]
     return lax.all_to_all(out, AXIS, split_axis=1, concat_axis=2, tiled=True)  # [B, T/context, N, H]
 
 
-def _gather(
-    whole_rows: RowsAttention, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, window: Any
-) -> jax.Array:
+def _gather(whole_rows: RowsAttention, q, k, v, segments, window) -> jax.Array:
     # q [B, T/context, N, H]; keys and values are gathered to [B, T, K, H]
     start = lax.axis_index(AXIS) * q.shape[1]
     return tiles.attention(q, _all_tokens(k), _all_tokens(v), segments, _all_tokens(segments), start, window)[0]
 
 
-def _ring(
-    whole_rows: RowsAttention, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, window: Any
-) -> jax.Array:
+def _ring(whole_rows: RowsAttention, q, k, v, segments, window) -> jax.Array:
     # q, out [B, T/context, N, H]; k, v [B, T/context, K, H]; lse [B, T/context, N]; segments [B, T/context]
     devices, device = lax.axis_size(AXIS), lax.axis_index(AXIS)
     to_next = [(i, (i + 1) % devices) for i in range(devices)]
     length = q.shape[1]
 
-    def attend(turn: jax.Array | int, k: jax.Array, v: jax.Array, k_segments: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def attend(turn, k, v, k_segments) -> tuple[jax.Array, jax.Array]:
         """Attend to the keys that are here after `turn` turns: those of the device `turn` steps back."""
         start = (device - (device - turn) % devices) * length
         out, lse = tiles.attention(q, k, v, segments, k_segments, start, window)

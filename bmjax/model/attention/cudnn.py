@@ -6,6 +6,8 @@ documents are short. JAX up to 0.11.0 calls it wrongly for grouped heads (jax-ml
 key/value heads are repeated.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -58,17 +60,9 @@ def attention(
         )
     starts_BM, lengths_BM = extents(segments_BT, documents)
     offsets = jnp.pad(starts_BM, ((0, 0), (0, 1)), constant_values=-1)
-    return dot_product_attention(
-        q_BTNH,
-        k_BTKH,
-        v_BTKH,
-        q_seqlen=lengths_BM,
-        kv_seqlen=lengths_BM,
-        q_offsets=offsets,
-        kv_offsets=offsets,
-        scale=scale,
-        mask_type=MaskType.PADDING_CAUSAL,
-    )
+    packing: dict[str, Any] = {"q_seqlen": lengths_BM, "kv_seqlen": lengths_BM}
+    packing |= {"q_offsets": offsets, "kv_offsets": offsets, "mask_type": MaskType.PADDING_CAUSAL}
+    return dot_product_attention(q_BTNH, k_BTKH, v_BTKH, scale=scale, **packing)
 
 
 def extents(segments_BT: jax.Array, documents: int) -> tuple[jax.Array, jax.Array]:

@@ -5,8 +5,7 @@ window. Packed == unpacked, exactly: nothing else enters a token's softmax. The 
 beside it are called from here only.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,19 +27,9 @@ def check_backend(name: Backend, platform: str) -> None:
         )
 
 
-class _Kernel(NamedTuple):
-    """A backend of whole rows. `refuses` returns why it cannot compute queries like these, or None."""
-
-    refuses: Callable[[jax.Array | jax.ShapeDtypeStruct, AttentionOptions], str | None]
-    attention: Callable[[jax.Array, jax.Array, jax.Array, jax.Array, AttentionOptions], jax.Array]
-
-
-# None of them takes a sliding window that differs by layer. xla, which is not here, computes everything.
-_KERNELS = {
-    "splash": _Kernel(splash.refuses, splash.attention),
-    "cudnn": _Kernel(cudnn.refuses, cudnn.attention),
-    "tokamax": _Kernel(tokamax.refuses, tokamax.attention),
-}
+# Kernels of whole rows: `attention` computes them, and `refuses` returns why it cannot, or None. None of them takes a
+# sliding window that differs by layer. xla, which is not here, computes everything.
+_KERNELS: dict[str, Any] = {"splash": splash, "cudnn": cudnn, "tokamax": tokamax}
 
 
 def _refusal(name: str, options: AttentionOptions, q: jax.Array | jax.ShapeDtypeStruct, windows: bool) -> str | None:
@@ -73,28 +62,18 @@ def causal_attention(
     window: jax.Array | None = None,
     options: AttentionOptions = AttentionOptions(),
 ) -> jax.Array:
-    """Compute attention within the segments of packed rows, on the mesh in scope.
+    """Compute attention [B, T, N, H] within the segments of packed rows, in the dtype of `q`, on the mesh in scope.
 
-    Arguments:
-        q_BTNH, k_BTKH, v_BTKH: queries, keys and values; N is a multiple of K (grouped-query attention).
-        segment_ids_BT: int32, equal within a document.
-        window: int32 scalar: how many tokens a token sees, itself included. None: all. It may be traced, so that
-            layers with and without a window share one scan.
-
-    Returns:
-        [B, T, N, H] in the dtype of `q`.
-
-    Raises:
-        UserError: where the options name a backend that cannot compute these rows.
+    N is a multiple of K (grouped-query attention). segment_ids_BT: int32, equal within a document. window: int32
+    scalar: how many tokens a token sees, itself included; None: all. It may be traced, so that layers with and without
+    a window share one scan. Raises UserError where the options name a backend that cannot compute these rows.
     """
     name = backend(options, q_BTNH, window is not None)
     reason = _refusal(name, options, q_BTNH, window is not None)
     if reason:
         raise UserError(f"attention: {name} {reason}; use auto or xla")
 
-    def whole_rows(
-        q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, window: jax.Array | None
-    ) -> jax.Array:
+    def whole_rows(q, k, v, segments, window) -> jax.Array:
         if name != "xla":
             return _KERNELS[name].attention(q, k, v, segments, options)
         if q.shape[1] <= rows.LONGEST:
@@ -118,11 +97,8 @@ def cached_attention(
     """
     B, T, N, H = q_BTNH.shape
     K, S = k_BKSH.shape[1:3]
-    q_slot, k_slot = start + jnp.arange(T)[:, None], jnp.arange(S)[None, :]
-    causal_TS = k_slot <= q_slot
-    if window is not None:
-        causal_TS &= q_slot - k_slot < window
+    allowed_BTS = rows.causal_mask(start, T, S, window) & valid_BS[:, None, :]
     q_BKRH = (q_BTNH * H**-0.5).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, N // K * T, H)
-    weights = jax.nn.softmax(rows.scores(q_BKRH, k_BKSH, causal_TS & valid_BS[:, None, :]), axis=-1)
+    weights = jax.nn.softmax(rows.scores(q_BKRH, k_BKSH, allowed_BTS), axis=-1)
     out_BKRH = jnp.einsum("bkrs,bksh->bkrh", weights.astype(v_BKSH.dtype), v_BKSH)
     return out_BKRH.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)

@@ -11,21 +11,16 @@ Exchange = Literal["auto", "ulysses", "gather", "ring"]
 
 
 class AttentionOptions(NamedTuple):
-    """How attention is computed. All choices give the same numbers; they differ in speed and in what devices they
-    run on.
+    """How attention is computed. All choices give the same numbers, at other speeds and on other devices.
 
     backend: splash (Pallas kernels of TPUs), cudnn and tokamax (kernels of GPUs), xla (any device). auto: splash on a
         TPU and cudnn on a GPU where they can compute the rows, else xla.
-    context: how devices exchange what they need of a row that the mesh axis `context` splits, see
-        `model.attention.contexts`.
-    platform: of the devices, for auto. None: JAX's default.
-    interpret: run kernels without their device, slowly, to test them.
     documents: the most documents that a row of the batches holds, padding counted as one. cudnn needs the number, and
         rows with more documents come out wrong. 0: unknown.
     """
 
     backend: Backend = "auto"
-    context: Exchange = "auto"
-    platform: str | None = None
-    interpret: bool = False
+    context: Exchange = "auto"  # of what devices need of a row that the mesh axis `context` splits, see contexts.py
+    platform: str | None = None  # of the devices, for auto; None: JAX's default
+    interpret: bool = False  # run kernels without their device, slowly, to test them
     documents: int = 0

@@ -6,31 +6,27 @@ over T x T numbers costs as much as a product.
 Letters: R = G * T rows of one key/value head's G query heads, H head size, S source tokens.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from bmjax.model import remat
-from bmjax.model.attention.tiles import MASKED
+from bmjax.model.attention.tiles import MASKED, einsum
 
 LONGEST = 1024  # tokens a row
 BLOCK = 128  # of them, as queries at a time
 
 
-def _allowed(segments_BT: jax.Array, window: jax.Array | None, start: int, stop: int) -> jax.Array:
-    """Return which of the row's first `stop` tokens are seen by each of the tokens start..stop: bool [B, T, S]."""
-    q_index, k_index = jnp.arange(start, stop)[:, None], jnp.arange(stop)[None, :]
+def causal_mask(start: jax.Array | int, queries: int, keys: int, window: jax.Array | None) -> jax.Array:
+    """Return which of a row's first tokens are seen by each of the tokens from `start` on: bool [queries, keys]."""
+    q_index, k_index = start + jnp.arange(queries)[:, None], jnp.arange(keys)[None, :]
     allowed_TS = k_index <= q_index
-    if window is not None:
-        allowed_TS &= q_index - k_index < window
-    return allowed_TS & (segments_BT[:, start:stop, None] == segments_BT[:, None, :stop])
+    return allowed_TS if window is None else allowed_TS & (q_index - k_index < window)
 
 
 def scores(q_BKRH: jax.Array, k_BKSH: jax.Array, allowed_BTS: jax.Array) -> jax.Array:
     """Compute masked scores, float32 [B, K, R, S], of queries that are scaled already."""
-    s = jnp.einsum("bkrh,bksh->bkrs", q_BKRH, k_BKSH, preferred_element_type=jnp.float32)
+    s = einsum("bkrh,bksh->bkrs", q_BKRH, k_BKSH)
     B, K, R, S = s.shape
     T = allowed_BTS.shape[1]
     s = jnp.where(allowed_BTS[:, None, None], s.reshape(B, K, R // T, T, S), MASKED)
@@ -48,25 +44,21 @@ def _queries(x_BKGTH: jax.Array, start: int, stop: int) -> jax.Array:
 
 
 @jax.custom_vjp
-def _attention(
-    q_BKGTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, segments_BT: jax.Array, window: jax.Array | None
-) -> jax.Array:
+def _attention(q_BKGTH, k_BKSH, v_BKSH, segments_BT, window) -> jax.Array:
     return _forward(q_BKGTH, k_BKSH, v_BKSH, segments_BT, window)[0]
 
 
-def _forward(
-    q_BKGTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, segments_BT: jax.Array, window: jax.Array | None
-):
+def _forward(q_BKGTH, k_BKSH, v_BKSH, segments_BT, window):
     B, K, G, T, H = q_BKGTH.shape
     outs, saved = [], []
     for start, stop in blocks(T):
         # A block of queries sees only the row's first `stop` tokens: R = G * (stop - start), S = stop.
-        s = scores(_queries(q_BKGTH, start, stop), k_BKSH[:, :, :stop], _allowed(segments_BT, window, start, stop))
+        same_segment = segments_BT[:, start:stop, None] == segments_BT[:, None, :stop]
+        allowed_BTS = causal_mask(start, stop - start, stop, window) & same_segment
+        s = scores(_queries(q_BKGTH, start, stop), k_BKSH[:, :, :stop], allowed_BTS)
         p = jnp.exp(s - jnp.max(s, axis=-1, keepdims=True))
         total = jnp.sum(p, axis=-1, keepdims=True)
-        out = jnp.einsum(
-            "bkrs,bksh->bkrh", p.astype(v_BKSH.dtype), v_BKSH[:, :, :stop], preferred_element_type=jnp.float32
-        )
+        out = einsum("bkrs,bksh->bkrh", p.astype(v_BKSH.dtype), v_BKSH[:, :, :stop])
         outs.append((out / total).reshape(B, K, G, stop - start, H).astype(q_BKGTH.dtype))
         saved.append((p.astype(v_BKSH.dtype), total))
     out, saved = jax.tree.map(lambda x: checkpoint_name(x, remat.ATTENTION), (jnp.concatenate(outs, axis=3), saved))
@@ -76,12 +68,9 @@ def _forward(
 def _backward(residuals, d_out: jax.Array):
     q_BKGTH, k_BKSH, v_BKSH, out, saved = residuals
     B, K, G, T, H = q_BKGTH.shape
-    einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
-    dtype = q_BKGTH.dtype
-    dq = []
+    dtype, dq = q_BKGTH.dtype, []
     # Keys are the last axis of the sums, so that a CPU's products take p and ds untransposed.
-    dk_BKHS = jnp.zeros((B, K, H, T), jnp.float32)
-    dv_BKHS = jnp.zeros((B, K, H, T), jnp.float32)
+    dk_BKHS = dv_BKHS = jnp.zeros((B, K, H, T), jnp.float32)
     for (start, stop), (p, total) in zip(blocks(T), saved, strict=True):
         q, k, v = _queries(q_BKGTH, start, stop), k_BKSH[:, :, :stop], v_BKSH[:, :, :stop]
         # ds = p * (dp - delta), where p is divided by its sum through `do`.

@@ -4,6 +4,8 @@ Blocks above the diagonal are skipped at compile time, and packed rows are maske
 kernel. On other devices the kernels are interpreted, for tests.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -29,20 +31,15 @@ def attention(
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     _, T, N, H = q_BTNH.shape
-    q_block, kv_block = _block(T, QUERIES), _block(T, KEYS)
-    compute_block = _block(kv_block, QUERIES)
+    kv_block = _block(T, KEYS)
+    sizes: dict[str, Any] = {
+        **dict.fromkeys(("block_q", "block_q_dkv", "block_q_dq"), _block(T, QUERIES)),
+        **dict.fromkeys(("block_kv", "block_kv_dkv", "block_kv_dq"), kv_block),
+        **dict.fromkeys(("block_kv_compute", "block_kv_dkv_compute"), _block(kv_block, QUERIES)),
+    }
     kernel = kernels.make_splash_mha(
         mask=masks.MultiHeadMask([masks.CausalMask((T, T))] * N),
-        block_sizes=kernels.BlockSizes(
-            block_q=q_block,
-            block_kv=kv_block,
-            block_kv_compute=compute_block,
-            block_q_dkv=q_block,
-            block_kv_dkv=kv_block,
-            block_kv_dkv_compute=compute_block,
-            block_q_dq=q_block,
-            block_kv_dq=kv_block,
-        ),
+        block_sizes=kernels.BlockSizes(**sizes),
         head_shards=1,
         q_seq_shards=1,
         residual_checkpoint_name=remat.ATTENTION,
@@ -52,15 +49,12 @@ def attention(
     def row(q_NTH: jax.Array, k_KTH: jax.Array, v_KTH: jax.Array, segments_T: jax.Array) -> jax.Array:
         return kernel(q_NTH, k_KTH, v_KTH, kernels.SegmentIds(q=segments_T, kv=segments_T))
 
+    # Heads that are smaller than a register's lanes are filled up with zeros.
     scaled = (q_BTNH * H**-0.5).astype(q_BTNH.dtype)
-    q, k, v = (_pad_heads(x.transpose(0, 2, 1, 3)) for x in (scaled, k_BTKH, v_BTKH))
+    heads_first = (x.transpose(0, 2, 1, 3) for x in (scaled, k_BTKH, v_BTKH))
+    q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, -H % LANES))) for x in heads_first)
     out_BNTH = jax.vmap(row)(q, k, v, segments_BT)
     return out_BNTH[..., :H].transpose(0, 2, 1, 3)
-
-
-def _pad_heads(x: jax.Array) -> jax.Array:
-    """Fill heads that are smaller than a register's lanes up with zeros."""
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % LANES)])
 
 
 def _block(length: int, most: int) -> int:

@@ -32,18 +32,12 @@ def attention(
     start: jax.Array | int = 0,
     window: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Compute attention and the log of the softmax's sum.
+    """Compute attention [B, T, N, H] in the dtype of `q`, and the log of the softmax's sum, float32 [B, T, N].
 
-    A query sees the keys of its segment at or before its position, and within the window.
-
-    Arguments:
-        q_segments_BT, k_segments_BS: int32 segment ids of queries and keys.
-        start: position of the first query, counted from the first key. It may be negative or traced.
-        window: int32 scalar: how many tokens a query sees, itself included. None: all.
-
-    Returns:
-        out [B, T, N, H] in the dtype of `q`, and lse [B, T, N] float32; 0 and -1e30 for a query that sees nothing.
-        Both can be differentiated.
+    A query sees the keys of its int32 segment at or before its position, and within the window. Both results can be
+    differentiated; they are 0 and -1e30 for a query that sees nothing. start: position of the first query, counted
+    from the first key; it may be negative or traced. window: int32 scalar: how many tokens a query sees, itself
+    included; None: all.
     """
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
@@ -91,33 +85,29 @@ def _slice(x: jax.Array, b: jax.Array, start: jax.Array, size: int, axis: int) -
     return jax.lax.dynamic_slice(x, starts, sizes)[0]
 
 
-class _Grid:
-    """The tiles of one call, and the masked scores of a pair of them.
+def _grid(tiles: tuple[int, int], q_segments, k_segments, start, window):
+    """Return the tiles of queries of all rows, and a function that computes the masked scores of a pair of tiles.
 
-    query_tiles: for every tile of queries of every row: the row, the tile's index, and the range of tiles of keys that
-    it visits, int32 [rows * tiles] each.
+    A tile of queries: its row, its index there, and the range of tiles of keys that it visits, int32 [rows * tiles].
     """
+    queries, keys = tiles
+    low, high = visits(tiles, q_segments, k_segments, start, window)
+    index, count = jnp.arange(low.size, dtype=jnp.int32), low.shape[1]
 
-    def __init__(self, tiles: tuple[int, int], q_segments: jax.Array, k_segments: jax.Array, start, window) -> None:
-        self.tile, self.keys = tiles
-        self.q_segments, self.k_segments, self.start, self.window = q_segments, k_segments, start, window
-        low, high = visits(tiles, q_segments, k_segments, start, window)
-        self.rows, self.count = low.shape
-        index = jnp.arange(self.rows * self.count, dtype=jnp.int32)
-        self.query_tiles = (index // self.count, index % self.count, low.reshape(-1), high.reshape(-1))
-
-    def scores(self, q_KRH: jax.Array, k_KsH: jax.Array, b: jax.Array, i: jax.Array, j: jax.Array) -> jax.Array:
-        """Return masked scores, float32 [K, R, s], of query tile i and key tile j of row b."""
-        query = self.start + i * self.tile + jnp.arange(self.tile)[:, None]
-        key = j * self.keys + jnp.arange(self.keys)[None, :]
-        q_segments = _slice(self.q_segments, b, i * self.tile, self.tile, 1)
-        k_segments = _slice(self.k_segments, b, j * self.keys, self.keys, 1)
-        allowed = (key <= query) & (query - key < self.window) & (q_segments[:, None] == k_segments[None, :])
+    def scores(q_KRH, k_KsH, b, i, j) -> jax.Array:
+        # float32 [K, R, s], of query tile i and key tile j of row b
+        query = start + i * queries + jnp.arange(queries)[:, None]
+        key = j * keys + jnp.arange(keys)[None, :]
+        q_ids = _slice(q_segments, b, i * queries, queries, 1)
+        k_ids = _slice(k_segments, b, j * keys, keys, 1)
+        allowed = (key <= query) & (query - key < window) & (q_ids[:, None] == k_ids[None, :])
         # Computed once for all heads, not in the fused loop of every head: a CPU's vector units are the limit here.
         bias = jax.lax.optimization_barrier(jnp.where(allowed, 0.0, MASKED))
         s = einsum("krh,ksh->krs", q_KRH, k_KsH)
         K, R, _ = s.shape
-        return (s.reshape(K, R // self.tile, self.tile, self.keys) + bias).reshape(K, R, self.keys)
+        return (s.reshape(K, R // queries, queries, keys) + bias).reshape(K, R, keys)
+
+    return (index // count, index % count, low.reshape(-1), high.reshape(-1)), scores
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -127,19 +117,20 @@ def _attention(tiles, q_BKGTH, k_BKSH, v_BKSH, q_segments, k_segments, start, wi
 
 def _forward(tiles, q_BKGTH, k_BKSH, v_BKSH, q_segments, k_segments, start, window):
     B, K, G, T, H = q_BKGTH.shape
-    grid = _Grid(tiles, q_segments, k_segments, start, window)
-    R = G * grid.tile
+    query_tiles, scores = _grid(tiles, q_segments, k_segments, start, window)
+    queries, keys = tiles
+    R = G * queries
 
     def tile(_, query_tile):
         b, i, low, high = query_tile
         # q [K, R, H]: the tile's queries; the carry is the largest score [K, R, 1], the sum of exp(score - largest)
         # [K, R, 1], and the values summed with these weights [K, R, H].
-        q = _slice(q_BKGTH, b, i * grid.tile, grid.tile, 3).reshape(K, R, H)
+        q = _slice(q_BKGTH, b, i * queries, queries, 3).reshape(K, R, H)
 
         def visit(j, carry):
             largest, total, out = carry
-            k, v = (_slice(x, b, j * grid.keys, grid.keys, 2) for x in (k_BKSH, v_BKSH))
-            s = grid.scores(q, k, b, i, j)
+            k, v = (_slice(x, b, j * keys, keys, 2) for x in (k_BKSH, v_BKSH))
+            s = scores(q, k, b, i, j)
             new_largest = jnp.maximum(largest, jnp.max(s, axis=-1, keepdims=True))
             p = jnp.exp(s - new_largest)
             scale = jnp.exp(largest - new_largest)
@@ -152,12 +143,12 @@ def _forward(tiles, q_BKGTH, k_BKSH, v_BKSH, q_segments, k_segments, start, wind
         seen = largest > 0.5 * MASKED
         out = jnp.where(seen, out / jnp.where(seen, total, 1.0), 0.0)
         lse = jnp.where(seen, largest + jnp.log(jnp.where(seen, total, 1.0)), MASKED)
-        return None, (out.reshape(K, G, grid.tile, H).astype(q.dtype), lse.reshape(K, G, grid.tile))
+        return None, (out.reshape(K, G, queries, H).astype(q.dtype), lse.reshape(K, G, queries))
 
     # Scan the tiles of queries, and put their results together in the order of the rows.
-    _, (out, lse) = jax.lax.scan(tile, None, grid.query_tiles)
-    out = out.reshape(B, -1, K, G, grid.tile, H).transpose(0, 2, 3, 1, 4, 5).reshape(B, K, G, T, H)
-    lse = lse.reshape(B, -1, K, G, grid.tile).transpose(0, 2, 3, 1, 4).reshape(B, K, G, T)
+    _, (out, lse) = jax.lax.scan(tile, None, query_tiles)
+    out = out.reshape(B, -1, K, G, queries, H).transpose(0, 2, 3, 1, 4, 5).reshape(B, K, G, T, H)
+    lse = lse.reshape(B, -1, K, G, queries).transpose(0, 2, 3, 1, 4).reshape(B, K, G, T)
     out, lse = checkpoint_name(out, remat.ATTENTION), checkpoint_name(lse, remat.ATTENTION)
     return (out, lse), (q_BKGTH, k_BKSH, v_BKSH, q_segments, k_segments, start, window, out, lse)
 
@@ -166,26 +157,27 @@ def _backward(tiles, saved, cotangents):
     q_BKGTH, k_BKSH, v_BKSH, q_segments, k_segments, start, window, out_BKGTH, lse_BKGT = saved
     d_out_BKGTH, d_lse_BKGT = cotangents
     B, K, G, T, H = q_BKGTH.shape
-    grid = _Grid(tiles, q_segments, k_segments, start, window)
-    R, dtype = G * grid.tile, q_BKGTH.dtype
+    query_tiles, scores = _grid(tiles, q_segments, k_segments, start, window)
+    queries, keys = tiles
+    R, dtype = G * queries, q_BKGTH.dtype
     # d s = p * (d p - delta), with the cotangent of the log-sum in delta.
     lse_BKGT = jnp.where(lse_BKGT > 0.5 * MASKED, lse_BKGT, 0.0)  # so that a query that sees nothing has a p of 0
     delta_BKGT = jnp.sum(d_out_BKGTH.astype(jnp.float32) * out_BKGTH.astype(jnp.float32), axis=-1) - d_lse_BKGT
 
     def tile(carry, query_tile):
         b, i, low, high = query_tile
-        q, do = (_slice(x, b, i * grid.tile, grid.tile, 3).reshape(K, R, H) for x in (q_BKGTH, d_out_BKGTH))
+        q, do = (_slice(x, b, i * queries, queries, 3).reshape(K, R, H) for x in (q_BKGTH, d_out_BKGTH))
         do = do.astype(dtype)
-        lse, delta = (_slice(x, b, i * grid.tile, grid.tile, 3).reshape(K, R, 1) for x in (lse_BKGT, delta_BKGT))
+        lse, delta = (_slice(x, b, i * queries, queries, 3).reshape(K, R, 1) for x in (lse_BKGT, delta_BKGT))
         # dq [K, R, H] is summed over the tiles of keys, dk and dv over the tiles of queries, too.
 
         def visit(j, carry):
             dq, dk_BKHS, dv_BKHS = carry
-            k, v = (_slice(x, b, j * grid.keys, grid.keys, 2) for x in (k_BKSH, v_BKSH))
-            s = grid.scores(q, k, b, i, j)
+            k, v = (_slice(x, b, j * keys, keys, 2) for x in (k_BKSH, v_BKSH))
+            s = scores(q, k, b, i, j)
             p = jnp.exp(s - lse)
             ds = (p * (einsum("krh,ksh->krs", do, v) - delta)).astype(dtype)
-            offsets = (b, jnp.int32(0), jnp.int32(0), j * grid.keys)
+            offsets = (b, jnp.int32(0), jnp.int32(0), j * keys)
 
             def add_to_tile(sum_BKHS, term_KHs):
                 old = jax.lax.dynamic_slice(sum_BKHS, offsets, (1, *term_KHs.shape))
@@ -196,13 +188,13 @@ def _backward(tiles, saved, cotangents):
             return dq + einsum("krs,ksh->krh", ds, k), dk_BKHS, dv_BKHS
 
         dq, *sums = jax.lax.fori_loop(low, high, visit, (jnp.zeros((K, R, H)), *carry))
-        return tuple(sums), dq.reshape(K, G, grid.tile, H).astype(dtype)
+        return tuple(sums), dq.reshape(K, G, queries, H).astype(dtype)
 
     # Keys are the last axis: a CPU's products then take p and ds untransposed.
     zeros = jnp.zeros((B, K, H, k_BKSH.shape[2]), jnp.float32)
-    (dk, dv), dq = jax.lax.scan(tile, (zeros, zeros), grid.query_tiles)
+    (dk, dv), dq = jax.lax.scan(tile, (zeros, zeros), query_tiles)
     dk, dv = dk.swapaxes(2, 3), dv.swapaxes(2, 3)
-    dq = dq.reshape(B, -1, K, G, grid.tile, H).transpose(0, 2, 3, 1, 4, 5).reshape(B, K, G, T, H)
+    dq = dq.reshape(B, -1, K, G, queries, H).transpose(0, 2, 3, 1, 4, 5).reshape(B, K, G, T, H)
     return dq, dk.astype(k_BKSH.dtype), dv.astype(v_BKSH.dtype), None, None, None, None
 
 
