@@ -12,13 +12,12 @@ import re
 import threading
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
 from typing import Any, Self
 
 from pydantic import ValidationError
 
 from bmjax.config import first_problem
-from bmjax.demo.problems import Solution, solve, solve_with_slip
+from bmjax.demo.problems import solve, solve_with_slip
 from bmjax.demo.settings import Mistakes
 
 MODEL = "builtin-teacher"
@@ -33,7 +32,7 @@ class BadRequest(Exception):
 
 
 def count_tokens(text: str) -> int:
-    """Tokens as this teacher bills them: a digit, a word, a sign or a line end each."""
+    """Count tokens as this teacher bills them: a digit, a word, a sign or a line end each."""
     return len(_TOKEN.findall(text))
 
 
@@ -56,34 +55,28 @@ class DemoTeacher:
 
     def __init__(self, seed: int = 0, mistakes: Mistakes | None = None) -> None:
         self.seed, self.mistakes = seed, mistakes or Mistakes()
-        self.requests = 0
-        self.refused = 0
+        self.requests = self.refused = 0
         self._attempted: set[bytes] = set()
         self._lock = threading.Lock()
         self._server: _Server | None = None
-        self._thread: threading.Thread | None = None
 
     @property
     def base_url(self) -> str:
-        """The address a client is given; only while serving."""
+        """Return the address for clients; RuntimeError outside of a `with` block."""
         if self._server is None:
             raise RuntimeError("the demo's teacher serves inside a `with` block only")
         return f"http://127.0.0.1:{self._server.server_address[1]}/v1"
 
     def __enter__(self) -> Self:
         self._server = _Server(self)
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._server is not None and self._thread is not None:
-            self._server.shutdown()
+    def __exit__(self, *error: object) -> None:
+        if self._server is not None:
+            self._server.shutdown()  # returns once the thread serves no more
             self._server.server_close()
-            self._thread.join()
-        self._server = self._thread = None
+        self._server = None
 
     def reply(
         self, prompt: str, seed: int, max_tokens: int | None = None, mistakes: Mistakes | None = None
@@ -96,12 +89,13 @@ class DemoTeacher:
         if fate < mistakes.wrong:
             solution = solve_with_slip(prompt, rng)
         fate -= mistakes.wrong
-        content, finish = f"<think>\n{solution.reasoning}\n</think>\n{solution.answer}", "stop"
+        thoughts = f"<think>\n{solution.reasoning}"
+        content, finish = f"{thoughts}\n</think>\n{solution.answer}", "stop"
         if 0 <= fate < mistakes.truncated:
-            whole = f"<think>\n{solution.reasoning}"
-            content, finish = whole[: rng.randint(len("<think>\n") + 1, len(whole) - 1)], "length"
+            content, finish = thoughts[: rng.randint(len("<think>\n") + 1, len(thoughts) - 1)], "length"
         elif 0 <= fate - mistakes.truncated < mistakes.malformed:
-            content = _malformed(solution, rng)
+            no_end, no_answer = f"{thoughts}\n{solution.answer}", f"{thoughts}\n</think>\n"
+            content = rng.choice((no_end, no_answer + content, no_answer))
         if max_tokens is not None and count_tokens(content) > max_tokens:
             end = [match.end() for match in _TOKEN.finditer(content)][max_tokens - 1] if max_tokens else 0
             content, finish = content[:end], "length"
@@ -122,38 +116,24 @@ class DemoTeacher:
     def _digest(self, purpose: str, prompt: str, seed: int) -> bytes:
         return hashlib.sha256(json.dumps([purpose, self.seed, prompt, seed]).encode()).digest()
 
-    def complete(self, request: "Request") -> dict[str, Any]:
+    def complete(self, request: Request) -> dict[str, Any]:
         """Return the body of a chat completion; BadRequest for what an OpenAI endpoint would refuse."""
         prompt, seed = request.prompt, request.seed
         try:
-            replies = [
-                self.reply(prompt, seed + index, request.max_tokens, request.mistakes)
-                for index in range(request.choices)
-            ]
+            seeds = range(seed, seed + request.choices)
+            replies = [self.reply(prompt, number, request.max_tokens, request.mistakes) for number in seeds]
         except ValueError as error:
             raise BadRequest(f"the demo's teacher does not know this problem: {error}") from None
         asked, told = count_tokens(prompt), sum(count_tokens(content) for content, _ in replies)
+        choices = [
+            {"index": i, "message": {"role": "assistant", "content": content}, "finish_reason": finish}
+            for i, (content, finish) in enumerate(replies)
+        ]
+        name = "chatcmpl-" + self._digest("id", prompt, seed).hex()[:24]
         return {
-            "id": "chatcmpl-" + self._digest("id", prompt, seed).hex()[:24],
-            "object": "chat.completion",
-            "created": 0,
-            "model": MODEL,
-            "choices": [
-                {"index": i, "message": {"role": "assistant", "content": content}, "finish_reason": finish}
-                for i, (content, finish) in enumerate(replies)
-            ],
+            "id": name, "object": "chat.completion", "created": 0, "model": MODEL, "choices": choices,
             "usage": {"prompt_tokens": asked, "completion_tokens": told, "total_tokens": asked + told},
-        }
-
-
-def _malformed(solution: Solution, rng: random.Random) -> str:
-    return rng.choice(
-        (
-            f"<think>\n{solution.reasoning}\n{solution.answer}",
-            f"<think>\n{solution.reasoning}\n</think>\n<think>\n{solution.reasoning}\n</think>\n{solution.answer}",
-            f"<think>\n{solution.reasoning}\n</think>\n",
-        )
-    )
+        }  # fmt: skip
 
 
 def _read_request(request: Any) -> Request:
@@ -168,8 +148,7 @@ def _read_request(request: Any) -> Request:
         raise BadRequest("messages: the last one must be {role: user, content: text}")
     if request.get("stream"):
         raise BadRequest("stream: not supported")
-    seed = 0 if request.get("seed") is None else request["seed"]
-    choices = 1 if request.get("n") is None else request["n"]
+    seed, choices = (default if request.get(key) is None else request[key] for key, default in (("seed", 0), ("n", 1)))
     max_tokens = request.get("max_tokens", request.get("max_completion_tokens"))
     if type(seed) is not int:
         raise BadRequest("seed: expected a whole number")
@@ -227,11 +206,13 @@ class _Handler(BaseHTTPRequestHandler):
         teacher = self.server.teacher
         try:
             request = _read_request(json.loads(body))
-            if status := teacher.refuses(request.prompt, request.seed, request.mistakes):
-                kind = "rate_limit_exceeded" if status == 429 else "server_error"
-                self._fail(status, kind, "try again", {"Retry-After": "0"} if status == 429 else {})
-                return
-            self._send(200, teacher.complete(request))
+            status = teacher.refuses(request.prompt, request.seed, request.mistakes)
+            if status == 429:
+                self._fail(status, "rate_limit_exceeded", "try again", {"Retry-After": "0"})
+            elif status:
+                self._fail(status, "server_error", "try again")
+            else:
+                self._send(200, teacher.complete(request))
         except BadRequest as error:
             self._fail(400, "invalid_request_error", str(error))
         except (ValueError, RecursionError):

@@ -15,14 +15,12 @@ from bmjax.demo.problems.common import Calculator, Problem, Solution, split_of
 
 __all__ = ["DOMAINS", "Problem", "Solution", "make_problems", "solve", "solve_with_slip", "split_of"]
 
-DOMAINS = ("math", "code", "science")
 MAX_PROMPT_CHARACTERS = 1000
 
 _GENERATORS: dict[str, Callable[[int, random.Random], Problem | None]] = {
-    "math": math.generate,
-    "code": code.generate,
-    "science": science.generate,
-}
+    "math": math.generate, "code": code.generate, "science": science.generate,
+}  # fmt: skip
+DOMAINS = tuple(_GENERATORS)
 _MAX_FRUITLESS_DRAWS = 10_000
 _SLIPS = ((1, -1, 2, -2, 10, -10), (100, -100, 1000, -1000))
 
@@ -35,7 +33,7 @@ def make_problems(
     exclude: Container[str] = (),
     split: Literal["train", "val", "test"] = "train",
 ) -> list[Problem]:
-    """`n` problems of a domain with distinct prompts, the levels in turn; the same arguments give the same list.
+    """Return `n` problems of a domain with distinct prompts, the levels in turn; the same arguments give the same list.
 
     Splits are disjoint whatever the seeds: the sha256 of a prompt decides which one it belongs to. `exclude` holds
     prompts to leave out. A smaller `n` gives a prefix of a larger one. UserError for an unknown domain, level or
@@ -48,8 +46,7 @@ def make_problems(
     if split not in ("train", "val", "test"):
         raise UserError(f"split: found '{split}', expected train, val or test")
     rng = random.Random(f"{domain}/{split}/{seed}")
-    problems: list[Problem] = []
-    seen: set[str] = set()
+    problems: dict[str, Problem] = {}
     fruitless = 0
     while len(problems) < n:
         problem = _GENERATORS[domain](levels[len(problems) % len(levels)], rng)
@@ -59,21 +56,21 @@ def make_problems(
                 f"{domain}: only {len(problems)} distinct {split} problems of levels {list(levels)} found, "
                 f"{n} asked for; ask for fewer or for more levels"
             )
-        if problem is None or problem.prompt in seen or split_of(problem.prompt) != split or problem.prompt in exclude:
+        if problem is None or problem.prompt in problems or problem.prompt in exclude:
             continue
-        fruitless = 0
-        seen.add(problem.prompt)
-        problems.append(problem)
-    return problems
+        if split_of(problem.prompt) == split:
+            fruitless = 0
+            problems[problem.prompt] = problem
+    return list(problems.values())
 
 
 def solve(prompt: str) -> Solution:
-    """The worked solution, from the prompt's text alone. ValueError for a prompt of none of the three domains."""
+    """Return the worked solution, from the prompt alone. ValueError for a prompt of none of the three domains."""
     return _solve(prompt, Calculator())
 
 
 def solve_with_slip(prompt: str, rng: random.Random) -> Solution:
-    """A solution with one arithmetic mistake, carried through to a wrong answer (ValueError as for `solve`).
+    """Return a solution with one arithmetic mistake, carried through to a wrong answer (ValueError as for `solve`).
 
     A mistake that does not reach the answer, because of a comparison or the nearest choice, is drawn again.
     """
