@@ -4,22 +4,20 @@ import sys
 import time
 import warnings
 from argparse import Namespace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any
 
-from bmjax.cli.parser import option
+from bmjax.cli.parser import Option
 from bmjax.errors import UserError
-
-if TYPE_CHECKING:
-    from bmjax.calibrate.recipe import CalibratedRecipe
-    from bmjax.merge.recipe.recipe import Recipe
+from bmjax.log import Log, silent, write_line
 
 OPTIONS = (
-    option("--check", action="store_true", help="only say what would be read and written; headers are read"),
-    option("--overwrite", action="store_true", help="replace a model directory OUT once the merge is done"),
-    option("--seed", metavar="N", help="of random masks, in place of the recipe's"),
-    option("--memory", metavar="SIZE", help="of tensors in memory at a time: 512MiB, 2GiB"),
-    option("--shard-size", metavar="SIZE", default="5GB", help="of a file of the result (5GB)"),
-    option("--quiet", "-q", action="store_true", help="print nothing but errors"),
+    Option("--check", action="store_true", help="only say what would be read and written; headers are read"),
+    Option("--overwrite", action="store_true", help="replace a model directory OUT once the merge is done"),
+    Option("--seed", metavar="N", help="of random masks, in place of the recipe's"),
+    Option("--memory", metavar="SIZE", help="of tensors in memory at a time: 512MiB, 2GiB"),
+    Option("--shard-size", metavar="SIZE", default="5GB", help="of a file of the result (5GB)"),
+    Option("--quiet", "-q", action="store_true", help="print nothing but errors"),
 )
 
 
@@ -40,7 +38,10 @@ def methods_text() -> str:
         lines += ["", f"  {method.name}: {base}{count} model{'s' * (count != '1')}"]
         lines += [f"    {line}".rstrip() for line in method.summary.splitlines()]
         for p in method.parameters.values():
-            title = f"{p.name}{'*' if p.about.per_model else ''}: {_default_text(p.default)}"
+            default = p.default[0] if isinstance(p.default, tuple) else p.default  # one number for all models
+            # A parameter that must be given has inspect's mark, a type.
+            text = "(required)" if isinstance(default, type) else str(default).lower()
+            title = f"{p.name}{'*' if p.about.per_model else ''}: {text}"
             lines.append(f"      {title:<18} {p.expected}. {p.about.text[:1].upper()}{p.about.text[1:]}.")
     lines += [
         "",
@@ -52,64 +53,53 @@ def methods_text() -> str:
     return "\n".join(lines)
 
 
-def _default_text(default: Any) -> str:
-    if isinstance(default, type):  # inspect's mark of a parameter that must be given
-        return "(required)"
-    if isinstance(default, tuple):  # one number for all models
-        default = default[0]
-    return "none" if default is None else str(default).lower()
-
-
 def merge(options: Namespace) -> None:
     """Merge, or with --check say what a merge would do, and print what came of it."""
-    from bmjax.calibrate.recipe import CalibratedRecipe, is_calibrated
+    from bmjax.calibrate.recipe import is_calibrated
+    from bmjax.merge.plan.output import parse_size
+
+    overrides = [*options.overrides, *([] if options.seed is None else [f"seed={options.seed}"])]
+    shard_bytes = parse_size(options.shard_size, "--shard-size")
+    run = _calibrated_merge if is_calibrated(options.recipe, overrides) else _streamed_merge
+    for line in run(options, overrides, shard_bytes):
+        print(line)
+
+
+def _log(options: Namespace) -> Log:
+    return silent if options.quiet else lambda line: write_line(f"bmjax: note: {line}")
+
+
+def _calibrated_merge(options: Namespace, overrides: list[str], shard_bytes: int) -> Iterator[str]:
+    """Run a merge that looks at data and yield what is to be printed."""
+    from bmjax.calibrate import run
+    from bmjax.calibrate.recipe import CalibratedRecipe
+    from bmjax.parallel.start import use_cpu_cores
+
+    recipe = CalibratedRecipe.read(options.recipe, overrides)
+    if options.memory is not None:
+        raise UserError(f"--memory: {recipe.merge_method} holds all its models in memory; leave it out")
+    if options.check:
+        yield from run.check_lines(recipe, options.out, options.overwrite)
+        return
+    use_cpu_cores()
+    start = time.perf_counter()
+    report = run.merge(recipe, options.out, options.overwrite, shard_bytes=shard_bytes, log=_log(options))
+    if not options.quiet:
+        yield from run.summary_lines(report)
+        yield f"{options.out}: written; {time.perf_counter() - start:.1f} s"
+
+
+def _streamed_merge(options: Namespace, overrides: list[str], shard_bytes: int) -> Iterator[str]:
+    """Run a merge of weights alone, from file to file, and yield what is to be printed."""
     from bmjax.merge.plan.output import parse_size
     from bmjax.merge.recipe.recipe import read_recipe
 
-    overrides = [*options.overrides, *([] if options.seed is None else [f"seed={options.seed}"])]
-    sizes: dict[str, Any] = {"shard_bytes": parse_size(options.shard_size, "--shard-size")}
-    if is_calibrated(options.recipe, overrides):
-        calibrated = CalibratedRecipe.read(options.recipe, overrides)
-        if options.memory is not None:
-            raise UserError(f"--memory: {calibrated.merge_method} holds all its models in memory; leave it out")
-        _calibrated_merge(calibrated, options, sizes)
-        return
     recipe = read_recipe(options.recipe, overrides)
-    if options.memory is not None:
-        sizes["memory"] = parse_size(options.memory, "--memory")
-    _streamed_merge(recipe, options, sizes)
-
-
-def _calibrated_merge(recipe: "CalibratedRecipe", options: Namespace, sizes: dict[str, Any]) -> None:
-    """Run a merge that looks at data."""
-    from bmjax.calibrate import run
-    from bmjax.parallel.start import use_cpu_cores
-
-    if options.check:
-        for line in run.check_lines(recipe, options.out, options.overwrite):
-            print(line)
-        return
-    use_cpu_cores()
-
-    def log(line: str) -> None:
-        if not options.quiet:
-            print(f"bmjax: note: {line}", file=sys.stderr)
-
-    start = time.perf_counter()
-    report = run.merge(recipe, options.out, options.overwrite, log=log, **sizes)
-    if not options.quiet:
-        for line in run.summary_lines(report):
-            print(line)
-        print(f"{options.out}: written; {time.perf_counter() - start:.1f} s")
-
-
-def _streamed_merge(recipe: "Recipe", options: Namespace, sizes: dict[str, Any]) -> None:
-    """Run a merge of weights alone, from file to file."""
+    memory = {} if options.memory is None else {"memory": parse_size(options.memory, "--memory")}
     if options.check:
         from bmjax.merge.plan.check import check
 
-        for line in check(recipe, options.out, options.overwrite, **sizes):
-            print(line)
+        yield from check(recipe, options.out, options.overwrite, shard_bytes=shard_bytes, **memory)
         return
     from tqdm import tqdm
 
@@ -129,16 +119,12 @@ def _streamed_merge(recipe: "Recipe", options: Namespace, sizes: dict[str, Any])
         bar.update(done - bytes_read)
         bytes_read = done
 
-    def log(line: str) -> None:
-        if not options.quiet:
-            tqdm.write(f"bmjax: note: {line}", file=sys.stderr)
-
     with bar, warnings.catch_warnings():
         # What is not finite is said once, in words.
         warnings.simplefilter("ignore", RuntimeWarning)
-        report = merge(recipe, options.out, options.overwrite, log=log, progress=progress, **sizes)
+        settings: dict[str, Any] = {"shard_bytes": shard_bytes, "log": _log(options), "progress": progress, **memory}
+        report = merge(recipe, options.out, options.overwrite, **settings)
     if not options.quiet:
-        for line in summary_lines(recipe, report):
-            print(line)
+        yield from summary_lines(recipe, report)
         seconds = time.perf_counter() - start
-        print(f"{options.out}: {len(report['tensors'])} tensors, {bytes_read / 1e9:.2f} GB read, {seconds:.1f} s")
+        yield f"{options.out}: {len(report['tensors'])} tensors, {bytes_read / 1e9:.2f} GB read, {seconds:.1f} s"
