@@ -68,8 +68,8 @@ class Model:
             segment_ids: [B, T], 1.. for each document of a packed row, 0 for padding. Default: one document a row.
             positions: [B, T] or [1, T], of each token in its document. Default: counted from 0 in every document.
 
-        Returns float32 [B, T, V].
-        Raises UserError for shapes or types that do not fit, ids beyond the vocabulary, rows longer than the context.
+        Returns: float32 [B, T, V].
+        Raises: UserError for shapes or types that do not fit, ids beyond the vocabulary, rows longer than the context.
         """
         arrays = self._arrays(tokens_BT, segment_ids, positions)
         with jax.set_mesh(self.mesh):
@@ -86,7 +86,8 @@ class Model:
                 of a document has nothing before it and is never counted.
             segment_ids, positions: as for `logits`.
 
-        Returns (nats, count): the loss summed over the targets, and how many those are. Raises UserError as `logits`.
+        Returns: (nats, count): the loss summed over the targets, and how many those are.
+        Raises: UserError as `logits`.
         """
         tokens, segments, numbered = self._arrays(tokens_BT, segment_ids, positions)
         mask = self._on_mesh(loss_mask_BT, "loss_mask", tokens.shape)
@@ -155,7 +156,7 @@ def load(source: str | Path, dtype: str | None = "float32", mesh: Mapping[str, i
         dtype: of the parameters and of the computation: 'float32', 'bfloat16' or 'float16'; None: as stored.
         mesh: devices along data, fsdp, context and tensor, for instance {"fsdp": 4, "tensor": 2}; None: one device.
 
-    Raises UserError for anything wrong with the directory, the dtype or the mesh.
+    Raises: UserError for anything wrong with the directory, the dtype or the mesh.
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype: '{dtype}' is not one of {', '.join(DTYPES)}{nearest(str(dtype), DTYPES)}")
@@ -174,7 +175,7 @@ def save(model: Model, output: str | Path) -> Path:
         model: what `load` returned, perhaps with other parameters (`dataclasses.replace(model, params=...)`).
         output: the directory; it is replaced only once everything is written. It is returned as a Path.
 
-    Raises UserError when it cannot be written.
+    Raises: UserError when it cannot be written.
     """
     _check_loaded(model)
     hf.save_hf(Path(output), model.params, read_hf_config(model.directory), side_files=model.directory)
@@ -204,9 +205,9 @@ def generate(
         batch: the most prompts that are computed at once.
         template: of chats: None for the tokenizer's own, chatml, deepseek-r1, or FILE.jinja.
 
-    Returns the continuations in order, without prompt and end token: texts, or lists of token ids where the model has
+    Returns: the continuations in order, without prompt and end token: texts, or lists of token ids where the model has
     no tokenizer.
-    Raises UserError for a prompt that is empty, of another kind, or longer than the context.
+    Raises: UserError for a prompt that is empty, of another kind, or longer than the context.
     """
     _check_loaded(model)
     ends = list(hf.end_tokens(model.directory, model.config, model.tokenizer))
@@ -273,7 +274,7 @@ def merge(
             all models in memory.
         log: gets one line a remark.
 
-    Raises UserError for anything wrong with the recipe or its models; `output` is then as it was.
+    Raises: UserError for anything wrong with the recipe or its models; `output` is then as it was.
     """
     from bmjax.calibrate.recipe import CalibratedRecipe, is_calibrated
 
@@ -295,8 +296,8 @@ def merge(
 def collect(settings: Source, *overrides: str) -> dict[str, int]:
     """Ask a teacher for traces; `bmjax collect`. Traces that are there already are not asked for again.
 
-    Returns how many traces were wanted, present, collected, failed, right, wrong, unjudged and truncated.
-    Raises UserError for bad settings or problems, and an endpoint that cannot be reached or refuses the key.
+    Returns: how many traces were wanted, present, collected, failed, right, wrong, unjudged and truncated.
+    Raises: UserError for bad settings or problems, and an endpoint that cannot be reached or refuses the key.
     """
     from bmjax.teach.collect import collect as collect_traces
     from bmjax.teach.settings import CollectSettings
@@ -307,8 +308,8 @@ def collect(settings: Source, *overrides: str) -> dict[str, int]:
 def select(settings: Source, *overrides: str) -> dict[str, dict[str, int]]:
     """Select the traces worth training on; `bmjax select`. Writes one dataset per domain.
 
-    Returns {domain: {"kept": count, reason: count of the traces dropped for it, ...}}.
-    Raises UserError for bad settings or traces, and for a domain of which nothing is left.
+    Returns: {domain: {"kept": count, reason: count of the traces dropped for it, ...}}.
+    Raises: UserError for bad settings or traces, and for a domain of which nothing is left.
     """
     from bmjax.teach.select import select as select_traces
     from bmjax.teach.settings import SelectSettings
@@ -319,9 +320,9 @@ def select(settings: Source, *overrides: str) -> dict[str, dict[str, int]]:
 def train(settings: Source, *overrides: str) -> dict[str, Any]:
     """Train a student on a dataset, or resume a training; `bmjax train`.
 
-    Returns hf (path of the trained model), steps, tokens (those seen, without padding), loss (nats a token, of the
+    Returns: hf (path of the trained model), steps, tokens (those seen, without padding), loss (nats a token, of the
     last step), and more.
-    Raises UserError for settings and data that cannot be trained with.
+    Raises: UserError for settings and data that cannot be trained with.
     """
     from bmjax.branch.settings import TrainSettings
     from bmjax.branch.train import train as run_training
@@ -332,9 +333,9 @@ def train(settings: Source, *overrides: str) -> dict[str, Any]:
 def evaluate(settings: Source, *overrides: str) -> dict[str, dict[str, Any]]:
     """Score a model on tasks; `bmjax eval`. Writes scores.json and every sample.
 
-    Returns {task: scores}: accuracy with its 95 % interval, and held-out loss in nats a token, as far as the task has
+    Returns: {task: scores}: accuracy with its 95 % interval, and held-out loss in nats a token, as far as the task has
     questions and traces.
-    Raises UserError for bad settings, tasks or models.
+    Raises: UserError for bad settings, tasks or models.
     """
     from bmjax.evaluate.run import evaluate as run_evaluation
     from bmjax.evaluate.settings import EvalSettings
@@ -350,9 +351,9 @@ def plan(settings: Source, *overrides: str, topology: str, search: bool = False)
         topology: CHIP:SHAPE, for instance "v5p:4x4x4".
         search: try meshes, microbatches and remat, and return the best that fits; `overrides` are its changes.
 
-    Returns fits, chips, hbm_gib, gib_per_chip, flops_per_step, step_seconds_bound, tokens_per_second_bound,
+    Returns: fits, chips, hbm_gib, gib_per_chip, flops_per_step, step_seconds_bound, tokens_per_second_bound,
     collective_bytes (of a chip a step, by mesh axis), compile_seconds and more.
-    Raises UserError for an unknown topology and settings that cannot be trained with.
+    Raises: UserError for an unknown topology and settings that cannot be trained with.
     """
     from bmjax.branch.settings import TrainSettings
     from bmjax.plan.plan import plan_training
@@ -369,7 +370,7 @@ def convert(source: str | Path, destination: str | Path, to: str) -> Path:
         destination: a directory that does not exist. It is returned as a Path.
         to: "hf" or "orbax". Tensors keep their dtype.
 
-    Raises UserError for a wrong source, an existing destination, another `to`.
+    Raises: UserError for a wrong source, an existing destination, another `to`.
     """
     from bmjax.weights.convert import convert as convert_files
 
@@ -385,8 +386,8 @@ def run(config: Source, output: str | Path | None = None, *overrides: str) -> di
         output: directory of the run; None: the config's `output`.
         overrides: `key.sub=value` changes to the config.
 
-    Returns what output/report.json holds: models with their scores, stages, versions, config. Raises UserError for
-    settings, data and models that do not fit.
+    Returns: what output/report.json holds: models with their scores, stages, versions, config.
+    Raises: UserError for settings, data and models that do not fit.
     """
     from bmjax import pipeline
 
