@@ -94,53 +94,34 @@ def _convert(options: Namespace) -> None:
     print(f"{options.dst}: written")
 
 
+_TRAINING = "bmjax.branch.settings:TrainSettings"
 _ROWS = (
-    Command(
-        "demo", "the whole experiment in small, with problems and a teacher of its own; no config needed", _demo,
+    Command("demo", "the whole experiment in small, with problems and a teacher of its own; no config needed", _demo,
         words=(), details=_demo_keys,
-        options=(Option("--output", metavar="DIR", help="directory of the run (runs/demo)"),),
-    ),
-    Command(
-        "run", "the whole experiment: teacher, branches, merges, mixture, scores, report.html", _run,
+        options=(Option("--output", metavar="DIR", help="directory of the run (runs/demo)"),)),
+    Command("run", "the whole experiment: teacher, branches, merges, mixture, scores, report.html", _run,
         settings="bmjax.pipeline.settings:RunSettings",
-        options=(Option("--output", metavar="DIR", help="directory of the run, in place of the config's `output`"),),
-    ),
-    Command(
-        "collect", "ask a teacher (any OpenAI-compatible endpoint) for reasoning traces", _collect,
-        settings="bmjax.teach.settings:CollectSettings",
-    ),
-    Command(
-        "select", "keep the traces worth training on, and say why the others were dropped", _select,
-        settings="bmjax.teach.settings:SelectSettings", stopped="stopped; the same command begins again",
-    ),
-    Command(
-        "train", "fine-tune a student on a dataset (a branch, the mixture, a backbone)", _train,
-        settings="bmjax.branch.settings:TrainSettings",
-    ),
-    Command(
-        "plan", "compile a training for TPUs that are not there: does it fit, how fast at most", _plan,
-        settings="bmjax.branch.settings:TrainSettings", stopped="stopped; nothing was written",
+        options=(Option("--output", metavar="DIR", help="directory of the run, in place of the config's `output`"),)),
+    Command("collect", "ask a teacher (any OpenAI-compatible endpoint) for reasoning traces", _collect,
+        settings="bmjax.teach.settings:CollectSettings"),
+    Command("select", "keep the traces worth training on, and say why the others were dropped", _select,
+        settings="bmjax.teach.settings:SelectSettings", stopped="stopped; the same command begins again"),
+    Command("train", "fine-tune a student on a dataset (a branch, the mixture, a backbone)", _train,
+        settings=_TRAINING),
+    Command("plan", "compile a training for TPUs that are not there: does it fit, how fast at most", _plan,
+        settings=_TRAINING, stopped="stopped; nothing was written",
         options=(
             Option("--topology", metavar="CHIP:SHAPE", required=True, help="the slice, for instance v5p:4x4x4"),
             Option("--search", action="store_true", help="try meshes, microbatches, remat; print the best that fits"),
-            Option("--json", action="store_true", help="print one JSON object"),
-        ),
-    ),
-    Command(
-        "merge", "merge Hugging Face directories; the same as python -m bmjax.merge", merge.merge,
+            Option("--json", action="store_true", help="print one JSON object"))),
+    Command("merge", "merge Hugging Face directories; the same as python -m bmjax.merge", merge.merge,
         words=("RECIPE", "OUT"), options=merge.OPTIONS, details=merge.methods_text,
-        stopped="interrupted; OUT is as it was, and the same command goes on with the merge",
-    ),
-    Command(
-        "convert", "a Hugging Face directory to an Orbax checkpoint of parameters, and back", _convert,
+        stopped="interrupted; OUT is as it was, and the same command goes on with the merge"),
+    Command("convert", "a Hugging Face directory to an Orbax checkpoint of parameters, and back", _convert,
         words=("SRC", "DST"), overrides=False, stopped="stopped; DST is as it was",
         options=(
-            Option("--to", metavar="hf|orbax", required=True, choices=("hf", "orbax"), help="what DST is to be"),
-        ),
-    ),
-    Command(
-        "eval", "accuracy with 95% intervals and held-out loss of a model", _eval,
-        settings="bmjax.evaluate.settings:EvalSettings", stopped="stopped; the same command begins again",
-    ),
+            Option("--to", metavar="hf|orbax", required=True, choices=("hf", "orbax"), help="what DST is to be"),)),
+    Command("eval", "accuracy with 95% intervals and held-out loss of a model", _eval,
+        settings="bmjax.evaluate.settings:EvalSettings", stopped="stopped; the same command begins again"),
 )  # fmt: skip
 COMMANDS = {row.name: row for row in _ROWS}

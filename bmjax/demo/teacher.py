@@ -194,23 +194,19 @@ class _Handler(BaseHTTPRequestHandler):
             self._fail(404, "not_found", f"no such path {self.path}")
 
     def do_POST(self) -> None:
-        length = self.headers.get("Content-Length", "")
-        if not length.isdigit() or int(length) > _MAX_BODY_BYTES:
-            self.close_connection = True
-            self._fail(400, "invalid_request_error", "Content-Length is missing or too large")
-            return
-        body = self.rfile.read(int(length))
-        if self.path != "/v1/chat/completions":
-            self._fail(404, "not_found", f"no such path {self.path}")
-            return
-        teacher = self.server.teacher
+        length, teacher = self.headers.get("Content-Length", ""), self.server.teacher
         try:
+            if not length.isdigit() or int(length) > _MAX_BODY_BYTES:
+                self.close_connection = True
+                raise BadRequest("Content-Length is missing or too large")
+            body = self.rfile.read(int(length))
+            if self.path != "/v1/chat/completions":
+                self._fail(404, "not_found", f"no such path {self.path}")
+                return
             request = _read_request(json.loads(body))
             status = teacher.refuses(request.prompt, request.seed, request.mistakes)
-            if status == 429:
-                self._fail(status, "rate_limit_exceeded", "try again", {"Retry-After": "0"})
-            elif status:
-                self._fail(status, "server_error", "try again")
+            if status:
+                self._fail(status, "rate_limit_exceeded" if status == 429 else "server_error", "try again")
             else:
                 self._send(200, teacher.complete(request))
         except BadRequest as error:
@@ -218,16 +214,16 @@ class _Handler(BaseHTTPRequestHandler):
         except (ValueError, RecursionError):
             self._fail(400, "invalid_request_error", "the body is not JSON")
 
-    def _fail(self, status: int, kind: str, message: str, headers: dict[str, str] | None = None) -> None:
-        self._send(status, {"error": {"message": message, "type": kind, "code": kind}}, headers)
+    def _fail(self, status: int, kind: str, message: str) -> None:
+        self._send(status, {"error": {"message": message, "type": kind, "code": kind}})
 
-    def _send(self, status: int, values: dict[str, Any], headers: dict[str, str] | None = None) -> None:
+    def _send(self, status: int, values: dict[str, Any]) -> None:
         body = json.dumps(values).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
-        for name, value in (headers or {}).items():
-            self.send_header(name, value)
+        if status == 429:
+            self.send_header("Retry-After", "0")
         self.end_headers()
         self.wfile.write(body)
 
