@@ -142,7 +142,8 @@ def _locate(cls: type[BaseModel], path: Sequence[Any]) -> tuple[list[str], type[
     owner: type[BaseModel] | None = None
     for part in path[:-1] if path[-1:] == ("[key]",) else path:
         alternatives = _alternatives(annotation)
-        by_name = {_pydantic_name(alternative): alternative for alternative in alternatives}
+        # Pydantic's names of alternatives: a class is called by its name, anything else as it is written.
+        by_name = {a.__name__ if isinstance(a, type) and not typing.get_args(a) else str(a): a for a in alternatives}
         if len(alternatives) > 1 and part in by_name:
             annotation = by_name[part]
             continue
@@ -164,11 +165,6 @@ def _alternatives(annotation: Any) -> list[Any]:
         kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
         return [alternative for kind in kinds for alternative in _alternatives(kind)]
     return [annotation]
-
-
-def _pydantic_name(annotation: Any) -> str:
-    """Return what pydantic's paths call an alternative of a union."""
-    return annotation.__name__ if isinstance(annotation, type) and not typing.get_args(annotation) else str(annotation)
 
 
 def settings_types(annotation: Any) -> Iterator[type[Settings]]:

@@ -82,16 +82,17 @@ def _branch_or_item(draw: _Draw) -> tuple[str, int]:
         )
         return program, yes_value if taken else no_value
     name, other = draw.rng.sample(_VARIABLES, 2)
-    if form == "length" and draw.rng.random() < 0.5:
+    if form == "item":
+        items, index = [draw.number() for _ in range(3)], draw.rng.randrange(3)
+        literal, operand, value = str(items), f"{name}[{index}]", items[index]
+    elif draw.rng.random() < 0.5:
         word = draw.rng.choice(_WORDS)
-        literal, length = f"'{word}'", len(word)
+        literal, operand, value = f"'{word}'", f"len({name})", len(word)
     else:
-        items = [draw.number() for _ in range(draw.number(2, 4) if form == "length" else 3)]
-        literal, length = str(items), len(items)
-    index = draw.rng.randrange(3) if form == "item" else 0
-    sign, n, middle = draw.step(items[index] if form == "item" else length)
+        items = [draw.number() for _ in range(draw.number(2, 4))]
+        literal, operand, value = str(items), f"len({name})", len(items)
+    sign, n, middle = draw.step(value)
     last, m, end = draw.step(middle, "+-")
-    operand = f"{name}[{index}]" if form == "item" else f"len({name})"
     return f"{name} = {literal}\n{other} = {operand} {sign} {n}\nprint({other} {last} {m})", end
 
 
