@@ -35,11 +35,8 @@ def run_demo(
         log: gets a line for every stage and remark.
         config: YAML with keys of both kinds.
 
-    Returns:
-        The content of report.json.
-
-    Raises:
-        UserError: for a wrong key or value.
+    Returns: the content of report.json.
+    Raises: UserError for a wrong key or value.
     """
     values = read_yaml(config)
     keys = DemoSettings.model_fields.keys()

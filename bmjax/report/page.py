@@ -28,10 +28,9 @@ def write_report(directory: Path, report: Mapping[str, Any]) -> Path:
     Arguments:
         directory: the run's directory, with the metrics and merge reports that `report` names.
         report: content of report.json.
-    Returns:
-        The path of report.html.
-    Raises:
-        UserError: a file cannot be written.
+
+    Returns: the path of report.html.
+    Raises: UserError where a file cannot be written.
     """
     models, chosen = report["models"], report.get("chosen") or {}
     winner = f"merge/{chosen.get('merge')}"
