@@ -96,9 +96,9 @@ class DemoTeacher:
         elif 0 <= fate - mistakes.truncated < mistakes.malformed:
             no_end, no_answer = f"{thoughts}\n{solution.answer}", f"{thoughts}\n</think>\n"
             content = rng.choice((no_end, no_answer + content, no_answer))
-        if max_tokens is not None and count_tokens(content) > max_tokens:
-            end = [match.end() for match in _TOKEN.finditer(content)][max_tokens - 1] if max_tokens else 0
-            content, finish = content[:end], "length"
+        ends = [0, *(match.end() for match in _TOKEN.finditer(content))]
+        if max_tokens is not None and len(ends) > max_tokens + 1:
+            content, finish = content[: ends[max_tokens]], "length"
         return content, finish
 
     def refuses(self, prompt: str, seed: int, mistakes: Mistakes | None = None) -> int:
@@ -140,8 +140,7 @@ def _read_request(request: Any) -> Request:
     """Check the JSON of a chat request; BadRequest says what is wrong with it."""
     if not isinstance(request, dict):
         raise BadRequest("the body must be a JSON object")
-    messages = request.get("messages")
-    if not isinstance(messages, list) or not messages:
+    if not isinstance(messages := request.get("messages"), list) or not messages:
         raise BadRequest("messages: expected a non-empty list")
     last = messages[-1]
     if not isinstance(last, dict) or last.get("role") != "user" or not isinstance(last.get("content"), str):

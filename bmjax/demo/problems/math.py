@@ -31,7 +31,6 @@ _CLAUSES = {
 }
 _TIMES = {"doubles them": 2, "triples them": 3}
 
-_PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
 _EXPRESSION = re.compile(r"Compute ([0-9+\-*/() ]{1,200})\.")
 _WORD = re.compile(r"([A-Z][a-z]+) has (\d{1,6}) ([a-z]+), (.+)\. How many now\?")
 _CLAUSE_PATTERNS = [
@@ -98,7 +97,7 @@ def _grow(steps: int, rules: _Level, rng: random.Random) -> tuple[str, int, int]
     value = OPERATIONS[sign](left[1], right[1])
     if not 0 <= value <= rules.largest_result or (sign == "*" and (high > rules.largest_factor or low > 9)):
         return None
-    rank = _PRECEDENCE[sign]
+    rank = 1 if sign in "+-" else 2
     left_text = f"({left[0]})" if left[2] < rank else left[0]
     right_text = f"({right[0]})" if right[2] <= rank else right[0]
     return f"{left_text}{sign}{right_text}", value, rank
