@@ -55,23 +55,19 @@ def _step(text: str) -> Step:
     return Step(rule, result, left, sign, right, unit)
 
 
+def _chain(level: int, stem: str, nouns: str, largest: int, *steps: str, **numbers: Sequence[int]) -> Question:
+    return Question(level, stem, nouns, numbers, largest, [_step(step) for step in steps])
+
+
 def _product(stem: str, nouns: str, formula: str) -> list[Question]:
     """Return a formula that multiplies, small at level 1 and with one factor up to 9 at level 2."""
-    step = _step(formula)
-    small, large = (range(2, 7), range(2, 7)), (range(4, 10), range(2, 7))
-    return [
-        Question(level, stem, nouns, dict(zip((step.left, step.right), numbers, strict=True)), largest, (step,))
-        for level, numbers, largest in ((1, small, 36), (2, large, 54))
-    ]
+    left, right = formula[2], formula[4]
+    small, large = {left: range(2, 7), right: range(2, 7)}, {left: range(4, 10), right: range(2, 7)}
+    return [_chain(1, stem, nouns, 36, formula, **small), _chain(2, stem, nouns, 54, formula, **large)]
 
 
 def _quotient(level: int, stem: str, nouns: str, formula: str) -> Question:
-    step = _step(formula)
-    return Question(level, stem, nouns, {step.left: range(4, 55), step.right: range(2, 10)}, 9, (step,))
-
-
-def _chain(level: int, stem: str, nouns: str, largest: int, *steps: str, **numbers: Sequence[int]) -> Question:
-    return Question(level, stem, nouns, numbers, largest, tuple(_step(step) for step in steps))
+    return _chain(level, stem, nouns, 9, formula, **{formula[2]: range(4, 55), formula[4]: range(2, 10)})
 
 
 _ROUND = (10, 20, 50, 100, 200)
@@ -149,7 +145,7 @@ def solve(prompt: str, calculator: Calculator) -> Solution:
     if not match:
         raise ValueError("not a science prompt")
     questions = ((m.groupdict(), steps) for pattern, steps in _PATTERNS if (m := pattern.fullmatch(match[1])))
-    quantities, steps = next(questions, ({}, ()))
+    quantities, steps = next(questions, ({}, []))
     values = {symbol: int(text) for symbol, text in quantities.items()}
     lines: list[str] = []
     for step in steps:
