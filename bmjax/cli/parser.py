@@ -93,7 +93,8 @@ class _Parser(argparse.ArgumentParser):
             raise UserError(f"{self.prog}: {problem} is missing; see {self.prog} --help")
         problem = problem.replace("ignored explicit argument", "takes no value, found")
         if match := re.fullmatch(r"invalid choice: (.+) \(choose from (.+)\)", problem):
-            problem = f"expected {' or '.join(re.findall(r'[a-z]+', match[2]))}, found {match[1]}"
+            choices = " or ".join(re.findall(r"[^\s,']+", match[2]))
+            problem = f"expected {choices}, found {match[1]}"
         raise UserError(f"{argument}: {problem}")
 
 
