@@ -140,14 +140,16 @@ def _read_request(request: Any) -> Request:
     """Check the JSON of a chat request; BadRequest says what is wrong with it."""
     if not isinstance(request, dict):
         raise BadRequest("the body must be a JSON object")
-    if not isinstance(messages := request.get("messages"), list) or not messages:
+    messages = request.get("messages")
+    if not isinstance(messages, list) or not messages:
         raise BadRequest("messages: expected a non-empty list")
     last = messages[-1]
     if not isinstance(last, dict) or last.get("role") != "user" or not isinstance(last.get("content"), str):
         raise BadRequest("messages: the last one must be {role: user, content: text}")
     if request.get("stream"):
         raise BadRequest("stream: not supported")
-    seed, choices = (default if request.get(key) is None else request[key] for key, default in (("seed", 0), ("n", 1)))
+    seed = 0 if request.get("seed") is None else request["seed"]
+    choices = 1 if request.get("n") is None else request["n"]
     max_tokens = request.get("max_tokens", request.get("max_completion_tokens"))
     if type(seed) is not int:
         raise BadRequest("seed: expected a whole number")

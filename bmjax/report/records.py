@@ -88,7 +88,8 @@ def kept(summary: Any) -> list[Kept]:
             share, delta = number(statistics.get("kept")), number(statistics.get("delta_norm"))
             reference = number(entry.get("reference_norm"))
             move = delta / reference if delta is not None and reference else math.nan
-            cells += [] if share is None else [Kept(step, model, share, move)]
+            if share is not None:
+                cells.append(Kept(step, model, share, move))
     return cells
 
 
