@@ -15,23 +15,10 @@ from typing import TYPE_CHECKING, Any
 from bmjax.version import __version__
 
 if TYPE_CHECKING:
-    from bmjax.api import (
-        Model,
-        collect,
-        convert,
-        evaluate,
-        generate,
-        judge,
-        load,
-        merge,
-        plan,
-        run,
-        save,
-        select,
-        tokenize,
-        train,
-    )
+    from bmjax.api import Model, collect, convert, evaluate, generate, load, merge, plan, run, save, select, train
+    from bmjax.branch.examples import tokenize
     from bmjax.errors import UserError
+    from bmjax.teach.judges.judge import judge
 
 __all__ = [
     "Model", "UserError", "__version__", "collect", "convert", "evaluate", "generate", "judge", "load", "merge", "plan",

@@ -69,15 +69,12 @@ class Model:
             segment_ids: [B, T], 1.. for each document of a packed row, 0 for padding. Default: one document a row.
             positions: [B, T] or [1, T], of each token in its document. Default: counted from 0 in every document.
 
-        Returns:
-            float32 [B, T, V].
-
-        Raises:
-            UserError: for shapes or types that do not fit, ids beyond the vocabulary, rows longer than the context.
+        Returns: float32 [B, T, V].
+        Raises: UserError for shapes or types that do not fit, ids beyond the vocabulary, rows longer than the context.
         """
         arrays = self._arrays(tokens_BT, segment_ids, positions)
         with jax.set_mesh(self.mesh):
-            return _logits(self.config, self.dtype)(self.params, *arrays)
+            return _compiled(qwen2.logits, self.config, self.dtype)(self.params, *arrays)
 
     def loss(
         self, tokens_BT: Any, loss_mask_BT: Any, segment_ids: Any = None, positions: Any = None
@@ -90,16 +87,14 @@ class Model:
                 of a document has nothing before it and is never counted.
             segment_ids, positions: as for `logits`.
 
-        Returns:
-            (nats, count): the loss summed over the targets, and how many those are.
-
-        Raises:
-            UserError: as `logits`.
+        Returns: (nats, count): the loss summed over the targets, and how many those are.
+        Raises: UserError as `logits`.
         """
         tokens, segments, numbered = self._arrays(tokens_BT, segment_ids, positions)
         batch = Batch(tokens, segments, self._on_mesh(loss_mask_BT, "loss_mask", tokens.shape))
         with jax.set_mesh(self.mesh):
-            nats, count = _loss(self.config, self.dtype)(self.params, batch, numbered)
+            loss_sum = _compiled(qwen2.loss_sum, self.config, self.dtype)
+            nats, count = loss_sum(self.params, batch, numbered)
         return float(nats), int(count)
 
     def _arrays(self, tokens: Any, segments: Any, positions: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -108,8 +103,8 @@ class Model:
         qwen2.check_length(self.config, tokens.shape[1], "tokens")
         low, high = (int(jnp.min(tokens)), int(jnp.max(tokens))) if tokens.size else (0, 0)
         if low < 0 or high >= self.config.vocab_size:
-            wrong = low if low < 0 else high
-            raise UserError(f"tokens: ids must lie in 0..{self.config.vocab_size - 1}, found {wrong}")
+            wrong_id = low if low < 0 else high
+            raise UserError(f"tokens: ids must lie in 0..{self.config.vocab_size - 1}, found {wrong_id}")
         segments = jnp.ones_like(tokens) if segments is None else self._on_mesh(segments, "segment_ids", tokens.shape)
         if positions is None:
             return tokens, segments, qwen2.default_positions(segments)
@@ -143,22 +138,15 @@ def _whole_numbers(rows: Any, name: str) -> np.ndarray:
     return array.astype(np.int32)
 
 
-@lru_cache(maxsize=16)
-def _logits(config: ModelConfig, dtype: str) -> Any:
-    return jax.jit(lambda params, t, s, p: qwen2.logits(config, _cast(params, dtype), t, s, p, dtype=jnp.dtype(dtype)))
+@lru_cache(maxsize=32)
+def _compiled(function: Callable[..., Any], config: ModelConfig, dtype: str) -> Any:
+    """Return a function of qwen2 compiled for a model's sizes; it computes in `dtype`, the parameters too."""
 
+    def compute(params: qwen2.Params, *arrays: jax.Array) -> Any:
+        cast = jax.tree.map(lambda a: a.astype(dtype), params)
+        return function(config, cast, *arrays, dtype=jnp.dtype(dtype))
 
-@lru_cache(maxsize=16)
-def _loss(config: ModelConfig, dtype: str) -> Any:
-    return jax.jit(
-        lambda params, batch, positions: qwen2.loss_sum(
-            config, _cast(params, dtype), batch, positions, dtype=jnp.dtype(dtype)
-        )
-    )
-
-
-def _cast(params: Any, dtype: str) -> Any:
-    return jax.tree.map(lambda a: a.astype(dtype), params)
+    return jax.jit(compute)
 
 
 def load(source: str | Path, dtype: str | None = "float32", mesh: Mapping[str, int] | Mesh | None = None) -> Model:
@@ -169,16 +157,14 @@ def load(source: str | Path, dtype: str | None = "float32", mesh: Mapping[str, i
         dtype: of the parameters and of the computation: 'float32', 'bfloat16' or 'float16'; None: as stored.
         mesh: devices along data, fsdp, context and tensor, for instance {"fsdp": 4, "tensor": 2}; None: one device.
 
-    Raises:
-        UserError: for anything wrong with the directory, the dtype or the mesh.
+    Raises: UserError for anything wrong with the directory, the dtype or the mesh.
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype: '{dtype}' is not one of {', '.join(DTYPES)}{nearest(str(dtype), DTYPES)}")
     student = students.open(source)
     devices = mesh if isinstance(mesh, Mesh) else make_mesh(mesh)
-    params = hf.load_params(
-        student.directory, student.config, devices, dtype=None if dtype is None else np.dtype(jnp.dtype(dtype))
-    )
+    stored_dtype = None if dtype is None else np.dtype(jnp.dtype(dtype))
+    params = hf.load_params(student.directory, student.config, devices, dtype=stored_dtype)
     compute_dtype = dtype or str(params["embed"]["embedding"].dtype)
     return Model(student.config, params, student.tokenizer, student.directory, devices, compute_dtype)
 
@@ -188,13 +174,9 @@ def save(model: Model, output: str | Path) -> Path:
 
     Arguments:
         model: what `load` returned, perhaps with other parameters (`dataclasses.replace(model, params=...)`).
-        output: the directory; it is replaced only once everything is written.
+        output: the directory; it is replaced only once everything is written. It is returned as a Path.
 
-    Returns:
-        `output` as a Path.
-
-    Raises:
-        UserError: when it cannot be written.
+    Raises: UserError when it cannot be written.
     """
     _check_loaded(model)
     hf.save_hf(Path(output), model.params, read_hf_config(model.directory), side_files=model.directory)
@@ -224,12 +206,9 @@ def generate(
         batch: the most prompts that are computed at once.
         template: of chats: None for the tokenizer's own, chatml, deepseek-r1, or FILE.jinja.
 
-    Returns:
-        The continuations in order, without prompt and end token: texts, or lists of token ids where the model has no
-        tokenizer.
-
-    Raises:
-        UserError: for a prompt that is empty, of another kind, or longer than the context.
+    Returns: the continuations in order, without prompt and end token: texts, or lists of token ids where the model has
+    no tokenizer.
+    Raises: UserError for a prompt that is empty, of another kind, or longer than the context.
     """
     _check_loaded(model)
     ends = list(hf.end_tokens(model.directory, model.config, model.tokenizer))
@@ -242,8 +221,12 @@ def generate(
     for number, prompt in enumerate(prompts):
         # Arrays of token ids are taken as lists.
         tokens: Any = prompt.tolist() if isinstance(prompt, (np.ndarray, jax.Array)) else prompt
-        if isinstance(tokens, Sequence) and len(tokens) and all(isinstance(turn, Mapping) for turn in tokens):
-            _check_tokenizer(model, number)
+        is_chat = isinstance(tokens, Sequence) and len(tokens) and all(isinstance(turn, Mapping) for turn in tokens)
+        if (is_chat or isinstance(tokens, str)) and model.tokenizer is None:
+            raise UserError(
+                f"{model.directory}: no tokenizer, so prompts must be lists of token ids; prompt {number} is not"
+            )
+        if is_chat:
             text = chat_template(model.tokenizer, template)
             messages = messages_of({"messages": list(tokens)}, f"prompt {number}")
             tokens = render_prompt(model.tokenizer, messages, text, f"prompt {number}")
@@ -251,7 +234,6 @@ def generate(
             end = end_of_turn(model.tokenizer, text)
             ends += [] if end is None or end in ends else [end]
         if isinstance(tokens, str):
-            _check_tokenizer(model, number)
             tokens = model.tokenizer(tokens, add_special_tokens=False)["input_ids"]
         if not isinstance(tokens, Sequence) or not all(type(t) is int or isinstance(t, np.integer) for t in tokens):
             raise UserError(f"prompt {number}: expected a text, a list of token ids or a list of chat turns")
@@ -271,13 +253,6 @@ def _check_loaded(model: Any) -> None:
         raise UserError(f"model: expected a loaded model, found {kind}{name}; load it first: m = bmjax.load(DIR)")
 
 
-def _check_tokenizer(model: Model, number: int) -> None:
-    if model.tokenizer is None:
-        raise UserError(
-            f"{model.directory}: no tokenizer, so prompts must be lists of token ids; prompt {number} is not"
-        )
-
-
 def merge(
     recipe: Source,
     output: str | Path,
@@ -288,7 +263,7 @@ def merge(
     memory: int | None = None,
     log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Merge Hugging Face directories into one; `bmjax merge`.
+    """Merge Hugging Face directories into one and return what output/merge_report.json holds; `bmjax merge`.
 
     Arguments:
         recipe: the path of a YAML file, or its keys.
@@ -300,11 +275,7 @@ def merge(
             all models in memory.
         log: gets one line a remark.
 
-    Returns:
-        What output/merge_report.json holds.
-
-    Raises:
-        UserError: for anything wrong with the recipe or its models; `output` is then as it was.
+    Raises: UserError for anything wrong with the recipe or its models; `output` is then as it was.
     """
     from bmjax.calibrate import dispatch
 
@@ -316,11 +287,8 @@ def merge(
 def collect(settings: Source, *overrides: str) -> dict[str, int]:
     """Ask a teacher for traces; `bmjax collect`. Traces that are there already are not asked for again.
 
-    Returns:
-        How many traces were wanted, present, collected, failed, right, wrong, unjudged and truncated.
-
-    Raises:
-        UserError: for bad settings or problems, and an endpoint that cannot be reached or refuses the key.
+    Returns: how many traces were wanted, present, collected, failed, right, wrong, unjudged and truncated.
+    Raises: UserError for bad settings or problems, and an endpoint that cannot be reached or refuses the key.
     """
     from bmjax.teach.collect import collect as collect_traces
     from bmjax.teach.settings import CollectSettings
@@ -331,11 +299,8 @@ def collect(settings: Source, *overrides: str) -> dict[str, int]:
 def select(settings: Source, *overrides: str) -> dict[str, dict[str, int]]:
     """Select the traces worth training on; `bmjax select`. Writes one dataset per domain.
 
-    Returns:
-        {domain: {"kept": count, reason: count of the traces dropped for it, ...}}.
-
-    Raises:
-        UserError: for bad settings or traces, and for a domain of which nothing is left.
+    Returns: {domain: {"kept": count, reason: count of the traces dropped for it, ...}}.
+    Raises: UserError for bad settings or traces, and for a domain of which nothing is left.
     """
     from bmjax.teach.select import select as select_traces
     from bmjax.teach.settings import SelectSettings
@@ -346,12 +311,9 @@ def select(settings: Source, *overrides: str) -> dict[str, dict[str, int]]:
 def train(settings: Source, *overrides: str) -> dict[str, Any]:
     """Train a student on a dataset, or resume a training; `bmjax train`.
 
-    Returns:
-        hf (path of the trained model), steps, tokens (those seen, without padding), loss (nats a token, of the last
-        step), and more.
-
-    Raises:
-        UserError: for settings and data that cannot be trained with.
+    Returns: hf (path of the trained model), steps, tokens (those seen, without padding), loss (nats a token, of the
+    last step), and more.
+    Raises: UserError for settings and data that cannot be trained with.
     """
     from bmjax.branch.settings import TrainSettings
     from bmjax.branch.train import train as run_training
@@ -362,12 +324,9 @@ def train(settings: Source, *overrides: str) -> dict[str, Any]:
 def evaluate(settings: Source, *overrides: str) -> dict[str, dict[str, Any]]:
     """Score a model on tasks; `bmjax eval`. Writes scores.json and every sample.
 
-    Returns:
-        {task: scores}: accuracy with its 95 % interval, and held-out loss in nats a token, as far as the task has
-        questions and traces.
-
-    Raises:
-        UserError: for bad settings, tasks or models.
+    Returns: {task: scores}: accuracy with its 95 % interval, and held-out loss in nats a token, as far as the task has
+    questions and traces.
+    Raises: UserError for bad settings, tasks or models.
     """
     from bmjax.evaluate.run import evaluate as run_evaluation
     from bmjax.evaluate.settings import EvalSettings
@@ -383,12 +342,9 @@ def plan(settings: Source, *overrides: str, topology: str, search: bool = False)
         topology: CHIP:SHAPE, for instance "v5p:4x4x4".
         search: try meshes, microbatches and remat, and return the best that fits; `overrides` are its changes.
 
-    Returns:
-        fits, chips, hbm_gib, gib_per_chip, flops_per_step, step_seconds_bound, tokens_per_second_bound,
-        collective_bytes (of a chip a step, by mesh axis), compile_seconds and more.
-
-    Raises:
-        UserError: for an unknown topology and settings that cannot be trained with.
+    Returns: fits, chips, hbm_gib, gib_per_chip, flops_per_step, step_seconds_bound, tokens_per_second_bound,
+    collective_bytes (of a chip a step, by mesh axis), compile_seconds and more.
+    Raises: UserError for an unknown topology and settings that cannot be trained with.
     """
     from bmjax.branch.settings import TrainSettings
     from bmjax.plan.plan import plan_training
@@ -402,14 +358,10 @@ def convert(source: str | Path, destination: str | Path, to: str) -> Path:
 
     Arguments:
         source: for to="orbax" a Hugging Face directory or hub id; for to="hf" what to="orbax" has written.
-        destination: a directory that does not exist.
+        destination: a directory that does not exist. It is returned as a Path.
         to: "hf" or "orbax". Tensors keep their dtype.
 
-    Returns:
-        `destination` as a Path.
-
-    Raises:
-        UserError: for a wrong source, an existing destination, another `to`.
+    Raises: UserError for a wrong source, an existing destination, another `to`.
     """
     from bmjax.weights.convert import convert as convert_files
 
@@ -425,11 +377,8 @@ def run(config: Source, output: str | Path | None = None, *overrides: str) -> di
         output: directory of the run; None: the config's `output`.
         overrides: `key.sub=value` changes to the config.
 
-    Returns:
-        What output/report.json holds: models with their scores, stages, versions, config.
-
-    Raises:
-        UserError: for settings, data and models that do not fit.
+    Returns: what output/report.json holds: models with their scores, stages, versions, config.
+    Raises: UserError for settings, data and models that do not fit.
     """
     from bmjax import pipeline
 

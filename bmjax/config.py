@@ -8,7 +8,6 @@ to errors.py and safe_yaml.py, the ground floor that all parts stand on.
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -98,19 +97,6 @@ def _value_text(value: Any) -> str:
     return f"{_KINDS.get(type(value), type(value).__name__)} {str(value)[:60]!r}"
 
 
-@dataclass(frozen=True)
-class _Location:
-    """Where a problem lies: the keys as the user wrote them, and the Settings that should know the last one."""
-
-    keys: tuple[str, ...]
-    owner: type[BaseModel] | None
-    in_key: bool
-
-    @property
-    def dotted(self) -> str:
-        return ".".join(self.keys)
-
-
 def first_problem(cls: type[BaseModel], error: ValidationError) -> str:
     """Return the most telling of pydantic's problems as one line.
 
@@ -121,25 +107,22 @@ def first_problem(cls: type[BaseModel], error: ValidationError) -> str:
     unknown = [p for p in problems if p["type"] == "extra_forbidden"]
     same_root = [p for p in problems if p["loc"][:1] == problems[0]["loc"][:1]]
     problem = max(unknown or same_root, key=lambda p: len(p["loc"]))
-    location = _locate(cls, problem["loc"])
-    dotted, kind, value = location.dotted, problem["type"], problem.get("input")
+    keys, owner = _locate(cls, problem["loc"])
+    dotted, kind, value = ".".join(keys), problem["type"], problem.get("input")
     if kind == "extra_forbidden":
-        known = list(location.owner.model_fields) if location.owner else []
-        return f"unknown key '{dotted}'{nearest(location.keys[-1], known)}"
-    if kind == "missing" and location.owner is not None:
+        return f"unknown key '{dotted}'{nearest(keys[-1], list(owner.model_fields) if owner else [])}"
+    if kind == "missing" and owner is not None:
         return f"key '{dotted}' is missing; it has no default"
     if kind == "missing":
-        parent = ".".join(location.keys[:-1])
-        return f"{parent}: too few values: the one with index {location.keys[-1]} is missing"
-    if kind == "invalid_key" or location.in_key:
+        return f"{'.'.join(keys[:-1])}: too few values: the one with index {keys[-1]} is missing"
+    if kind == "invalid_key" or problem["loc"][-1:] == ("[key]",):
         return f"{dotted}: expected a name as key, found {_value_text(value)}"
     if kind == "value_error":
         message = str(problem["ctx"]["error"]) if "ctx" in problem else problem["msg"]
         return f"{dotted}: {message}" if dotted else message
-    same_keys = [p for p in same_root if _locate(cls, p["loc"]).keys == location.keys]
+    same_keys = [p for p in same_root if _locate(cls, p["loc"])[0] == keys]
     *most, last = dict.fromkeys(_expected(p) for p in same_keys)
-    allowed = f"{', '.join(most)} or {last}" if most else last
-    return f"{dotted}: expected {allowed}, found {_value_text(value)}"
+    return f"{dotted}: expected {', '.join(most)}{' or ' * bool(most)}{last}, found {_value_text(value)}"
 
 
 def _expected(problem: Any) -> str:
@@ -149,26 +132,29 @@ def _expected(problem: Any) -> str:
     return f"a number {text}" if text.startswith(("greater", "less")) else text
 
 
-def _locate(cls: type[BaseModel], path: Sequence[Any]) -> _Location:
-    """Follow pydantic's path to a problem through the annotations, leaving out its names of a union's alternatives."""
+def _locate(cls: type[BaseModel], path: Sequence[Any]) -> tuple[list[str], type[BaseModel] | None]:
+    """Return the keys on pydantic's path to a problem as the user wrote them, and the Settings that know the last one.
+
+    The path goes through the annotations; its names of a union's alternatives are left out.
+    """
     annotation: Any = cls
     keys: list[str] = []
     owner: type[BaseModel] | None = None
-    in_key = bool(path) and path[-1] == "[key]"
-    for part in path[:-1] if in_key else path:
+    for part in path[:-1] if path[-1:] == ("[key]",) else path:
         alternatives = _alternatives(annotation)
-        by_name = {_pydantic_name(alternative): alternative for alternative in alternatives}
+        # Pydantic's names of alternatives: a class is called by its name, anything else as it is written.
+        by_name = {a.__name__ if isinstance(a, type) and not typing.get_args(a) else str(a): a for a in alternatives}
         if len(alternatives) > 1 and part in by_name:
             annotation = by_name[part]
             continue
-        annotation = alternatives[0]
         keys.append(str(part))
+        annotation = alternatives[0]
         owner = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
         if owner is not None:
             annotation = owner.model_fields[part].annotation if part in owner.model_fields else Any
         else:
             annotation = next(iter(typing.get_args(annotation)[-1:]), Any)
-    return _Location(tuple(keys), owner, in_key)
+    return keys, owner
 
 
 def _alternatives(annotation: Any) -> list[Any]:
@@ -181,11 +167,6 @@ def _alternatives(annotation: Any) -> list[Any]:
     return [annotation]
 
 
-def _pydantic_name(annotation: Any) -> str:
-    """Return what pydantic's paths call an alternative of a union."""
-    return annotation.__name__ if isinstance(annotation, type) and not typing.get_args(annotation) else str(annotation)
-
-
 def settings_types(annotation: Any) -> Iterator[type[Settings]]:
     """Yield every Settings class inside a type annotation: `X`, `X | None`, `list[X]`, `dict[str, X]`."""
     if isinstance(annotation, type) and issubclass(annotation, Settings):
@@ -196,37 +177,33 @@ def settings_types(annotation: Any) -> Iterator[type[Settings]]:
 
 
 def _type_name(annotation: Any) -> str:
-    if isinstance(annotation, type) and not typing.get_args(annotation):
-        return {"NoneType": "null", "str": "text", "int": "whole number", "float": "number", "bool": "true|false"}.get(
-            annotation.__name__, annotation.__name__
-        )
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if isinstance(annotation, type) and not arguments:
+        names = {"NoneType": "null", "str": "text", "int": "whole number", "float": "number", "bool": "true|false"}
+        return names.get(annotation.__name__, annotation.__name__)
     if origin is typing.Literal:
         return "|".join(str(a) for a in arguments)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_type_name(a) for a in arguments)
     if origin is typing.Annotated:
         return _type_name(arguments[0])
-    if origin in (list, tuple):
-        return "list"
-    return "block" if origin is dict else str(annotation).replace("typing.", "")
-
-
-def _default_text(default: Any) -> str:
-    if default is PydanticUndefined:
-        return "(required)"
-    if isinstance(default, Settings):
-        return ""
-    return "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
+    return {list: "list", tuple: "list", dict: "block"}.get(origin) or str(annotation).replace("typing.", "")
 
 
 def describe(cls: type[Settings], prefix: str = "") -> list[str]:
     """Return one line a key for `--help`: the key, its default, its type and what it is for."""
     lines = []
     for name, field in cls.model_fields.items():
-        nested = next(settings_types(field.annotation), None)
-        key = f"{prefix}{name}: {_default_text(field.default)}".rstrip()
+        default = field.default
+        if default is PydanticUndefined:
+            text = "(required)"
+        elif default is None or isinstance(default, bool):
+            text = {None: "null", True: "true", False: "false"}[default]
+        else:
+            text = "" if isinstance(default, Settings) else str(default)
+        key = f"{prefix}{name}: {text}".rstrip()
         lines.append(f"  {key:<44} {_type_name(field.annotation)}. {field.description or ''}")
+        nested = next(settings_types(field.annotation), None)
         if nested is not None:
             infix = f"{name}.NAME." if typing.get_origin(field.annotation) is dict else f"{name}."
             lines += describe(nested, prefix + infix)

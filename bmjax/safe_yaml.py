@@ -55,12 +55,6 @@ def _text(loader: _Loader, node: yaml.ScalarNode) -> str:
     return node.value
 
 
-def _refused(loader: _Loader, node: yaml.Node) -> None:
-    raise yaml.constructor.ConstructorError(
-        None, None, f"could not determine a constructor for the tag {node.tag!r}", node.start_mark
-    )
-
-
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
 )
@@ -69,7 +63,7 @@ _Loader.add_constructor("tag:yaml.org,2002:str", _text)
 _Loader.add_constructor("tag:yaml.org,2002:int", _number)
 _Loader.add_constructor("tag:yaml.org,2002:float", _number)
 # A set would be taken for a list, in an order that changes from run to run.
-_Loader.add_constructor("tag:yaml.org,2002:set", _refused)
+_Loader.yaml_constructors.pop("tag:yaml.org,2002:set")
 
 
 def _expanded_size(node: yaml.Node, sizes: dict[int, int]) -> int:
@@ -82,11 +76,9 @@ def _expanded_size(node: yaml.Node, sizes: dict[int, int]) -> int:
             raise UserError("an anchor contains itself")
         return sizes[id(node)]
     sizes[id(node)] = 0
-    children: list[yaml.Node] = []
+    children: list[yaml.Node] = [] if isinstance(node, yaml.ScalarNode) else node.value
     if isinstance(node, yaml.MappingNode):
         children = [child for pair in node.value for child in pair]
-    elif isinstance(node, yaml.SequenceNode):
-        children = node.value
     sizes[id(node)] = 1 + sum(_expanded_size(child, sizes) for child in children)
     return sizes[id(node)]
 
@@ -97,14 +89,9 @@ def parse_yaml_documents(text: str, name: str) -> list[Any]:
     name: of the text, in errors. Raises UserError, one line, for what is not YAML or is refused.
     """
     documents: list[Any] = []
-    loader: _Loader | None = None
     try:
         loader = _Loader(text)
-        while loader.check_node():
-            node = loader.get_node()
-            if node is None:
-                documents.append(None)
-                continue
+        while loader.check_node() and (node := loader.get_node()):
             if _expanded_size(node, {}) > MAX_NODES:
                 raise UserError(f"more than {MAX_NODES} values once aliases are written out; refused")
             documents.append(loader.construct_document(node))
@@ -120,9 +107,6 @@ def parse_yaml_documents(text: str, name: str) -> list[Any]:
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         # PyYAML's constructors raise whatever int(), date() and their like do.
         raise UserError(f"{name}: not valid YAML: a value is not what its tag or form says: {error}") from None
-    finally:
-        if loader is not None:
-            loader.dispose()
     return documents
 
 

@@ -5,20 +5,24 @@ functions, so that a mistake in the arguments is told at once.
 """
 
 import json
-import sys
 from argparse import Namespace
 
 from bmjax.cli import merge
-from bmjax.cli.parser import Command, choice, option
+from bmjax.cli.parser import Command, Option
 from bmjax.errors import UserError
 
 
-def _demo(options: Namespace) -> None:
-    from bmjax.demo.run import run_demo
+def _use_machine() -> None:
     from bmjax.parallel.start import use_cpu_cores, use_gpu_memory
 
     use_cpu_cores()
     use_gpu_memory()
+
+
+def _demo(options: Namespace) -> None:
+    from bmjax.demo.run import run_demo
+
+    _use_machine()
     run_demo(options.output, options.overrides)
 
 
@@ -30,11 +34,9 @@ def _demo_keys() -> str:
 
 
 def _run(options: Namespace) -> None:
-    from bmjax.parallel.start import use_cpu_cores, use_gpu_memory
     from bmjax.pipeline.phases import run
 
-    use_cpu_cores()
-    use_gpu_memory()
+    _use_machine()
     run(options.settings, options.output)
 
 
@@ -57,10 +59,8 @@ def _select(options: Namespace) -> None:
 
 def _train(options: Namespace) -> None:
     from bmjax.branch.train import train
-    from bmjax.parallel.start import use_cpu_cores, use_gpu_memory
 
-    use_cpu_cores()
-    use_gpu_memory()
+    _use_machine()
     train(options.settings)
 
 
@@ -74,12 +74,10 @@ def _eval(options: Namespace) -> None:
 
 
 def _plan(options: Namespace) -> None:
+    from bmjax.log import write_line
     from bmjax.plan import plan
 
-    def log(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
-    result, changes = plan.plan_training(options.settings, options.topology, options.search, log)
+    result, changes = plan.plan_training(options.settings, options.topology, options.search, write_line)
     if options.json:
         print(json.dumps(result.to_json(changes)))
         return
@@ -96,53 +94,34 @@ def _convert(options: Namespace) -> None:
     print(f"{options.dst}: written")
 
 
+_TRAINING = "bmjax.branch.settings:TrainSettings"
 _ROWS = (
-    Command(
-        "demo", "the whole experiment in small, with problems and a teacher of its own; no config needed", _demo,
+    Command("demo", "the whole experiment in small, with problems and a teacher of its own; no config needed", _demo,
         words=(), details=_demo_keys,
-        options=(option("--output", metavar="DIR", help="directory of the run (runs/demo)"),),
-    ),
-    Command(
-        "run", "the whole experiment: teacher, branches, merges, mixture, scores, report.html", _run,
+        options=(Option("--output", metavar="DIR", help="directory of the run (runs/demo)"),)),
+    Command("run", "the whole experiment: teacher, branches, merges, mixture, scores, report.html", _run,
         settings="bmjax.pipeline.settings:RunSettings",
-        options=(option("--output", metavar="DIR", help="directory of the run, in place of the config's `output`"),),
-    ),
-    Command(
-        "collect", "ask a teacher (any OpenAI-compatible endpoint) for reasoning traces", _collect,
-        settings="bmjax.teach.settings:CollectSettings",
-    ),
-    Command(
-        "select", "keep the traces worth training on, and say why the others were dropped", _select,
-        settings="bmjax.teach.settings:SelectSettings", stopped="stopped; the same command begins again",
-    ),
-    Command(
-        "train", "fine-tune a student on a dataset (a branch, the mixture, a backbone)", _train,
-        settings="bmjax.branch.settings:TrainSettings",
-    ),
-    Command(
-        "plan", "compile a training for TPUs that are not there: does it fit, how fast at most", _plan,
-        settings="bmjax.branch.settings:TrainSettings", stopped="stopped; nothing was written",
+        options=(Option("--output", metavar="DIR", help="directory of the run, in place of the config's `output`"),)),
+    Command("collect", "ask a teacher (any OpenAI-compatible endpoint) for reasoning traces", _collect,
+        settings="bmjax.teach.settings:CollectSettings"),
+    Command("select", "keep the traces worth training on, and say why the others were dropped", _select,
+        settings="bmjax.teach.settings:SelectSettings", stopped="stopped; the same command begins again"),
+    Command("train", "fine-tune a student on a dataset (a branch, the mixture, a backbone)", _train,
+        settings=_TRAINING),
+    Command("plan", "compile a training for TPUs that are not there: does it fit, how fast at most", _plan,
+        settings=_TRAINING, stopped="stopped; nothing was written",
         options=(
-            option("--topology", metavar="CHIP:SHAPE", required=True, help="the slice, for instance v5p:4x4x4"),
-            option("--search", action="store_true", help="try meshes, microbatches, remat; print the best that fits"),
-            option("--json", action="store_true", help="print one JSON object"),
-        ),
-    ),
-    Command(
-        "merge", "merge Hugging Face directories; the same as python -m bmjax.merge", merge.merge,
+            Option("--topology", metavar="CHIP:SHAPE", required=True, help="the slice, for instance v5p:4x4x4"),
+            Option("--search", action="store_true", help="try meshes, microbatches, remat; print the best that fits"),
+            Option("--json", action="store_true", help="print one JSON object"))),
+    Command("merge", "merge Hugging Face directories; the same as python -m bmjax.merge", merge.merge,
         words=("RECIPE", "OUT"), options=merge.OPTIONS, details=merge.methods_text,
-        stopped="interrupted; OUT is as it was, and the same command goes on with the merge",
-    ),
-    Command(
-        "convert", "a Hugging Face directory to an Orbax checkpoint of parameters, and back", _convert,
+        stopped="interrupted; OUT is as it was, and the same command goes on with the merge"),
+    Command("convert", "a Hugging Face directory to an Orbax checkpoint of parameters, and back", _convert,
         words=("SRC", "DST"), overrides=False, stopped="stopped; DST is as it was",
         options=(
-            option("--to", metavar="hf|orbax", required=True, type=choice("hf", "orbax"), help="what DST is to be"),
-        ),
-    ),
-    Command(
-        "eval", "accuracy with 95% intervals and held-out loss of a model", _eval,
-        settings="bmjax.evaluate.settings:EvalSettings", stopped="stopped; the same command begins again",
-    ),
+            Option("--to", metavar="hf|orbax", required=True, choices=("hf", "orbax"), help="what DST is to be"),)),
+    Command("eval", "accuracy with 95% intervals and held-out loss of a model", _eval,
+        settings="bmjax.evaluate.settings:EvalSettings", stopped="stopped; the same command begins again"),
 )  # fmt: skip
 COMMANDS = {row.name: row for row in _ROWS}

@@ -11,13 +11,9 @@ from bmjax.errors import DISK_ERRORS, UserError, disk_error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code.
+    """Run the words after `bmjax` (None: those of this process) and return the exit code.
 
-    Arguments:
-        arguments: the words after `bmjax`; None: those of this process.
-
-    Returns:
-        0 after success, 2 for a mistake its user can mend, 130 after an interrupt. What is wrong is one line on stderr.
+    0: success, 2: a mistake its user can mend, 130: an interrupt. What is wrong is one line on stderr.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["help"]:
@@ -36,21 +32,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if command.settings is not None:
             options.settings = command.settings_class().read(options.config, options.overrides)
         command.call(options)
-    except UserError as error:
-        return _fail(str(error), 2)
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in DISK_ERRORS:
             raise
-        return _fail(str(UserError(disk_error(error))), 2)
+        line = UserError(disk_error(error)) if isinstance(error, OSError) else error
+        print(f"bmjax: error: {line}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"bmjax: {stopped}", file=sys.stderr)
         return 130
     return 0
-
-
-def _fail(line: str, code: int) -> int:
-    print(f"bmjax: error: {line}", file=sys.stderr)
-    return code
 
 
 def run(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -3,21 +3,18 @@
 import time
 import warnings
 from argparse import Namespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from bmjax.cli.parser import option
-from bmjax.log import progress_bar, write_line
-
-if TYPE_CHECKING:
-    pass
+from bmjax.cli.parser import Option
+from bmjax.log import progress_bar, silent, write_line
 
 OPTIONS = (
-    option("--check", action="store_true", help="only say what would be read and written; headers are read"),
-    option("--overwrite", action="store_true", help="replace a model directory OUT once the merge is done"),
-    option("--seed", metavar="N", help="of random masks, in place of the recipe's"),
-    option("--memory", metavar="SIZE", help="of tensors in memory at a time: 512MiB, 2GiB"),
-    option("--shard-size", metavar="SIZE", default="5GB", help="of a file of the result (5GB)"),
-    option("--quiet", "-q", action="store_true", help="print nothing but errors"),
+    Option("--check", action="store_true", help="only say what would be read and written; headers are read"),
+    Option("--overwrite", action="store_true", help="replace a model directory OUT once the merge is done"),
+    Option("--seed", metavar="N", help="of random masks, in place of the recipe's"),
+    Option("--memory", metavar="SIZE", help="of tensors in memory at a time: 512MiB, 2GiB"),
+    Option("--shard-size", metavar="SIZE", default="5GB", help="of a file of the result (5GB)"),
+    Option("--quiet", "-q", action="store_true", help="print nothing but errors"),
 )
 
 
@@ -37,7 +34,10 @@ def methods_text() -> str:
         lines += ["", f"  {method.name}: {base}{count} model{'s' * (count != '1')}"]
         lines += [f"    {line}".rstrip() for line in method.summary.splitlines()]
         for p in method.parameters.values():
-            title = f"{p.name}{'*' if p.about.per_model else ''}: {_default_text(p.default)}"
+            default = p.default[0] if isinstance(p.default, tuple) else p.default  # one number for all models
+            # A parameter that must be given has inspect's mark, a type.
+            text = "(required)" if isinstance(default, type) else str(default).lower()
+            title = f"{p.name}{'*' if p.about.per_model else ''}: {text}"
             lines.append(f"      {title:<18} {p.expected}. {p.about.text[:1].upper()}{p.about.text[1:]}.")
     lines += [
         "",
@@ -47,14 +47,6 @@ def methods_text() -> str:
         *(f"      {line}" for line in describe(CalibrationSettings)),
     ]
     return "\n".join(lines)
-
-
-def _default_text(default: Any) -> str:
-    if isinstance(default, type):  # inspect's mark of a parameter that must be given
-        return "(required)"
-    if isinstance(default, tuple):  # one number for all models
-        default = default[0]
-    return "none" if default is None else str(default).lower()
 
 
 def merge(options: Namespace) -> None:
@@ -90,10 +82,7 @@ def merge(options: Namespace) -> None:
         bar.update(done - bytes_read)
         bytes_read = done
 
-    def log(line: str) -> None:
-        if not options.quiet:
-            write_line(f"bmjax: note: {line}")
-
+    log = silent if options.quiet else lambda line: write_line(f"bmjax: note: {line}")
     with bar, warnings.catch_warnings():
         # What is not finite is said once, in words.
         warnings.simplefilter("ignore", RuntimeWarning)

@@ -9,6 +9,7 @@ import importlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,12 +19,11 @@ from bmjax.version import __version__
 HELP = Path(__file__).parent / "help"
 
 
-@dataclass(frozen=True)
 class Option:
     """One option: its spellings, and the keywords of argparse's `add_argument`."""
 
-    flags: tuple[str, ...]
-    keywords: Mapping[str, Any]
+    def __init__(self, *flags: str, **keywords: Any) -> None:
+        self.flags, self.keywords = flags, keywords
 
     @property
     def usage(self) -> str:
@@ -32,39 +32,24 @@ class Option:
         return text if self.keywords.get("required") else f"[{text}]"
 
 
-def option(*flags: str, **keywords: Any) -> Option:
-    """Return a row of a command's options; the arguments are those of argparse's `add_argument`."""
-    return Option(flags, keywords)
-
-
 @dataclass(frozen=True)
 class Command:
     """One command: a row of the table in commands.py.
 
-    Its help is help/NAME.txt, the options, and then the keys of its settings or what `details` returns.
-
-    Arguments:
-        name: what the user types.
-        summary: its line in the overview.
-        call: does the work. It gets the words by their names in lower case, the options, `overrides` (list of
-            key=value) and, where the command has `settings`, those, read from CONFIG and the overrides.
-        words: the words that must be given, in order.
-        options: its options, beside --help.
-        settings: "module:class" of the settings in CONFIG; None: the command reads its words itself.
-        overrides: whether key=value may follow.
-        details: returns the end of the help.
-        stopped: what an interrupted command says.
+    Its help is help/NAME.txt, the options, and then the keys of its settings or what `details` returns. `call` does the
+    work. It gets the words by their names in lower case, the options, `overrides` (list of key=value) and, where the
+    command has `settings`, those, read from CONFIG and the overrides.
     """
 
     name: str
-    summary: str
+    summary: str  # its line in the overview
     call: Callable[[argparse.Namespace], None]
-    words: tuple[str, ...] = ("CONFIG",)
-    options: tuple[Option, ...] = ()
-    settings: str | None = None
-    overrides: bool = True
+    words: tuple[str, ...] = ("CONFIG",)  # those that must be given, in order
+    options: tuple[Option, ...] = ()  # beside --help
+    settings: str | None = None  # "module:class" of the settings in CONFIG; None: `call` reads the words itself
+    overrides: bool = True  # whether key=value may follow
     details: Callable[[], str] | None = None
-    stopped: str = "stopped; the same command continues where it was"
+    stopped: str = "stopped; the same command continues where it was"  # said after an interrupt
 
     @property
     def usage(self) -> str:
@@ -88,16 +73,12 @@ class Command:
         return before, f"keys of CONFIG (YAML), with defaults; nested keys are overridden as a.b=value:\n{keys}"
 
 
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=32, width=120)
-
-
 class _Parser(argparse.ArgumentParser):
     """An ArgumentParser that makes its help when it is asked for it, and reports errors as UserError."""
 
     def __init__(self, prog: str, usage: str, texts: Callable[[], tuple[str, str]]) -> None:
-        super().__init__(prog, usage, formatter_class=_Formatter, allow_abbrev=False)
+        formatter = partial(argparse.RawDescriptionHelpFormatter, max_help_position=32, width=120)
+        super().__init__(prog, usage, formatter_class=formatter, allow_abbrev=False)
         self.texts = texts
 
     def format_help(self) -> str:
@@ -111,18 +92,10 @@ class _Parser(argparse.ArgumentParser):
         if argument == "the following arguments are required":
             raise UserError(f"{self.prog}: {problem} is missing; see {self.prog} --help")
         problem = problem.replace("ignored explicit argument", "takes no value, found")
+        if match := re.fullmatch(r"invalid choice: (.+) \(choose from (.+)\)", problem):
+            choices = " or ".join(re.findall(r"[^\s,']+", match[2]))
+            problem = f"expected {choices}, found {match[1]}"
         raise UserError(f"{argument}: {problem}")
-
-
-def choice(*values: str) -> Callable[[str], str]:
-    """Return an option's `type` that accepts `values` only."""
-
-    def check(value: str) -> str:
-        if value not in values:
-            raise argparse.ArgumentTypeError(f"expected {' or '.join(values)}, found '{value}'")
-        return value
-
-    return check
 
 
 def overview(commands: Mapping[str, Command]) -> str:
@@ -140,9 +113,8 @@ def make_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     parser.add_argument("-V", "--version", action="version", version=f"bmjax {__version__}", help="print the version")
     subparsers = parser.add_subparsers(dest="command", help=argparse.SUPPRESS)
     for command in commands.values():
-        subparser = subparsers.add_parser(
-            command.name, prog=f"bmjax {command.name}", usage=command.usage, texts=command.help_texts
-        )
+        program = f"bmjax {command.name}"
+        subparser = subparsers.add_parser(command.name, prog=program, usage=command.usage, texts=command.help_texts)
         for row in command.options:
             subparser.add_argument(*row.flags, **row.keywords)
     return parser
@@ -165,10 +137,9 @@ def parse(commands: Mapping[str, Command], arguments: Sequence[str]) -> argparse
         if word.startswith("-"):
             flag = word.partition("=")[0]
             hint = nearest(flag, [spelling for row in (command.options if command else ()) for spelling in row.flags])
+            hint = hint if "did you mean" in hint else ""
             settings = "settings are given as key=value, " if command and command.overrides else ""
-            raise UserError(
-                f"unknown option '{flag}'; {settings}see {program} --help{hint if 'did you mean' in hint else ''}"
-            )
+            raise UserError(f"unknown option '{flag}'; {settings}see {program} --help{hint}")
     if command is None:
         return options
     overrides = []

@@ -4,13 +4,14 @@ The run gets a config of public keys only: files of rows, a tokenizer's director
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, astuple
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bmjax.config import read_yaml
-from bmjax.demo.problems import Problem, make_problems, solve
-from bmjax.demo.settings import DemoSettings, Domain, ProblemSettings
+from bmjax.demo.problems import make_problems, solve
+from bmjax.demo.settings import DemoSettings, ProblemSettings
 from bmjax.demo.teacher import MODEL, DemoTeacher
 from bmjax.demo.tokenizer import train_tokenizer
 from bmjax.io.jsonl import write_jsonl
@@ -34,50 +35,36 @@ def run_demo(
         log: gets a line for every stage and remark.
         config: YAML with keys of both kinds.
 
-    Returns:
-        The content of report.json.
-
-    Raises:
-        UserError: for a wrong key or value.
+    Returns: the content of report.json.
+    Raises: UserError for a wrong key or value.
     """
     values = read_yaml(config)
     keys = DemoSettings.model_fields.keys()
-    is_demos = {override: override.partition("=")[0].strip().split(".")[0] in keys for override in overrides}
-    demo = DemoSettings.read(
-        {key: values.pop(key) for key in keys & values.keys()}, [o for o in overrides if is_demos[o]]
-    )
+    for_demo = [o for o in overrides if o.partition("=")[0].strip().split(".")[0] in keys]
+    demo = DemoSettings.read({key: values.pop(key) for key in keys & values.keys()}, for_demo)
     output = output or next((o.partition("=")[2] for o in overrides if o.startswith("output=")), None)
     directory = Path(output or values.get("output") or OUTPUT)
     files = directory / "demo"
     values["model"] = {"tokenizer": str(files / "tokenizer")} | values["model"]
-    values["domains"] = {name: domain_keys(files / name) for name in demo.problems}
+    rows = ("problems", "backbone", "validation", "test")
+    values["domains"] = {
+        domain: {name: {"data": str(files / domain / f"{name}.jsonl")} for name in rows} for domain in demo.problems
+    }
     with DemoTeacher() as teacher:
         endpoint = {"base_url": teacher.base_url, "model": MODEL, "extra": {"mistakes": demo.mistakes.model_dump()}}
         values["teacher"] = endpoint | values.get("teacher", {})
-        settings = RunSettings.read(values, [o for o in overrides if not is_demos[o]])
+        settings = RunSettings.read(values, [o for o in overrides if o not in for_demo])
         write_inputs(demo, settings.seed, directory, log)
         return run(settings, directory, log)
-
-
-def domain_keys(folder: Path) -> dict[str, Any]:
-    """Return the keys of a domain of `bmjax run` whose files are in `folder`."""
-    solved = {name: {"data": str(folder / f"{name}.jsonl")} for name in ("backbone", "validation", "test")}
-    return {"problems": {"data": str(folder / "problems.jsonl")}, **solved}
 
 
 def write_inputs(demo: DemoSettings, seed: int, directory: Path, log: Log) -> None:
     """Write DIR/demo: every domain's rows, and the tokenizer trained on the backbone's. What is there already stays."""
     stages, files = Stages(directory, log), directory / "demo"
-
-    def problems_of(name: Domain) -> Stage:
-        settings = demo.problems[name]
-        return Stage(
-            f"demo/{name}", lambda: [settings.model_dump(), seed], (), (f"demo/{name}",),
-            lambda: write_problems(name, settings, files / name, seed),
-        )  # fmt: skip
-
-    for name in demo.problems:
-        stages.run(problems_of(name))
+    for name, settings in demo.problems.items():
+        inputs: partial[list[Any]] = partial(list, [settings.model_dump(), seed])
+        work = partial(write_problems, name, settings, files / name, seed)
+        stages.run(Stage(f"demo/{name}", inputs, (), (f"demo/{name}",), work))
 
     def write_tokenizer() -> None:
         rows = [files / name / "backbone.jsonl" for name in demo.problems]
@@ -89,18 +76,16 @@ def write_inputs(demo: DemoSettings, seed: int, directory: Path, log: Log) -> No
 
 def write_problems(domain: str, settings: ProblemSettings, folder: Path, seed: int) -> None:
     """Write a domain's rows. The splits never share a prompt; the backbone's problems are not asked again."""
-    backbone = make_problems(domain, settings.backbone_count, seed, settings.backbone_levels, split="train")
+    backbone = make_problems(domain, settings.backbone_count, seed, settings.backbone_levels)
     known = {problem.prompt for problem in backbone}
-    asked = make_problems(domain, settings.count, seed + 1, settings.levels, exclude=known, split="train")
-    write_jsonl(folder / "backbone.jsonl", map(_solved, backbone))
-    write_jsonl(folder / "problems.jsonl", map(asdict, asked))
+    asked = make_problems(domain, settings.count, seed + 1, settings.levels, exclude=known)
     validation = make_problems(domain, settings.validation, seed, settings.levels, split="val")
     test = make_problems(domain, settings.test, seed, settings.levels, split="test")
-    write_jsonl(folder / "validation.jsonl", map(_solved, validation))
-    write_jsonl(folder / "test.jsonl", map(_solved, test))
-
-
-def _solved(problem: Problem) -> dict[str, Any]:
-    solution = solve(problem.prompt)
-    row = {"prompt": problem.prompt, "reference": problem.reference}
-    return row | {"reasoning": solution.reasoning, "response": solution.answer}
+    write_jsonl(folder / "problems.jsonl", map(asdict, asked))
+    for name, problems in (("backbone", backbone), ("validation", validation), ("test", test)):
+        rows = [
+            {"prompt": problem.prompt, "reference": problem.reference, "reasoning": thoughts, "response": answer}
+            for problem in problems
+            for thoughts, answer in [astuple(solve(problem.prompt))]
+        ]
+        write_jsonl(folder / f"{name}.jsonl", rows)

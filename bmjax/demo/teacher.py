@@ -14,13 +14,12 @@ import sys
 import threading
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
 from typing import Any, Self
 
 from pydantic import ValidationError
 
 from bmjax.config import first_problem
-from bmjax.demo.problems import Solution, solve, solve_with_slip
+from bmjax.demo.problems import solve, solve_with_slip
 from bmjax.demo.settings import Mistakes
 
 MODEL = "builtin-teacher"
@@ -59,34 +58,28 @@ class DemoTeacher:
 
     def __init__(self, seed: int = 0, mistakes: Mistakes | None = None, port: int = 0) -> None:
         self.seed, self.mistakes, self.port = seed, mistakes or Mistakes(), port
-        self.requests = 0
-        self.refused = 0
+        self.requests = self.refused = 0
         self._attempted: set[bytes] = set()
         self._lock = threading.Lock()
         self._server: _Server | None = None
-        self._thread: threading.Thread | None = None
 
     @property
     def base_url(self) -> str:
-        """Return the address for clients; RuntimeError when not serving."""
+        """Return the address for clients; RuntimeError outside of a `with` block."""
         if self._server is None:
             raise RuntimeError("the demo's teacher serves inside a `with` block only")
         return f"http://127.0.0.1:{self._server.server_address[1]}/v1"
 
     def __enter__(self) -> Self:
         self._server = _Server(self)
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._server is not None and self._thread is not None:
-            self._server.shutdown()
+    def __exit__(self, *error: object) -> None:
+        if self._server is not None:
+            self._server.shutdown()  # returns once the thread serves no more
             self._server.server_close()
-            self._thread.join()
-        self._server = self._thread = None
+        self._server = None
 
     def reply(
         self, prompt: str, seed: int, max_tokens: int | None = None, mistakes: Mistakes | None = None
@@ -99,15 +92,16 @@ class DemoTeacher:
         if fate < mistakes.wrong:
             solution = solve_with_slip(prompt, rng)
         fate -= mistakes.wrong
-        content, finish = f"<think>\n{solution.reasoning}\n</think>\n{solution.answer}", "stop"
+        thoughts = f"<think>\n{solution.reasoning}"
+        content, finish = f"{thoughts}\n</think>\n{solution.answer}", "stop"
         if 0 <= fate < mistakes.truncated:
-            whole = f"<think>\n{solution.reasoning}"
-            content, finish = whole[: rng.randint(len("<think>\n") + 1, len(whole) - 1)], "length"
+            content, finish = thoughts[: rng.randint(len("<think>\n") + 1, len(thoughts) - 1)], "length"
         elif 0 <= fate - mistakes.truncated < mistakes.malformed:
-            content = _malformed(solution, rng)
-        if max_tokens is not None and count_tokens(content) > max_tokens:
-            end = [match.end() for match in _TOKEN.finditer(content)][max_tokens - 1] if max_tokens else 0
-            content, finish = content[:end], "length"
+            no_end, no_answer = f"{thoughts}\n{solution.answer}", f"{thoughts}\n</think>\n"
+            content = rng.choice((no_end, no_answer + content, no_answer))
+        ends = [0, *(match.end() for match in _TOKEN.finditer(content))]
+        if max_tokens is not None and len(ends) > max_tokens + 1:
+            content, finish = content[: ends[max_tokens]], "length"
         return content, finish
 
     def refuses(self, prompt: str, seed: int, mistakes: Mistakes | None = None) -> int:
@@ -125,38 +119,24 @@ class DemoTeacher:
     def _digest(self, purpose: str, prompt: str, seed: int) -> bytes:
         return hashlib.sha256(json.dumps([purpose, self.seed, prompt, seed]).encode()).digest()
 
-    def complete(self, request: "Request") -> dict[str, Any]:
+    def complete(self, request: Request) -> dict[str, Any]:
         """Return the body of a chat completion; BadRequest for what an OpenAI endpoint would refuse."""
         prompt, seed = request.prompt, request.seed
         try:
-            replies = [
-                self.reply(prompt, seed + index, request.max_tokens, request.mistakes)
-                for index in range(request.choices)
-            ]
+            seeds = range(seed, seed + request.choices)
+            replies = [self.reply(prompt, number, request.max_tokens, request.mistakes) for number in seeds]
         except ValueError as error:
             raise BadRequest(f"the demo's teacher does not know this problem: {error}") from None
         asked, told = count_tokens(prompt), sum(count_tokens(content) for content, _ in replies)
+        choices = [
+            {"index": i, "message": {"role": "assistant", "content": content}, "finish_reason": finish}
+            for i, (content, finish) in enumerate(replies)
+        ]
+        name = "chatcmpl-" + self._digest("id", prompt, seed).hex()[:24]
         return {
-            "id": "chatcmpl-" + self._digest("id", prompt, seed).hex()[:24],
-            "object": "chat.completion",
-            "created": 0,
-            "model": MODEL,
-            "choices": [
-                {"index": i, "message": {"role": "assistant", "content": content}, "finish_reason": finish}
-                for i, (content, finish) in enumerate(replies)
-            ],
+            "id": name, "object": "chat.completion", "created": 0, "model": MODEL, "choices": choices,
             "usage": {"prompt_tokens": asked, "completion_tokens": told, "total_tokens": asked + told},
-        }
-
-
-def _malformed(solution: Solution, rng: random.Random) -> str:
-    return rng.choice(
-        (
-            f"<think>\n{solution.reasoning}\n{solution.answer}",
-            f"<think>\n{solution.reasoning}\n</think>\n<think>\n{solution.reasoning}\n</think>\n{solution.answer}",
-            f"<think>\n{solution.reasoning}\n</think>\n",
-        )
-    )
+        }  # fmt: skip
 
 
 def _read_request(request: Any) -> Request:
@@ -218,38 +198,36 @@ class _Handler(BaseHTTPRequestHandler):
             self._fail(404, "not_found", f"no such path {self.path}")
 
     def do_POST(self) -> None:
-        length = self.headers.get("Content-Length", "")
-        if not length.isdigit() or int(length) > _MAX_BODY_BYTES:
-            self.close_connection = True
-            self._fail(400, "invalid_request_error", "Content-Length is missing or too large")
-            return
-        body = self.rfile.read(int(length))
-        if self.path != "/v1/chat/completions":
-            self._fail(404, "not_found", f"no such path {self.path}")
-            return
-        teacher = self.server.teacher
+        length, teacher = self.headers.get("Content-Length", ""), self.server.teacher
         try:
-            request = _read_request(json.loads(body))
-            if status := teacher.refuses(request.prompt, request.seed, request.mistakes):
-                kind = "rate_limit_exceeded" if status == 429 else "server_error"
-                self._fail(status, kind, "try again", {"Retry-After": "0"} if status == 429 else {})
+            if not length.isdigit() or int(length) > _MAX_BODY_BYTES:
+                self.close_connection = True
+                raise BadRequest("Content-Length is missing or too large")
+            body = self.rfile.read(int(length))
+            if self.path != "/v1/chat/completions":
+                self._fail(404, "not_found", f"no such path {self.path}")
                 return
-            self._send(200, teacher.complete(request))
+            request = _read_request(json.loads(body))
+            status = teacher.refuses(request.prompt, request.seed, request.mistakes)
+            if status:
+                self._fail(status, "rate_limit_exceeded" if status == 429 else "server_error", "try again")
+            else:
+                self._send(200, teacher.complete(request))
         except BadRequest as error:
             self._fail(400, "invalid_request_error", str(error))
         except (ValueError, RecursionError):
             self._fail(400, "invalid_request_error", "the body is not JSON")
 
-    def _fail(self, status: int, kind: str, message: str, headers: dict[str, str] | None = None) -> None:
-        self._send(status, {"error": {"message": message, "type": kind, "code": kind}}, headers)
+    def _fail(self, status: int, kind: str, message: str) -> None:
+        self._send(status, {"error": {"message": message, "type": kind, "code": kind}})
 
-    def _send(self, status: int, values: dict[str, Any], headers: dict[str, str] | None = None) -> None:
+    def _send(self, status: int, values: dict[str, Any]) -> None:
         body = json.dumps(values).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
-        for name, value in (headers or {}).items():
-            self.send_header(name, value)
+        if status == 429:
+            self.send_header("Retry-After", "0")
         self.end_headers()
         self.wfile.write(body)
 

@@ -193,11 +193,8 @@ def spread(positions: Sequence[float], gap: float, top: float) -> list[float]:
 def heat(title: str, what: str, rows: Mapping[str, Sequence[Kept]], value: Callable[[Kept], float], name: str) -> Panel:
     """Draw layers x models as cells: the larger the number, the darker. Numbers are shares and shown in per cent.
 
-    Arguments:
-        title: heading of the drawing.
-        what: what the numbers are, for readers who do not see the drawing.
-        rows: the cells of every layer, the same models in each.
-        value: the number of a cell.
+    `what` says what the numbers are, for readers who do not see the drawing. `rows` has the cells of every layer, the
+    same models in each, and `value` returns the number of a cell.
     """
     values = {layer: [100 * value(cell) for cell in row] for layer, row in rows.items()}
     largest = max((v for row in values.values() for v in row if number(v) is not None), default=1.0) or 1.0

@@ -28,10 +28,9 @@ def write_report(directory: Path, report: Mapping[str, Any]) -> Path:
     Arguments:
         directory: the run's directory, with the metrics and merge reports that `report` names.
         report: content of report.json.
-    Returns:
-        The path of report.html.
-    Raises:
-        UserError: a file cannot be written.
+
+    Returns: the path of report.html.
+    Raises: UserError where a file cannot be written.
     """
     models, chosen = report["models"], report.get("chosen") or {}
     winner = f"merge/{chosen.get('merge')}"
@@ -46,8 +45,8 @@ def write_report(directory: Path, report: Mapping[str, Any]) -> Path:
     table = columns(models)
     panels: dict[str, list[Panel]] = {}
     for measure in MEASURES:
-        group = enumerate(column for column in table if column.measure is measure and not column.mean)
-        panels[measure.key] = [figures.bars(column, f"{measure.key}{i}") for i, column in group]
+        drawn = enumerate(column for column in table if column.measure is measure and not column.mean)
+        panels[measure.key] = [figures.bars(column, f"{measure.key}{i}") for i, column in drawn]
     shared = figures.loss_limits([curve["loss"] for name, curve in curves.items() if name != "backbone"])
     panels["training"] = [
         figures.loss_curve(name, curve["loss"], None if name == "backbone" else shared, f"curve{i}")
@@ -61,6 +60,13 @@ def write_report(directory: Path, report: Mapping[str, Any]) -> Path:
     for name, scores in (chosen.get("validation") or {}).items():
         mark = " (chosen)" if name == chosen.get("merge") else ""
         validation[name if name == "backbone" else f"merge/{name}{mark}"] = {"scores": scores}
+    # A stage's phase is the first part of its name; "all" is the whole run. The last number is the peak in MiB.
+    stages, phases = report.get("stages") or {}, []
+    for phase in [*dict.fromkeys(stage.split("/")[0] for stage in stages), "all"]:
+        group = [stage for name, stage in stages.items() if phase in ("all", name.split("/")[0])]
+        seconds = sum(number(stage.get("seconds")) or 0.0 for stage in group)
+        peaks = [peak for stage in group if (peak := number(stage.get("peak_rss_mib"))) is not None]
+        phases.append((phase, len(group), seconds, max(peaks, default=None)))
     page = render(
         "page.html.jinja",
         **{key: report.get(key) or {} for key in ("models", "chosen", "selection", "stages", "versions", "config")},
@@ -79,7 +85,7 @@ def write_report(directory: Path, report: Mapping[str, Any]) -> Path:
         moved=moved,
         validation=validation,
         validation_columns=columns(validation),
-        phases=_phases(report.get("stages") or {}),
+        phases=phases,
         config_text=escape(yaml.safe_dump(report.get("config") or {}, sort_keys=False, allow_unicode=True, width=100)),
     )
     for panel in (panel for group in panels.values() for panel in group):
@@ -94,10 +100,8 @@ def _draw_merges(
 ) -> tuple[dict[str, list[Panel]], list[str], list[str]]:
     """Draw what the merges took from each layer, the winner first.
 
-    Returns:
-        The panels: "kept" of each merge that leaves entries out, and "change" of every branch by layer.
-        The merges that leave nothing out.
-        The merge whose changes are drawn, if there is one that can show them.
+    Returns the panels ("kept" of each merge that leaves entries out, "change" of every branch by layer), the merges
+    that leave nothing out, and the merge whose changes are drawn, if there is one that can show them.
     """
     names = sorted(merges, key=lambda name: name != winner)
     rows = {name: layers(merges[name]) for name in names}
@@ -115,17 +119,3 @@ def _draw_merges(
     title, what = "change by layer, % of its norm", "Change of each branch by layer"
     changes = [figures.heat(title, what, rows[name], lambda c: c.move, "change") for name in moved]
     return {"kept": kept_panels, "change": changes}, dense, moved
-
-
-def _phases(stages: Mapping[str, Any]) -> list[tuple[str, int, float, float | None]]:
-    """Return name, number of stages, seconds and highest peak memory in MiB of each phase, at last of the whole run.
-
-    A stage's phase is the first part of its name.
-    """
-    phases = []
-    for name in [*dict.fromkeys(stage.split("/")[0] for stage in stages), "all"]:
-        group = [stage for key, stage in stages.items() if name in ("all", key.split("/")[0])]
-        seconds = sum(number(stage.get("seconds")) or 0.0 for stage in group)
-        peaks = [peak for stage in group if (peak := number(stage.get("peak_rss_mib"))) is not None]
-        phases.append((name, len(group), seconds, max(peaks, default=None)))
-    return phases

@@ -51,8 +51,7 @@ def read_curves(directory: Path, path: Any, key: str) -> dict[str, Points]:
             entry = json.loads(line)
         except ValueError:
             continue
-        step = number(entry.get("step")) if isinstance(entry, dict) else None
-        if step is None:
+        if not isinstance(entry, dict) or (step := number(entry.get("step"))) is None:
             continue
         for name, value in entry.items():
             if (finite := number(value)) is not None:
@@ -88,8 +87,8 @@ def kept(summary: Any) -> list[Kept]:
         for model, statistics in models.items() if isinstance(models, dict) else ():
             share, delta = number(statistics.get("kept")), number(statistics.get("delta_norm"))
             reference = number(entry.get("reference_norm"))
+            move = delta / reference if delta is not None and reference else math.nan
             if share is not None:
-                move = delta / reference if delta is not None and reference else math.nan
                 cells.append(Kept(step, model, share, move))
     return cells
 

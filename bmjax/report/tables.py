@@ -52,8 +52,7 @@ class Column:
 
     def half(self, model: str) -> float:
         """Return half of the width of a model's interval."""
-        low, high = self.intervals[model]
-        return (high - low) / 2
+        return (self.intervals[model][1] - self.intervals[model][0]) / 2
 
     def text(self, model: str) -> str:
         """Format a model's value, with half of its interval where that is known."""
@@ -67,21 +66,12 @@ class Comparison:
 
     measure: Measure
     changes: Mapping[str, float]
+    text: str  # the changes as in a sentence
     before: float
     after: float
+    gain: float  # above 0 where the mean became better
+    better: Sequence[str]  # domains
     unsure: Sequence[str]  # domains whose gain is within its own 95% interval
-
-    @property
-    def better(self) -> list[str]:
-        return [domain for domain, change in self.changes.items() if self.measure.sign * change > 0]
-
-    @property
-    def gain(self) -> float:
-        return self.measure.sign * (self.after - self.before)
-
-    @property
-    def text(self) -> str:
-        return listed([f"{domain} {self.measure.change(change)}" for domain, change in self.changes.items()])
 
 
 def interval(score: Mapping[str, Any]) -> tuple[float, float] | None:
@@ -121,7 +111,9 @@ def compare(table: Sequence[Column], model: str, other: str) -> list[Comparison]
         if not group:
             continue
         changes = {column.title: column.values[model] - column.values[other] for column in group}
+        texts = [f"{domain} {measure.change(change)}" for domain, change in changes.items()]
         before, after = (sum(column.values[name] for column in group) / len(group) for name in (other, model))
+        better = [domain for domain, change in changes.items() if measure.sign * change > 0]
         # The interval of a difference has half the width sqrt(a² + b²) where those of the two values have a and b.
         unsure = [
             column.title
@@ -129,7 +121,8 @@ def compare(table: Sequence[Column], model: str, other: str) -> list[Comparison]
             if {model, other} <= column.intervals.keys()
             and 0 < changes[column.title] < math.hypot(column.half(model), column.half(other))
         ]
-        comparisons.append(Comparison(measure, changes, before, after, unsure))
+        gain = measure.sign * (after - before)
+        comparisons.append(Comparison(measure, changes, listed(texts), before, after, gain, better, unsure))
     return comparisons
 
 
@@ -163,9 +156,8 @@ def summary_table(report: Mapping[str, Any]) -> str:
             marked = [column.text(model) + ("*" if column.best(model) else " ") for column in group]
             rows.append([one_line(model), *marked, count(entry.get("tokens"))])
         # The first column stands to the left, the others to the right.
-        widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
-        align = [str.ljust, *[str.rjust] * (len(widths) - 1)]
-        lines = [[put(cell, width) for put, cell, width in zip(align, row, widths, strict=True)] for row in rows]
+        first, *widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+        lines = [[row[0].ljust(first), *map(str.rjust, row[1:], widths)] for row in rows]
         blocks.append("\n".join("  ".join(line) for line in lines))
     blocks.append("* best of its column; ± half of the 95% interval; tokens: training tokens after the backbone")
     return "\n\n".join([*blocks, "\n".join(headline(report))])

@@ -15,14 +15,12 @@ from bmjax.demo.problems.common import Calculator, Problem, Solution, split_of
 
 __all__ = ["DOMAINS", "Problem", "Solution", "make_problems", "solve", "solve_with_slip", "split_of"]
 
-DOMAINS = ("math", "code", "science")
 MAX_PROMPT_CHARACTERS = 1000
 
 _GENERATORS: dict[str, Callable[[int, random.Random], Problem | None]] = {
-    "math": math.generate,
-    "code": code.generate,
-    "science": science.generate,
-}
+    "math": math.generate, "code": code.generate, "science": science.generate,
+}  # fmt: skip
+DOMAINS = tuple(_GENERATORS)
 _MAX_FRUITLESS_DRAWS = 10_000
 _SLIPS = ((1, -1, 2, -2, 10, -10), (100, -100, 1000, -1000))
 
@@ -48,8 +46,7 @@ def make_problems(
     if split not in ("train", "val", "test"):
         raise UserError(f"split: found '{split}', expected train, val or test")
     rng = random.Random(f"{domain}/{split}/{seed}")
-    problems: list[Problem] = []
-    seen: set[str] = set()
+    problems: dict[str, Problem] = {}
     fruitless = 0
     while len(problems) < n:
         problem = _GENERATORS[domain](levels[len(problems) % len(levels)], rng)
@@ -59,16 +56,16 @@ def make_problems(
                 f"{domain}: only {len(problems)} distinct {split} problems of levels {list(levels)} found, "
                 f"{n} asked for; ask for fewer or for more levels"
             )
-        if problem is None or problem.prompt in seen or split_of(problem.prompt) != split or problem.prompt in exclude:
+        if problem is None or problem.prompt in problems or problem.prompt in exclude:
             continue
-        fruitless = 0
-        seen.add(problem.prompt)
-        problems.append(problem)
-    return problems
+        if split_of(problem.prompt) == split:
+            fruitless = 0
+            problems[problem.prompt] = problem
+    return list(problems.values())
 
 
 def solve(prompt: str) -> Solution:
-    """Return the worked solution, made from the prompt's text; ValueError for a prompt of no domain."""
+    """Return the worked solution, from the prompt alone. ValueError for a prompt of none of the three domains."""
     return _solve(prompt, Calculator())
 
 

@@ -4,10 +4,17 @@ A step is always written `7+5=12`: decimal whole numbers, no spaces, exact divis
 with another convention would pull the branches apart where the merge needs them to agree.
 """
 
+import ast
 import hashlib
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 MAX_VALUE = 10**9
+OPERATIONS: dict[str, Callable[[int, int], int]] = {
+    "+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv,
+}  # fmt: skip
+OPERATORS: dict[type[ast.operator], str] = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 
 
 @dataclass(frozen=True)
@@ -40,29 +47,20 @@ class Calculator:
     slip_by: int = 0
     steps: int = 0
 
-    def apply(self, left: int, operator: str, right: int) -> tuple[int, str]:
-        """Return the result and the line `left operator right=result`; ValueError unless whole and in range."""
-        if operator == "+":
-            result = left + right
-        elif operator == "-":
-            result = left - right
-        elif operator == "*":
-            result = left * right
-        elif operator == "/":
-            if right == 0 or (left % right and self.slip_step < 0):
-                raise ValueError(f"{left} / {right} is not a whole number")
-            result = left // right
-        else:
-            raise ValueError(f"unknown operator {operator!r}")
+    def apply(self, left: int, sign: str, right: int) -> tuple[int, str]:
+        """Return the result and the line `left sign right=result`; ValueError if it is not a whole number in range."""
+        if sign == "/" and (right == 0 or (left % right and self.slip_step < 0)):
+            raise ValueError(f"{left} / {right} is not a whole number")
+        result = OPERATIONS[sign](left, right)
         if self.steps == self.slip_step:
             result += self.slip_by
         self.steps += 1
         if abs(result) > MAX_VALUE:
-            raise ValueError(f"{left} {operator} {right} is out of range")
-        return result, f"{left}{operator}{right}={result}"
+            raise ValueError(f"{left} {sign} {right} is out of range")
+        return result, f"{left}{sign}{right}={result}"
 
 
 def split_of(prompt: str) -> str:
-    """Return the split of a prompt, whatever the seed: its sha256 modulo 10 is 0 for test, 1 for val, else train."""
+    """Return a prompt's split, whatever the seed: its sha256 modulo 10 is 0 for test, 1 for val, else train."""
     digit = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "big") % 10
     return {0: "test", 1: "val"}.get(digit, "train")

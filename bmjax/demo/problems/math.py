@@ -3,25 +3,23 @@
 import ast
 import random
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
-from bmjax.demo.problems.common import Calculator, Problem, Solution
+from bmjax.demo.problems.common import OPERATIONS, OPERATORS, Calculator, Problem, Solution
 
 
-@dataclass(frozen=True)
-class _Level:
+class _Level(NamedTuple):
     expression_steps: tuple[int, ...]
     word_steps: tuple[int, ...]
-    operators: str
-    largest_number: int
+    signs: str
     largest_result: int
     largest_factor: int
 
 
 LEVELS = {
-    1: _Level((2,), (2,), "++--*", largest_number=9, largest_result=20, largest_factor=5),
-    2: _Level((2, 3), (3,), "++--**", largest_number=9, largest_result=30, largest_factor=9),
-    3: _Level((3, 4), (4,), "++--**/", largest_number=9, largest_result=50, largest_factor=9),
+    1: _Level((2,), (2,), "++--*", largest_result=20, largest_factor=5),
+    2: _Level((2, 3), (3,), "++--**", largest_result=30, largest_factor=9),
+    3: _Level((3, 4), (4,), "++--**/", largest_result=50, largest_factor=9),
 }
 
 NAMES = ("Tom", "Ann", "Sam", "Eva", "Max", "Lea")
@@ -31,103 +29,86 @@ _CLAUSES = {
     "-": ("loses {}", "sells {}", "gives away {}"),
     "/": ("keeps 1 of {} parts",),
 }
-_TIMES = {2: "doubles them", 3: "triples them"}
+_TIMES = {"doubles them": 2, "triples them": 3}
 
-_PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
-_OPERATORS: dict[type[ast.operator], str] = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 _EXPRESSION = re.compile(r"Compute ([0-9+\-*/() ]{1,200})\.")
 _WORD = re.compile(r"([A-Z][a-z]+) has (\d{1,6}) ([a-z]+), (.+)\. How many now\?")
 _CLAUSE_PATTERNS = [
-    (re.compile(re.escape(clause).replace(r"\{\}", r"(\d{1,6})")), operator)
-    for operator, clauses in _CLAUSES.items()
+    (re.compile(re.escape(clause).replace(r"\{\}", r"(\d{1,6})")), sign)
+    for sign, clauses in _CLAUSES.items()
     for clause in clauses
 ]
 
 
 def generate(level: int, rng: random.Random) -> Problem | None:
-    """A problem of this level, or None when the draw ran out of its number range."""
+    """Return a problem of this level, or None when the draw ran out of its number range."""
     rules = LEVELS[level]
     if rng.random() < 0.6:
         tree = _grow(rng.choice(rules.expression_steps), rules, rng)
-        if tree is None:
+        return None if tree is None else Problem("math", f"Compute {tree[0]}.", str(tree[1]), level)
+    steps, value = rng.choice(rules.word_steps), rng.randint(2, 9)
+    text = f"{rng.choice(NAMES)} has {value} {rng.choice(THINGS)}"
+    for _ in range(steps):
+        sign = rng.choice(rules.signs)
+        if sign == "*":
+            clause = rng.choice(tuple(_TIMES))
+            number = _TIMES[clause]
+        elif sign == "/":
+            divisors = _divisors(value)
+            if not divisors:
+                return None
+            number = rng.choice(divisors)
+            clause = _CLAUSES["/"][0].format(number)
+        else:
+            number = rng.randint(1, 9)
+            clause = rng.choice(_CLAUSES[sign]).format(number)
+        text += f", {clause}"
+        value = OPERATIONS[sign](value, number)
+        if not 0 <= value <= rules.largest_result:
             return None
-        prompt, value = f"Compute {tree[0]}.", tree[1]
-    else:
-        story = _story(rng.choice(rules.word_steps), rules, rng)
-        if story is None:
-            return None
-        prompt, value = story
-    return Problem("math", prompt, str(value), level)
+    return Problem("math", f"{text}. How many now?", str(value), level)
+
+
+def _divisors(value: int) -> list[int]:
+    return [d for d in range(2, 10) if value % d == 0 and value > 0]
 
 
 def _grow(steps: int, rules: _Level, rng: random.Random) -> tuple[str, int, int] | None:
-    """(text, value, precedence) of a random expression with this many operations."""
+    """Return the text, value and precedence of a random expression with this many operations."""
     if steps == 0:
-        number = rng.randint(1, rules.largest_number)
-        return str(number), number, 3
+        return _leaf(rng.randint(1, 9))
     both = steps >= 3 and rng.random() < 0.4
     left = _grow(steps - 2 if both else steps - 1, rules, rng)
     right = _grow(1 if both else 0, rules, rng)
     if left is None or right is None:
         return None
-    operator = rng.choice(rules.operators)
-    if operator in "+*" and rng.random() < 0.4:
+    sign = rng.choice(rules.signs)
+    if sign in "+*" and rng.random() < 0.4:
         left, right = right, left
-    if operator == "*" and right[2] == 3:
+    if sign == "*" and right[2] == 3:
         right = _leaf(rng.randint(2, 9))
-    if operator == "/":
-        divisors = [d for d in range(2, 10) if left[1] % d == 0 and left[1] > 0]
+    if sign == "/":
+        divisors = _divisors(left[1])
         if not divisors:
             return None
         right = _leaf(rng.choice(divisors))
-    value = _allowed(left[1], operator, right[1], rules)
-    if value is None:
+    # Of a product, one factor is a single digit.
+    low, high = sorted((left[1], right[1]))
+    value = OPERATIONS[sign](left[1], right[1])
+    if not 0 <= value <= rules.largest_result or (sign == "*" and (high > rules.largest_factor or low > 9)):
         return None
-    rank = _PRECEDENCE[operator]
+    rank = 1 if sign in "+-" else 2
     left_text = f"({left[0]})" if left[2] < rank else left[0]
     right_text = f"({right[0]})" if right[2] <= rank else right[0]
-    return f"{left_text}{operator}{right_text}", value, rank
+    return f"{left_text}{sign}{right_text}", value, rank
 
 
 def _leaf(number: int) -> tuple[str, int, int]:
     return str(number), number, 3
 
 
-def _allowed(left: int, operator: str, right: int, rules: _Level) -> int | None:
-    if operator == "*" and (max(left, right) > rules.largest_factor or min(left, right) > 9):
-        return None
-    value = {"+": left + right, "-": left - right, "*": left * right}.get(operator)
-    if value is None:
-        value = left // right
-    return value if 0 <= value <= rules.largest_result else None
-
-
-def _story(steps: int, rules: _Level, rng: random.Random) -> tuple[str, int] | None:
-    value = rng.randint(2, rules.largest_number)
-    text = f"{rng.choice(NAMES)} has {value} {rng.choice(THINGS)}"
-    for _ in range(steps):
-        operator = rng.choice(rules.operators)
-        if operator == "*":
-            number = rng.choice(tuple(_TIMES))
-            text += f", {_TIMES[number]}"
-        elif operator == "/":
-            divisors = [d for d in range(2, 10) if value % d == 0 and value > 0]
-            if not divisors:
-                return None
-            number = rng.choice(divisors)
-            text += f", {_CLAUSES['/'][0].format(number)}"
-        else:
-            number = rng.randint(1, rules.largest_number)
-            text += f", {rng.choice(_CLAUSES[operator]).format(number)}"
-        result = {"+": value + number, "-": value - number, "*": value * number}.get(operator)
-        value = value // number if result is None else result
-        if not 0 <= value <= rules.largest_result:
-            return None
-    return f"{text}. How many now?", value
-
-
 def solve(prompt: str, calculator: Calculator) -> Solution:
-    """The worked answer to an arithmetic prompt; ValueError for a prompt of another form."""
+    """Return the worked answer to an arithmetic prompt; ValueError for a prompt of another form."""
     lines: list[str] = []
     if match := _EXPRESSION.fullmatch(prompt):
         try:
@@ -138,8 +119,11 @@ def solve(prompt: str, calculator: Calculator) -> Solution:
     elif match := _WORD.fullmatch(prompt):
         value = int(match[2])
         for clause in match[4].split(", "):
-            operator, number = _read_clause(clause)
-            value, line = calculator.apply(value, operator, number)
+            numbers = ((sign, int(m[1])) for pattern, sign in _CLAUSE_PATTERNS if (m := pattern.fullmatch(clause)))
+            step = ("*", _TIMES[clause]) if clause in _TIMES else next(numbers, None)
+            if step is None:
+                raise ValueError(f"unknown clause {clause[:40]!r}")
+            value, line = calculator.apply(value, *step)
             lines.append(line)
     else:
         raise ValueError("not a math prompt")
@@ -151,20 +135,10 @@ def solve(prompt: str, calculator: Calculator) -> Solution:
 def _evaluate(node: ast.expr, calculator: Calculator, lines: list[str]) -> int:
     if isinstance(node, ast.Constant) and type(node.value) is int:
         return node.value
-    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+    if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
         left = _evaluate(node.left, calculator, lines)
         right = _evaluate(node.right, calculator, lines)
-        value, line = calculator.apply(left, _OPERATORS[type(node.op)], right)
+        value, line = calculator.apply(left, OPERATORS[type(node.op)], right)
         lines.append(line)
         return value
     raise ValueError("not whole-number arithmetic")
-
-
-def _read_clause(clause: str) -> tuple[str, int]:
-    for number, text in _TIMES.items():
-        if clause == text:
-            return "*", number
-    for pattern, operator in _CLAUSE_PATTERNS:
-        if match := pattern.fullmatch(clause):
-            return operator, int(match[1])
-    raise ValueError(f"unknown clause {clause[:40]!r}")
