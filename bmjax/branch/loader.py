@@ -5,8 +5,7 @@ have seen, on any mesh and any number of processes.
 """
 
 import contextlib
-from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import lru_cache, partial
 
 import grain
@@ -15,35 +14,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from bmjax.branch.examples import Dataset
+from bmjax.branch.packing import best_fit
 from bmjax.model.batch import Batch, batch_sharding
 
 ROW_MULTIPLE = 64  # unpacked rows are padded to the longest document, rounded up to this
 READ_AHEAD = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)  # the buffer counts batches
-
-
-def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Pack documents into rows by best-fit decreasing, within 11/9 of the least number of rows.
-
-    Arguments:
-        lengths: tokens of each document, at most `capacity`.
-        capacity: tokens of a row.
-
-    Returns:
-        Rows as lists of document numbers. The longest document goes first, each into the row with the least room left.
-    """
-    rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (free tokens, row), ascending
-    for document in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        length = lengths[document]
-        tightest = bisect_left(room, (length, -1))
-        if tightest < len(room):
-            free, row = room.pop(tightest)
-        else:
-            free, row = capacity, len(rows)
-            rows.append([])
-        rows[row].append(document)
-        insort(room, (free - length, row))
-    return rows
 
 
 class Loader:

@@ -25,7 +25,7 @@ from bmjax.io.atomic import held, replacing, write_atomic
 from bmjax.io.rows import read_rows
 from bmjax.log import Log, write_line
 from bmjax.pipeline import checks, student, traces
-from bmjax.pipeline.choose import choose
+from bmjax.pipeline.choose_merge import choose
 from bmjax.pipeline.results import Model, build_report
 from bmjax.pipeline.rows import HELD_OUT, DomainRows, measures
 from bmjax.pipeline.settings import RunSettings, SourceSettings

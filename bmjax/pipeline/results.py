@@ -10,7 +10,7 @@ from typing import Any
 
 from bmjax.io import hub
 from bmjax.merge.engine.files import REPORT
-from bmjax.pipeline.choose import RULE
+from bmjax.pipeline.choose_merge import RULE
 from bmjax.pipeline.settings import RunSettings
 from bmjax.version import __version__
 

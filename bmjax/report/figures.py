@@ -16,9 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from bmjax.report.columns import ACCURACY, Column
 from bmjax.report.records import Kept, Points, smoothed, thinned
 from bmjax.report.render import number, one_line, shortened
-from bmjax.report.tables import ACCURACY, Column
 
 WIDTH = 340
 # The page maps each of these to a CSS variable of that name; page.css has the dark ones.

@@ -14,10 +14,10 @@ from markupsafe import escape
 
 from bmjax.io.atomic import write_atomic
 from bmjax.report import figures
+from bmjax.report.columns import MEASURES, columns, headline, interval, markdown_table
 from bmjax.report.figures import Panel
 from bmjax.report.records import kept, layers, read_all, read_curves, read_merge
 from bmjax.report.render import number, render
-from bmjax.report.tables import MEASURES, columns, headline, interval, markdown_table
 
 
 def write_report(directory: Path, report: Mapping[str, Any]) -> Path:

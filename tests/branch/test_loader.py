@@ -1,7 +1,6 @@
 """The stream of batches: each document once an epoch, a function of (seed, step), packed and read ahead."""
 
 import json
-import math
 import threading
 import time
 from collections import Counter
@@ -12,7 +11,7 @@ import pytest
 
 from bmjax.branch import loader as module
 from bmjax.branch.examples import Dataset, Example, build_dataset
-from bmjax.branch.loader import Loader, best_fit, load_batch, read_ahead
+from bmjax.branch.loader import Loader, load_batch, read_ahead
 from bmjax.chat.template import chat_template
 from bmjax.model import qwen2
 from bmjax.parallel.mesh import make_mesh
@@ -219,46 +218,3 @@ def test_only_the_rows_of_ones_own_devices_are_laid_out(monkeypatch):
     batch = load_batch(make_mesh({"data": 2, "context": 4}), loader, 1)
     assert sorted(asked, key=lambda rows: rows.start) == [range(2), range(2, 4)]
     assert {shard.data.shape for shard in batch.loss_mask.addressable_shards} == {(2, 16)}
-
-
-def lengths(seed: int, count: int, top: int) -> list[int]:
-    rng = np.random.default_rng(seed)
-    return np.clip(rng.lognormal(math.log(top / 6), 0.9, count).astype(int), 1, top).tolist()
-
-
-def first_come(sizes: list[int], capacity: int) -> int:
-    """Rows used when each document goes into the current row, or opens the next one."""
-    rows, room = 0, 0
-    for size in sizes:
-        if size > room:
-            rows, room = rows + 1, capacity
-        room -= size
-    return rows
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_packing_keeps_each_document_and_the_capacity(seed):
-    sizes = lengths(seed, 300, 512)
-    rows = best_fit(sizes, 512)
-    assert sorted(document for row in rows for document in row) == list(range(300))
-    assert all(sum(sizes[document] for document in row) <= 512 for row in rows)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_packing_needs_nearly_the_fewest_rows(seed):
-    sizes = lengths(seed, 300, 512)
-    rows = best_fit(sizes, 512)
-    assert len(rows) < first_come(sizes, 512)
-    least = math.ceil(sum(sizes) / 512)
-    assert len(rows) <= 11 / 9 * least + 1
-
-
-def test_packing_a_case_by_hand():
-    # 7 opens a row, 5 another; 4 fits only beside 5, 3 fits exactly beside 7, 1 exactly beside 5 and 4.
-    assert best_fit([3, 5, 7, 4, 1], 10) == [[2, 0], [1, 3, 4]]
-    assert best_fit([10, 10], 10) == [[0], [1]]
-
-
-def test_packing_depends_on_its_arguments_only():
-    sizes = lengths(9, 200, 100)
-    assert best_fit(sizes, 128) == best_fit(list(sizes), 128)

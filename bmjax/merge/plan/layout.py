@@ -7,7 +7,7 @@ import numpy as np
 
 from bmjax.config import UserError
 from bmjax.io.safetensors import Checkpoint, TensorInfo
-from bmjax.merge.plan.hf_config import says_untied
+from bmjax.merge.plan.merged_config import says_untied
 from bmjax.merge.plan.tensor_names import Layer, depth, is_before_layers, is_embedding, is_head, layer
 from bmjax.merge.recipe.recipe import Recipe, Slice, Step
 

@@ -15,8 +15,8 @@ import numpy as np
 
 from bmjax.config import UserError
 from bmjax.io.safetensors import DTYPES, Checkpoint, listing
-from bmjax.merge.plan.hf_config import config_changes, config_notes
 from bmjax.merge.plan.layout import Layout
+from bmjax.merge.plan.merged_config import config_changes, config_notes
 from bmjax.merge.plan.output import locate
 from bmjax.merge.plan.tensor_names import is_buffer, is_head, is_vocabulary, layer
 from bmjax.merge.plan.token_rows import StandIn, TokenRows

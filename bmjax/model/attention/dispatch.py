@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from bmjax.config import UserError
 from bmjax.model.attention import cudnn, rows, splash, tiles, tokamax
-from bmjax.model.attention.contexts import spread
+from bmjax.model.attention.context_parallel import spread
 from bmjax.model.attention.options import AttentionOptions, Backend
 
 

@@ -20,7 +20,7 @@ class AttentionOptions(NamedTuple):
     """
 
     backend: Backend = "auto"
-    context: Exchange = "auto"  # of what devices need of a row that the mesh axis `context` splits, see contexts.py
+    context: Exchange = "auto"  # of a row that the mesh axis `context` splits, see context_parallel.py
     platform: str | None = None  # of the devices, for auto; None: JAX's default
     interpret: bool = False  # run kernels without their device, slowly, to test them
     documents: int = 0

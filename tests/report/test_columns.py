@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from bmjax.report import markdown_table, summary_table
-from bmjax.report.tables import headline
+from bmjax.report.columns import headline
 from tests.report.synthetic import DOMAINS
 
 
