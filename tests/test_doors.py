@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from bmjax.calibrate.recipe import CalibratedRecipe
 
 from bmjax.api import load, merge
 from bmjax.branch import train
@@ -13,6 +12,7 @@ from bmjax.evaluate import run as evaluation
 from bmjax.evaluate.settings import EvalSettings
 from bmjax.generate.sampler import Generation
 from bmjax.io import hub
+from bmjax.merge.recipe.recipe import read_recipe
 from bmjax.parallel.mesh import make_mesh
 from bmjax.plan import plan
 from bmjax.teach.collect import wanted_ids
@@ -91,10 +91,11 @@ def test_evaluate_reads_questions_and_traces(student, tokenizer, tmp_path, data,
 
 
 def test_calibration_reads_data(student, tokenizer, data):
-    recipe = CalibratedRecipe.read(
-        {"merge_method": "regmean", "base_model": "b", "models": [{"model": "m", "data": data}], "parameters": REGMEAN}
-    )
-    calibration = calibration_data.read(recipe, tokenizer, 300, student, make_mesh({}))
+    recipe = {
+        "merge_method": "regmean", "base_model": "b", "models": [{"model": "m", "data": data}], "parameters": REGMEAN,
+    }  # fmt: skip
+    (step,) = read_recipe(recipe).steps
+    calibration = calibration_data.read(step, step.calibration, 0, tokenizer, 300, student, make_mesh({}))
     assert len(calibration.loaders) == 1 and len(calibration.loaders[0].dataset.examples) == 6
 
 

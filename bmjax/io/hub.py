@@ -71,7 +71,7 @@ def model_directory(
     if "did you mean" not in hint:
         hint = f"; known here: {', '.join(known)}" if known else "; a hub id looks like org/name"
     if not re.fullmatch(_ID, text):
-        raise UserError(f"{label}{text}: no such model directory{hint}")
+        raise UserError(f"{label}{text or repr(text)}: no such model directory{hint}")
     return _snapshot(text, revision, label, hint, download, weights)
 
 

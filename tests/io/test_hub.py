@@ -50,11 +50,11 @@ def test_directories_come_first(workplace: Path, asked: list) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("./x", r"'\./x': no such model directory; a hub id looks like org/name$"),
-        ("./models/studnet", r"'\./models/studnet': no such model directory; did you mean 'models/student'\?$"),
-        ("/no/such", "'/no/such': no such model directory"),
-        ("a/b/c", "'a/b/c': no such model directory"),
-        ("", "'': no such model directory"),
+        ("./x", r"^\./x: no such model directory; a hub id looks like org/name$"),
+        ("./models/studnet", r"^\./models/studnet: no such model directory; did you mean 'models/student'\?$"),
+        ("/no/such", "^/no/such: no such model directory"),
+        ("a/b/c", "^a/b/c: no such model directory"),
+        ("", "^'': no such model directory"),
         ("file", "^file: is a file, expected a model directory or a hub id like org/name$"),
         ("models/student@main", "^models/student is a directory, which has no revisions; remove @main$"),
         ("a/b/c@main", "a hub model's revision is given as org/name@revision$"),
@@ -153,8 +153,9 @@ def test_rows_of_a_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
         return [{"a": 1}]
 
     monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(hub, "_hub_answers", lambda: True)
     assert list(hub.dataset_rows("org/data")) == [{"a": 1}]
     list(hub.dataset_rows("org/data@v1:main:test"))
     assert calls == [("org/data", None, "train", None), ("org/data", "main", "test", "v1")]
-    with pytest.raises(UserError, match=r"data: org/absent: neither a file here nor .*: no such data set$"):
+    with pytest.raises(UserError, match=r"data: org/absent: no such file, nor a data set .*: no such data set$"):
         list(hub.dataset_rows("org/absent"))
