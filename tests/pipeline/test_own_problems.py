@@ -153,7 +153,7 @@ def mixed(folder, **changes):
     values = {
         "student": str(write_student(folder / "student", max_position_embeddings=512)),
         "domains": {
-            "code": {"test_share": 0.3, "validation_share": 0.3, **traces_domain},
+            "code": {"test_share": 0.3, "validation_share": 0.5, **traces_domain},
             "talk": {"train": {"data": str(write_rows(folder / "talk.jsonl", rows))}, "test_share": 0.3},
         },
         "branch": TRAINING, "merges": {"linear": {"merge_method": "linear", "models": ["code", "talk"]}},
