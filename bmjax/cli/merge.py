@@ -91,4 +91,5 @@ def merge(options: Namespace) -> None:
         for line in summary_lines(recipe, report):
             print(line)
         seconds = time.perf_counter() - start
-        print(f"{options.out}: {len(report['tensors'])} tensors, {bytes_read / 1e9:.2f} GB read, {seconds:.1f} s")
+        read = f"{bytes_read / 1e9:.2f} GB read, " if bytes_read else ""
+        print(f"{options.out}: {len(report['tensors'])} tensors, {read}{seconds:.1f} s")

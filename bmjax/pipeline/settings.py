@@ -1,5 +1,6 @@
 """The settings of `bmjax run`: domains, teacher, backbone, branches, merges, mixture, evaluation."""
 
+import re
 from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
@@ -165,8 +166,11 @@ class RunSettings(Settings):
         if len(self.domains) < 2:
             raise ValueError("domains: at least two are needed, else there is nothing to merge")
         for name in [*self.domains, *self.merges]:
-            if not name.replace("_", "").replace("-", "").replace(".", "").isalnum():
-                raise ValueError(f"'{name}' is used as a directory name: letters, digits, '-', '_' and '.' only")
+            if not re.fullmatch(r"\w[\w.-]*", name):
+                raise ValueError(
+                    f"'{name}' is used as a directory name: letters, digits, '-', '_' and '.', and the first one a "
+                    "letter or a digit"
+                )
         if "backbone" in self.domains:
             raise ValueError("domains: 'backbone' is the name of the common start; name the domain otherwise")
         if not self.merges:
@@ -193,8 +197,8 @@ class RunSettings(Settings):
 
     def mixture_training(self, steps: int) -> Training:
         """Return how the mixture is trained: as a branch, for `steps` unless `mixture` says otherwise."""
-        changes = {"steps": steps, "epochs": None} | self.mixture
-        return _changed(self.branch, changes, "mixture")
+        length = {} if "epochs" in self.mixture else {"steps": steps, "epochs": None}
+        return _changed(self.branch, length | self.mixture, "mixture")
 
 
 def _changed(base: Training, changes: dict[str, Any], key: str) -> Training:

@@ -144,7 +144,6 @@ def save_hf(
     dtype: Any = None,
     shard_bytes: float = 5e9,
     eos: Sequence[int] | None = None,
-    texts: Mapping[str, str] | None = None,
 ) -> None:
     """Write a Hugging Face directory that transformers loads, replacing `directory` once all of it is on disk.
 
@@ -156,7 +155,6 @@ def save_hf(
         dtype: to store all tensors in. None: the dtype of each leaf.
         shard_bytes: a file ends where the next tensor would take it over this size.
         eos: end tokens to name in place of those of `hf_config` and of the generation config.
-        texts: further files by name.
 
     Raises:
         UserError: for a directory that holds something else than a model, for a full disk, and for parameters that do
@@ -211,8 +209,6 @@ def save_hf(
         keys = [key for key in ("dtype", "torch_dtype") if key in values] or ["torch_dtype"]
         _write_json(temporary / "config.json", values | dict.fromkeys(keys, most))
         _write_side_files(temporary, hf_config, side_files, tokenizer)
-        for name, text in (texts or {}).items():
-            (temporary / name).write_text(text, encoding="utf-8")
         if eos is not None:
             path = temporary / "generation_config.json"
             _write_json(path, json.loads(read_text(path)) | {"eos_token_id": list(eos)})

@@ -1,6 +1,6 @@
 """A student opened by name, once: directory, config, tokenizer, chat template and end tokens.
 
-Training, evaluation, calibration, the pipeline and the Python interface open models here and nowhere else. Weights are
+Training, evaluation, planning and the Python interface open models here. Weights are
 read by `bmjax.weights.hf.load_params(student.directory, student.config, ...)`, when they are needed.
 """
 
@@ -29,7 +29,7 @@ class Student:
     end_tokens: tuple[int, ...]  # those, and the one that the template writes after an assistant's turn
 
 
-def open(name: str | Path, *, template: str | None = None, purpose: str | None = None, label: str = "") -> Student:
+def open(name: str | Path, *, template: str | None = None, purpose: str | None = None) -> Student:
     """Open a model by its name; UserError when the model, its config, its tokenizer or the template cannot be had.
 
     Arguments:
@@ -37,9 +37,8 @@ def open(name: str | Path, *, template: str | None = None, purpose: str | None =
         template: chat template: None is the tokenizer's own, else a name in bmjax/chat/templates or a FILE.jinja.
         purpose: what needs a tokenizer and a chat template, for the error when they are missing ("training"); None:
             both are optional, and the template is not read.
-        label: what errors about the name begin with.
     """
-    directory = hub.model_directory(name, label=label)
+    directory = hub.model_directory(name)
     hf_config = read_hf_config(directory)
     config = ModelConfig.from_hf(hf_config, str(directory / "config.json"))
     tokenizer = hf.load_tokenizer(directory)

@@ -14,6 +14,6 @@ from bmjax.merge.methods import (  # noqa: F401
     spherical,
     task_arithmetic,
 )
-from bmjax.merge.methods.method import METHODS, About, Block, Merged, Method, Parameter, Tensor, find, method
+from bmjax.merge.methods.method import METHODS, About, Block, Merged, Method, Parameter, Tensor, method
 
-__all__ = ["METHODS", "About", "Block", "Merged", "Method", "Parameter", "Tensor", "find", "method"]
+__all__ = ["METHODS", "About", "Block", "Merged", "Method", "Parameter", "Tensor", "method"]

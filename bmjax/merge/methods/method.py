@@ -229,13 +229,6 @@ class Method:
 METHODS: dict[str, Method] = {}
 
 
-def find(name: str) -> Method:
-    """Return the method called `name`. Raises UserError with the nearest name."""
-    if name not in METHODS:
-        raise UserError(f"unknown merge_method '{name}'{nearest(name, list(METHODS))}")
-    return METHODS[name]
-
-
 def method(
     name: str,
     *,
