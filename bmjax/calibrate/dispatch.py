@@ -4,6 +4,7 @@ A recipe whose steps look at weights alone goes to the file engine as it is; one
 steps.py. Called by the commands, the pipeline and the Python interface.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from bmjax.config import UserError
 from bmjax.io.safetensors import open_checkpoint
 from bmjax.merge.plan.check import check as check_plan
 from bmjax.merge.plan.nodes import plan
-from bmjax.merge.plan.output import check_target, locate, tokenizer_directory
+from bmjax.merge.plan.output import check_space, check_target, locate, tokenizer_directory
 from bmjax.merge.recipe.recipe import Recipe, read_recipe
 
 Log = Callable[[str], None]
@@ -63,6 +64,7 @@ def merge(
     directories = {name: locate(recipe, name) for name in recipe.inputs}
     check_target(Path(output), [*directories.values(), *tokenizer_directory(recipe)], overwrite)
     planned = plan(recipe, {name: open_checkpoint(directory) for name, directory in directories.items()})
+    check_space(Path(output), sum(math.prod(node.shape) * node.dtype.itemsize for node in planned.nodes))
     _check_steps(recipe, directories)
     for line in (*recipe.notes, *planned.notes):
         say(line)
