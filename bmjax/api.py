@@ -19,6 +19,7 @@ from bmjax.branch.examples import tokenize
 from bmjax.chat.template import chat_template, end_of_turn, messages_of, render_prompt
 from bmjax.config import UserError, nearest
 from bmjax.generate import sampler
+from bmjax.log import Log, silent
 from bmjax.model import qwen2, spec
 from bmjax.model.batch import Batch
 from bmjax.model.config import ModelConfig, read_hf_config
@@ -261,7 +262,7 @@ def merge(
     overrides: Sequence[str] = (),
     shard_bytes: float = 5e9,
     memory: int | None = None,
-    log: Callable[[str], None] = lambda line: None,
+    log: Log = silent,
 ) -> dict[str, Any]:
     """Merge Hugging Face directories into one and return what output/merge_report.json holds; `bmjax merge`.
 

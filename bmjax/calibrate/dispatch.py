@@ -11,12 +11,11 @@ from typing import Any
 
 from bmjax.config import UserError
 from bmjax.io.safetensors import open_checkpoint
+from bmjax.log import Log, silent
 from bmjax.merge.plan.check import check as check_plan
 from bmjax.merge.plan.nodes import plan
 from bmjax.merge.plan.output import check_space, check_target, locate, tokenizer_directory
 from bmjax.merge.recipe.recipe import Recipe, read_recipe
-
-Log = Callable[[str], None]
 
 
 def merge(
@@ -59,7 +58,7 @@ def merge(
     from bmjax.calibrate import steps
 
     _refuse_memory(recipe, memory)
-    say = log or (lambda line: None)
+    say = log or silent
     # Everything that can be known beforehand, before the first step takes its time.
     directories = {name: locate(recipe, name) for name in recipe.inputs}
     check_target(Path(output), [*directories.values(), *tokenizer_directory(recipe)], overwrite)

@@ -1,6 +1,6 @@
 """One step that looks at data, from model directories to a model directory. Called by dispatch.py alone."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from bmjax.calibrate.contributions import Tree, contributions
 from bmjax.calibrate.learn import coefficients, held_out_losses, learn, merged, polish
 from bmjax.config import UserError
 from bmjax.io.rows import read_rows
+from bmjax.log import Log
 from bmjax.merge.engine import passes
 from bmjax.merge.recipe.calibration import CalibrationSettings
 from bmjax.merge.recipe.recipe import Step
@@ -23,8 +24,6 @@ from bmjax.model.config import ModelConfig, read_hf_config
 from bmjax.model.spec import get
 from bmjax.parallel.mesh import make_mesh
 from bmjax.weights import hf
-
-Log = Callable[[str], None]
 
 
 def merge_step(

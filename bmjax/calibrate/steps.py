@@ -6,7 +6,7 @@ step reads it, are written in float32 inside the output's temporary directory, w
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from bmjax.calibrate.run import merge_step
 from bmjax.io.atomic import replacing
 from bmjax.io.safetensors import Checkpoint, open_checkpoint
+from bmjax.log import Log
 from bmjax.merge.engine import files
 from bmjax.merge.engine.chunks import CHUNK
 from bmjax.merge.engine.journal import block_digest, digest
@@ -25,7 +26,7 @@ from bmjax.weights.hf import stored_dtype
 
 
 def merge_steps(
-    recipe: Recipe, inputs: Mapping[str, Path], output: Path, shard_bytes: float, log: Callable[[str], None]
+    recipe: Recipe, inputs: Mapping[str, Path], output: Path, shard_bytes: float, log: Log
 ) -> dict[str, Any]:
     """Carry out the steps in order and write the last one's result to `output`; returns the report.
 

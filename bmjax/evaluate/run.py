@@ -6,7 +6,7 @@
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from bmjax.branch.examples import Dataset, build_dataset, check_vocabulary
 from bmjax.branch.loader import Loader, load_batch
+from bmjax.branch.packing import best_fit
 from bmjax.chat.template import render_prompt
 from bmjax.config import UserError
 from bmjax.evaluate.score import accuracy
@@ -26,6 +27,7 @@ from bmjax.generate import sampler
 from bmjax.io.atomic import write_atomic
 from bmjax.io.jsonl import write_jsonl
 from bmjax.io.rows import Row, fill, read_rows
+from bmjax.log import Log, silent
 from bmjax.model import qwen2
 from bmjax.model.config import ModelConfig
 from bmjax.parallel.mesh import make_mesh
@@ -39,7 +41,7 @@ from bmjax.weights.student import Student
 Question = tuple[Problem, Sequence[int]]  # with its prompt as tokens of the chat template
 
 
-def evaluate(settings: EvalSettings, log: Callable[[str], None] = lambda line: None) -> dict[str, dict[str, Any]]:
+def evaluate(settings: EvalSettings, log: Log = silent) -> dict[str, dict[str, Any]]:
     """Score a model on every task, writing DIR/scores.json and every sample to DIR/samples/TASK.jsonl.
 
     Returns:
@@ -187,7 +189,7 @@ def _trace(task: TaskSettings, row: Mapping[str, Any], location: str) -> dict[st
 
 def _batch(dataset: Dataset, seq_len: int, most: int) -> int:
     """Return the rows of a step: a power of two that holds all of a small dataset, so that few are empty."""
-    rows = len(Loader(dataset, seq_len, 1, packing=True, shuffle=False, seed=0).rows)
+    rows = len(best_fit([len(example.tokens) for example in dataset.examples], seq_len))
     return min(most, 1 << (rows - 1).bit_length())
 
 

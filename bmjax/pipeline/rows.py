@@ -8,7 +8,6 @@ validation.jsonl, test.jsonl                   prompt with reference (accuracy),
 Rows stream through; only hashes of prompts stay in memory. The stages of bmjax.pipeline.phases call this module.
 """
 
-import hashlib
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -23,6 +22,7 @@ from bmjax.io.jsonl import json_line, write_jsonl
 from bmjax.io.rows import fill, read_rows
 from bmjax.log import Log
 from bmjax.pipeline.settings import DomainSettings, RunSettings, SourceSettings
+from bmjax.teach.decontaminate import digest
 from bmjax.teach.judges.judge import choose
 
 HELD_OUT = ("test", "validation")  # the order in which shares are taken
@@ -60,7 +60,7 @@ class DomainRows:
             self.split(read_source(domain.train, f"domains.{self.name}.train"), "train", held_out)
         if domain.backbone is not None:
             rows = list(read_source(domain.backbone, f"domains.{self.name}.backbone"))
-            kept = [row for _, identity, row in rows if _hash(identity) not in held_out]
+            kept = [row for _, identity, row in rows if digest(identity) not in held_out]
             if not kept:
                 raise UserError(f"domains.{self.name}.backbone: every row is in validation or test; give other rows")
             if len(kept) < len(rows):
@@ -86,7 +86,7 @@ class DomainRows:
         with ExitStack() as stack:
             files = {split: stack.enter_context(replacing_file(self.folder / f"{split}.jsonl")) for split in counts}
             for location, identity, row in rows:
-                if _hash(identity) in held_out:
+                if digest(identity) in held_out:
                     left_out["in validation or test"] += 1
                     continue
                 split = next((split for split, share in shares.items() if _position(identity, split) < share), rest)
@@ -94,10 +94,10 @@ class DomainRows:
                     positions.append(_position(identity, "backbone"))
                 else:
                     questions, _ = self._measured(row, location, split, measured)
-                    if questions and _hash(identity) in asked:
+                    if questions and digest(identity) in asked:
                         left_out["asked twice"] += 1
                         continue
-                    asked.add(_hash(identity))
+                    asked.add(digest(identity))
                 files[split].write(json_line(row))
                 counts[split] += 1
             for split, count in counts.items():
@@ -117,7 +117,7 @@ class DomainRows:
         measured: dict[str, tuple[bool, bool]] = {}
         for location, identity, row in read_source(source, f"domains.{self.name}.{split}"):
             self._measured(row, location, split, measured)
-            held_out.add(_hash(identity))
+            held_out.add(digest(identity))
             yield row
 
     def _problems(self, source: SourceSettings) -> Iterator[SourceRow]:
@@ -222,14 +222,9 @@ def prompt_of(row: Mapping[str, Any], location: str) -> str:
     return "\n".join(turn["content"] for turn in turns[:last])
 
 
-def _hash(identity: str) -> bytes:
-    return hashlib.sha256(identity.encode("utf-8", errors="surrogatepass")).digest()[:16]
-
-
 def _position(identity: str, purpose: str) -> float:
     """Return the row's position in [0, 1) for a purpose: always the same, whatever the other rows."""
-    digest = hashlib.sha256(f"{purpose}\0{identity}".encode("utf-8", errors="surrogatepass")).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
+    return int.from_bytes(digest(f"{purpose}\0{identity}")[:8], "big") / 2**64
 
 
 def _number(fields: Mapping[str, Any], name: str, location: str) -> float:

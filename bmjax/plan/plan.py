@@ -10,7 +10,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ def student_config(student: str) -> ModelConfig:
 
 
 def plan_training(
-    settings: TrainSettings, topology: str, try_meshes: bool = False, log: Callable[[str], None] = lambda line: None
+    settings: TrainSettings, topology: str, try_meshes: bool = False, log: Log = silent
 ) -> tuple[PodPlan, dict[str, Any]]:
     """Plan a training from its settings, its number of steps included.
 

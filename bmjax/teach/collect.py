@@ -7,13 +7,14 @@ again by the next run.
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bmjax.config import UserError
 from bmjax.io.jsonl import JsonLines
+from bmjax.log import Log, silent
 from bmjax.teach.client import ChatClient, Reply, RequestFailed, api_key, run_async
 from bmjax.teach.judges.judge import judge
 from bmjax.teach.problems import Problem, read_problems
@@ -42,7 +43,7 @@ class Job:
     sample: int
 
 
-def collect(settings: CollectSettings, log: Callable[[str], None] = lambda line: None) -> dict[str, int]:
+def collect(settings: CollectSettings, log: Log = silent) -> dict[str, int]:
     """Ask the teacher for every trace that is not there yet.
 
     Appends to OUTPUT/traces.jsonl and OUTPUT/failures.jsonl.
@@ -100,7 +101,7 @@ class _Collector:
         traces: JsonLines,
         failures: JsonLines,
         counts: dict[str, int],
-        log: Callable[[str], None],
+        log: Log,
     ) -> None:
         self.settings, self.teacher, self.domain = settings, settings.teacher, settings.domain
         self.base_url, self.model = endpoint(settings.teacher)

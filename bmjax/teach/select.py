@@ -6,13 +6,14 @@ receive them. Records stay on disk: only ids, hashes and file offsets are held i
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bmjax.chat.reasoning import has_tags
 from bmjax.config import UserError
 from bmjax.io.atomic import write_atomic
 from bmjax.io.jsonl import write_jsonl
+from bmjax.log import Log, silent
 from bmjax.teach.decontaminate import HeldOut, digest
 from bmjax.teach.record import TRACES, Record, indexed_records, normalise_prompt
 from bmjax.teach.settings import SelectSettings
@@ -23,7 +24,7 @@ SELECTION = "selection.json"
 Table = dict[str, dict[str, int]]
 
 
-def select(settings: SelectSettings, log: Callable[[str], None] = lambda line: None) -> Table:
+def select(settings: SelectSettings, log: Log = silent) -> Table:
     """Write OUTPUT/DOMAIN.jsonl for every domain of the traces, and the table of counts, OUTPUT/selection.json.
 
     A dataset row has prompt, reasoning, response, reference and id.

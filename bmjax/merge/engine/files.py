@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import numpy as np
 
 from bmjax.io.atomic import resuming
 from bmjax.io.safetensors import Checkpoint, Plan, SharedWriter, open_checkpoint
+from bmjax.log import Log, silent
 from bmjax.merge.engine.journal import Journal, clear
 from bmjax.merge.engine.stream import Progress, Stream
 from bmjax.merge.plan.nodes import plan
@@ -51,7 +52,7 @@ def merge(
     overrides: Sequence[str] = (),
     shard_bytes: float = 5e9,
     memory: int = MEMORY,
-    log: Callable[[str], None] | None = None,
+    log: Log | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Merge the recipe's models into a Hugging Face directory.
@@ -74,7 +75,7 @@ def merge(
     """
     if not isinstance(recipe, Recipe):
         recipe = read_recipe(recipe, overrides)
-    say = log or (lambda line: None)
+    say = log or silent
     directories = {name: locate(recipe, name) for name in recipe.inputs}
     target = Path(output)
     check_target(target, [*directories.values(), *tokenizer_directory(recipe)], overwrite)
