@@ -1,16 +1,20 @@
 """The settings of `bmjax collect` and `bmjax select`."""
 
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import AliasChoices, Field, model_validator
 
 from bmjax.config import Settings
+from bmjax.teach.judges.judge import JUDGES
 
 # What a request holds by keys of its own; `extra` may not change them.
 REQUEST_KEYS = ("model", "messages", "temperature", "top_p", "max_tokens", "seed", "n", "stream")
 
-
-JudgeName = Literal["math", "choice", "exact", "tests"]
+# The name of a judge, for settings. A type checker cannot read the table.
+if TYPE_CHECKING:
+    JudgeName = str
+else:
+    JudgeName = Literal[tuple(JUDGES)]
 
 
 class TeacherSettings(Settings):
