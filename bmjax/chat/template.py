@@ -19,10 +19,7 @@ def messages_of(row: Mapping[str, Any], location: str) -> list[dict[str, str]]:
     """Return a row as chat messages, each with `role` and `content`.
 
     Known forms are `messages`, `conversations` (ShareGPT) and `prompt` with `response`. A record's `reasoning` becomes
-    <think>...</think> before the response, as the teacher wrote it.
-
-    Raises:
-        UserError: for a row of another form; `location` begins the message.
+    <think>...</think> before the response, as the teacher wrote it. UserError for a row of another form.
     """
     if "messages" in row:
         turns = _turns(row, "messages", "role", "content", location)
