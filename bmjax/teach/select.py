@@ -30,7 +30,6 @@ class Trace(NamedTuple):
     """What decides about a record. reason: why it is dropped whatever else there is. offset: of its row on disk."""
 
     id: str
-    number: int
     domain: str
     reason: str | None
     prompt: bytes
@@ -52,7 +51,7 @@ def select(settings: SelectSettings, log: Log = silent) -> Table:
     output, sources = Path(settings.output), trace_files(settings.traces)
     folder = next(folder for folder in (output, *output.absolute().parents) if folder.is_dir())
     with writable(output), tempfile.TemporaryFile(dir=folder) as rows:
-        traces = sorted(_read_traces(sources, settings, rows))
+        traces = sorted(_read_traces(sources, settings, rows), key=lambda trace: trace.id)
         if not traces:
             raise UserError(f"traces: {', '.join(sources)} holds no record; run `bmjax collect` first")
         table: Table = {}
@@ -75,13 +74,13 @@ def select(settings: SelectSettings, log: Log = silent) -> Table:
 def _read_traces(sources: Iterable[str], settings: SelectSettings, rows: IO[bytes]) -> Iterator[Trace]:
     """Yield what decides about every record, and write the dataset rows of those that may be kept."""
     held_out = HeldOut(settings.held_out, settings.held_out_prompt, settings.ngram)
-    for number, record in enumerate(read_records(*sources, key="traces")):
+    for record in read_records(*sources, key="traces"):
         reason = _drop_reason(record, settings)
         if reason is None and held_out.overlaps(record.prompt):
             reason = "held out"
         prompt = digest(normalise_prompt(record.prompt))
         text = digest(prompt.hex() + record.reasoning + "\0" + record.response)
-        yield Trace(record.id, number, record.domain, reason, prompt, text, rows.tell())
+        yield Trace(record.id, record.domain, reason, prompt, text, rows.tell())
         if reason is None:
             names = ("prompt", "reasoning", "response", "reference", "id")
             rows.write(json_line({name: getattr(record, name) for name in names}))

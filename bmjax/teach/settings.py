@@ -85,7 +85,9 @@ class Selection(Settings):
 class SelectSettings(Selection):
     """Traces in, one training set per domain out, and a table of what was dropped and why."""
 
-    traces: str | list[str] = Field(description="traces.jsonl file(s) or the directories they lie in")
+    traces: str | list[str] = Field(
+        description="traces: directories of collect, file(s) or hub data sets like `data` of training"
+    )
     output: str = Field(description="directory for DOMAIN.jsonl and selection.json")
     held_out: str | list[str] = Field(
         [], description="file(s) or hub data sets like `data` of training, whose prompts must not be trained on"
