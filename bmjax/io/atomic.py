@@ -65,7 +65,7 @@ def _parents(path: Path, named: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def writable(path: Path) -> Iterator[None]:
-    """Turn an OSError of the block, which writes what is kept when it fails, into a UserError naming `path`."""
+    """Turn an OSError of the block into a UserError: `path` cannot be written."""
     try:
         yield
     except OSError as error:
@@ -97,20 +97,19 @@ def lock_file(file: IO[Any], name: Path, holder: str) -> None:
 
 @contextlib.contextmanager
 def replacing(target: str | Path, resume: bool = False) -> Iterator[Path]:
-    """Make a directory beside `target` that becomes `target` when the block ends well.
+    """Make a directory beside `target`, `.NAME.partial`, that becomes `target` when the block ends well.
 
     An existing target is moved aside and deleted after that. After an error the directory is removed and the target
     untouched. An OSError (a full disk, no permission) becomes a UserError, one line naming the target. UserError when
     another process is writing the target.
 
-    resume: whether to go on with what a killed or interrupted process wrote, else the directory is empty. It is called
-    `.NAME.partial` then, and stays after an exception that is neither a UserError nor an OSError, for the next call.
+    resume: whether to go on with what a killed or interrupted process wrote, else the directory is empty. It then stays
+    after an exception that is neither a UserError nor an OSError, for the next call.
     """
     named, target = Path(target), Path(target).resolve()
     if target.exists() and not target.is_dir():
         raise UserError(f"{named}: exists and is not a directory; choose another name")
-    suffixes = (".partial", ".replaced") if resume else (".tmp", ".old")
-    folder, aside = (target.parent / f".{target.name}{suffix}" for suffix in suffixes)
+    folder, aside = target.parent / f".{target.name}.partial", target.parent / f".{target.name}.replaced"
     with _parents(target, named), contextlib.ExitStack() as stack:
         folder.mkdir(exist_ok=True)
         lock = os.open(folder, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY | os.O_NOFOLLOW)

@@ -12,7 +12,7 @@ import os
 import re
 import stat
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,18 +78,18 @@ class Checkpoint:
         out = np.empty([max(0, stop - start) for start, stop, _ in bounds], info.numpy_dtype)
         if not out.size:
             return out
-        row = info.nbytes // info.shape[0] if info.shape else 0  # bytes
-        first = info.start + bounds[0][0] * row if info.shape else info.start
-        with _regular_file(info.file) as fd:
+        row = math.prod(info.shape[1:])  # entries
+        first = bounds[0][0] * row if bounds else 0
+        with contextlib.closing(Reader()) as reader:
             if out.shape[1:] == info.shape[1:]:
-                _read_into(fd, out, first, info.file)
+                reader.read(info, first, out)
                 return out
             # Of rows that are needed in part, some at a time are read whole into a bounce buffer.
-            count = max(1, min(len(out), BOUNCE_BYTES // row))
+            count = max(1, min(len(out), BOUNCE_BYTES // (row * out.itemsize)))
             bounce = np.empty((count, *info.shape[1:]), info.numpy_dtype)
             for done in range(0, len(out), count):
                 part = bounce[: len(out) - done]
-                _read_into(fd, part, first + done * row, info.file)
+                reader.read(info, first + done * row, part)
                 out[done : done + len(part)] = part[:, *index[1:]]
         return out
 
@@ -147,7 +147,8 @@ def _read_shards(directory: Path) -> dict[str, TensorInfo]:
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Return the tensors of a file in the order of their bytes. UserError unless header and file agree exactly."""
-    with _regular_file(path) as fd:
+    with contextlib.closing(Reader()) as reader:
+        fd = reader.descriptor(path)
         size = os.fstat(fd).st_size
         if size < 8:
             raise UserError(f"{path}: {size} bytes, too short for a safetensors file; it was cut off")
@@ -226,22 +227,6 @@ def listing(names: Sequence[str]) -> str:
     return f"{len(names)} tensor{'s' * (len(names) != 1)} ({', '.join(_short(n)[1:-1] for n in names[:3])}{more})"
 
 
-@contextlib.contextmanager
-def _regular_file(path: Path) -> Iterator[int]:
-    """Open a file to read it. Symbolic links are followed; what is not a regular file is refused."""
-    try:
-        # Without O_NONBLOCK, opening a named pipe would wait for its writer.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise UserError(f"{path}: cannot open: {error.strerror}") from None
-    try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise UserError(f"{path}: not a regular file")
-        yield fd
-    finally:
-        os.close(fd)
-
-
 def _bytes_of(array: np.ndarray) -> memoryview:
     return array.reshape(-1).view(np.uint8).data
 
@@ -263,28 +248,38 @@ class Reader:
 
     def __init__(self) -> None:
         self._fds: dict[Path, int] = {}
-        self._open_files = contextlib.ExitStack()
         self._lock = threading.Lock()
 
-    def _fd(self, path: Path) -> int:
+    def descriptor(self, path: Path) -> int:
+        """Return the descriptor of a regular file, opened once; symbolic links are followed."""
         with self._lock:
             if path not in self._fds:
-                self._fds[path] = self._open_files.enter_context(_regular_file(path))
+                try:
+                    # Without O_NONBLOCK, opening a named pipe would wait for its writer.
+                    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+                except OSError as error:
+                    raise UserError(f"{path}: cannot open: {error.strerror}") from None
+                if not stat.S_ISREG(os.fstat(fd).st_mode):
+                    os.close(fd)
+                    raise UserError(f"{path}: not a regular file")
+                self._fds[path] = fd
             return self._fds[path]
 
     def read(self, info: TensorInfo, start: int, out: np.ndarray) -> None:
         """Fill `out`, of the tensor's dtype, with its entries from flat index `start` on."""
-        _read_into(self._fd(info.file), out, info.start + start * info.numpy_dtype.itemsize, info.file)
+        _read_into(self.descriptor(info.file), out, info.start + start * info.numpy_dtype.itemsize, info.file)
 
     def advise(self, info: TensorInfo) -> None:
         """Have the system read a tensor's first part ahead."""
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._fd(info.file), info.start, min(info.nbytes, BOUNCE_BYTES), os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(
+                self.descriptor(info.file), info.start, min(info.nbytes, BOUNCE_BYTES), os.POSIX_FADV_WILLNEED
+            )
 
     def close(self) -> None:
         """Close all files; a later read opens them again."""
-        self._fds.clear()
-        self._open_files.close()
+        while self._fds:
+            os.close(self._fds.popitem()[1])
 
 
 class SharedWriter:
@@ -316,10 +311,7 @@ class SharedWriter:
         count = len(shards)
         names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)] if count > 1 else [SINGLE]
         self.files = [self.directory / name for name in names]
-        self._index = {
-            "metadata": {"total_size": sum(sizes.values())},
-            "weight_map": {row[0]: file for file, shard in zip(names, shards, strict=True) for row in shard},
-        }
+        self._weight_map = {row[0]: file for file, shard in zip(names, shards, strict=True) for row in shard}
 
         # Open the files, take their space and write their headers.
         try:
@@ -381,7 +373,9 @@ class SharedWriter:
             os.fsync(fd)
         self.close()
         if len(self.files) > 1:
-            write_atomic(self.directory / INDEX, json.dumps(self._index, indent=2, sort_keys=True) + "\n")
+            total = sum(size for _, _, size in self._extents.values())
+            index = {"metadata": {"total_size": total}, "weight_map": self._weight_map}
+            write_atomic(self.directory / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
     def close(self) -> None:
         """Close the files as they are."""

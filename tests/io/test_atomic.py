@@ -223,8 +223,8 @@ def test_what_a_killed_writer_left_is_cleared(tmp_path: Path) -> None:
         )
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     # Killed between the two renames: the old target comes back.
-    target.rename(tmp_path / ".out.old")
-    (tmp_path / ".out.tmp").mkdir()
+    target.rename(tmp_path / ".out.replaced")
+    (tmp_path / ".out.partial").mkdir()
     with pytest.raises(RuntimeError), replacing(target):
         raise RuntimeError
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
