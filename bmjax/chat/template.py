@@ -78,9 +78,7 @@ def render(tokenizer: Any, messages: Sequence[Mapping[str, str]], template: str,
         raise UserError(f"{location}: the chat template cannot render this conversation: {first_line(error)}") from None
 
 
-def render_prompt(
-    tokenizer: Any, messages: Sequence[Mapping[str, str]], template: str, location: str = "template"
-) -> str:
+def render_prompt(tokenizer: Any, messages: Sequence[Mapping[str, str]], template: str, location: str) -> str:
     """Render the text that a model continues: all turns, then the opening of the assistant's."""
     return render(tokenizer, messages, template, location, prompt=True)
 

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import ml_dtypes
 import numpy as np
@@ -202,7 +202,7 @@ def _tensor(path: Path, name: str, entry: Any, data: int) -> TensorInfo:
     return TensorInfo(name, path, dtype, tuple(shape), data + offsets[0], nbytes)
 
 
-def _counts(value: Any) -> bool:
+def _counts(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 

@@ -16,6 +16,7 @@ from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
+from pydantic import ValidationError
 
 from bmjax.chat.openai import ChatCompletion, ChatMessage, ChatRequest
 from bmjax.chat.reasoning import split_think
@@ -110,33 +111,27 @@ class ChatClient:
         turns = [ChatMessage.model_validate(message) for message in messages]
         body = ChatRequest(model=self.model, messages=turns, **sampling).model_dump(exclude_unset=True)
         pool = await self._free.get()
+        attempt = 0
         try:
-            return await self._attempts(pool, body)
+            while True:
+                attempt += 1
+                status: int | None = None
+                wait: float | None = None
+                try:
+                    answer = await pool.post(f"{self.base_url}/chat/completions", json=body)
+                    status = answer.status_code
+                    if status == 200:
+                        return _read_reply(answer.content, attempt)
+                    message, wait = _error_text(answer), _retry_after(answer.headers.get("Retry-After"))
+                except (httpx.TransportError, httpx.DecodingError) as error:
+                    message = f"{type(error).__name__}: {error}".rstrip(": ")
+                except ValidationError as error:
+                    message = f"not a chat completion: {first_line(error)}"
+                if status not in (None, 200, *RETRYABLE) or attempt > self.retries:
+                    raise RequestFailed(message, status, attempt)
+                await asyncio.sleep(backoff(attempt) if wait is None else wait)
         finally:
             self._free.put_nowait(pool)
-
-    async def _attempts(self, pool: httpx.AsyncClient, body: Mapping[str, Any]) -> Reply:
-        for attempt in range(1, self.retries + 2):
-            wait: float | None = None
-            try:
-                answer = await pool.post(f"{self.base_url}/chat/completions", json=body)
-            except (httpx.TransportError, httpx.DecodingError) as error:
-                message, status = f"{type(error).__name__}: {error}".rstrip(": "), None
-            else:
-                status = answer.status_code
-                if status == 200:
-                    try:
-                        return _read_reply(answer.content, attempt)
-                    except ValueError as error:
-                        message = f"not a chat completion: {first_line(error)}"
-                else:
-                    message = _error_text(answer)
-                    wait = _retry_after(answer.headers.get("Retry-After"))
-                    if status not in RETRYABLE:
-                        raise RequestFailed(message, status, attempt)
-            if attempt <= self.retries:
-                await asyncio.sleep(backoff(attempt) if wait is None else wait)
-        raise RequestFailed(message, status, self.retries + 1)
 
 
 def backoff(attempt: int) -> float:
