@@ -12,16 +12,17 @@ from bmjax.evaluate import run as evaluation
 from bmjax.evaluate.settings import EvalSettings
 from bmjax.generate.sampler import Generation
 from bmjax.io import hub
+from bmjax.io.rows import read_rows
 from bmjax.merge.recipe.recipe import read_recipe
 from bmjax.parallel.mesh import make_mesh
 from bmjax.plan import plan
-from bmjax.teach.collect import wanted_ids
+from bmjax.teach.collect import wanted_samples
 from bmjax.teach.select import select
 from bmjax.teach.settings import CollectSettings, SelectSettings
 from bmjax.weights.convert import convert
 from tests.conftest import sums, write_rows, write_student
 
-ROWS = sums(12, 5)
+ROWS = [{"id": str(n), "domain": "sums", "verdict": "right"} | row for n, row in enumerate(sums(12, 5))]
 REGMEAN = {"rows": 2, "batch": 1, "documents": 8, "held_out": 2, "seq_len": 128, "remat": "none", "mesh": {}}
 
 
@@ -63,7 +64,7 @@ def test_collect_reads_problems(tmp_path, data):
         {"problems": data, "domain": "sums", "prompt": "{prompt}", "reference": "{reference}",
          "output": str(tmp_path / "out"), "teacher": {"base_url": "http://127.0.0.1:9/v1", "model": "m", "samples": 2}}
     )  # fmt: skip
-    assert len(wanted_ids(settings)) == 2 * len(ROWS)
+    assert len(wanted_samples(settings)) == 2 * len(ROWS)
 
 
 def test_select_reads_held_out(tmp_path, data):
@@ -75,6 +76,15 @@ def test_select_reads_held_out(tmp_path, data):
     file = write_rows(tmp_path / "traces.jsonl", traces)
     table = select(SelectSettings.read({"traces": str(file), "output": str(tmp_path / "out"), "held_out": data}))
     assert (table["sums"]["kept"], table["sums"]["held out"]) == (1, 2)
+
+
+def test_select_reads_traces(tmp_path, data):
+    output = tmp_path / "out"
+    settings = SelectSettings.read({"traces": data, "output": str(output), "require_reasoning": False})
+    assert select(settings)["sums"]["kept"] == len(ROWS)
+    names = ("prompt", "response", "reference", "id")
+    rows = [{name: row[name] for name in names} for _, row in read_rows(output / "sums.jsonl")]
+    assert rows == [{name: row[name] for name in names} for row in sorted(ROWS, key=lambda row: row["id"])]
 
 
 def test_evaluate_reads_questions_and_traces(student, tokenizer, tmp_path, data, monkeypatch):

@@ -44,7 +44,7 @@ class MetricsLog:
     def __init__(self, run: Run, start: int) -> None:
         self._run, self._start = run, start
         path = run.output / "metrics.jsonl"
-        lines = [line for _, _, line in read_lines(path)] if path.exists() else []
+        lines = [line for _, line in read_lines(path)] if path.exists() else []
         write_jsonl(path, (line for line in lines if line["step"] <= start))
         self._file = JsonLines(path)
         self._flops = flops_per_token(run.plan.config, run.loader.length)

@@ -10,11 +10,9 @@ OPEN, CLOSE = "<think>", "</think>"
 def split_think(content: str, reasoning: str | None = None) -> tuple[str, str]:
     """Split a reply into (reasoning, response).
 
-    Arguments:
-        content: the reply's text. One leading <think>...</think> is split off; the opening tag may be missing, as when
-            the chat template gives it. An unclosed block is all reasoning. Anything else, two blocks for instance,
-            stays whole in the response, tags included.
-        reasoning: the reply's reasoning where the endpoint sends it apart; then `content` is the response.
+    One leading <think>...</think> of the content is split off; the opening tag may be missing, as when the chat
+    template gives it. An unclosed block is all reasoning. Anything else, two blocks for instance, stays whole in the
+    response, tags included. Where the endpoint sends the reasoning apart, the content is the response.
     """
     if reasoning:
         return reasoning.strip(), content.strip()

@@ -13,21 +13,21 @@ from bmjax.config import UserError, first_line, read_text
 TEMPLATES = Path(__file__).parent / "templates"
 TEMPLATE_NAMES = tuple(sorted(path.stem for path in TEMPLATES.glob("*.jinja")))
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_FORMS = {"messages": ("role", "content"), "conversations": ("from", "value")}  # the keys of a turn
 
 
 def messages_of(row: Mapping[str, Any], location: str) -> list[dict[str, str]]:
     """Return a row as chat messages, each with `role` and `content`.
 
     Known forms are `messages`, `conversations` (ShareGPT) and `prompt` with `response`. A record's `reasoning` becomes
-    <think>...</think> before the response, as the teacher wrote it.
-
-    Raises:
-        UserError: for a row of another form; `location` begins the message.
+    <think>...</think> before the response, as the teacher wrote it. UserError for a row of another form.
     """
-    if "messages" in row:
-        turns = _turns(row, "messages", "role", "content", location)
-    elif "conversations" in row:
-        turns = _turns(row, "conversations", "from", "value", location)
+    turns: list[tuple[Any, Any]]
+    if form := next((key for key in _FORMS if key in row), None):
+        role, content = _FORMS[form]
+        if not isinstance(row[form], list) or not all(isinstance(turn, Mapping) for turn in row[form]):
+            raise UserError(f"{location}: '{form}' must be a list of turns, each with '{role}' and '{content}'")
+        turns = [(turn.get(role), turn.get(content)) for turn in row[form]]
     elif "prompt" in row and "response" in row:
         answer = join_think(row["reasoning"], row["response"]) if row.get("reasoning") else row["response"]
         turns = [("system", row["system"])] if row.get("system") else []
@@ -44,13 +44,6 @@ def messages_of(row: Mapping[str, Any], location: str) -> list[dict[str, str]]:
             )
         messages.append({"role": ROLES[role], "content": content})
     return messages
-
-
-def _turns(row: Mapping[str, Any], key: str, role: str, content: str, location: str) -> list[tuple[Any, Any]]:
-    turns = row[key]
-    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
-        raise UserError(f"{location}: '{key}' must be a list of turns, each with '{role}' and '{content}'")
-    return [(turn.get(role), turn.get(content)) for turn in turns]
 
 
 def chat_template(tokenizer: Any, template: str | None) -> str:
@@ -85,9 +78,7 @@ def render(tokenizer: Any, messages: Sequence[Mapping[str, str]], template: str,
         raise UserError(f"{location}: the chat template cannot render this conversation: {first_line(error)}") from None
 
 
-def render_prompt(
-    tokenizer: Any, messages: Sequence[Mapping[str, str]], template: str, location: str = "template"
-) -> str:
+def render_prompt(tokenizer: Any, messages: Sequence[Mapping[str, str]], template: str, location: str) -> str:
     """Render the text that a model continues: all turns, then the opening of the assistant's."""
     return render(tokenizer, messages, template, location, prompt=True)
 

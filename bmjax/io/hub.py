@@ -4,7 +4,6 @@ A model's name is a directory, or a hub id: `org/name`, `name` (such as `gpt2`),
 exists on disk comes first; a directory that only shares the owner's name hides nothing.
 """
 
-import contextlib
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,7 @@ _ID = r"[A-Za-z0-9][\w.-]*(?:/[\w.-]+)?"
 def split_revision(name: str) -> tuple[str, str | None]:
     """Split `org/name@revision` into (id, revision); a name that exists on disk, or has no @, has no revision."""
     match = re.fullmatch(rf"({_ID})@([\w./-]+)", name)
-    return (name, None) if match is None or _exists(Path(name)) else (match[1], match[2])
+    return (name, None) if match is None or os.path.lexists(Path(name)) else (match[1], match[2])
 
 
 def model_directory(
@@ -31,34 +30,23 @@ def model_directory(
 ) -> Path:
     """Return the directory of a model, fetched from the hub when it is no directory here.
 
-    Arguments:
-        name: a directory, or a hub id with an optional `@revision`.
-        label: what errors begin with, for instance "model 'math': ".
-        known: other names that were possible there, for the hint of an error.
-        download: whether the hub may be asked; otherwise a hub model must have been fetched before.
-        weights: whether weights are fetched, too; otherwise config and tokenizer only.
-
-    Raises:
-        UserError: for a file, a misspelt directory, and a model that the hub does not give.
+    label: what errors begin with, for instance "model 'math': ". known: other names that were possible there, for the
+    hint of an error. download: whether the hub may be asked; otherwise a hub model must have been fetched before.
+    weights: whether weights are fetched, too; otherwise config and tokenizer only. UserError for a file, a misspelt
+    directory, and a model that the hub does not give.
     """
     text, revision = split_revision(str(name))
     path = Path(text).expanduser()
-    if len(text) > 4096 or len(path.name) > 255:
+    if len(text) > 4096 or any(len(part) > 255 for part in path.parts):
         raise UserError(f"{label}{text[:80]}...: the name is too long")
     directory, _, suffix = str(name).rpartition("@")
-    if directory and not _exists(Path(name)) and _exists(Path(directory)):
+    if directory and not os.path.lexists(name) and os.path.lexists(directory):
         raise UserError(f"{label}{directory} is a directory, which has no revisions; remove @{suffix}")
     if text and path.is_dir():
-        if revision is not None:
-            raise UserError(f"{label}{text} is a directory, which has no revisions; remove @{revision}")
         return path
-    if text and _exists(path):
-        problem = (
-            "is a file, expected"
-            if path.exists()
-            else "no such model directory, only a link that leads nowhere; expected"
-        )
-        raise UserError(f"{label}{text}: {problem} a model directory or a hub id like org/name")
+    if text and os.path.lexists(path):
+        problem = "is a file," if path.exists() else "no such model directory, only a link that leads nowhere;"
+        raise UserError(f"{label}{text}: {problem} expected a model directory or a hub id like org/name")
     if "+" in text:
         raise UserError(
             f"{label}{text}: no such directory; LoRA adapters (MODEL+ADAPTER) are not merged on the way: "
@@ -66,7 +54,7 @@ def model_directory(
         )
     if "@" in text:
         raise UserError(f"{label}{text}: no such directory; a hub model's revision is given as org/name@revision")
-    siblings = [str(path.parent / entry.name) for entry in _entries(path.parent) if entry.is_dir()]
+    siblings = [str(entry) for entry in path.parent.glob("*") if entry.is_dir()]
     hint = nearest(text, [*known, *siblings])
     if "did you mean" not in hint:
         hint = f"; known here: {', '.join(known)}" if known else "; a hub id looks like org/name"
@@ -78,42 +66,34 @@ def model_directory(
 def _snapshot(name: str, revision: str | None, label: str, hint: str, download: bool, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
-    spelt = name if revision is None else f"{name}@{revision}"
-    if not download:
-        try:
-            return Path(snapshot_download(name, revision=revision, local_files_only=True))
-        except Exception:
-            raise UserError(
-                f"{label}{spelt}: no such model directory{hint}; the hub's model of that name is not here yet, so it "
-                "cannot be checked"
-            ) from None
-    patterns = [*(WEIGHT_FILES if weights else ()), *SMALL_FILES]
+    patterns = [*WEIGHT_FILES, *SMALL_FILES] if weights else [*SMALL_FILES]
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        # Of a model that must be here already, whatever was fetched counts.
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=patterns if download else None, local_files_only=not download
+            )
+        )
     except Exception as error:
-        raise UserError(
-            f"{label}{spelt}: no such model directory{hint}; the Hugging Face Hub did not give it, either: "
-            f"{first_line(error)}"
-        ) from None
+        reason = "the hub's model of that name is not here yet, so it cannot be checked"
+        if download:
+            reason = f"the Hugging Face Hub did not give it, either: {first_line(error)}"
+        spelt = name if revision is None else f"{name}@{revision}"
+        raise UserError(f"{label}{spelt}: no such model directory{hint}; {reason}") from None
 
 
 def is_dataset_id(name: str) -> bool:
     """Return whether `name` means a hub data set: no file of that name, and of the form of an id."""
     path = Path(name)
     form = re.fullmatch(rf"{_ID}(?:@[\w./-]+)?(?::[\w.-]*){{0,2}}", name)
-    return form is not None and path.suffix not in DATA_SUFFIXES and not _exists(path)
+    return form is not None and path.suffix not in DATA_SUFFIXES and not os.path.lexists(path)
 
 
 def dataset_rows(name: str, key: str = "data") -> Iterator[dict[str, Any]]:
     """Yield the rows of a hub data set. Without a network, its copy in the cache is read.
 
-    Arguments:
-        name: `org/name`, `org/name:subset` or `org/name:subset:split`, with `@revision` after the id; without a split,
-            `train`.
-        key: the setting that named the data set, for errors.
-
-    Raises:
-        UserError: when neither the hub nor the cache has it.
+    name: `org/name`, `org/name:subset` or `org/name:subset:split`, with `@revision` after the id; without a split,
+    `train`. key: the setting that named it, for errors.
     """
     import datasets
 
@@ -121,12 +101,19 @@ def dataset_rows(name: str, key: str = "data") -> Iterator[dict[str, Any]]:
     repository, _, revision = identity.partition("@")
     subset, _, split = rest.partition(":")
     offline = not _hub_answers()
+    before, verbosity = datasets.config.HF_HUB_OFFLINE, datasets.logging.get_verbosity()
     try:
-        with _quiet_datasets(offline):
-            rows = datasets.load_dataset(repository, subset or None, split=split or "train", revision=revision or None)
+        if offline:
+            # Keeps `datasets` from the network, and its warning about that from the terminal.
+            datasets.config.HF_HUB_OFFLINE = True
+            datasets.logging.set_verbosity_error()
+        rows = datasets.load_dataset(repository, subset or None, split=split or "train", revision=revision or None)
     except Exception as error:
         reason = f"{'the hub cannot be reached; ' if offline else ''}{first_line(error)}"
         raise UserError(f"{key}: {name}: no such file, nor a data set that the hub gives: {reason}") from None
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
+        datasets.logging.set_verbosity(verbosity)
     if offline and revision and not all(revision in file["filename"] for file in rows.cache_files):
         raise UserError(f"{key}: {name}: the hub cannot be reached, and the cached copy is not known to be @{revision}")
     yield from rows
@@ -144,33 +131,3 @@ def _hub_answers() -> bool:
     except Exception:  # its HTTP library's errors, which differ between versions
         return False
     return True
-
-
-@contextlib.contextmanager
-def _quiet_datasets(offline: bool) -> Iterator[None]:
-    """Keep `datasets` from the network where there is none, and its warning about that from the terminal."""
-    import datasets
-
-    before, verbosity = datasets.config.HF_HUB_OFFLINE, datasets.logging.get_verbosity()
-    try:
-        if offline:
-            datasets.config.HF_HUB_OFFLINE = True
-            datasets.logging.set_verbosity_error()
-        yield
-    finally:
-        datasets.config.HF_HUB_OFFLINE = before
-        datasets.logging.set_verbosity(verbosity)
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return os.path.lexists(path)
-    except ValueError:  # a zero byte
-        return False
-
-
-def _entries(directory: Path) -> list[Path]:
-    try:
-        return list(directory.iterdir())
-    except OSError:
-        return []

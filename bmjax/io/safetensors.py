@@ -12,11 +12,10 @@ import os
 import re
 import stat
 import threading
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import ml_dtypes
 import numpy as np
@@ -76,24 +75,22 @@ class Checkpoint:
         bounds = [part.indices(size) for part, size in zip(index, info.shape, strict=True)]
         if any(step != 1 for _, _, step in bounds):
             raise ValueError(f"{name}: slices must have step 1, found {index}")
-        inner = tuple(slice(start, stop) for start, stop, _ in bounds[1:])
-        shape = tuple(max(0, stop - start) for start, stop, _ in bounds)
-        out = np.empty(shape, info.numpy_dtype)
+        out = np.empty([max(0, stop - start) for start, stop, _ in bounds], info.numpy_dtype)
         if not out.size:
             return out
-        with _regular_file(info.file) as fd:
-            first, rows = (bounds[0][0], shape[0]) if shape else (0, 1)
-            row = info.nbytes // info.shape[0] if shape else info.nbytes
-            if shape[1:] == info.shape[1:]:
-                _read_into(fd, out, info.start + first * row, info.file)
+        row = math.prod(info.shape[1:])  # entries
+        first = bounds[0][0] * row if bounds else 0
+        with contextlib.closing(Reader()) as reader:
+            if out.shape[1:] == info.shape[1:]:
+                reader.read(info, first, out)
                 return out
             # Of rows that are needed in part, some at a time are read whole into a bounce buffer.
-            count = max(1, min(rows, BOUNCE_BYTES // row))
+            count = max(1, min(len(out), BOUNCE_BYTES // (row * out.itemsize)))
             bounce = np.empty((count, *info.shape[1:]), info.numpy_dtype)
-            for done in range(0, rows, count):
-                part = bounce[: min(count, rows - done)]
-                _read_into(fd, part, info.start + (first + done) * row, info.file)
-                out[done : done + len(part)] = part[:, *inner]
+            for done in range(0, len(out), count):
+                part = bounce[: len(out) - done]
+                reader.read(info, first + done * row, part)
+                out[done : done + len(part)] = part[:, *index[1:]]
         return out
 
 
@@ -129,20 +126,20 @@ def _read_shards(directory: Path) -> dict[str, TensorInfo]:
     mapping = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(mapping, dict) or not mapping:
         raise UserError(f"{path}: 'weight_map' must map tensor names to files, found {_short(mapping)}")
-    by_file: dict[str, list[str]] = {}
+    by_file: dict[str, set[str]] = {}
     for name, file in mapping.items():
         if not isinstance(file, str) or not file or file in (".", "..") or re.search(r"[/\\\0\ud800-\udfff]", file):
             raise UserError(
                 f"{path}: tensor {_short(name)} is said to be in {_short(file)}; "
                 "expected the name of a file in the same directory"
             )
-        by_file.setdefault(file, []).append(name)
+        by_file.setdefault(file, set()).add(name)
     tensors: dict[str, TensorInfo] = {}
     for file, named in sorted(by_file.items()):
         in_file = read_header(directory / file)
-        if absent := sorted(set(named) - set(in_file)):
+        if absent := sorted(named - in_file.keys()):
             raise UserError(f"{directory / file}: lacks {listing(absent)} that {INDEX} says it holds")
-        if surplus := sorted(set(in_file) - set(named)):
+        if surplus := sorted(in_file.keys() - named):
             raise UserError(f"{directory / file}: holds {listing(surplus)} that {INDEX} does not place there")
         tensors.update(in_file)
     return tensors
@@ -150,7 +147,8 @@ def _read_shards(directory: Path) -> dict[str, TensorInfo]:
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Return the tensors of a file in the order of their bytes. UserError unless header and file agree exactly."""
-    with _regular_file(path) as fd:
+    with contextlib.closing(Reader()) as reader:
+        fd = reader.descriptor(path)
         size = os.fstat(fd).st_size
         if size < 8:
             raise UserError(f"{path}: {size} bytes, too short for a safetensors file; it was cut off")
@@ -175,8 +173,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     end = data
     for info in infos:
         if info.start != end:
-            problem = "overlaps the tensor before it" if info.start < end else "leaves a gap before it"
-            raise UserError(f"{path}: tensor {_short(info.name)} starts at byte {info.start - data} and {problem}")
+            problem = "overlaps the tensor" if info.start < end else "leaves a gap"
+            start = info.start - data
+            raise UserError(f"{path}: tensor {_short(info.name)} starts at byte {start} and {problem} before it")
         end += info.nbytes
     if end != size:
         difference = f"{size - end} more than" if size > end else f"{end - size} less than"
@@ -190,8 +189,7 @@ def _tensor(path: Path, name: str, entry: Any, data: int) -> TensorInfo:
         raise UserError(f"{label}: its name is no text: half a character")
     if not isinstance(entry, dict):
         raise UserError(f"{label}: expected dtype, shape and data_offsets, found {_short(entry)}")
-    values: Iterator[Any] = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
-    dtype, shape, offsets = values
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise UserError(f"{label}: dtype {_short(dtype)}, expected one of {', '.join(DTYPES)}")
     if not _counts(shape) or len(shape) > MAX_DIMENSIONS:
@@ -204,15 +202,16 @@ def _tensor(path: Path, name: str, entry: Any, data: int) -> TensorInfo:
     return TensorInfo(name, path, dtype, tuple(shape), data + offsets[0], nbytes)
 
 
-def _counts(value: Any) -> bool:
+def _counts(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        key = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the name {_short(key)} stands twice")
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"the name {_short(key)} stands twice")
+        result[key] = value
     return result
 
 
@@ -228,37 +227,20 @@ def listing(names: Sequence[str]) -> str:
     return f"{len(names)} tensor{'s' * (len(names) != 1)} ({', '.join(_short(n)[1:-1] for n in names[:3])}{more})"
 
 
-@contextlib.contextmanager
-def _regular_file(path: Path) -> Iterator[int]:
-    """Open a file to read it. Symbolic links are followed; what is not a regular file is refused."""
-    try:
-        # Without O_NONBLOCK, opening a named pipe would wait for its writer.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise UserError(f"{path}: cannot open: {error.strerror}") from None
-    try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise UserError(f"{path}: not a regular file")
-        yield fd
-    finally:
-        os.close(fd)
-
-
 def _bytes_of(array: np.ndarray) -> memoryview:
     return array.reshape(-1).view(np.uint8).data
 
 
 def _read_into(fd: int, out: np.ndarray, offset: int, path: Path) -> None:
-    view = _bytes_of(out)
-    done = 0
-    while done < len(view):
-        try:
+    view, done = _bytes_of(out), 0
+    try:
+        while done < len(view):
             count = os.preadv(fd, [view[done : done + 2**30]], offset + done)
-        except OSError as error:
-            raise UserError(f"{path}: cannot read: {error.strerror}") from None
-        if count == 0:
-            raise UserError(f"{path}: ended at byte {offset + done}; it was cut off while being read")
-        done += count
+            if count == 0:
+                raise UserError(f"{path}: ended at byte {offset + done}; it was cut off while being read")
+            done += count
+    except OSError as error:
+        raise UserError(f"{path}: cannot read: {error.strerror}") from None
 
 
 class Reader:
@@ -266,28 +248,38 @@ class Reader:
 
     def __init__(self) -> None:
         self._fds: dict[Path, int] = {}
-        self._open_files = contextlib.ExitStack()
         self._lock = threading.Lock()
 
-    def _fd(self, path: Path) -> int:
+    def descriptor(self, path: Path) -> int:
+        """Return the descriptor of a regular file, opened once; symbolic links are followed."""
         with self._lock:
             if path not in self._fds:
-                self._fds[path] = self._open_files.enter_context(_regular_file(path))
+                try:
+                    # Without O_NONBLOCK, opening a named pipe would wait for its writer.
+                    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+                except OSError as error:
+                    raise UserError(f"{path}: cannot open: {error.strerror}") from None
+                if not stat.S_ISREG(os.fstat(fd).st_mode):
+                    os.close(fd)
+                    raise UserError(f"{path}: not a regular file")
+                self._fds[path] = fd
             return self._fds[path]
 
     def read(self, info: TensorInfo, start: int, out: np.ndarray) -> None:
         """Fill `out`, of the tensor's dtype, with its entries from flat index `start` on."""
-        _read_into(self._fd(info.file), out, info.start + start * info.numpy_dtype.itemsize, info.file)
+        _read_into(self.descriptor(info.file), out, info.start + start * info.numpy_dtype.itemsize, info.file)
 
     def advise(self, info: TensorInfo) -> None:
         """Have the system read a tensor's first part ahead."""
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._fd(info.file), info.start, min(info.nbytes, BOUNCE_BYTES), os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(
+                self.descriptor(info.file), info.start, min(info.nbytes, BOUNCE_BYTES), os.POSIX_FADV_WILLNEED
+            )
 
     def close(self) -> None:
         """Close all files; a later read opens them again."""
-        self._fds.clear()
-        self._open_files.close()
+        while self._fds:
+            os.close(self._fds.popitem()[1])
 
 
 class SharedWriter:
@@ -303,42 +295,53 @@ class SharedWriter:
         self.directory = Path(directory)
         self._extents: dict[str, tuple[int, int, int]] = {}  # descriptor, offset and bytes of every tensor
         self._fds: list[int] = []
-        rows = [(name, np.dtype(dtype), tuple(int(n) for n in shape)) for name, dtype, shape in plan]
-        sizes = {name: math.prod(shape) * dtype.itemsize for name, dtype, shape in rows}
-        if len(sizes) != len(rows):
+        sizes = {name: math.prod(shape) * dtype.itemsize for name, dtype, shape in plan}
+        if len(sizes) != len(plan):
             raise ValueError("the plan names a tensor twice")
 
         # Deal the tensors out to files.
         shards: list[list[tuple[str, np.dtype, tuple[int, ...]]]] = [[]]
         used = 0
-        for row in rows:
-            if used and used + sizes[row[0]] > shard_bytes:
+        for name, dtype, shape in plan:
+            if used and used + sizes[name] > shard_bytes:
                 shards.append([])
                 used = 0
-            used += sizes[row[0]]
-            shards[-1].append(row)
-        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-        self.files = [self.directory / name for name in (names if len(shards) > 1 else [SINGLE])]
-        self._index = {
-            "metadata": {"total_size": sum(sizes.values())},
-            "weight_map": {row[0]: path.name for path, shard in zip(self.files, shards, strict=True) for row in shard},
-        }
+            used += sizes[name]
+            shards[-1].append((name, dtype, shape))
+        count = len(shards)
+        names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)] if count > 1 else [SINGLE]
+        self.files = [self.directory / name for name in names]
+        self._weight_map = {row[0]: file for file, shard in zip(names, shards, strict=True) for row in shard}
 
         # Open the files, take their space and write their headers.
         try:
             for path, shard in zip(self.files, shards, strict=True):
-                header, offsets, file_size = _header(shard)
-                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-                self._fds.append(fd)
-                if os.fstat(fd).st_size != file_size:
-                    os.ftruncate(fd, 0)
-                    allocate = getattr(os, "posix_fallocate", lambda fd, _, size: os.ftruncate(fd, size))
-                    allocate(fd, 0, file_size)
-                _write_at(fd, memoryview(header), 0)
-                self._extents |= {name: (fd, offset, sizes[name]) for name, offset in offsets.items()}
+                self._begin(path, shard)
         except BaseException:
             self.close()
             raise
+
+    def _begin(self, path: Path, tensors: Plan) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        # Widest first, as the safetensors library does: every tensor stays aligned to its own item size.
+        for name, dtype, shape in sorted(tensors, key=lambda row: -row[1].itemsize):
+            start, end = end, end + math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        data = 8 + len(text)
+
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._fds.append(fd)
+        if os.fstat(fd).st_size != data + end:
+            os.ftruncate(fd, 0)
+            allocate = getattr(os, "posix_fallocate", lambda fd, _, size: os.ftruncate(fd, size))
+            allocate(fd, 0, data + end)
+        _write_at(fd, memoryview(len(text).to_bytes(8, "little") + text), 0)
+        for name, _, _ in tensors:
+            start, end = header[name]["data_offsets"]
+            self._extents[name] = fd, data + start, end - start
 
     def __enter__(self) -> "SharedWriter":
         return self
@@ -370,27 +373,14 @@ class SharedWriter:
             os.fsync(fd)
         self.close()
         if len(self.files) > 1:
-            write_atomic(self.directory / INDEX, json.dumps(self._index, indent=2, sort_keys=True) + "\n")
+            total = sum(size for _, _, size in self._extents.values())
+            index = {"metadata": {"total_size": total}, "weight_map": self._weight_map}
+            write_atomic(self.directory / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
     def close(self) -> None:
         """Close the files as they are."""
         while self._fds:
             os.close(self._fds.pop())
-
-
-def _header(tensors: Plan) -> tuple[bytes, dict[str, int], int]:
-    """Return the first bytes of a file that holds `tensors`, the tensors' offsets in the file, and its size."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position, starts = 0, {}
-    # Widest first, as the safetensors library does: every tensor stays aligned to its own item size.
-    for name, dtype, shape in sorted(tensors, key=lambda row: -row[1].itemsize):
-        end = position + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
-        starts[name], position = position, end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    offsets = {name: 8 + len(text) + start for name, start in starts.items()}
-    return len(text).to_bytes(8, "little") + text, offsets, 8 + len(text) + position
 
 
 def _write_at(fd: int, view: memoryview, offset: int) -> None:

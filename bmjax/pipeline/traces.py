@@ -18,7 +18,7 @@ from bmjax.io.atomic import write_atomic
 from bmjax.io.jsonl import write_jsonl
 from bmjax.io.rows import read_rows
 from bmjax.pipeline.rows import HELD_OUT, DomainRows, prompt_of
-from bmjax.teach.collect import collect, sampling_parameters, wanted_ids
+from bmjax.teach.collect import collect, sampling_parameters, wanted_samples
 from bmjax.teach.judges.judge import choose, judge
 from bmjax.teach.record import TRACES, Record, read_records
 from bmjax.teach.select import select
@@ -77,7 +77,7 @@ def _ask(rows: DomainRows, folder: Path) -> tuple[Iterator[Record], int]:
             f"teach/{rows.name}: {counts['failed']} requests failed, see {answers / 'failures.jsonl'}; what was "
             "answered is kept, the same command asks for the rest; failed_share lets a run go on without them"
         )
-    wanted = wanted_ids(settings)
+    wanted = wanted_samples(settings)
     return (record for record in read_records(answers / TRACES) if record.id in wanted), counts["failed"]
 
 

@@ -8,15 +8,15 @@ import asyncio
 import email.utils
 import os
 import random
-import threading
 import time
 from collections.abc import Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
+from pydantic import ValidationError
 
 from bmjax.chat.openai import ChatCompletion, ChatMessage, ChatRequest
 from bmjax.chat.reasoning import split_think
@@ -26,7 +26,6 @@ RETRYABLE = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 FIRST_WAIT = 0.5
 LONGEST_WAIT = 60.0
 LONGEST_RETRY_AFTER = 600.0
-CONNECTIONS_PER_POOL = 2
 
 T = TypeVar("T")
 
@@ -43,7 +42,7 @@ class Reply:
 
 
 class RequestFailed(Exception):
-    """A request without an answer. status: the last HTTP status, None without a connection. attempts: how many."""
+    """A request without an answer. status: the last HTTP status, None without a connection."""
 
     def __init__(self, message: str, status: int | None, attempts: int) -> None:
         super().__init__(message)
@@ -63,16 +62,8 @@ def api_key(variable: str | None) -> str | None:
 class ChatClient:
     """Asynchronous chat completions, used as an async context manager.
 
-    Arguments:
-        base_url: the endpoint up to /v1.
-        model: the model's name there.
-        key: the API key, if it wants one.
-        concurrency: the most requests in flight.
-        retries: further attempts that a retryable failure gets.
-        timeout: seconds for one attempt.
-
-    Raises:
-        UserError: for an address that is no http(s) URL.
+    base_url: the endpoint up to /v1; UserError when it is no http(s) URL. concurrency: the most requests in flight.
+    retries: further attempts that a retryable failure gets. timeout: seconds for one attempt.
     """
 
     def __init__(
@@ -90,30 +81,25 @@ class ChatClient:
         self.base_url, self.model, self.retries = base_url.rstrip("/"), model, retries
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         context = httpx.create_ssl_context()
-        # A pool scans all its connections at every request (5 ms of CPU with 32 of them): many small pools are quick.
-        starts = range(0, concurrency, CONNECTIONS_PER_POOL)
-        sizes = [min(CONNECTIONS_PER_POOL, concurrency - start) for start in starts]
+        # A pool scans all its connections at every request (5 ms of CPU with 32 of them): one for each is quick.
         self._pools = [
             httpx.AsyncClient(
                 headers=headers,
                 verify=context,
                 timeout=httpx.Timeout(timeout, connect=min(timeout, 30.0)),
-                limits=httpx.Limits(max_connections=size, max_keepalive_connections=size),
+                limits=httpx.Limits(max_connections=1),
                 trust_env=parts.hostname not in ("127.0.0.1", "localhost", "::1"),
             )
-            for size in sizes
+            for _ in range(concurrency)
         ]
         self._free: asyncio.LifoQueue[httpx.AsyncClient] = asyncio.LifoQueue()
-        for pool, size in zip(self._pools, sizes, strict=True):
-            for _ in range(size):
-                self._free.put_nowait(pool)
+        for pool in self._pools:
+            self._free.put_nowait(pool)
 
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         for pool in self._pools:
             await pool.aclose()
 
@@ -125,33 +111,27 @@ class ChatClient:
         turns = [ChatMessage.model_validate(message) for message in messages]
         body = ChatRequest(model=self.model, messages=turns, **sampling).model_dump(exclude_unset=True)
         pool = await self._free.get()
+        attempt = 0
         try:
-            return await self._attempts(pool, body)
+            while True:
+                attempt += 1
+                status: int | None = None
+                wait: float | None = None
+                try:
+                    answer = await pool.post(f"{self.base_url}/chat/completions", json=body)
+                    status = answer.status_code
+                    if status == 200:
+                        return _read_reply(answer.content, attempt)
+                    message, wait = _error_text(answer), _retry_after(answer.headers.get("Retry-After"))
+                except (httpx.TransportError, httpx.DecodingError) as error:
+                    message = f"{type(error).__name__}: {error}".rstrip(": ")
+                except ValidationError as error:
+                    message = f"not a chat completion: {first_line(error)}"
+                if status not in (None, 200, *RETRYABLE) or attempt > self.retries:
+                    raise RequestFailed(message, status, attempt)
+                await asyncio.sleep(backoff(attempt) if wait is None else wait)
         finally:
             self._free.put_nowait(pool)
-
-    async def _attempts(self, pool: httpx.AsyncClient, body: Mapping[str, Any]) -> Reply:
-        for attempt in range(1, self.retries + 2):
-            wait: float | None = None
-            try:
-                answer = await pool.post(f"{self.base_url}/chat/completions", json=body)
-            except (httpx.TransportError, httpx.DecodingError) as error:
-                message, status = f"{type(error).__name__}: {error}".rstrip(": "), None
-            else:
-                status = answer.status_code
-                if status == 200:
-                    try:
-                        return _read_reply(answer.content, attempt)
-                    except ValueError as error:
-                        message = f"not a chat completion: {first_line(error)}"
-                else:
-                    message = _error_text(answer)
-                    wait = _retry_after(answer.headers.get("Retry-After"))
-                    if status not in RETRYABLE:
-                        raise RequestFailed(message, status, attempt)
-            if attempt <= self.retries:
-                await asyncio.sleep(backoff(attempt) if wait is None else wait)
-        raise RequestFailed(message, status, self.retries + 1)
 
 
 def backoff(attempt: int) -> float:
@@ -198,18 +178,5 @@ def run_async(work: Coroutine[Any, Any, T]) -> T:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(work)
-    outcome: list[T] = []
-    problem: list[BaseException] = []
-
-    def target() -> None:
-        try:
-            outcome.append(asyncio.run(work))
-        except BaseException as error:
-            problem.append(error)
-
-    thread = threading.Thread(target=target)
-    thread.start()
-    thread.join()
-    if problem:
-        raise problem[0]
-    return outcome[0]
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, work).result()

@@ -7,8 +7,8 @@ again by the next run.
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,7 @@ _FATAL = {
 }
 
 
-@dataclass(frozen=True)
-class Job:
-    """A sample of a problem that is still to be asked for."""
-
-    id: str
-    problem: Problem
-    sample: int
+Sample = tuple[str, tuple[Problem, int]]  # the record's id, the problem and which of its samples
 
 
 def collect(settings: CollectSettings, log: Log = silent) -> dict[str, int]:
@@ -58,15 +52,15 @@ def collect(settings: CollectSettings, log: Log = silent) -> dict[str, int]:
     output, domain = Path(settings.output), settings.domain
     endpoint(settings.teacher)
     api_key(settings.teacher.api_key_env)
-    wanted = _wanted(settings)
+    wanted = wanted_samples(settings)
     with JsonLines(output / TRACES) as traces, JsonLines(output / FAILURES) as failures:
         present = ids_present(output / TRACES)
-        jobs = [job for job in wanted if job.id not in present]
-        counts = dict.fromkeys(COUNTS, 0) | {"wanted": len(wanted), "present": len(wanted) - len(jobs)}
+        missing = {identity: sample for identity, sample in wanted.items() if identity not in present}
+        counts = dict.fromkeys(COUNTS, 0) | {"wanted": len(wanted), "present": len(wanted) - len(missing)}
         log(f"collect {domain}: {counts['wanted']} traces wanted, {counts['present']} already there")
-        if not jobs:
+        if not missing:
             return counts
-        run_async(_Collector(settings, traces, failures, counts, log).run(jobs))
+        run_async(_Collector(settings, traces, failures, counts, log).run(missing))
     log(
         f"collect {domain}: {counts['collected']} collected ({counts['right']} right, {counts['wrong']} wrong, "
         f"{counts['unjudged']} unjudged, {counts['truncated']} truncated), {counts['failed']} failed"
@@ -74,46 +68,40 @@ def collect(settings: CollectSettings, log: Log = silent) -> dict[str, int]:
     return counts
 
 
-def wanted_ids(settings: CollectSettings) -> set[str]:
-    """Return the ids of the traces that `settings` ask for, collected or not."""
-    return {job.id for job in _wanted(settings)}
+def wanted_samples(settings: CollectSettings) -> dict[str, tuple[Problem, int]]:
+    """Return the problem and the sample's index of every trace that `settings` ask for, by the record's id.
 
-
-def _wanted(settings: CollectSettings) -> list[Job]:
-    """Read the problems and list every sample of each, each id once even where the input repeats a prompt."""
+    Each id is there once even where the input repeats a prompt.
+    """
     teacher, domain = settings.teacher, settings.domain
     _, model = endpoint(teacher)
     sampling = sampling_parameters(teacher)
-    jobs: dict[str, Job] = {}
+    samples: dict[str, tuple[Problem, int]] = {}
     for problem in read_problems(settings.problems, "problems", settings, domain):
-        for sample in range(teacher.samples):
-            identity = record_id(domain, problem.prompt, model, sampling, sample)
-            jobs.setdefault(identity, Job(identity, problem, sample))
-    return list(jobs.values())
+        for index in range(teacher.samples):
+            samples.setdefault(record_id(domain, problem.prompt, model, sampling, index), (problem, index))
+    return samples
 
 
+@dataclass
 class _Collector:
-    """A run of collecting: its files, its counts and its workers, which take jobs from one iterator."""
+    """A run of collecting: its files, its counts and its workers, which take samples from one iterator."""
 
-    def __init__(
-        self,
-        settings: CollectSettings,
-        traces: JsonLines,
-        failures: JsonLines,
-        counts: dict[str, int],
-        log: Log,
-    ) -> None:
-        self.settings, self.teacher, self.domain = settings, settings.teacher, settings.domain
-        self.base_url, self.model = endpoint(settings.teacher)
-        self.traces, self.failures, self.counts, self.log = traces, failures, counts, log
-        self.started = self.logged = time.monotonic()
+    settings: CollectSettings
+    traces: JsonLines
+    failures: JsonLines
+    counts: dict[str, int]
+    log: Log
+    started: float = field(default_factory=time.monotonic)
+    logged: float = field(default_factory=time.monotonic)
 
-    async def run(self, jobs: Sequence[Job]) -> None:
-        teacher = self.teacher
-        waiting = iter(jobs)
-        concurrency = min(len(jobs), teacher.concurrency)
+    async def run(self, samples: Mapping[str, tuple[Problem, int]]) -> None:
+        teacher = self.settings.teacher
+        base_url, model = endpoint(teacher)
+        waiting = iter(samples.items())
+        concurrency = min(len(samples), teacher.concurrency)
         key = api_key(teacher.api_key_env)
-        async with ChatClient(self.base_url, self.model, key, concurrency, teacher.retries, teacher.timeout) as client:
+        async with ChatClient(base_url, model, key, concurrency, teacher.retries, teacher.timeout) as client:
             workers = [asyncio.create_task(self._work(client, waiting)) for _ in range(concurrency)]
             try:
                 await asyncio.gather(*workers)
@@ -122,33 +110,36 @@ class _Collector:
                     worker.cancel()
                 await asyncio.gather(*workers, return_exceptions=True)
 
-    async def _work(self, client: ChatClient, waiting: Iterator[Job]) -> None:
-        for job in waiting:
-            request = request_parameters(self.teacher, job.sample)
+    async def _work(self, client: ChatClient, waiting: Iterator[Sample]) -> None:
+        for identity, (problem, index) in waiting:
+            # Every sample of a problem has a seed of its own.
+            request = sampling_parameters(self.settings.teacher)
+            if (seed := request.pop("seed")) is not None:
+                request["seed"] = seed + index
             try:
-                reply = await client.complete([{"role": "user", "content": job.problem.prompt}], request)
+                reply = await client.complete([{"role": "user", "content": problem.prompt}], request)
             except RequestFailed as error:
-                self._failed(job, error)
+                self._failed(identity, problem, index, error)
             else:
-                await self._received(job, reply)
+                await self._received(identity, problem, index, reply)
             self._progress()
 
-    async def _received(self, job: Job, reply: Reply) -> None:
+    async def _received(self, identity: str, problem: Problem, index: int, reply: Reply) -> None:
+        settings, teacher = self.settings, self.settings.teacher
         # The slow judges wait for a process: off the event loop, whose lag would count as the teacher's.
-        problem = job.problem
         slow = problem.judge == "tests" or (problem.judge == "math" and "\\" in reply.response)
-        arguments = (problem.reference, reply.response, problem.judge, self.settings.run_programs, reply.finish_reason)
+        arguments = (problem.reference, reply.response, problem.judge, settings.run_programs, reply.finish_reason)
         verdict = await asyncio.to_thread(judge, *arguments) if slow else judge(*arguments)
         record = Record(
-            id=job.id,
-            domain=self.domain,
+            id=identity,
+            domain=settings.domain,
             source=problem.location,
             prompt=problem.prompt,
             reference=problem.reference,
             reasoning=reply.reasoning,
             response=reply.response,
             finish_reason=reply.finish_reason,
-            teacher={"model": self.model, **sampling_parameters(self.teacher), "sample": job.sample},
+            teacher={"model": teacher.model, **sampling_parameters(teacher), "sample": index},
             usage=reply.usage,
             verdict=verdict.verdict,
             verdict_by=verdict.judge,
@@ -158,27 +149,28 @@ class _Collector:
         self.counts[verdict.verdict] += 1
         self.counts["truncated"] += reply.finish_reason == "length"
 
-    def _failed(self, job: Job, error: RequestFailed) -> None:
+    def _failed(self, identity: str, problem: Problem, index: int, error: RequestFailed) -> None:
+        base_url = self.settings.teacher.base_url
         if error.status in _FATAL:
-            raise UserError(f"teacher {self.base_url}: {error}; {_FATAL[error.status]}")
+            raise UserError(f"teacher {base_url}: {error}; {_FATAL[error.status]}")
         if error.status is None and not self.counts["collected"]:
             raise UserError(
-                f"teacher {self.base_url}: no answer after {error.attempts} attempts ({error}); is the server running?"
+                f"teacher {base_url}: no answer after {error.attempts} attempts ({error}); is the server running?"
             )
         self.counts["failed"] += 1
-        job_keys = {"id": job.id, "domain": self.domain, "prompt": job.problem.prompt, "sample": job.sample}
-        self.failures.append(job_keys | {"error": str(error), "status": error.status, "attempts": error.attempts})
+        sample = {"id": identity, "domain": self.settings.domain, "prompt": problem.prompt, "sample": index}
+        self.failures.append(sample | {"error": str(error), "status": error.status, "attempts": error.attempts})
 
     def _progress(self) -> None:
         now = time.monotonic()
         if now - self.logged < LOG_EVERY_SECONDS:
             return
         self.logged = now
-        done = self.counts["collected"] + self.counts["failed"]
-        wanted = self.counts["wanted"] - self.counts["present"]
+        counts = self.counts
+        done, wanted = counts["collected"] + counts["failed"], counts["wanted"] - counts["present"]
         rate = done / (now - self.started)
         self.log(
-            f"collect {self.domain}: {done}/{wanted}, {rate:.1f}/s, {self.counts['failed']} failed, "
+            f"collect {self.settings.domain}: {done}/{wanted}, {rate:.1f}/s, {counts['failed']} failed, "
             f"eta {(wanted - done) / rate:.0f} s"
         )
 
@@ -187,13 +179,6 @@ def sampling_parameters(teacher: TeacherSettings) -> dict[str, Any]:
     """Return what decides an answer besides the prompt and the sample. It is part of the record's id."""
     names = ("temperature", "top_p", "max_tokens", "seed")
     return {name: getattr(teacher, name) for name in names} | teacher.extra
-
-
-def request_parameters(teacher: TeacherSettings, sample: int) -> dict[str, Any]:
-    """Return the sampling parameters of a request, whose seed is the settings' seed plus the sample's index."""
-    parameters = sampling_parameters(teacher)
-    seed = parameters.pop("seed")
-    return parameters if seed is None else parameters | {"seed": seed + sample}
 
 
 def endpoint(teacher: TeacherSettings) -> tuple[str, str]:

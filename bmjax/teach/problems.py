@@ -22,11 +22,7 @@ class Problem:
 
 
 def read_problems(data: str | Sequence[str], key: str, settings: ProblemSettings, domain: str) -> Iterator[Problem]:
-    """Yield the problems of `data`, which the setting `key` names.
-
-    Raises:
-        UserError: for a row without the fields of the templates, an empty prompt, and a reference of unknown shape.
-    """
+    """Yield the problems of `data`, which the setting `key` names. UserError names the row that makes none."""
     for location, row in itertools.islice(read_rows(data, key), settings.limit):
         prompt = fill(settings.prompt, row, location, "prompt")
         if not isinstance(prompt, str) or not prompt.strip():

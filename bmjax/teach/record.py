@@ -7,13 +7,13 @@ input may be reordered or extended and nothing already paid for is asked again.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from bmjax.config import UserError
-from bmjax.io.jsonl import read_lines
+from bmjax.io.rows import read_source
 
 TRACES = "traces.jsonl"  # the name of a traces file in a directory of collect
 
@@ -41,14 +41,15 @@ class Record:
     verdict_by: str = "none"
 
     @classmethod
-    def from_json(cls, values: Any) -> Self:
-        """Make a record of a parsed line. ValueError says which field is missing or of the wrong type."""
-        if not isinstance(values, dict):
-            raise ValueError(f"expected an object, found {type(values).__name__}")
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Make a record of a row. ValueError says which field is missing or of the wrong type.
+
+        A field that is null, as Parquet writes one that a row lacks, has its default.
+        """
+        known = {f.name: values[f.name] for f in dataclasses.fields(cls) if values.get(f.name) is not None}
         for name in ("id", "domain", "prompt", "response"):
-            if name not in values:
+            if name not in known:
                 raise ValueError(f"field '{name}' is missing")
-        known = {f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values}
         for name, value in known.items():
             expected = dict if name in ("teacher", "usage") else object if name == "reference" else str
             if not isinstance(value, expected):
@@ -64,28 +65,31 @@ def normalise_prompt(prompt: str) -> str:
 def record_id(domain: str, prompt: str, teacher: str, sampling: Mapping[str, Any], sample: int) -> str:
     """Return the sha256 (hex) of the canonical JSON of what was asked."""
     asked = {
-        "domain": domain,
-        "prompt": normalise_prompt(prompt),
-        "teacher": teacher,
-        "sampling": dict(sampling),
+        "domain": domain, "prompt": normalise_prompt(prompt), "teacher": teacher, "sampling": dict(sampling),
         "sample": sample,
-    }
+    }  # fmt: skip
     return hashlib.sha256(json.dumps(asked, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def indexed_records(path: str | Path) -> Iterator[tuple[int, Record]]:
-    """Yield (byte offset, record) of each line of a traces file. UserError names the line of a bad one."""
-    for offset, number, value in read_lines(path):
-        try:
-            yield offset, Record.from_json(value)
-        except ValueError as error:
-            raise UserError(f"{path}, row {number}: not a record: {error}") from None
+def trace_files(traces: str | Sequence[str]) -> list[str]:
+    """Return the sources that the setting `traces` names; a directory stands for the traces that `collect` wrote."""
+    names = [traces] if isinstance(traces, str) else traces
+    if not names:
+        raise UserError("traces: found an empty list, expected at least one file")
+    return [str(Path(name) / TRACES) if Path(name).is_dir() else name for name in names]
 
 
-def read_records(path: str | Path) -> Iterator[Record]:
-    """Yield the records of a traces file in the order they were written. UserError names the line of a bad one."""
-    for _, record in indexed_records(path):
-        yield record
+def read_records(*sources: str | Path, key: str = "data") -> Iterator[Record]:
+    """Yield the records of files or hub data sets. A torn last line, which a killed collector left, is skipped.
+
+    key: the setting that named the sources, for errors. UserError names the row of a bad one.
+    """
+    for source in sources:
+        for location, row in read_source(str(source), key, growing=True):
+            try:
+                yield Record.from_json(row)
+            except ValueError as error:
+                raise UserError(f"{location}: not a record: {error}") from None
 
 
 def ids_present(path: str | Path) -> set[str]:

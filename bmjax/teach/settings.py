@@ -1,16 +1,20 @@
 """The settings of `bmjax collect` and `bmjax select`."""
 
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import AliasChoices, Field, model_validator
 
 from bmjax.config import Settings
+from bmjax.teach.judges.judge import JUDGES
 
 # What a request holds by keys of its own; `extra` may not change them.
 REQUEST_KEYS = ("model", "messages", "temperature", "top_p", "max_tokens", "seed", "n", "stream")
 
-
-JudgeName = Literal["math", "choice", "exact", "tests"]
+# The name of a judge, for settings. A type checker cannot read the table.
+if TYPE_CHECKING:
+    JudgeName = str
+else:
+    JudgeName = Literal[tuple(JUDGES)]
 
 
 class TeacherSettings(Settings):
@@ -81,7 +85,9 @@ class Selection(Settings):
 class SelectSettings(Selection):
     """Traces in, one training set per domain out, and a table of what was dropped and why."""
 
-    traces: str | list[str] = Field(description="traces.jsonl file(s) or the directories they lie in")
+    traces: str | list[str] = Field(
+        description="traces: directories of collect, file(s) or hub data sets like `data` of training"
+    )
     output: str = Field(description="directory for DOMAIN.jsonl and selection.json")
     held_out: str | list[str] = Field(
         [], description="file(s) or hub data sets like `data` of training, whose prompts must not be trained on"

@@ -91,7 +91,8 @@ def test_training_sees_the_tokens_that_generation_is_given(request, which):
     template = chat_template(tokenizer, None)
     (example,) = build(tokenizer, {"messages": TALK}, template=None).examples
     for turn in (2, 4):
-        prompt = tokenizer(render_prompt(tokenizer, TALK[:turn], template), add_special_tokens=False)["input_ids"]
+        text = render_prompt(tokenizer, TALK[:turn], template, "talk")
+        prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert example.tokens[: len(prompt)].tolist() == prompt
         assert example.loss_mask[len(prompt) - 1] == 0 and example.loss_mask[len(prompt)] == 1
 

@@ -1,6 +1,7 @@
 """Files and directories that appear whole or not at all, also when a process is killed or the disk is full."""
 
 import fcntl
+import functools
 import os
 import subprocess
 import sys
@@ -9,11 +10,13 @@ from pathlib import Path
 import pytest
 
 from bmjax.config import UserError
-from bmjax.io.atomic import replacing, replacing_file, resuming, write_atomic
+from bmjax.io.atomic import replacing, replacing_file, write_atomic
+
+resuming = functools.partial(replacing, resume=True)
 
 KILLED = (
-    "import os, sys; from pathlib import Path; from bmjax.io.atomic import replacing_file, resuming\n"
-    "with resuming(sys.argv[1]) as folder: (folder / 'half').write_text('x'); os.kill(os.getpid(), 9)"
+    "import os, sys; from pathlib import Path; from bmjax.io.atomic import replacing\n"
+    "with replacing(sys.argv[1], resume=True) as folder: (folder / 'half').write_text('x'); os.kill(os.getpid(), 9)"
 )
 
 
@@ -199,8 +202,6 @@ def test_replacing_refuses(tmp_path: Path) -> None:
     (tmp_path / "dir").mkdir()
     with pytest.raises(UserError, match="not a directory"), replacing(tmp_path / "file"):
         pass
-    with pytest.raises(UserError, match="exists already"), replacing(tmp_path / "dir", overwrite=False):
-        pass
     with pytest.raises(UserError, match="cannot write"), replacing(tmp_path / "file" / "below"):
         pass
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dir", "file"]
@@ -214,13 +215,16 @@ def test_what_a_killed_writer_left_is_cleared(tmp_path: Path) -> None:
     target = tmp_path / "out"
     subprocess.run([sys.executable, "-c", script, str(target)], timeout=60)
     assert not target.exists() and len(list(tmp_path.iterdir())) == 1
-    with replacing(target) as outer, pytest.raises(RuntimeError), replacing(target):
-        assert outer.exists(), "a living writer's directory was cleared"
-        raise RuntimeError
+    with replacing(target) as outer:
+        with pytest.raises(UserError, match="another process is writing it"), replacing(target):
+            raise AssertionError("two write at once")
+        assert outer.exists() and names(outer) == [], (
+            "a living writer's directory was cleared, or a killed one's was not"
+        )
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     # Killed between the two renames: the old target comes back.
-    target.rename(tmp_path / ".out.0123abcd.old")
-    (tmp_path / ".out.0123abcd.tmp").mkdir()
+    target.rename(tmp_path / ".out.replaced")
+    (tmp_path / ".out.partial").mkdir()
     with pytest.raises(RuntimeError), replacing(target):
         raise RuntimeError
     assert [p.name for p in tmp_path.iterdir()] == ["out"]

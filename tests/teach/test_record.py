@@ -70,7 +70,7 @@ def test_a_torn_line_never_glues_two_records(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ("{oops}", r"traces.jsonl, line 2: not valid JSON"),
-        ("[1]", r"traces.jsonl, row 2: not a record: expected an object, found list"),
+        ("[1]", r"traces.jsonl, row 2: expected a JSON object, found list"),
         ('{"id": "a", "domain": "math", "prompt": "p"}', "'response' is missing"),
         ('{"id": 1, "domain": "math", "prompt": "p", "response": "r"}', "'id': expected str, found int"),
     ],

@@ -134,6 +134,12 @@ def test_the_table_as_text() -> None:
     ]
 
 
+def test_a_line_that_a_killed_collector_tore_is_skipped(tmp_path: Path) -> None:
+    (tmp_path / "traces.jsonl").write_bytes(json.dumps(row(1)).encode() + b'\n{"id": "torn", "prompt": "\xc3')
+    table = select(SelectSettings.read({"traces": str(tmp_path), "output": str(tmp_path / "out")}))
+    assert table["math"]["kept"] == 1 and sum(table["math"].values()) == 1
+
+
 def test_mistakes_are_one_line_and_leave_no_output(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none of 2 traces is left .*wrong 2"):
         run(tmp_path, [row(1, verdict="wrong"), row(2, verdict="wrong")])

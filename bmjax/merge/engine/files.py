@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from bmjax.io.atomic import resuming
+from bmjax.io.atomic import replacing
 from bmjax.io.safetensors import Checkpoint, Plan, SharedWriter, open_checkpoint
 from bmjax.log import Log, silent
 from bmjax.merge.engine.journal import Journal, clear
@@ -87,7 +87,7 @@ def merge(
     rows = [(node.name, node.dtype, node.shape) for node in planned.nodes]
     side_bytes = sum(path.stat().st_size for path in _side_files(donor.directory))
     check_space(target, side_bytes + sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in rows))
-    with resuming(target) as folder, contextlib.ExitStack() as stack:
+    with replacing(target, resume=True) as folder, contextlib.ExitStack() as stack:
         journal = Journal(folder, _fingerprint(recipe, models, planned.vocabulary, rows, shard_bytes))
         stack.callback(journal.close)
         writer = SharedWriter(folder, rows, shard_bytes)

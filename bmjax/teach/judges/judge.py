@@ -46,9 +46,9 @@ def judge(
     if name not in JUDGES:
         raise UserError(f"judge: no such judge '{name}'{nearest(name, list(JUDGES))}")
     final = answer_of(answer)
+    if name == "tests" and not run_programs:
+        return Verdict("unjudged", "programs run only with run_programs: true", "none")
     if name == "tests":
-        if not run_programs:
-            return Verdict("unjudged", "programs run only with run_programs: true", "none")
         return programs.judge(reference, final)
     if shaped == "tests":
         raise UserError(f"reference: found tests of a program, judge '{name}' expects text")
@@ -66,10 +66,7 @@ def choose(reference: Any, domain: str = "") -> str:
     """Return the name of the judge for a reference: by its shape, and for some domains by their name.
 
     {"tests": [...]} is a program's, a single letter a choice, a number or mathematical notation mathematics, and all
-    else exact text.
-
-    Raises:
-        UserError: for a list, and a mapping without tests.
+    else exact text. UserError for a list, and a mapping without tests.
     """
     if isinstance(reference, dict):
         if "tests" not in reference:

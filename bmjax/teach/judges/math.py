@@ -38,9 +38,8 @@ def judge(reference: object, answer: str) -> Verdict:
             if number is not None:
                 return compare(number == expected, text, boxed, "number")
         elif not _NEEDS_SYMBOLS.search(answer):
-            last = _last_number(answer)
-            number = None if last is None else number_of(last)
-            return compare(number is not None and number == expected, text, last, "number")
+            last = next(reversed(_NUMBER.findall(answer.replace("−", "-"))), None)
+            return compare(last is not None and number_of(last) == expected, text, last, "number")
 
     final = answer if boxed is None else boxed
     if not final or normalise(final) == normalise(text):
@@ -68,8 +67,3 @@ def number_of(text: str) -> Fraction | None:
         return value / int(denominator) if denominator else value
     except (ValueError, ZeroDivisionError, OverflowError, InvalidOperation):
         return None
-
-
-def _last_number(text: str) -> str | None:
-    numbers = [match for match in _NUMBER.findall(text.replace("−", "-")) if match]
-    return numbers[-1] if numbers else None

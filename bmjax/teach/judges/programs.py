@@ -21,6 +21,7 @@ from bmjax.teach.judges.verdict import JudgeError, Verdict
 MEMORY_BYTES = 2 * 2**30
 OUTPUT_BYTES = 16 * 2**20
 
+_ENVIRONMENT = {"PATH": os.defpath, "LANG": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1"}
 _FENCE = re.compile(r"^```[^\n`]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 # Limits are set in the new process, not by preexec_fn, which is unsafe in a process with threads.
 _LAUNCH = """
@@ -58,12 +59,9 @@ def last_code_block(text: str) -> str | None:
 def passes(program: str, tests: Sequence[Any], seconds: float = 6.0) -> bool:
     """Return whether a program passes every test, within `seconds` each.
 
-    Arguments:
-        tests: each is {"input": stdin, "output": expected stdout}, compared line by line as text or exact numbers, or
-            Python code with asserts that runs after the program.
-
-    Raises:
-        JudgeError: for a test of another shape, and when no process can be started.
+    A test is {"input": stdin, "output": expected stdout}, compared line by line as text or exact numbers, or Python
+    code with asserts that runs after the program. JudgeError for a test of another shape, and when no process can be
+    started.
     """
     asserts = [test for test in tests if isinstance(test, str)]
     streams = [test for test in tests if isinstance(test, dict) and {"input", "output"} <= test.keys()]
@@ -71,65 +69,52 @@ def passes(program: str, tests: Sequence[Any], seconds: float = 6.0) -> bool:
         raise JudgeError("a test is {input, output} or Python code with asserts")
     if asserts and _run("\n".join([program, *asserts]), "", seconds) is None:
         return False
-    for test in streams:
-        printed = _run(program, str(test["input"]), seconds)
-        if printed is None or not same_output(printed, str(test["output"])):
-            return False
-    return True
+    printed = ((_run(program, str(test["input"]), seconds), str(test["output"])) for test in streams)
+    return all(text is not None and same_output(text, expected) for text, expected in printed)
 
 
 def same_output(printed: str, expected: str) -> bool:
     """Compare line by line: equal once stripped, or the same numbers exactly (1.50 is 1.5)."""
-    left = [line.split() for line in printed.strip().splitlines()]
-    right = [line.split() for line in expected.strip().splitlines()]
-    if [len(line) for line in left] != [len(line) for line in right]:
+    left, right = ([line.split() for line in text.strip().splitlines()] for text in (printed, expected))
+    if list(map(len, left)) != list(map(len, right)):
         return False
-    pairs = zip([w for line in left for w in line], [w for line in right for w in line], strict=True)
-    return all(a == b or _same_number(a, b) for a, b in pairs)
+    return all(_same_word(a, b) for pair in zip(left, right, strict=True) for a, b in zip(*pair, strict=True))
 
 
-def _same_number(left: str, right: str) -> bool:
+def _same_word(left: str, right: str) -> bool:
     try:
-        return Decimal(left) == Decimal(right)
+        return left == right or Decimal(left) == Decimal(right)
     except InvalidOperation:
         return False
 
 
 def _run(program: str, stdin: str, seconds: float) -> str | None:
     """Return what the program prints, or None when it fails, runs too long or prints too much."""
+    limits = [str(int(seconds) + 1), str(MEMORY_BYTES), str(OUTPUT_BYTES)]
     try:
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            return _run_in(Path(folder), program, stdin, seconds)
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, tempfile.TemporaryFile() as sink:
+            for name, text in (("main.py", program), ("stdin", stdin)):
+                Path(folder, name).write_text(text, encoding="utf-8", errors="replace")
+            with Path(folder, "stdin").open("rb") as source:
+                process = subprocess.Popen(
+                    [sys.executable, "-I", "-S", "-c", _LAUNCH, *limits],
+                    stdin=source,
+                    stdout=sink,
+                    stderr=subprocess.DEVNULL,
+                    cwd=folder,
+                    env=_ENVIRONMENT | {"HOME": folder, "TMPDIR": folder},
+                    start_new_session=True,
+                )
+            try:
+                code = process.wait(timeout=seconds + 0.5)
+            except subprocess.TimeoutExpired:
+                code = -signal.SIGKILL
+            finally:
+                # Also what the program left running: the whole session goes, whatever the outcome.
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            sink.seek(0)
+            return sink.read(OUTPUT_BYTES).decode("utf-8", errors="replace") if code == 0 else None
     except OSError as error:
         raise JudgeError(str(error)) from None
-
-
-def _run_in(folder: Path, program: str, stdin: str, seconds: float) -> str | None:
-    (folder / "main.py").write_text(program, encoding="utf-8", errors="replace")
-    (folder / "stdin").write_text(stdin, encoding="utf-8", errors="replace")
-    environment = {"PATH": os.defpath, "HOME": str(folder), "TMPDIR": str(folder), "LANG": "C.UTF-8",
-                   "OPENBLAS_NUM_THREADS": "1"}  # fmt: skip
-    limits = [str(int(seconds) + 1), str(MEMORY_BYTES), str(OUTPUT_BYTES)]
-    with (folder / "stdin").open("rb") as source, tempfile.TemporaryFile() as sink:
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _LAUNCH, *limits],
-            stdin=source,
-            stdout=sink,
-            stderr=subprocess.DEVNULL,
-            cwd=folder,
-            env=environment,
-            start_new_session=True,
-        )
-        try:
-            code = process.wait(timeout=seconds + 0.5)
-        except subprocess.TimeoutExpired:
-            code = -signal.SIGKILL
-        finally:
-            # Also what the program left running: the whole session goes, whatever the outcome.
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        if code != 0:
-            return None
-        sink.seek(0)
-        return sink.read(OUTPUT_BYTES).decode("utf-8", errors="replace")

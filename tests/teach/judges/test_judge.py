@@ -10,6 +10,7 @@ from bmjax.teach.judges import symbolic
 from bmjax.teach.judges.choice import choice_letter
 from bmjax.teach.judges.judge import JUDGES, choose, judge
 from bmjax.teach.judges.verdict import JudgeError, Verdict, last_boxed
+from bmjax.teach.settings import ProblemSettings
 
 
 def verify(domain: str, reference: object, response: str, run_programs: bool = False) -> tuple[str, str]:
@@ -127,6 +128,13 @@ def test_unknown_judges_and_references_are_one_line() -> None:
         judge({"tests": ["assert 1"]}, "5", judge="exact")
     assert judge("5", "```\n1\n```", judge="tests", run_programs=True).verdict == "unjudged"
     assert set(JUDGES) == {"math", "choice", "exact", "tests"}
+
+
+@pytest.mark.parametrize("name", JUDGES)
+def test_settings_know_every_judge_of_the_table(name: str) -> None:
+    assert ProblemSettings.read({"judge": name}).judge == name
+    with pytest.raises(UserError, match=f"judge: expected .*'{name}'.*, found text 'maths'"):
+        ProblemSettings.read({"judge": "maths"})
 
 
 def test_programs_run_only_when_asked() -> None:
