@@ -27,10 +27,7 @@ State = dict[str, Any]  # params, frozen, moments, and start where the move is t
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Everything that a compiled step depends on; equal plans share one compilation.
-
-    `train.step_plan` makes it from the settings; the keys of the same names are explained there.
-    """
+    """Everything that a compiled step depends on, from the settings' keys; equal plans share one compilation."""
 
     config: ModelConfig
     freeze: tuple[str, ...]
@@ -79,10 +76,8 @@ def abstract_arguments(plan: StepPlan, rows: int, length: int) -> tuple[State, A
     """Return shapes, dtypes and shardings of the step's arguments (state, batch, rate) for batches [rows, length]."""
     layout = batch_sharding(plan.mesh, rows, length)
 
-    def array(dtype: Any) -> Any:
-        return jax.ShapeDtypeStruct((rows, length), dtype, sharding=layout)
-
-    batch = Batch(tokens=array(jnp.int32), segment_ids=array(jnp.int32), loss_mask=array(jnp.uint8))
+    dtypes = (jnp.int32, jnp.int32, jnp.uint8)
+    batch: Any = Batch(*(jax.ShapeDtypeStruct((rows, length), dtype, sharding=layout) for dtype in dtypes))
     return abstract_state(plan), batch, jax.ShapeDtypeStruct((), jnp.float32)
 
 
@@ -118,6 +113,15 @@ def all_params(state: State) -> qwen2.Params:
     return spec.join(state["params"], state["frozen"])
 
 
+def flops_per_token(config: ModelConfig, length: int) -> float:
+    """Count the training FLOPs a token: 6 per matrix parameter used, and causal attention over rows of `length` tokens.
+
+    Attention costs 12 N H T per layer over the square, half of it under the causal mask (PaLM, appendix B).
+    """
+    matrices = spec.count(config) - config.vocab_size * config.hidden_size * (0 if config.tied else 1)
+    return 6.0 * matrices + 6.0 * config.num_layers * config.num_heads * config.head_dim * length
+
+
 @lru_cache(maxsize=16)
 def make_step(plan: StepPlan) -> Any:
     """Return the jitted function `step(state, batch, rate) -> (state, metrics)`.
@@ -126,20 +130,14 @@ def make_step(plan: StepPlan) -> Any:
     scalars: loss (nats a target token), targets, grad_norm (before clipping) and move (|delta| / |start|).
     """
     dtype = jnp.dtype(plan.compute_dtype)
-    adamw = plan.adamw
 
     def nats(trained: Any, frozen: Any, batch: Batch[jax.Array]) -> tuple[jax.Array, jax.Array]:
         # Cast before the layers use them: what is gathered over fsdp is then of the compute dtype.
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), spec.join(trained, frozen))
         return qwen2.loss_sum(
-            plan.config,
-            params,
-            batch,
-            dtype=dtype,
-            remat=plan.remat,
-            unroll=plan.unroll,
+            plan.config, params, batch, dtype=dtype, remat=plan.remat, unroll=plan.unroll,
             attention_options=plan.attention_options,
-        )
+        )  # fmt: skip
 
     gradient = jax.value_and_grad(nats, has_aux=True)
 
@@ -165,7 +163,7 @@ def make_step(plan: StepPlan) -> Any:
         total, count, grads = accumulated(params, state["frozen"], batch)
         denominator = jnp.maximum(count, 1.0)
         grads = jax.tree.map(lambda g: g / denominator, grads)
-        updates, moments = adamw.update(grads, state["moments"], params)
+        updates, moments = plan.adamw.update(grads, state["moments"], params)
         params = jax.tree.map(lambda p, u: p - rate * u, params, updates)
         metrics = {"loss": total / denominator, "targets": count, "grad_norm": optimizer.global_norm(grads)}
         if plan.track_move:

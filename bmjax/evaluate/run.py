@@ -17,8 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from bmjax.branch.examples import Dataset, build_dataset, check_vocabulary
-from bmjax.branch.loader import Loader, load_batch
-from bmjax.branch.packing import best_fit
+from bmjax.branch.loader import Loader, best_fit, load_batch
 from bmjax.chat.template import render_prompt
 from bmjax.config import UserError
 from bmjax.evaluate.score import accuracy

@@ -18,9 +18,8 @@ from typing import Any
 import jax
 
 from bmjax.branch import train as training
-from bmjax.branch.metrics import flops_per_token
 from bmjax.branch.settings import TrainSettings
-from bmjax.branch.step import GIB, StepPlan, abstract_arguments, make_step, program_bytes, state_bytes
+from bmjax.branch.step import GIB, StepPlan, abstract_arguments, flops_per_token, make_step, program_bytes, state_bytes
 from bmjax.chat.template import chat_template
 from bmjax.config import UserError, first_line
 from bmjax.io import hub
