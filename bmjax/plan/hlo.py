@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
@@ -20,6 +21,7 @@ SLICES = "slices"
 _ELEMENTWISE = ("reduce", "all-reduce", "reduce-scatter", "scatter", "sort", "reduce-window", "map")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?)\s([a-z][a-z\-]*\d*)\((.*)$")
+_OPERANDS_END = re.compile(r"\)(?:, [\w\-]+=|$)")
 _MEGASCALE = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _SHAPE = re.compile(r"([a-z]+\d*(?:e\dm\d\w*)?)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|body|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
@@ -46,19 +48,14 @@ class Shape:
         return width * math.prod(self.sizes)
 
 
-@dataclass(frozen=True)
-class Instruction:
-    """One instruction of HLO. shapes: of its result, several for a tuple. text: what follows the opcode's bracket."""
+class Instruction(NamedTuple):
+    """One instruction of HLO."""
 
     name: str
-    shapes: tuple[Shape, ...]
+    shapes: tuple[Shape, ...]  # of its result, several for a tuple
     opcode: str
-    text: str
-
-    @property
-    def operands(self) -> list[str]:
-        """The names of the instructions that it reads."""
-        return re.findall(r"%([\w.\-]+)", re.split(r"\)(?:, [\w\-]+=|$)", self.text, maxsplit=1)[0])
+    operands: list[str]  # the names of the instructions that it reads
+    text: str  # what follows the opcode's bracket
 
 
 @dataclass(frozen=True)
@@ -101,7 +98,8 @@ class Program:
             elif block is not None and (match := _INSTRUCTION.match(line)) is not None:
                 name, types, opcode, rest = match.groups()
                 shapes = tuple(Shape(kind, _ints(sizes)) for kind, sizes in _SHAPE.findall(types))
-                block[name] = Instruction(name, shapes, opcode, rest)
+                operands = re.findall(r"%([\w.\-]+)", _OPERANDS_END.split(rest, maxsplit=1)[0])
+                block[name] = Instruction(name, shapes, opcode, operands, rest)
         self._shapes = {name: line.shapes for block in self._computations.values() for name, line in block.items()}
 
     def _walk(self, computation: str, times: int = 1) -> Iterator[tuple[Instruction, int, str]]:
@@ -162,11 +160,11 @@ class Program:
         collectives = []
         for line, times, computation in self._walk(self._entry):
             if line.opcode == "send" and (between := _MEGASCALE.search(line.text)) is not None:
-                kind, shape = between[1].lower().replace("_", "-"), self._shapes[line.operands[0]][0]
-                slices = len(set(slow_groups(list(mesh.devices.flat))))
-                nbytes = shape.nbytes * (slices if kind == "all-gather" else 1)
+                kind, array = between[1].lower().replace("_", "-"), self._shapes[line.operands[0]][0]
+                ways = len(set(slow_groups(list(mesh.devices.flat))))
+                nbytes = array.nbytes * (ways if kind == "all-gather" else 1)
                 collectives.append(
-                    Collective(kind, line.name, shape.dtype, shape.sizes, (SLICES,), slices, nbytes, times)
+                    Collective(kind, line.name, array.dtype, array.sizes, (SLICES,), ways, nbytes, times)
                 )
             kind = line.opcode.removesuffix("-start")
             if kind not in COLLECTIVES:

@@ -10,8 +10,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,39 +40,6 @@ _OUT_OF_MEMORY = re.compile(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm|for HLO te
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
-@dataclass(frozen=True)
-class PodPlan:
-    """What one training step takes on a slice of chips, and for how long at the least.
-
-    gib_per_chip: GiB by kind (KINDS) and `total`. flops_per_step: FLOPs of all chips, recomputation included.
-    collective_bytes: what a chip sends a step, by mesh axis. step_seconds_bound: the time of the slowest resource,
-    `bound_by`. mfu_bound: the share of the peak that the model's own FLOPs reach in it. change: the setting to change
-    where it does not fit. steps: of the whole training; None where they follow from data that is not here. Where it
-    does not fit there is no program to read: FLOPs are then the model's, and collective_bytes is empty.
-    """
-
-    fits: bool
-    topology: str
-    chips: int
-    mesh: dict[str, int]
-    hbm_gib: float
-    gib_per_chip: dict[str, float]
-    flops_per_step: float
-    collective_bytes: dict[str, float]
-    step_seconds_bound: float
-    bound_by: str
-    tokens_per_second_bound: float
-    mfu_bound: float
-    usd_per_chip_hour: float
-    compile_seconds: float
-    change: str | None
-    steps: int | None = None
-
-    def to_json(self, changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Return the plan as plain values; `overrides` are the changes to the settings that a search made."""
-        return dataclasses.asdict(self) | ({"overrides": dict(changes)} if changes else {})
-
-
 def student_config(student: str) -> ModelConfig:
     """Return the architecture of a student: of a directory, of a published model by its name, or from the hub."""
     if (Path(student) / "config.json").is_file():
@@ -83,7 +49,7 @@ def student_config(student: str) -> ModelConfig:
 
 def plan_training(
     settings: TrainSettings, topology: str, try_meshes: bool = False, log: Log = silent
-) -> tuple[PodPlan, dict[str, Any]]:
+) -> dict[str, Any]:
     """Plan a training from its settings, its number of steps included.
 
     Arguments:
@@ -93,7 +59,8 @@ def plan_training(
         log: gets a line before the first compilation, and one after each that a search makes.
 
     Returns:
-        The plan, and the changes to the settings that it is made with (empty without `try_meshes`).
+        What `plan` returns, with steps (of the whole training; None where they follow from data that is not here) and,
+        after a search, overrides: its changes to the settings.
 
     Raises:
         UserError: an unknown topology, or settings that cannot be trained with as they stand.
@@ -103,10 +70,8 @@ def plan_training(
     log(f"compiling the training step for {topology} ...")
     chip, devices = topology_devices(topology)
     if try_meshes:
-        best, changes = search(settings, config, topology, chip, devices, log)
-    else:
-        best, changes = plan(settings, config, topology, chip, devices), {}
-    return dataclasses.replace(best, steps=steps), changes
+        return search(settings, config, topology, chip, devices, log) | {"steps": steps}
+    return plan(settings, config, topology, chip, devices) | {"steps": steps}
 
 
 def training_steps(settings: TrainSettings) -> int | None:
@@ -123,8 +88,17 @@ def training_steps(settings: TrainSettings) -> int | None:
     return training.total_steps(settings, training.load_data(settings, student))
 
 
-def plan(settings: TrainSettings, config: ModelConfig, topology: str, chip: Chip, devices: Sequence[Any]) -> PodPlan:
-    """Compile the step of a training for devices of the kind `chip`, at hand or not; `topology` only names them."""
+def plan(
+    settings: TrainSettings, config: ModelConfig, topology: str, chip: Chip, devices: Sequence[Any]
+) -> dict[str, Any]:
+    """Compile the step of a training for devices of the kind `chip`, at hand or not; `topology` only names them.
+
+    Returns what the step takes, and for how long at the least. gib_per_chip: GiB by kind (KINDS) and `total`.
+    flops_per_step: FLOPs of all chips, recomputation included. collective_bytes: what a chip sends a step, by mesh
+    axis. step_seconds_bound: the time of the slowest resource, `bound_by`. mfu_bound: the share of the peak that the
+    model's own FLOPs reach in it. change: the setting to change where it does not fit. There is no program to read
+    then: FLOPs are the model's, and collective_bytes may be empty.
+    """
     began = time.perf_counter()
     step_plan, kinds, lowered = lower_step(settings, config, devices)
     mesh = step_plan.mesh
@@ -169,13 +143,13 @@ def plan(settings: TrainSettings, config: ModelConfig, topology: str, chip: Chip
     }
     slowest = max(times, key=lambda name: times[name])
     bound = times[slowest]
-    return PodPlan(
-        fits=fits, topology=topology, chips=mesh.size, mesh=dict(mesh.shape), hbm_gib=chip.hbm_gib, gib_per_chip=gib,
-        flops_per_step=flops, collective_bytes=collectives, step_seconds_bound=bound, bound_by=slowest,
-        tokens_per_second_bound=tokens / bound, mfu_bound=model_flops / mesh.size / bound / chip.flops,
-        usd_per_chip_hour=chip.price, compile_seconds=round(seconds, 1),
-        change=None if fits else _advice(settings, config, mesh, gib),
-    )  # fmt: skip
+    return {
+        "fits": fits, "topology": topology, "chips": mesh.size, "mesh": dict(mesh.shape), "hbm_gib": chip.hbm_gib,
+        "gib_per_chip": gib, "flops_per_step": flops, "collective_bytes": collectives, "step_seconds_bound": bound,
+        "bound_by": slowest, "tokens_per_second_bound": tokens / bound,
+        "mfu_bound": model_flops / mesh.size / bound / chip.flops, "usd_per_chip_hour": chip.price,
+        "compile_seconds": round(seconds, 1), "change": None if fits else _advice(settings, config, mesh, gib),
+    }  # fmt: skip
 
 
 def lower_step(
@@ -243,66 +217,67 @@ def candidates(settings: TrainSettings, config: ModelConfig, chips: int) -> list
 
 def search(
     settings: TrainSettings, config: ModelConfig, topology: str, chip: Chip, devices: Sequence[Any], log: Log
-) -> tuple[PodPlan, dict[str, Any]]:
+) -> dict[str, Any]:
     """Compile a few meshes and microbatches, then other remat on the best of them.
 
-    Returns the best plan that fits and its overrides; where none fits, the one that lacks the least memory. Raises
+    Returns the best plan that fits, with its overrides; where none fits, the one that lacks the least memory. Raises
     UserError when no mesh divides the batch and the heads.
     """
-    plans: list[tuple[PodPlan, dict[str, Any]]] = []
+    plans: list[dict[str, Any]] = []
 
-    def attempt(overrides: dict[str, Any]) -> None:
-        pod_plan = plan(settings.model_copy(update=overrides), config, topology, chip, devices)
+    def attempt(changes: dict[str, Any]) -> None:
+        candidate = plan(settings.model_copy(update=changes), config, topology, chip, devices)
         log(
-            f"{json.dumps(overrides)}: {'fits' if pod_plan.fits else 'does not fit'}, "
-            f"{pod_plan.gib_per_chip['total']:.1f} GiB, {pod_plan.step_seconds_bound:.2f} s"
+            f"{json.dumps(changes)}: {'fits' if candidate['fits'] else 'does not fit'}, "
+            f"{candidate['gib_per_chip']['total']:.1f} GiB, {candidate['step_seconds_bound']:.2f} s"
         )
-        plans.append((pod_plan, overrides))
+        plans.append(candidate | {"overrides": changes})
 
-    for overrides in candidates(settings, config, len(devices))[:MOST_MESHES]:
-        attempt(overrides)
+    def best() -> dict[str, Any]:
+        """Return the fastest plan that fits; of others the one nearest to fitting."""
+        fitting = [candidate for candidate in plans if candidate["fits"]]
+        if fitting:
+            return min(fitting, key=lambda candidate: candidate["step_seconds_bound"])
+        return min(plans, key=lambda candidate: candidate["gib_per_chip"]["total"])
+
+    for changes in candidates(settings, config, len(devices))[:MOST_MESHES]:
+        attempt(changes)
     if not plans:
         raise UserError(
             f"--search: no mesh of {len(devices)} chips divides batch {settings.batch} and {config.num_heads} heads; "
             "change batch"
         )
-    best, overrides = min(plans, key=_rank)
+    first = best()
     # The best mesh's spare memory may hold what would be computed again; what lacks a little may go to the host.
-    for remat in ("save_attention", "minimal") if best.fits else ("full", "offload"):
+    for remat in ("save_attention", "minimal") if first["fits"] else ("full", "offload"):
         if remat != settings.remat:
-            attempt({**overrides, "remat": remat})
-    return min(plans, key=_rank)
+            attempt({**first["overrides"], "remat": remat})
+    return best()
 
 
-def _rank(candidate: tuple[PodPlan, dict[str, Any]]) -> tuple[bool, float]:
-    """Order plans: those that fit first, the faster one first; of others the one nearest to fitting."""
-    pod_plan, _ = candidate
-    return not pod_plan.fits, pod_plan.step_seconds_bound if pod_plan.fits else pod_plan.gib_per_chip["total"]
-
-
-def lines(pod_plan: PodPlan, settings: TrainSettings) -> Iterator[str]:
+def lines(pod_plan: dict[str, Any], settings: TrainSettings) -> Iterator[str]:
     """Yield the lines of the report that a user reads."""
-    mesh = " x ".join(f"{axis} {pod_plan.mesh[axis]}" for axis in AXES if pod_plan.mesh[axis] > 1) or "one chip"
+    mesh = " x ".join(f"{axis} {pod_plan['mesh'][axis]}" for axis in AXES if pod_plan["mesh"][axis] > 1) or "one chip"
     rows = f"{settings.batch} rows of {settings.seq_len:,} tokens a step"
-    yield f"{pod_plan.topology}: {pod_plan.chips} chips of {pod_plan.hbm_gib:g} GiB; {mesh}; {rows}"
-    total = pod_plan.gib_per_chip["total"]
-    yield f"{'fits' if pod_plan.fits else 'DOES NOT FIT'}: {total:.2f} GiB a chip, {total / pod_plan.hbm_gib:.0%}"
+    yield f"{pod_plan['topology']}: {pod_plan['chips']} chips of {pod_plan['hbm_gib']:g} GiB; {mesh}; {rows}"
+    total = pod_plan["gib_per_chip"]["total"]
+    yield f"{'fits' if pod_plan['fits'] else 'DOES NOT FIT'}: {total:.2f} GiB a chip, {total / pod_plan['hbm_gib']:.0%}"
     for kind in KINDS:
-        yield f"  {kind:<12} {pod_plan.gib_per_chip[kind]:8.2f} GiB"
-    if pod_plan.change:
-        yield f"change {pod_plan.change}"
-    if not pod_plan.fits:
+        yield f"  {kind:<12} {pod_plan['gib_per_chip'][kind]:8.2f} GiB"
+    if pod_plan["change"]:
+        yield f"change {pod_plan['change']}"
+    if not pod_plan["fits"]:
         return
-    yield f"a step: {pod_plan.flops_per_step:.3g} FLOPs, recomputation included; a chip sends"
-    for axis, size in sorted(pod_plan.collective_bytes.items(), key=lambda pair: -pair[1]):
+    yield f"a step: {pod_plan['flops_per_step']:.3g} FLOPs, recomputation included; a chip sends"
+    for axis, size in sorted(pod_plan["collective_bytes"].items(), key=lambda pair: -pair[1]):
         yield f"  {axis:<20} {size / 1e9:10.2f} GB"
     yield (
-        f"at the least {pod_plan.step_seconds_bound:.2f} s a step ({pod_plan.bound_by}): at most "
-        f"{pod_plan.tokens_per_second_bound:,.0f} tokens/s, MFU {pod_plan.mfu_bound:.0%}"
+        f"at the least {pod_plan['step_seconds_bound']:.2f} s a step ({pod_plan['bound_by']}): at most "
+        f"{pod_plan['tokens_per_second_bound']:,.0f} tokens/s, MFU {pod_plan['mfu_bound']:.0%}"
     )
-    steps = pod_plan.steps or 1000
-    hours = steps * pod_plan.chips * pod_plan.step_seconds_bound / 3600
-    cost = f"US$ {hours * pod_plan.usd_per_chip_hour:,.0f} at US$ {pod_plan.usd_per_chip_hour:.2f} a chip-hour"
-    epochs = f" ({settings.epochs:g} epochs)" if pod_plan.steps and settings.epochs else ""
+    steps = pod_plan["steps"] or 1000
+    hours = steps * pod_plan["chips"] * pod_plan["step_seconds_bound"] / 3600
+    cost = f"US$ {hours * pod_plan['usd_per_chip_hour']:,.0f} at US$ {pod_plan['usd_per_chip_hour']:.2f} a chip-hour"
+    epochs = f" ({settings.epochs:g} epochs)" if pod_plan["steps"] and settings.epochs else ""
     yield f"{steps:,} steps{epochs}: at least {hours:,.0f} chip-hours, {cost}"
-    yield f"compiled in {pod_plan.compile_seconds:.0f} s"
+    yield f"compiled in {pod_plan['compile_seconds']:.0f} s"
