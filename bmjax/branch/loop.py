@@ -7,9 +7,10 @@ Biases. Nothing here reads settings' files or exports.
 import contextlib
 import math
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 import numpy as np
@@ -53,23 +54,16 @@ def saved(state: State) -> State:
 
 
 def loop(run: Run, state: State, begin: int, seen: int, checkpoints: Checkpoints) -> tuple[State, dict[str, Any]]:
-    """Take the optimizer steps that are left of a training.
+    """Take the optimizer steps that are left of a training. state: after `begin` steps and `seen` tokens; donated.
 
-    Arguments:
-        state: the training state after `begin` steps, which saw `seen` real tokens; donated.
-        checkpoints: where the state goes when a save is due.
-
-    Returns:
-        The state at the end, and a summary: tokens (real ones seen by all steps), loss and move of the last step.
-
-    Raises:
-        UserError: when the loss is no number.
-        SystemExit: after SIGTERM, with the code `stop_code`, once the step under way is done and saved.
+    Returns the state at the end, and a summary: tokens (real ones seen by all steps), loss and move of the last step.
+    UserError when the loss is no number. SystemExit after SIGTERM, once the step under way is done and saved.
     """
     settings, loader, plan, steps = run.settings, run.loader, run.plan, run.steps
     step_function = compile_step(plan, loader.batch, loader.length)
     if begin < steps:
         run.log(memory_line(step_function, state, plan.mesh.local_devices[0]))
+    # The first process writes DIR/profile, an XProf trace of profile_steps.
     first_profiled, last_profiled = (settings.profile_steps or (0, 0)) if processes.is_main() else (0, 0)
     values: dict[str, float] = {}
     pending: tuple[Any, ...] | None = None
@@ -85,12 +79,12 @@ def loop(run: Run, state: State, begin: int, seen: int, checkpoints: Checkpoints
                     f"step {number}: the {key} is {numbers[key]}; stopped, the checkpoints before it are kept in "
                     f"{run.output / 'checkpoints'}; lower learning_rate or look at the data"
                 )
-        if metrics_log:
-            metrics_log.step(number, rate, tokens, numbers)
+        if write_metrics:
+            write_metrics(number, rate, tokens, numbers)
         return numbers
 
     with (
-        MetricsLog(run, begin) if processes.is_main() else contextlib.nullcontext() as metrics_log,
+        metrics_log(run, begin) if processes.is_main() else contextlib.nullcontext() as write_metrics,
         read_ahead(plan.mesh, loader, begin, steps) as batches,
         contextlib.ExitStack() as profile,
         Stop() as stop,
@@ -134,63 +128,55 @@ def import_wandb() -> Any:
     return wandb
 
 
-class MetricsLog:
-    """Appends one JSON object a step to DIR/metrics.jsonl and shows progress; a context manager.
+@contextlib.contextmanager
+def metrics_log(run: Run, begin: int) -> Iterator[Callable[[int, float, int, dict[str, float]], None]]:
+    """Give the function that writes a step to DIR/metrics.jsonl and shows progress.
 
-    start: optimizer steps done before. Lines beyond it, which a killed training left, are cut off.
+    Its arguments are the step, from 1, its learning rate, its real tokens, and its metrics (see `make_step`). begin:
+    optimizer steps done before. Lines beyond it, which a killed training left, are cut off.
     """
+    steps, settings, path = run.steps, run.settings, run.output / "metrics.jsonl"
+    lines = [line for _, _, line in read_lines(path)] if path.exists() else []
+    write_jsonl(path, (line for line in lines if line["step"] <= begin))
+    flops = flops_per_token(run.plan.config, run.loader.length)
+    peak = (peak_flops(jax.devices()[0].device_kind) or 0.0) * run.plan.mesh.size  # 0 where it is not known
+    started = last = 0.0
 
-    def __init__(self, run: Run, start: int) -> None:
-        self._run, self._start = run, start
-        path = run.output / "metrics.jsonl"
-        lines = [line for _, _, line in read_lines(path)] if path.exists() else []
-        write_jsonl(path, (line for line in lines if line["step"] <= start))
-        self._file = JsonLines(path)
-        self._flops = flops_per_token(run.plan.config, run.loader.length)
-        self._peak = (peak_flops(jax.devices()[0].device_kind) or 0.0) * run.plan.mesh.size  # 0 where it is not known
-
-    def __enter__(self) -> Self:
-        run = self._run
-        self._file.__enter__()
-        self._bar = progress_bar(run.output.name, "step", run.steps, self._start, run.progress)
-        project = run.settings.wandb
-        self._wandb = project and import_wandb().init(
-            project=project, name=run.output.name, config=run.settings.model_dump()
-        )
-        self._began = self._last = time.monotonic()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._file.__exit__(*error)
-        self._bar.close()
-        if self._wandb:
-            self._wandb.finish()
-
-    def step(self, step: int, rate: float, tokens: int, values: dict[str, float]) -> None:
-        """Record optimizer step `step`, from 1, its learning rate, real tokens, and metrics (see `make_step`)."""
+    def write(step: int, rate: float, tokens: int, metrics: dict[str, float]) -> None:
+        nonlocal started, last
         now = time.monotonic()
-        seconds, self._last = now - self._last, now
-        done = step - self._start
+        seconds, last = now - last, now
         # The first step takes longer than those to come, whose pace is counted from its end on.
-        if done == 1:
-            self._began = now
-        pace = (now - self._began) / (done - 1) if done > 1 else seconds
-        run, eta = self._run, (self._run.steps - step) * pace
+        if step - begin == 1:
+            started = now
+        pace = (now - started) / (step - begin - 1) if step - begin > 1 else seconds
+        eta = (steps - step) * pace
         line = {
-            "step": step, "epoch": round(step / run.loader.steps_per_epoch, 4), **values, "learning_rate": rate,
+            "step": step, "epoch": round(step / run.loader.steps_per_epoch, 4), **metrics, "learning_rate": rate,
             "tokens": tokens, "tokens_per_second": tokens / seconds, "seconds": seconds, "eta_seconds": eta,
         }  # fmt: skip
-        if self._peak:
-            line["mfu"] = tokens * self._flops / seconds / self._peak
-        self._file.append(line)
-        if self._wandb:
-            self._wandb.log(line, step=step)
-        self._bar.update(1)
-        if step % run.settings.log_every == 0 or step == run.steps:
-            move = f" move {values['move']:.4f}" if "move" in values else ""
+        if peak:
+            line["mfu"] = tokens * flops / seconds / peak
+        file.append(line)
+        if project:
+            project.log(line, step=step)
+        bar.update(1)
+        if step % settings.log_every == 0 or step == steps:
+            move = f" move {metrics['move']:.4f}" if "move" in metrics else ""
             mfu = f" mfu {line['mfu']:.1%}" if "mfu" in line else ""
             run.log(
-                f"step {step}/{run.steps} epoch {line['epoch']:.2f} loss {values['loss']:.4f} lr {rate:.2e} "
-                f"grad {values['grad_norm']:.3f}{move} {line['tokens_per_second']:,.0f} tok/s{mfu} "
+                f"step {step}/{steps} epoch {line['epoch']:.2f} loss {metrics['loss']:.4f} lr {rate:.2e} "
+                f"grad {metrics['grad_norm']:.3f}{move} {line['tokens_per_second']:,.0f} tok/s{mfu} "
                 f"eta {int(eta // 60)}m{int(eta % 60):02d}s"
             )
+
+    with JsonLines(path) as file, progress_bar(run.output.name, "step", steps, begin, run.progress) as bar:
+        project = settings.wandb and import_wandb().init(
+            project=settings.wandb, name=run.output.name, config=settings.model_dump()
+        )
+        last = time.monotonic()
+        try:
+            yield write
+        finally:
+            if project:
+                project.finish()

@@ -88,8 +88,3 @@ def importances(moments: Any, frozen: Any, beta2: float) -> dict[str, Any]:
     return spec.join(
         jax.tree.map(lambda nu: nu.astype(jnp.float32) / bias, adam.nu), jax.tree.map(jnp.zeros_like, frozen)
     )
-
-
-def global_norm(tree: Any) -> jax.Array:
-    """Return the root of the sum of squares over all leaves, float32."""
-    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)))

@@ -7,11 +7,12 @@ data or files.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bmjax.branch import optimizer
@@ -27,7 +28,7 @@ State = dict[str, Any]  # params, frozen, moments, and start where the move is t
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Everything that a compiled step depends on, from the settings' keys; equal plans share one compilation."""
+    """Everything that a compiled step depends on, mostly keys of the settings; equal plans share one compilation."""
 
     config: ModelConfig
     freeze: tuple[str, ...]
@@ -86,7 +87,11 @@ def _state(plan: StepPlan, params: qwen2.Params, run: Callable[[Any, Any], Any])
     trained, frozen = plan.rows
     params_trained = spec.pick(params, trained)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, params_trained)
-    moment_shardings = _moment_shardings(plan, shardings, params_trained)
+    # Moments lie as their parameters do; counters are everywhere.
+    moment_shardings = optax.tree.map_params(
+        plan.adamw, lambda _, layout: layout, jax.eval_shape(plan.adamw.init, params_trained), shardings,
+        transform_non_params=lambda _: NamedSharding(plan.mesh, PartitionSpec()),
+    )  # fmt: skip
     moments = run(jax.jit(plan.adamw.init, out_shardings=moment_shardings), params_trained)
     state = {"params": params_trained, "frozen": spec.pick(params, frozen), "moments": moments}
     if plan.track_move:
@@ -94,18 +99,6 @@ def _state(plan: StepPlan, params: qwen2.Params, run: Callable[[Any, Any], Any])
         copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)
         state["start"] = run(copy, params_trained)
     return state
-
-
-def _moment_shardings(plan: StepPlan, shardings: Any, params: Any) -> Any:
-    """Lay moments out as their parameters, and replicate counters."""
-    by_path = {jax.tree_util.keystr(path): layout for path, layout in jax.tree_util.tree_leaves_with_path(shardings)}
-    replicated = NamedSharding(plan.mesh, PartitionSpec())
-
-    def layout(path: Any, leaf: Any) -> Any:
-        keys = tuple(key for key in path if isinstance(key, jax.tree_util.DictKey))
-        return by_path.get(jax.tree_util.keystr(keys), replicated) if leaf.ndim else replicated
-
-    return jax.tree_util.tree_map_with_path(layout, jax.eval_shape(plan.adamw.init, params))
 
 
 def all_params(state: State) -> qwen2.Params:
@@ -130,14 +123,12 @@ def make_step(plan: StepPlan) -> Any:
     scalars: loss (nats a target token), targets, grad_norm (before clipping) and move (|delta| / |start|).
     """
     dtype = jnp.dtype(plan.compute_dtype)
+    loss_sum = partial(qwen2.loss_sum, plan.config, dtype=dtype, remat=plan.remat, unroll=plan.unroll)
 
     def nats(trained: Any, frozen: Any, batch: Batch[jax.Array]) -> tuple[jax.Array, jax.Array]:
         # Cast before the layers use them: what is gathered over fsdp is then of the compute dtype.
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), spec.join(trained, frozen))
-        return qwen2.loss_sum(
-            plan.config, params, batch, dtype=dtype, remat=plan.remat, unroll=plan.unroll,
-            attention_options=plan.attention_options,
-        )  # fmt: skip
+        return loss_sum(params, batch, attention_options=plan.attention_options)
 
     gradient = jax.value_and_grad(nats, has_aux=True)
 
@@ -165,11 +156,11 @@ def make_step(plan: StepPlan) -> Any:
         grads = jax.tree.map(lambda g: g / denominator, grads)
         updates, moments = plan.adamw.update(grads, state["moments"], params)
         params = jax.tree.map(lambda p, u: p - rate * u, params, updates)
-        metrics = {"loss": total / denominator, "targets": count, "grad_norm": optimizer.global_norm(grads)}
+        metrics = {"loss": total / denominator, "targets": count, "grad_norm": optax.tree.norm(grads)}
         if plan.track_move:
             delta = jax.tree.map(jnp.subtract, params, state["start"])
             whole = spec.join(state["start"], state["frozen"])
-            metrics["move"] = optimizer.global_norm(delta) / optimizer.global_norm(whole)
+            metrics["move"] = optax.tree.norm(delta) / optax.tree.norm(whole)
         return state | {"params": params, "moments": moments}, metrics
 
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(plan))

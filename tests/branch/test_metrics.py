@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from bmjax.branch import loop
-from bmjax.branch.loop import MetricsLog, Run, peak_flops
+from bmjax.branch.loop import Run, metrics_log, peak_flops
 from bmjax.branch.settings import TrainSettings
 from bmjax.branch.step import flops_per_token
 from bmjax.log import silent
@@ -22,9 +22,9 @@ def write(output, start, steps, stop, log=silent, log_every=1):
     settings = TrainSettings(student="-", data="-", output=str(output), steps=steps, log_every=log_every)
     loader = SimpleNamespace(length=64, steps_per_epoch=4)
     plan = SimpleNamespace(config=CONFIG, mesh=SimpleNamespace(size=2))
-    with MetricsLog(Run(settings, None, loader, plan, steps, {}, log, progress=True), start) as metrics_log:
+    with metrics_log(Run(settings, None, loader, plan, steps, {}, log, progress=True), start) as write_metrics:
         for step in range(start + 1, stop + 1):
-            metrics_log.step(step, 1e-3, 200, VALUES)
+            write_metrics(step, 1e-3, 200, VALUES)
 
 
 def read(output):
