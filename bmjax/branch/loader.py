@@ -6,8 +6,9 @@ have seen, on any mesh and any number of processes.
 
 import contextlib
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache, partial
+from typing import Any
 
 import grain
 import jax
@@ -116,15 +117,10 @@ def load_batch(mesh: Mesh, loader: Loader, step: int) -> Batch[jax.Array]:
     return Batch(*(jax.make_array_from_callback(shape, layout, partial(shard, field)) for field in fields))
 
 
-@contextlib.contextmanager
-def read_ahead(mesh: Mesh, loader: Loader, first: int, stop: int) -> Iterator[Iterator[Batch[jax.Array]]]:
-    """Give the batches of steps first..stop-1 on the mesh, in order, the next few laid out on threads meanwhile.
+def read_ahead(mesh: Mesh, loader: Loader, first: int, stop: int) -> contextlib.closing[Any]:
+    """Return a context of the batches of steps first..stop-1 on the mesh, in order, the next few laid out on threads.
 
-    An error in a thread is raised by the `next` that wants its batch.
+    The threads end with the block. An error in a thread is raised by the `next` that wants its batch.
     """
     batches = grain.MapDataset.range(first, stop).map(partial(load_batch, mesh, loader))
-    iterator = iter(batches.to_iter_dataset(READ_AHEAD))
-    try:
-        yield iterator
-    finally:
-        iterator.close()
+    return contextlib.closing(iter(batches.to_iter_dataset(READ_AHEAD)))
