@@ -59,31 +59,10 @@ class StepPlan:
         )
 
 
-def init_state(plan: StepPlan, params: qwen2.Params) -> State:
-    """Build the training state from float32 parameters."""
-    return _state(plan, params, lambda program, tree: program(tree))
-
-
-def abstract_state(plan: StepPlan) -> State:
-    """Return shapes, dtypes and shardings (jax.ShapeDtypeStruct) of the training state, without any memory."""
-    params = spec.unflatten([
-        (row.path, jax.ShapeDtypeStruct(row.shape, jnp.float32, sharding=sharding(plan.mesh, row.axes, row.shape)))
-        for row in spec.table(plan.config)
-    ])  # fmt: skip
-    return _state(plan, params, lambda program, tree: program.eval_shape(tree))
-
-
-def abstract_arguments(plan: StepPlan, rows: int, length: int) -> tuple[State, Any, Any]:
-    """Return shapes, dtypes and shardings of the step's arguments (state, batch, rate) for batches [rows, length]."""
-    layout = batch_sharding(plan.mesh, rows, length)
-
-    dtypes = (jnp.int32, jnp.int32, jnp.uint8)
-    batch: Any = Batch(*(jax.ShapeDtypeStruct((rows, length), dtype, sharding=layout) for dtype in dtypes))
-    return abstract_state(plan), batch, jax.ShapeDtypeStruct((), jnp.float32)
-
-
-def _state(plan: StepPlan, params: qwen2.Params, run: Callable[[Any, Any], Any]) -> State:
-    """Build the training state. run: applies a jitted program to parameters, or only evaluates its shapes."""
+def init_state(
+    plan: StepPlan, params: qwen2.Params, run: Callable[[Any, Any], Any] = lambda program, tree: program(tree)
+) -> State:
+    """Build the training state from float32 parameters. run: applies a jitted program to them."""
     trained, frozen = plan.rows
     params_trained = spec.pick(params, trained)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, params_trained)
@@ -101,9 +80,21 @@ def _state(plan: StepPlan, params: qwen2.Params, run: Callable[[Any, Any], Any])
     return state
 
 
-def all_params(state: State) -> qwen2.Params:
-    """Return the model's parameters, trained and frozen together."""
-    return spec.join(state["params"], state["frozen"])
+def abstract_state(plan: StepPlan) -> State:
+    """Return shapes, dtypes and shardings (jax.ShapeDtypeStruct) of the training state, without any memory."""
+    params = spec.unflatten([
+        (row.path, jax.ShapeDtypeStruct(row.shape, jnp.float32, sharding=sharding(plan.mesh, row.axes, row.shape)))
+        for row in spec.table(plan.config)
+    ])  # fmt: skip
+    return init_state(plan, params, run=lambda program, tree: program.eval_shape(tree))
+
+
+def abstract_arguments(plan: StepPlan, rows: int, length: int) -> tuple[State, Any, Any]:
+    """Return shapes, dtypes and shardings of the step's arguments (state, batch, rate) for batches [rows, length]."""
+    layout = batch_sharding(plan.mesh, rows, length)
+    dtypes = (jnp.int32, jnp.int32, jnp.uint8)
+    batch: Any = Batch(*(jax.ShapeDtypeStruct((rows, length), dtype, sharding=layout) for dtype in dtypes))
+    return abstract_state(plan), batch, jax.ShapeDtypeStruct((), jnp.float32)
 
 
 def flops_per_token(config: ModelConfig, length: int) -> float:

@@ -18,7 +18,7 @@ from bmjax.branch.fingerprint import check_same, fingerprint
 from bmjax.branch.loader import Loader
 from bmjax.branch.loop import Run, import_wandb, loop, saved
 from bmjax.branch.settings import Training, TrainSettings
-from bmjax.branch.step import State, StepPlan, all_params, init_state
+from bmjax.branch.step import State, StepPlan, init_state
 from bmjax.config import UserError
 from bmjax.io.atomic import write_atomic
 from bmjax.io.rows import read_rows
@@ -210,12 +210,13 @@ def _resume(run: Run, state: State, checkpoints: Checkpoints) -> tuple[State, in
 def _export(run: Run, state: State) -> None:
     """Write DIR/hf, the weights in export_dtype or as the student stores them, and DIR/importances if asked for."""
     settings, student = run.settings, run.student
+    params = spec.join(state["params"], state["frozen"])
     # The template is part of the branch: it is served with the one that it was trained with.
     tokenizer = None if settings.template is None else student.tokenizer
     if tokenizer is not None:
         tokenizer.chat_template = student.template
     hf.save_hf(
-        run.output / "hf", all_params(state), student.hf_config, side_files=student.directory, tokenizer=tokenizer,
+        run.output / "hf", params, student.hf_config, side_files=student.directory, tokenizer=tokenizer,
         dtype=np.dtype(settings.export_dtype) if settings.export_dtype else hf.stored_dtype(student.directory),
         eos=student.end_tokens if student.end_tokens != student.stored_end_tokens else None,
     )  # fmt: skip

@@ -107,16 +107,22 @@ def _questions(settings: EvalSettings, name: str, student: Student) -> list[Ques
         sampler.check_prompt(student.config, tokens, problem.location)
         questions.append((problem, tokens))
     # An empty answer shows which questions cannot be judged, whatever the model says.
-    _check_judged(name, [judge(p.reference, "", p.judge, settings.run_programs) for p, _ in questions])
+    _judge(settings, name, [(problem, "", None) for problem, _ in questions])
     return questions
 
 
-def _check_judged(name: str, verdicts: Sequence[Verdict]) -> None:
+def _judge(settings: EvalSettings, name: str, answers: Iterable[tuple[Problem, str, str | None]]) -> list[Verdict]:
+    """Judge (problem, answer, why it ended) of a task; UserError when not a single one can be judged."""
+    verdicts = [
+        judge(problem.reference, answer, problem.judge, settings.run_programs, finish_reason)
+        for problem, answer, finish_reason in answers
+    ]
     if all(verdict.verdict == "unjudged" for verdict in verdicts):
         raise UserError(
             f"tasks.{name}: none of {len(verdicts)} answers can be judged: {verdicts[0].reason}; "
             f"check keys 'reference' and 'judge' of the task, and 'run_programs'"
         )
+    return verdicts
 
 
 def _accuracy(
@@ -130,19 +136,15 @@ def _accuracy(
     outs = sampler.generate(student.config, params, prompts, sampling, student.end_tokens, settings.batch, dtype)
     answers = student.tokenizer.batch_decode([out.tokens for out in outs], skip_special_tokens=True)
 
-    verdicts = [
-        judge(problem.reference, answer, problem.judge, settings.run_programs, out.finish_reason)
-        for (problem, _), answer, out in zip(asked, answers, outs, strict=True)
-    ]
-    _check_judged(name, verdicts)
+    answered = list(zip((p for p, _ in asked), answers, (out.finish_reason for out in outs), strict=True))
+    verdicts = _judge(settings, name, answered)
     outcomes = [None if verdict.verdict == "unjudged" else verdict.verdict == "right" for verdict in verdicts]
     score = accuracy([outcomes[start : start + k] for start in range(0, len(outcomes), k)])
     score["truncated"] = sum(out.finish_reason == "length" for out in outs) / len(outs)
     samples = [
-        {"prompt": problem.prompt, "reference": problem.reference, "answer": answer,
-         "finish_reason": out.finish_reason, "verdict": verdict.verdict, "verdict_by": verdict.judge,
-         "reason": verdict.reason}
-        for (problem, _), answer, out, verdict in zip(asked, answers, outs, verdicts, strict=True)
+        {"prompt": problem.prompt, "reference": problem.reference, "answer": answer, "finish_reason": finish_reason,
+         "verdict": verdict.verdict, "verdict_by": verdict.judge, "reason": verdict.reason}
+        for (problem, answer, finish_reason), verdict in zip(answered, verdicts, strict=True)
     ]  # fmt: skip
     return score, samples
 
