@@ -350,8 +350,7 @@ def plan(settings: Source, *overrides: str, topology: str, search: bool = False)
     from bmjax.branch.settings import TrainSettings
     from bmjax.plan.plan import plan_training
 
-    result, changes = plan_training(TrainSettings.read(settings, overrides), topology, search)
-    return result.to_json(changes)
+    return plan_training(TrainSettings.read(settings, overrides), topology, search)
 
 
 def convert(source: str | Path, destination: str | Path, to: str) -> Path:

@@ -78,9 +78,8 @@ def run_bmjax(arguments: argparse.Namespace) -> dict:
     from bmjax.branch import train as training
     from bmjax.branch.examples import Dataset, Example
     from bmjax.branch.loader import Loader, read_ahead
-    from bmjax.branch.metrics import flops_per_token
     from bmjax.branch.settings import TrainSettings
-    from bmjax.branch.step import compile_step, init_state, memory_line
+    from bmjax.branch.step import compile_step, flops_per_token, init_state, memory_line
     from bmjax.model import qwen2
     from bmjax.model.config import ModelConfig
     from bmjax.parallel.chips import peak_flops

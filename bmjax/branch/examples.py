@@ -49,15 +49,9 @@ class Dataset:
 def build_dataset(rows: Iterable[Row], tokenizer: Any, template: str, seq_len: int, overlong: str) -> Dataset:
     """Tokenize rows in batches, so that only one batch of them is held at a time.
 
-    Arguments:
-        rows: (location, row) pairs in a form that `messages_of` knows; locations begin errors.
-        tokenizer: a fast tokenizer of transformers.
-        template: the Jinja text of the chat template.
-        seq_len: the most tokens of a document.
-        overlong: longer rows are cut ('truncate'), left out ('drop') or refused ('error').
-
-    Raises:
-        UserError: for a row of unknown form, without a target token, or too long, and when no row is left.
+    template: the Jinja text of the chat template. overlong: rows of more than seq_len tokens are cut ('truncate'), left
+    out ('drop') or refused ('error'). UserError for a row of unknown form, without a target token, or too long, and
+    when no row is left.
     """
     digest = hashlib.sha256(template.encode())
     examples: list[Example] = []
@@ -114,18 +108,15 @@ def tokenize(
     """
     student = students.open(source, template=template, purpose="tokenizing")
     assert student.template is not None  # the student was opened for tokenizing
-    values = [rows] if isinstance(rows, (str, Path)) else list(rows)
+    values: list[Any] = [rows] if isinstance(rows, (str, Path)) else list(rows)
+    located: Iterable[Row] = [(f"rows, row {number}", row) for number, row in enumerate(values, 1)]
     if all(isinstance(value, (str, Path)) for value in values):
-        numbered = read_rows([str(value) for value in values], "rows")
+        located = read_rows(values, "rows")
     else:
-        numbered = ((f"rows, row {number}", _mapping(row, number)) for number, row in enumerate(values, 1))
-    return list(build_dataset(numbered, student.tokenizer, student.template, seq_len, "truncate").examples)
-
-
-def _mapping(row: Any, number: int) -> dict[str, Any]:
-    if not isinstance(row, Mapping):
-        raise UserError(f"rows, row {number}: expected a dictionary, found {type(row).__name__}")
-    return dict(row)
+        for location, row in located:
+            if not isinstance(row, Mapping):
+                raise UserError(f"{location}: expected a dictionary, found {type(row).__name__}")
+    return list(build_dataset(located, student.tokenizer, student.template, seq_len, "truncate").examples)
 
 
 def check_vocabulary(dataset: Dataset, vocab_size: int, model: Path) -> None:
@@ -159,9 +150,9 @@ def _tokenize(batch: Sequence[tuple[str, list[Piece]]], tokenizer: Any) -> Itera
     encoded = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else ())
     for location, pieces in batch:
         ids = [next(encoded) for _ in pieces]
-        lengths = np.array([len(piece_ids) for piece_ids in ids], int)
-        targets = np.array([target for _, target in pieces], np.uint8)
-        yield location, np.array([token for piece_ids in ids for token in piece_ids], np.int32), targets.repeat(lengths)
+        lengths = [len(piece_ids) for piece_ids in ids]
+        mask = np.repeat(np.array([target for _, target in pieces], np.uint8), np.array(lengths, int))
+        yield location, np.array([token for piece_ids in ids for token in piece_ids], np.int32), mask
 
 
 def _pieces(
@@ -171,9 +162,9 @@ def _pieces(
     pieces: list[Piece] = []
     done = ""
     for index, message in enumerate(messages):
-        content = message["content"].strip()
         if message["role"] != "assistant":
             continue
+        content = message["content"].strip()
         prompt = render_prompt(tokenizer, messages[:index], template, location)
         full = render(tokenizer, messages[: index + 1], template, location, prompt=False)
         kept = not content or full.count(content) > prompt.count(content)

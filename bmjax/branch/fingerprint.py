@@ -6,15 +6,14 @@ from pathlib import Path
 from bmjax.branch.settings import MAY_CHANGE, SAME_RESULT, TrainSettings
 from bmjax.config import UserError
 
-BLOCK = 2**16  # bytes of a weights file that are hashed at a time
-BLOCKS = 256  # of them, spread over the file
+BLOCK, BLOCKS = 2**16, 256  # bytes of a weights file that are hashed at a time; how many of them, spread over the file
 
 
 def fingerprint(settings: TrainSettings, student: Path, data_digest: str, steps: int) -> dict[str, str]:
     """Return what a checkpoint must share with the training that resumes from it, by the key to blame."""
     values = settings.model_dump(include=settings.keys_without(SAME_RESULT, MAY_CHANGE))
-    texts = {key: str(value) for key, value in values.items()}
-    return {**texts, "data": data_digest, "student": student_digest(student), "steps": str(steps)}
+    values |= {"data": data_digest, "student": student_digest(student), "steps": steps}
+    return {key: str(value) for key, value in values.items()}
 
 
 def student_digest(student: Path) -> str:
@@ -33,7 +32,7 @@ def student_digest(student: Path) -> str:
 
 
 def check_same(stored: dict[str, str], expected: dict[str, str], directory: Path) -> None:
-    """Raise UserError, naming the key, where the fingerprint of what lies in `directory` is not the expected one."""
+    """Raise UserError, naming the key, where the fingerprint stored in `directory` is not the expected one."""
     for key, value in expected.items():
         if stored.get(key) != value:
             detail = "its contents differ" if key in ("data", "student") else f"it had {stored.get(key)}, now {value}"

@@ -1,12 +1,14 @@
-"""The stream of batches of a training, read ahead on threads.
+"""The stream of batches of a training: documents packed into rows, rows drawn into batches, read ahead on threads.
 
 A batch is a pure function of (documents, settings, step). So a resumed training sees what the undisturbed one would
 have seen, on any mesh and any number of processes.
 """
 
 import contextlib
-from collections.abc import Iterator
+from bisect import bisect_left, insort
+from collections.abc import Sequence
 from functools import lru_cache, partial
+from typing import Any
 
 import grain
 import jax
@@ -14,31 +16,42 @@ import numpy as np
 from jax.sharding import Mesh
 
 from bmjax.branch.examples import Dataset
-from bmjax.branch.packing import best_fit
 from bmjax.model.batch import Batch, batch_sharding
 
 ROW_MULTIPLE = 64  # unpacked rows are padded to the longest document, rounded up to this
 READ_AHEAD = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)  # the buffer counts batches
 
 
+def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Pack documents into rows by best-fit decreasing, within 11/9 of the least number of rows.
+
+    The longest document goes first, each into the row with the least room left. It looks at lengths (tokens, at most
+    `capacity`) alone, so every process packs alike. Returns rows as lists of document numbers.
+    """
+    rows: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (free tokens, row), ascending
+    for document in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        length = lengths[document]
+        tightest = bisect_left(room, (length, -1))
+        if tightest < len(room):
+            free, row = room.pop(tightest)
+        else:
+            free, row = capacity, len(rows)
+            rows.append([])
+        rows[row].append(document)
+        insort(room, (free - length, row))
+    return rows
+
+
 class Loader:
-    """The batches of a training by step number.
+    """The batches of a training by step number; the arguments are keys of a training's settings.
 
     Documents are packed into rows once. The order of the rows is drawn anew every epoch from (seed, epoch). An epoch's
     last batch is filled up with empty rows, so that an epoch has each row once; the loss is a mean over tokens, so
     empty rows weigh nothing.
 
-    Arguments:
-        dataset: the tokenized documents.
-        seq_len: tokens of a packed row, and the most of an unpacked one.
-        batch: rows a step, over all devices.
-        packing: several documents a row; otherwise one a row, padded.
-        shuffle: draw the order of rows; otherwise the order of `dataset` stays.
-        seed: of packing and order.
-
-    Attributes:
-        rows: the documents of each row, by number. length: tokens of a row. fill: share of positions with a token.
-        documents: the most segments of a row, padding counted as one. steps_per_epoch: steps that see each row once.
+    rows: the documents of each row, by number. length: tokens of a row. fill: share of positions with a token.
+    documents: the most segments of a row, padding counted as one. steps_per_epoch: steps that see each row once.
     """
 
     def __init__(self, dataset: Dataset, seq_len: int, batch: int, packing: bool, shuffle: bool, seed: int) -> None:
@@ -104,15 +117,10 @@ def load_batch(mesh: Mesh, loader: Loader, step: int) -> Batch[jax.Array]:
     return Batch(*(jax.make_array_from_callback(shape, layout, partial(shard, field)) for field in fields))
 
 
-@contextlib.contextmanager
-def read_ahead(mesh: Mesh, loader: Loader, first: int, stop: int) -> Iterator[Iterator[Batch[jax.Array]]]:
-    """Give the batches of steps first..stop-1 on the mesh, in order, the next few laid out on threads meanwhile.
+def read_ahead(mesh: Mesh, loader: Loader, first: int, stop: int) -> contextlib.closing[Any]:
+    """Return a context of the batches of steps first..stop-1 on the mesh, in order, the next few laid out on threads.
 
-    The threads end with the block, whatever ends it. An error in a thread is raised by the `next` that wants its batch.
+    The threads end with the block. An error in a thread is raised by the `next` that wants its batch.
     """
     batches = grain.MapDataset.range(first, stop).map(partial(load_batch, mesh, loader))
-    iterator = iter(batches.to_iter_dataset(READ_AHEAD))
-    try:
-        yield iterator
-    finally:
-        iterator.close()
+    return contextlib.closing(iter(batches.to_iter_dataset(READ_AHEAD)))

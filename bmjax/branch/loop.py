@@ -1,26 +1,51 @@
 """The steps of a training: batches in, metrics out, checkpoints when due, an end when asked for one.
 
-`train` calls `loop` once. It reads no settings' files and exports nothing.
+`train` calls `loop` once. Each step goes to metrics.jsonl (reports read it), the log, a bar on a terminal and Weights &
+Biases. Nothing here reads settings' files or exports.
 """
 
 import contextlib
 import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 import numpy as np
 
 from bmjax.branch import optimizer
-from bmjax.branch.loader import read_ahead
-from bmjax.branch.metrics import MetricsLog
-from bmjax.branch.run import Progress, Run
+from bmjax.branch.loader import Loader, read_ahead
 from bmjax.branch.settings import TrainSettings
-from bmjax.branch.step import State, compile_step, memory_line
+from bmjax.branch.step import State, StepPlan, compile_step, flops_per_token, memory_line
 from bmjax.config import UserError
+from bmjax.io.jsonl import JsonLines, read_lines, write_jsonl
+from bmjax.log import Log, progress_bar
 from bmjax.parallel import processes
+from bmjax.parallel.chips import peak_flops
 from bmjax.parallel.processes import Stop
 from bmjax.weights.checkpoint import Checkpoints
+from bmjax.weights.student import Student
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training that is about to begin or to go on, made once by `train`."""
+
+    settings: TrainSettings
+    student: Student
+    loader: Loader
+    plan: StepPlan
+    steps: int  # of the whole training
+    fingerprint: dict[str, str]  # what its checkpoints have to share with it
+    log: Log  # silent in all processes but the first
+    progress: bool  # show a bar on a terminal
+
+    @property
+    def output(self) -> Path:
+        """The directory that the training writes."""
+        return Path(self.settings.output)
 
 
 def saved(state: State) -> State:
@@ -28,46 +53,47 @@ def saved(state: State) -> State:
     return {"params": state["params"], "moments": state["moments"]}
 
 
-def loop(run: Run, state: State, begin: Progress, checkpoints: Checkpoints) -> tuple[State, dict[str, Any]]:
-    """Take the optimizer steps that are left of a training.
+def loop(run: Run, state: State, begin: int, seen: int, checkpoints: Checkpoints) -> tuple[State, dict[str, Any]]:
+    """Take the optimizer steps that are left of a training. state: after `begin` steps and `seen` tokens; donated.
 
-    Arguments:
-        state: the training state after `begin.step` steps; donated.
-        checkpoints: where the state goes when a save is due.
-
-    Returns:
-        The state at the end, and a summary: tokens (real ones seen by all steps), loss and move of the last step.
-
-    Raises:
-        UserError: when the loss is no number.
-        SystemExit: after SIGTERM, with the code `stop_code`, once the step under way is done and saved.
+    Returns the state at the end, and a summary: tokens (real ones seen by all steps), loss and move of the last step.
+    UserError when the loss is no number. SystemExit after SIGTERM, once the step under way is done and saved.
     """
     settings, loader, plan, steps = run.settings, run.loader, run.plan, run.steps
     step_function = compile_step(plan, loader.batch, loader.length)
-    if begin.step < steps:
+    if begin < steps:
         run.log(memory_line(step_function, state, plan.mesh.local_devices[0]))
+    # The first process writes DIR/profile, an XProf trace of profile_steps.
+    first_profiled, last_profiled = (settings.profile_steps or (0, 0)) if processes.is_main() else (0, 0)
     values: dict[str, float] = {}
     pending: tuple[Any, ...] | None = None
-    seen = begin.tokens
 
     def settle() -> dict[str, float]:
         """Wait for the metrics of the pending step and record them."""
         assert pending is not None
         number, rate, tokens, metrics = pending
         numbers = {key: float(value) for key, value in metrics.items()}
-        _check_finite(number, numbers, run.output)
-        if metrics_log:
-            metrics_log.step(number, rate, tokens, numbers)
+        for key in ("loss", "grad_norm"):
+            if not math.isfinite(numbers[key]):
+                raise UserError(
+                    f"step {number}: the {key} is {numbers[key]}; stopped, the checkpoints before it are kept in "
+                    f"{run.output / 'checkpoints'}; lower learning_rate or look at the data"
+                )
+        if write_metrics:
+            write_metrics(number, rate, tokens, numbers)
         return numbers
 
     with (
-        MetricsLog(run, begin.step) if processes.is_main() else contextlib.nullcontext() as metrics_log,
-        read_ahead(plan.mesh, loader, begin.step, steps) as batches,
-        _Profile(settings, run.output) as profile,
+        metrics_log(run, begin) if processes.is_main() else contextlib.nullcontext() as write_metrics,
+        read_ahead(plan.mesh, loader, begin, steps) as batches,
+        contextlib.ExitStack() as profile,
         Stop() as stop,
     ):
-        for step in range(begin.step, steps):
-            with profile.step(step + 1):
+        for step in range(begin, steps):
+            if step + 1 == max(first_profiled, begin + 1) <= last_profiled:
+                jax.profiler.start_trace(str(run.output / "profile"))
+                profile.callback(jax.profiler.stop_trace)
+            with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
                 rate = optimizer.learning_rate(step, steps, settings.learning_rate, settings.schedule, settings.warmup)
                 state, metrics = step_function(state, next(batches), np.float32(rate))
                 # The device computes this step while the host waits for the numbers of the one before.
@@ -76,7 +102,9 @@ def loop(run: Run, state: State, begin: Progress, checkpoints: Checkpoints) -> t
                 tokens = loader.real_tokens(step)
                 pending = (step + 1, rate, tokens, metrics)
                 seen += tokens
-            profile.done(step + 1, metrics)
+            if step + 1 == last_profiled:
+                jax.block_until_ready(metrics)
+                profile.close()
             stopped = stop.reached(step)
             if checkpoints.due(step + 1, last=steps) or stopped:
                 values, pending = settle(), None
@@ -91,40 +119,64 @@ def loop(run: Run, state: State, begin: Progress, checkpoints: Checkpoints) -> t
     return state, {"tokens": seen, "loss": values["loss"], "move": values.get("move")}
 
 
-def _check_finite(step: int, numbers: dict[str, float], output: Path) -> None:
-    for key in ("loss", "grad_norm"):
-        if not math.isfinite(numbers[key]):
-            raise UserError(
-                f"step {step}: the {key} is {numbers[key]}; stopped, the checkpoints before it are kept in "
-                f"{output / 'checkpoints'}; lower learning_rate or look at the data"
+def import_wandb() -> Any:
+    """Return the module of Weights & Biases; UserError where the package is not installed."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("wandb: the package is not installed; pip install 'bmjax[wandb]', or remove the key") from None
+    return wandb
+
+
+@contextlib.contextmanager
+def metrics_log(run: Run, begin: int) -> Iterator[Callable[[int, float, int, dict[str, float]], None]]:
+    """Give the function that writes a step to DIR/metrics.jsonl and shows progress.
+
+    Its arguments are the step, from 1, its learning rate, its real tokens, and its metrics (see `make_step`). begin:
+    optimizer steps done before. Lines beyond it, which a killed training left, are cut off.
+    """
+    steps, settings, path = run.steps, run.settings, run.output / "metrics.jsonl"
+    lines = [line for _, line in read_lines(path)] if path.exists() else []
+    write_jsonl(path, (line for line in lines if line["step"] <= begin))
+    flops = flops_per_token(run.plan.config, run.loader.length)
+    peak = (peak_flops(jax.devices()[0].device_kind) or 0.0) * run.plan.mesh.size  # 0 where it is not known
+    started = last = 0.0
+
+    def write(step: int, rate: float, tokens: int, metrics: dict[str, float]) -> None:
+        nonlocal started, last
+        now = time.monotonic()
+        seconds, last = now - last, now
+        # The first step takes longer than those to come, whose pace is counted from its end on.
+        if step - begin == 1:
+            started = now
+        pace = (now - started) / (step - begin - 1) if step - begin > 1 else seconds
+        eta = (steps - step) * pace
+        line = {
+            "step": step, "epoch": round(step / run.loader.steps_per_epoch, 4), **metrics, "learning_rate": rate,
+            "tokens": tokens, "tokens_per_second": tokens / seconds, "seconds": seconds, "eta_seconds": eta,
+        }  # fmt: skip
+        if peak:
+            line["mfu"] = tokens * flops / seconds / peak
+        file.append(line)
+        if project:
+            project.log(line, step=step)
+        bar.update(1)
+        if step % settings.log_every == 0 or step == steps:
+            move = f" move {metrics['move']:.4f}" if "move" in metrics else ""
+            mfu = f" mfu {line['mfu']:.1%}" if "mfu" in line else ""
+            run.log(
+                f"step {step}/{steps} epoch {line['epoch']:.2f} loss {metrics['loss']:.4f} lr {rate:.2e} "
+                f"grad {metrics['grad_norm']:.3f}{move} {line['tokens_per_second']:,.0f} tok/s{mfu} "
+                f"eta {int(eta // 60)}m{int(eta % 60):02d}s"
             )
 
-
-class _Profile:
-    """DIR/profile, an XProf trace of the first process: from the first to the last of profile_steps (from 1)."""
-
-    def __init__(self, settings: TrainSettings, output: Path) -> None:
-        self._first, self._last = (settings.profile_steps or (0, 0)) if processes.is_main() else (0, 0)
-        self._folder = str(output / "profile")
-        self._recording = False
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._recording:
-            jax.profiler.stop_trace()
-            self._recording = False
-
-    def step(self, number: int) -> jax.profiler.StepTraceAnnotation:
-        """Return the context of step `number`."""
-        if self._first <= number <= self._last and not self._recording:
-            jax.profiler.start_trace(self._folder)
-            self._recording = True
-        return jax.profiler.StepTraceAnnotation("train", step_num=number)
-
-    def done(self, number: int, result: Any) -> None:
-        """End the trace after its last step. result: of step `number`, which the device may still compute."""
-        if self._recording and number >= self._last:
-            jax.block_until_ready(result)
-            self.__exit__()
+    with JsonLines(path) as file, progress_bar(run.output.name, "step", steps, begin, run.progress) as bar:
+        project = settings.wandb and import_wandb().init(
+            project=settings.wandb, name=run.output.name, config=settings.model_dump()
+        )
+        last = time.monotonic()
+        try:
+            yield write
+        finally:
+            if project:
+                project.finish()

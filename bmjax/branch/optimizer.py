@@ -18,14 +18,12 @@ from bmjax.model.spec import Param
 MOMENTS = ("mu", "nu")  # of optax's Adam
 
 
-def warmup_steps(warmup: float, steps: int) -> int:
-    """Return the steps of the warm-up. warmup: below 1 a share of `steps`, rounded up; from 1 on a number of steps."""
-    return math.ceil(steps * warmup) if warmup < 1 else round(warmup)
-
-
 def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup: float) -> float:
-    """Return the rate of step `step`, from 0: up linearly from 0 during the warm-up, then as `schedule` says."""
-    warm_steps = warmup_steps(warmup, steps)
+    """Return the rate of step `step`, from 0: up linearly from 0 during the warm-up, then as `schedule` says.
+
+    warmup: below 1 a share of `steps`, rounded up; from 1 on a number of steps.
+    """
+    warm_steps = math.ceil(steps * warmup) if warmup < 1 else round(warmup)
     if step < warm_steps:
         return peak * step / max(1, warm_steps)
     progress = (step - warm_steps) / max(1, steps - warm_steps)
@@ -57,16 +55,15 @@ def adamw(
     The step multiplies by the rate, so that one compiled step serves every schedule. moments_dtype: of both moments
     between steps; they are computed in float32.
     """
-    decayed = spec.unflatten([(row.path, row.is_matrix) for row in rows])
-    parts = [optax.clip_by_global_norm(clip)] if clip else []
-    parts.append(_stored_in(jnp.dtype(moments_dtype), optax.scale_by_adam(b1=beta1, b2=beta2, eps=eps)))
+    adam = _stored_in(jnp.dtype(moments_dtype), optax.scale_by_adam(b1=beta1, b2=beta2, eps=eps))
+    parts = [optax.clip_by_global_norm(clip), adam] if clip else [adam]
     if weight_decay:
+        decayed = spec.unflatten([(row.path, row.is_matrix) for row in rows])
         parts.append(optax.add_decayed_weights(weight_decay, mask=decayed))
     return optax.chain(*parts)
 
 
 def _stored_in(dtype: Any, adam: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Return `adam` with its moments kept in `dtype` between steps."""
     if dtype == jnp.float32:
         return adam
 
@@ -91,8 +88,3 @@ def importances(moments: Any, frozen: Any, beta2: float) -> dict[str, Any]:
     return spec.join(
         jax.tree.map(lambda nu: nu.astype(jnp.float32) / bias, adam.nu), jax.tree.map(jnp.zeros_like, frozen)
     )
-
-
-def global_norm(tree: Any) -> jax.Array:
-    """Return the root of the sum of squares over all leaves, float32."""
-    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)))

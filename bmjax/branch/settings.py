@@ -28,13 +28,9 @@ class Training(Settings):
     seed: int = Field(0, description="order of the rows")
     seq_len: int = Field(16384, ge=2, description="tokens a row")
     batch: int = Field(96, ge=1, description="rows a step, over all devices")
-    accumulate: SameResult[int] = Field(
-        1, ge=1, description="microbatches a step; divides batch; exact, weighted by tokens"
-    )
+    accumulate: SameResult[int] = Field(1, ge=1, description="microbatches; divides batch; exact, weighted by tokens")
     steps: int | None = Field(None, ge=1, description="optimizer steps; or give epochs")
-    epochs: float | None = Field(
-        None, gt=0, description="passes over the data; or give steps; 5 where neither is given"
-    )
+    epochs: float | None = Field(None, gt=0, description="passes over the data; or give steps; 5 where neither is")
     learning_rate: float = Field(1e-5, ge=0, description="peak")
     schedule: Literal["constant", "cosine", "linear"] = Field(
         "cosine", description="after the warm-up; cosine and linear end at 0"
@@ -53,9 +49,7 @@ class Training(Settings):
     template: str | None = Field(
         None, description="chat template: null for the student's own, chatml, deepseek-r1, or FILE.jinja"
     )
-    compute_dtype: MayChange[Dtype] = Field(
-        "bfloat16", description="of activations and products; master weights are float32"
-    )
+    compute_dtype: MayChange[Dtype] = Field("bfloat16", description="of activations and products; weights stay float32")
     remat: SameResult[Remat] = Field(
         "full",
         description="kept for the backward pass besides each layer's input: full: nothing; save_attention: what "
@@ -79,23 +73,17 @@ class Training(Settings):
         [], description="parameters that stay as they are, e.g. [embed/*]; shell patterns on names like layers/mlp/*"
     )
     track_move: bool = Field(True, description="log |delta|/|backbone|; costs one more sharded copy of the weights")
-    mesh: SameResult[MeshSizes] = Field(
-        {"fsdp": -1}, description="devices along data, fsdp, context, tensor; -1: the rest"
-    )
+    mesh: SameResult[MeshSizes] = Field({"fsdp": -1}, description="devices along data, fsdp, context, tensor; -1: rest")
     save_every: SameResult[int] = Field(200, ge=1, description="steps between checkpoints")
     keep: SameResult[int] = Field(3, ge=1, description="newest checkpoints kept")
-    keep_every: SameResult[int | None] = Field(
-        None, ge=1, description="also keep every checkpoint of a multiple of so many steps"
-    )
+    keep_every: SameResult[int | None] = Field(None, ge=1, description="also keep checkpoints at multiples of this")
     export_dtype: MayChange[Literal["bfloat16", "float16", "float32"] | None] = Field(
         None, description="of hf/; null: as the student was stored"
     )
     importances: MayChange[bool] = Field(
         False, description="also write DIR/importances: what the fisher merge weighs this branch's parameters by"
     )
-    log_every: SameResult[int] = Field(
-        1, ge=1, description="steps between lines in the log; metrics.jsonl has every step"
-    )
+    log_every: SameResult[int] = Field(1, ge=1, description="steps between lines in the log; metrics.jsonl has all")
     profile_steps: SameResult[tuple[int, int] | None] = Field(
         None, description="[first, last] step, counted from 1, of an XProf trace in DIR/profile, e.g. [10, 13]"
     )
@@ -140,16 +128,12 @@ class TrainSettings(Training):
         description="JSON Lines or Parquet file(s), or a hub dataset (org/name:subset:split); "
         "rows with prompt and response (or messages, conversations)"
     )
-    output: SameResult[str] = Field(
-        description="directory for checkpoints/, hf/ and metrics.jsonl; all processes see the same one"
-    )
+    output: SameResult[str] = Field(description="of checkpoints/, hf/, metrics.jsonl; all processes see the same")
     coordinator: SameResult[str | None] = Field(
         None, description="several processes: host:port of process 0; null: as the launcher says (TPU slice, SLURM, "
         "Open MPI, Kubernetes), else one process",
     )  # fmt: skip
-    num_processes: SameResult[int | None] = Field(
-        None, ge=1, description="several processes: how many; 1: ask no launcher"
-    )
+    num_processes: SameResult[int | None] = Field(None, ge=1, description="how many processes; 1: ask no launcher")
     process_id: SameResult[int | None] = Field(None, ge=0, description="several processes: which one this is, from 0")
     stop_code: SameResult[int] = Field(
         0, ge=0, le=125, description="exit code after SIGTERM; not 0 for schedulers that start again what failed"

@@ -7,11 +7,12 @@ data or files.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bmjax.branch import optimizer
@@ -27,10 +28,7 @@ State = dict[str, Any]  # params, frozen, moments, and start where the move is t
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Everything that a compiled step depends on; equal plans share one compilation.
-
-    `train.step_plan` makes it from the settings; the keys of the same names are explained there.
-    """
+    """Everything that a compiled step depends on, mostly keys of the settings; equal plans share one compilation."""
 
     config: ModelConfig
     freeze: tuple[str, ...]
@@ -61,37 +59,18 @@ class StepPlan:
         )
 
 
-def init_state(plan: StepPlan, params: qwen2.Params) -> State:
-    """Build the training state from float32 parameters."""
-    return _state(plan, params, lambda program, tree: program(tree))
-
-
-def abstract_state(plan: StepPlan) -> State:
-    """Return shapes, dtypes and shardings (jax.ShapeDtypeStruct) of the training state, without any memory."""
-    params = spec.unflatten([
-        (row.path, jax.ShapeDtypeStruct(row.shape, jnp.float32, sharding=sharding(plan.mesh, row.axes, row.shape)))
-        for row in spec.table(plan.config)
-    ])  # fmt: skip
-    return _state(plan, params, lambda program, tree: program.eval_shape(tree))
-
-
-def abstract_arguments(plan: StepPlan, rows: int, length: int) -> tuple[State, Any, Any]:
-    """Return shapes, dtypes and shardings of the step's arguments (state, batch, rate) for batches [rows, length]."""
-    layout = batch_sharding(plan.mesh, rows, length)
-
-    def array(dtype: Any) -> Any:
-        return jax.ShapeDtypeStruct((rows, length), dtype, sharding=layout)
-
-    batch = Batch(tokens=array(jnp.int32), segment_ids=array(jnp.int32), loss_mask=array(jnp.uint8))
-    return abstract_state(plan), batch, jax.ShapeDtypeStruct((), jnp.float32)
-
-
-def _state(plan: StepPlan, params: qwen2.Params, run: Callable[[Any, Any], Any]) -> State:
-    """Build the training state. run: applies a jitted program to parameters, or only evaluates its shapes."""
+def init_state(
+    plan: StepPlan, params: qwen2.Params, run: Callable[[Any, Any], Any] = lambda program, tree: program(tree)
+) -> State:
+    """Build the training state from float32 parameters. run: applies a jitted program to them."""
     trained, frozen = plan.rows
     params_trained = spec.pick(params, trained)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, params_trained)
-    moment_shardings = _moment_shardings(plan, shardings, params_trained)
+    # Moments lie as their parameters do; counters are everywhere.
+    moment_shardings = optax.tree.map_params(
+        plan.adamw, lambda _, layout: layout, jax.eval_shape(plan.adamw.init, params_trained), shardings,
+        transform_non_params=lambda _: NamedSharding(plan.mesh, PartitionSpec()),
+    )  # fmt: skip
     moments = run(jax.jit(plan.adamw.init, out_shardings=moment_shardings), params_trained)
     state = {"params": params_trained, "frozen": spec.pick(params, frozen), "moments": moments}
     if plan.track_move:
@@ -101,21 +80,30 @@ def _state(plan: StepPlan, params: qwen2.Params, run: Callable[[Any, Any], Any])
     return state
 
 
-def _moment_shardings(plan: StepPlan, shardings: Any, params: Any) -> Any:
-    """Lay moments out as their parameters, and replicate counters."""
-    by_path = {jax.tree_util.keystr(path): layout for path, layout in jax.tree_util.tree_leaves_with_path(shardings)}
-    replicated = NamedSharding(plan.mesh, PartitionSpec())
-
-    def layout(path: Any, leaf: Any) -> Any:
-        keys = tuple(key for key in path if isinstance(key, jax.tree_util.DictKey))
-        return by_path.get(jax.tree_util.keystr(keys), replicated) if leaf.ndim else replicated
-
-    return jax.tree_util.tree_map_with_path(layout, jax.eval_shape(plan.adamw.init, params))
+def abstract_state(plan: StepPlan) -> State:
+    """Return shapes, dtypes and shardings (jax.ShapeDtypeStruct) of the training state, without any memory."""
+    params = spec.unflatten([
+        (row.path, jax.ShapeDtypeStruct(row.shape, jnp.float32, sharding=sharding(plan.mesh, row.axes, row.shape)))
+        for row in spec.table(plan.config)
+    ])  # fmt: skip
+    return init_state(plan, params, run=lambda program, tree: program.eval_shape(tree))
 
 
-def all_params(state: State) -> qwen2.Params:
-    """Return the model's parameters, trained and frozen together."""
-    return spec.join(state["params"], state["frozen"])
+def abstract_arguments(plan: StepPlan, rows: int, length: int) -> tuple[State, Any, Any]:
+    """Return shapes, dtypes and shardings of the step's arguments (state, batch, rate) for batches [rows, length]."""
+    layout = batch_sharding(plan.mesh, rows, length)
+    dtypes = (jnp.int32, jnp.int32, jnp.uint8)
+    batch: Any = Batch(*(jax.ShapeDtypeStruct((rows, length), dtype, sharding=layout) for dtype in dtypes))
+    return abstract_state(plan), batch, jax.ShapeDtypeStruct((), jnp.float32)
+
+
+def flops_per_token(config: ModelConfig, length: int) -> float:
+    """Count the training FLOPs a token: 6 per matrix parameter used, and causal attention over rows of `length` tokens.
+
+    Attention costs 12 N H T per layer over the square, half of it under the causal mask (PaLM, appendix B).
+    """
+    matrices = spec.count(config) - config.vocab_size * config.hidden_size * (0 if config.tied else 1)
+    return 6.0 * matrices + 6.0 * config.num_layers * config.num_heads * config.head_dim * length
 
 
 @lru_cache(maxsize=16)
@@ -126,20 +114,12 @@ def make_step(plan: StepPlan) -> Any:
     scalars: loss (nats a target token), targets, grad_norm (before clipping) and move (|delta| / |start|).
     """
     dtype = jnp.dtype(plan.compute_dtype)
-    adamw = plan.adamw
+    loss_sum = partial(qwen2.loss_sum, plan.config, dtype=dtype, remat=plan.remat, unroll=plan.unroll)
 
     def nats(trained: Any, frozen: Any, batch: Batch[jax.Array]) -> tuple[jax.Array, jax.Array]:
         # Cast before the layers use them: what is gathered over fsdp is then of the compute dtype.
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), spec.join(trained, frozen))
-        return qwen2.loss_sum(
-            plan.config,
-            params,
-            batch,
-            dtype=dtype,
-            remat=plan.remat,
-            unroll=plan.unroll,
-            attention_options=plan.attention_options,
-        )
+        return loss_sum(params, batch, attention_options=plan.attention_options)
 
     gradient = jax.value_and_grad(nats, has_aux=True)
 
@@ -165,13 +145,13 @@ def make_step(plan: StepPlan) -> Any:
         total, count, grads = accumulated(params, state["frozen"], batch)
         denominator = jnp.maximum(count, 1.0)
         grads = jax.tree.map(lambda g: g / denominator, grads)
-        updates, moments = adamw.update(grads, state["moments"], params)
+        updates, moments = plan.adamw.update(grads, state["moments"], params)
         params = jax.tree.map(lambda p, u: p - rate * u, params, updates)
-        metrics = {"loss": total / denominator, "targets": count, "grad_norm": optimizer.global_norm(grads)}
+        metrics = {"loss": total / denominator, "targets": count, "grad_norm": optax.tree.norm(grads)}
         if plan.track_move:
             delta = jax.tree.map(jnp.subtract, params, state["start"])
             whole = spec.join(state["start"], state["frozen"])
-            metrics["move"] = optimizer.global_norm(delta) / optimizer.global_norm(whole)
+            metrics["move"] = optax.tree.norm(delta) / optax.tree.norm(whole)
         return state | {"params": params, "moments": moments}, metrics
 
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(plan))

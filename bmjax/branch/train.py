@@ -16,11 +16,9 @@ from jax.sharding import Mesh
 from bmjax.branch import examples, optimizer
 from bmjax.branch.fingerprint import check_same, fingerprint
 from bmjax.branch.loader import Loader
-from bmjax.branch.loop import loop, saved
-from bmjax.branch.metrics import import_wandb
-from bmjax.branch.run import Progress, Run
+from bmjax.branch.loop import Run, import_wandb, loop, saved
 from bmjax.branch.settings import Training, TrainSettings
-from bmjax.branch.step import State, StepPlan, all_params, init_state
+from bmjax.branch.step import State, StepPlan, init_state
 from bmjax.config import UserError
 from bmjax.io.atomic import write_atomic
 from bmjax.io.rows import read_rows
@@ -81,15 +79,20 @@ def _train(settings: TrainSettings, log: Log, progress: bool) -> dict[str, Any]:
         return summary
 
     # Train, from the newest checkpoint on.
-    log(_data_line(output.name, loader, config, steps))
+    data = loader.dataset
+    cut = f", {data.truncated} truncated, {data.dropped} dropped" if data.truncated + data.dropped else ""
+    log(
+        f"{output.name}: {len(data.examples)} documents, {data.tokens:,} tokens in {len(loader.rows)} rows of "
+        f"{loader.length} ({loader.fill:.1%} filled){cut}; {spec.count(config):,} parameters, {steps} steps"
+    )
     plan = step_plan(settings, config, mesh, loader.documents)
     run = Run(settings, student, loader, plan, steps, expected, log, progress)
     with jax.set_mesh(mesh):
         state = init_state(plan, hf.load_params(student.directory, config, mesh, dtype=np.float32))
         checkpoints = Checkpoints(output / "checkpoints", settings.keep, settings.save_every, settings.keep_every)
         try:
-            state, begin = _resume(run, state, checkpoints)
-            state, summary = loop(run, state, begin, checkpoints)
+            state, begin, seen = _resume(run, state, checkpoints)
+            state, summary = loop(run, state, begin, seen, checkpoints)
         finally:
             checkpoints.close()
         # Write the model. result.json comes last: it marks the training as done.
@@ -107,17 +110,10 @@ def open_student(settings: TrainSettings) -> Student:
 
 
 def check(settings: Training, config: ModelConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """Refuse a training that cannot run, before data and weights are read.
+    """Return the mesh of a training; UserError, naming the key to change, for one that cannot run.
 
-    Arguments:
-        settings, config: the training, and the student's architecture.
-        devices: those to train on, all of them; None: those at hand, of which one process may leave some unused.
-
-    Returns:
-        The mesh of the training.
-
-    Raises:
-        UserError: naming the key to change.
+    It reads no data and no weights. devices: those to train on, all of them; None: those at hand, of which one process
+    may leave some unused.
     """
     if settings.wandb:
         import_wandb()
@@ -173,9 +169,7 @@ def total_steps(settings: TrainSettings, loader: Loader) -> int:
 def step_plan(settings: Training, config: ModelConfig, mesh: Mesh, documents: int = 0) -> StepPlan:
     """Make the plan that a step is compiled from.
 
-    Arguments:
-        settings, config, mesh: as `check` found them right.
-        documents: the most that a row of the data holds, padding counted as one; 0 where there is no data.
+    documents: the most that a row of the data holds, padding counted as one; 0 where there is no data.
     """
     platform = mesh.devices.flat[0].platform
     # Only GPU kernels are compiled for a number of documents; elsewhere all data share one program.
@@ -190,15 +184,6 @@ def step_plan(settings: Training, config: ModelConfig, mesh: Mesh, documents: in
     )  # fmt: skip
 
 
-def _data_line(name: str, loader: Loader, config: ModelConfig, steps: int) -> str:
-    dataset = loader.dataset
-    cut = f", {dataset.truncated} truncated, {dataset.dropped} dropped" if dataset.truncated + dataset.dropped else ""
-    return (
-        f"{name}: {len(dataset.examples)} documents, {dataset.tokens:,} tokens in {len(loader.rows)} rows of "
-        f"{loader.length} ({loader.fill:.1%} filled){cut}; {spec.count(config):,} parameters, {steps} steps"
-    )
-
-
 def _finished(output: Path, expected: dict[str, str], importances: bool) -> dict[str, Any] | None:
     """Return the summary of a training that is done, with everything written that is asked for; else None."""
     path = output / "result.json"
@@ -210,28 +195,28 @@ def _finished(output: Path, expected: dict[str, str], importances: bool) -> dict
     return result
 
 
-def _resume(run: Run, state: State, checkpoints: Checkpoints) -> tuple[State, Progress]:
-    """Restore the newest whole checkpoint; without one, return `state` as it is."""
+def _resume(run: Run, state: State, checkpoints: Checkpoints) -> tuple[State, int, int]:
+    """Return (state, steps done, real tokens seen) of the newest whole checkpoint; without one, of a new training."""
     latest = checkpoints.latest()
     if latest is None:
-        return state, Progress()
+        return state, 0, 0
     check_same(checkpoints.meta(latest)["fingerprint"], run.fingerprint, checkpoints.directory)
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), saved(state))
     restored, meta = checkpoints.restore(latest, abstract)
     run.log(f"resuming at step {latest}")
-    return state | restored, Progress(latest, meta["tokens"])
+    return state | restored, latest, meta["tokens"]
 
 
 def _export(run: Run, state: State) -> None:
     """Write DIR/hf, the weights in export_dtype or as the student stores them, and DIR/importances if asked for."""
     settings, student = run.settings, run.student
-    tokenizer = None
-    if settings.template is not None:
-        # The template is part of the branch: it is served with the one that it was trained with.
-        tokenizer = student.tokenizer
+    params = spec.join(state["params"], state["frozen"])
+    # The template is part of the branch: it is served with the one that it was trained with.
+    tokenizer = None if settings.template is None else student.tokenizer
+    if tokenizer is not None:
         tokenizer.chat_template = student.template
     hf.save_hf(
-        run.output / "hf", all_params(state), student.hf_config, side_files=student.directory, tokenizer=tokenizer,
+        run.output / "hf", params, student.hf_config, side_files=student.directory, tokenizer=tokenizer,
         dtype=np.dtype(settings.export_dtype) if settings.export_dtype else hf.stored_dtype(student.directory),
         eos=student.end_tokens if student.end_tokens != student.stored_end_tokens else None,
     )  # fmt: skip

@@ -77,10 +77,11 @@ def _plan(options: Namespace) -> None:
     from bmjax.log import write_line
     from bmjax.plan import plan
 
-    result, changes = plan.plan_training(options.settings, options.topology, options.search, write_line)
+    result = plan.plan_training(options.settings, options.topology, options.search, write_line)
     if options.json:
-        print(json.dumps(result.to_json(changes)))
+        print(json.dumps(result))
         return
+    changes = result.get("overrides", {})
     for line in plan.lines(result, options.settings.model_copy(update=changes)):
         print(line)
     if changes:

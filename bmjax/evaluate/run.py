@@ -6,7 +6,7 @@
 import itertools
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from bmjax.branch.examples import Dataset, build_dataset, check_vocabulary
-from bmjax.branch.loader import Loader, load_batch
-from bmjax.branch.packing import best_fit
+from bmjax.branch.examples import build_dataset, check_vocabulary
+from bmjax.branch.loader import Loader, best_fit, load_batch
 from bmjax.chat.template import render_prompt
 from bmjax.config import UserError
 from bmjax.evaluate.score import accuracy
@@ -53,7 +52,13 @@ def evaluate(settings: EvalSettings, log: Log = silent) -> dict[str, dict[str, A
         UserError: for a model or a row that does not fit, and for a task of which no answer can be judged.
     """
     student = students.open(settings.model, template=settings.template, purpose="evaluation")
-    _check_tasks(settings)
+    if not settings.tasks:
+        raise UserError("tasks: empty; expected at least one, name: {questions, traces}")
+    for name, task in settings.tasks.items():
+        if name != Path(name).name:
+            raise UserError(f"tasks: '{name}' is used as a file name; it must not hold '/' or be empty")
+        if task.questions is None and task.traces is None:
+            raise UserError(f"tasks.{name}: give questions (for accuracy), traces (for the held-out loss) or both")
     questions = {name: _questions(settings, name, student) for name in settings.tasks}
     mesh = make_mesh(settings.mesh)
     dtype = np.dtype(jnp.dtype(settings.compute_dtype))
@@ -71,16 +76,6 @@ def evaluate(settings: EvalSettings, log: Log = silent) -> dict[str, dict[str, A
             log(f"{settings.model} {name}: {summary(scores[name])}")
     write_atomic(Path(settings.output) / "scores.json", json.dumps(scores, indent=1))
     return scores
-
-
-def _check_tasks(settings: EvalSettings) -> None:
-    if not settings.tasks:
-        raise UserError("tasks: empty; expected at least one, name: {questions, traces}")
-    for name, task in settings.tasks.items():
-        if name != Path(name).name:
-            raise UserError(f"tasks: '{name}' is used as a file name; it must not hold '/' or be empty")
-        if task.questions is None and task.traces is None:
-            raise UserError(f"tasks.{name}: give questions (for accuracy), traces (for the held-out loss) or both")
 
 
 def summary(score: dict[str, Any]) -> str:
@@ -112,44 +107,46 @@ def _questions(settings: EvalSettings, name: str, student: Student) -> list[Ques
         sampler.check_prompt(student.config, tokens, problem.location)
         questions.append((problem, tokens))
     # An empty answer shows which questions cannot be judged, whatever the model says.
-    _check_judged(name, [judge(p.reference, "", p.judge, settings.run_programs) for p, _ in questions])
+    _judge(settings, name, [(problem, "", None) for problem, _ in questions])
     return questions
 
 
-def _check_judged(name: str, verdicts: Sequence[Verdict]) -> None:
+def _judge(settings: EvalSettings, name: str, answers: Iterable[tuple[Problem, str, str | None]]) -> list[Verdict]:
+    """Judge (problem, answer, why it ended) of a task; UserError when not a single one can be judged."""
+    verdicts = [
+        judge(problem.reference, answer, problem.judge, settings.run_programs, finish_reason)
+        for problem, answer, finish_reason in answers
+    ]
     if all(verdict.verdict == "unjudged" for verdict in verdicts):
         raise UserError(
             f"tasks.{name}: none of {len(verdicts)} answers can be judged: {verdicts[0].reason}; "
             f"check keys 'reference' and 'judge' of the task, and 'run_programs'"
         )
+    return verdicts
 
 
 def _accuracy(
     settings: EvalSettings, name: str, questions: Sequence[Question], student: Student, params: Any
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Generate and judge `settings.samples` answers to each question; returns (score, samples)."""
-    asked = [question for question in questions for _ in range(settings.samples)]
+    k = settings.samples
+    asked = [question for question in questions for _ in range(k)]
     sampling = sampler.Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, settings.seed)
     prompts, dtype = [tokens for _, tokens in asked], jnp.dtype(settings.compute_dtype)
     outs = sampler.generate(student.config, params, prompts, sampling, student.end_tokens, settings.batch, dtype)
     answers = student.tokenizer.batch_decode([out.tokens for out in outs], skip_special_tokens=True)
 
-    samples, verdicts = [], []
-    for (problem, _), answer, out in zip(asked, answers, outs, strict=True):
-        verdict = judge(problem.reference, answer, problem.judge, settings.run_programs, out.finish_reason)
-        verdicts.append(verdict)
-        samples.append(
-            {"prompt": problem.prompt, "reference": problem.reference, "answer": answer,
-             "finish_reason": out.finish_reason, "verdict": verdict.verdict, "verdict_by": verdict.judge,
-             "reason": verdict.reason}
-        )  # fmt: skip
-    _check_judged(name, verdicts)
+    answered = list(zip((p for p, _ in asked), answers, (out.finish_reason for out in outs), strict=True))
+    verdicts = _judge(settings, name, answered)
     outcomes = [None if verdict.verdict == "unjudged" else verdict.verdict == "right" for verdict in verdicts]
-    k = settings.samples
-    result = accuracy([outcomes[start : start + k] for start in range(0, len(outcomes), k)])
-    truncated = sum(out.finish_reason == "length" for out in outs) / len(outs)
-    score = {"accuracy": result.accuracy, "ci95": list(result.ci95), "n": result.n, "k": result.k}
-    return score | {"truncated": truncated, "unjudged": result.unjudged}, samples
+    score = accuracy([outcomes[start : start + k] for start in range(0, len(outcomes), k)])
+    score["truncated"] = sum(out.finish_reason == "length" for out in outs) / len(outs)
+    samples = [
+        {"prompt": problem.prompt, "reference": problem.reference, "answer": answer, "finish_reason": finish_reason,
+         "verdict": verdict.verdict, "verdict_by": verdict.judge, "reason": verdict.reason}
+        for (problem, answer, finish_reason), verdict in zip(answered, verdicts, strict=True)
+    ]  # fmt: skip
+    return score, samples
 
 
 @lru_cache(maxsize=16)
@@ -165,34 +162,27 @@ def _held_out_loss(
     config = student.config
     seq_len = min(settings.seq_len, config.max_length)
     rows: Iterable[Row] = itertools.islice(read_rows(task.traces, "traces"), task.limit)
-    if (task.prompt, task.response) != (TaskSettings().prompt, TaskSettings().response):
-        rows = ((location, _trace(task, row, location)) for location, row in rows)
+    templates = {"prompt": task.prompt, "response": task.response}
+    if templates != {key: TaskSettings.model_fields[key].default for key in templates}:
+        rows = (
+            (location, {key: fill(template, row, location, key) for key, template in templates.items()})
+            for location, row in rows
+        )
     dataset = build_dataset(rows, student.tokenizer, student.template, seq_len, "truncate")
     check_vocabulary(dataset, config.vocab_size, student.directory)
-    loader = Loader(dataset, seq_len, _batch(dataset, seq_len, settings.batch), packing=True, shuffle=False, seed=0)
+    # A power of two that holds all of a small dataset, so that few rows are empty.
+    packed = len(best_fit([len(example.tokens) for example in dataset.examples], seq_len))
+    batch = min(settings.batch, 1 << (packed - 1).bit_length())
+    loader = Loader(dataset, seq_len, batch, packing=True, shuffle=False, seed=0)
     function = _loss_function(config, jnp.dtype(settings.compute_dtype))
     nats, tokens = 0.0, 0.0
     for step in range(loader.steps_per_epoch):
         total, count = function(params, load_batch(mesh, loader, step))
         nats, tokens = nats + float(total), tokens + float(count)
-    return {
-        "loss": nats / tokens,
-        "bits_per_byte": nats / math.log(2) / _target_bytes(dataset, student.tokenizer),
-        "loss_tokens": int(tokens),
-        "cut_rows": dataset.truncated,
-    }
-
-
-def _trace(task: TaskSettings, row: Mapping[str, Any], location: str) -> dict[str, Any]:
-    return {key: fill(getattr(task, key), row, location, key) for key in ("prompt", "response")}
-
-
-def _batch(dataset: Dataset, seq_len: int, most: int) -> int:
-    """Return the rows of a step: a power of two that holds all of a small dataset, so that few are empty."""
-    rows = len(best_fit([len(example.tokens) for example in dataset.examples], seq_len))
-    return min(most, 1 << (rows - 1).bit_length())
-
-
-def _target_bytes(dataset: Dataset, tokenizer: Any) -> int:
     targets = [example.tokens[example.loss_mask.astype(bool)].tolist() for example in dataset.examples]
-    return sum(len(text.encode()) for text in tokenizer.batch_decode(targets, skip_special_tokens=True))
+    texts = student.tokenizer.batch_decode(targets, skip_special_tokens=True)
+    bits_per_byte = nats / math.log(2) / sum(len(text.encode()) for text in texts)
+    return {
+        "loss": nats / tokens, "bits_per_byte": bits_per_byte, "loss_tokens": int(tokens),
+        "cut_rows": dataset.truncated,
+    }  # fmt: skip

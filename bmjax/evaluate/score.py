@@ -2,23 +2,9 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 Z95 = 1.959963984540054
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Mean over n judged questions of the share of right answers among their judged samples, with a 95% interval.
-
-    k: samples a question. unjudged: samples that no judge could decide; they are neither right nor wrong.
-    """
-
-    accuracy: float
-    ci95: tuple[float, float]
-    n: int
-    k: int
-    unjudged: int
 
 
 def wilson(right: int, n: int) -> tuple[float, float]:
@@ -29,10 +15,12 @@ def wilson(right: int, n: int) -> tuple[float, float]:
     return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))  # rounding may cross the share
 
 
-def accuracy(outcomes: Sequence[Sequence[bool | None]]) -> Accuracy:
+def accuracy(outcomes: Sequence[Sequence[bool | None]]) -> dict[str, Any]:
     """Compute the accuracy of outcomes[question][sample]: right, wrong, or None where it could not be judged.
 
-    The interval is over questions, for samples of one hang together. ValueError when nothing was judged.
+    accuracy: the mean over the n judged questions of the share of right answers among their judged samples. ci95: its
+    interval over questions, for samples of one hang together. k: samples a question. unjudged: samples that are neither
+    right nor wrong. ValueError when nothing was judged.
     """
     k = len(outcomes[0])
     if any(len(samples) != k for samples in outcomes):
@@ -44,7 +32,9 @@ def accuracy(outcomes: Sequence[Sequence[bool | None]]) -> Accuracy:
     n, unjudged = len(shares), k * len(outcomes) - sum(map(len, judged))
     mean = sum(shares) / n
     if k == 1:
-        return Accuracy(mean, wilson(round(sum(shares)), n), n, k, unjudged)
-    variance = sum((share - mean) ** 2 for share in shares) / max(1, n - 1)
-    half = Z95 * math.sqrt(variance / n)
-    return Accuracy(mean, (max(0.0, mean - half), min(1.0, mean + half)), n, k, unjudged)
+        low, high = wilson(round(sum(shares)), n)
+    else:
+        variance = sum((share - mean) ** 2 for share in shares) / max(1, n - 1)
+        half = Z95 * math.sqrt(variance / n)
+        low, high = max(0.0, mean - half), min(1.0, mean + half)
+    return {"accuracy": mean, "ci95": [low, high], "n": n, "k": k, "unjudged": unjudged}

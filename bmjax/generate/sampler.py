@@ -50,19 +50,11 @@ def generate(
     batch: int = 64,
     dtype: Any = jnp.float32,
 ) -> list[Generation]:
-    """Continue every prompt, on the mesh in scope; return the generations in order.
+    """Continue every prompt (token ids), on the mesh in scope; return the generations in order.
 
-    Where prompt and new tokens together reach the model's context, a generation ends there with 'length'.
-
-    Arguments:
-        params: nested dictionary of arrays, as the parameter table has it.
-        prompts: token ids of every prompt.
-        eos_ids: the tokens that end a generation.
-        batch: rows at a time.
-        dtype: of the computation.
-
-    Raises:
-        UserError: for an empty prompt, one that fills the model's context, or a token id that the model lacks.
+    Where prompt and new tokens together reach the model's context, a generation ends there with 'length'. eos_ids: the
+    tokens that end a generation. batch: rows at a time. dtype: of the computation. UserError for an empty prompt, one
+    that fills the model's context, or a token id that the model lacks.
     """
     for number, prompt in enumerate(prompts):
         check_prompt(config, prompt, f"prompt {number}")

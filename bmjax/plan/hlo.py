@@ -7,7 +7,8 @@ loops around it. `plan` reads whole steps with it; nothing here compiles.
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
@@ -15,17 +16,22 @@ from jax.sharding import Mesh
 from bmjax.parallel.mesh import slow_groups
 
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute", "ragged-all-to-all")
+SLICES = "slices"
 # Operations that call a computation for every pair of numbers: nothing to count in it.
 _ELEMENTWISE = ("reduce", "all-reduce", "reduce-scatter", "scatter", "sort", "reduce-window", "map")
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?)\s([a-z][a-z\-]*\d*)\((.*)$")
+_OPERANDS_END = re.compile(r"\)(?:, [\w\-]+=|$)")
 _MEGASCALE = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
-SLICES = "slices"
 _SHAPE = re.compile(r"([a-z]+\d*(?:e\dm\d\w*)?)\[([\d,]*)\]")
-_OPCODE = re.compile(r"\s([a-z][a-z\-]*\d*)\(")
 _CALLED = re.compile(r"(?:calls|body|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}")
+_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_NAMED = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((?:\[([\d,]+)\](?:T\(([\d,]+)\))?|([\d,]+))\))? \{([^}]*)\}"
+)
 
 
 @dataclass(frozen=True)
@@ -42,30 +48,14 @@ class Shape:
         return width * math.prod(self.sizes)
 
 
-@dataclass(frozen=True)
-class Instruction:
-    """One instruction of HLO.
-
-    shapes: of its result, several for a tuple. text: what follows the opcode and its bracket. times: how often it runs
-    a step. within: the computation that it stands in.
-    """
+class Instruction(NamedTuple):
+    """One instruction of HLO."""
 
     name: str
-    shapes: tuple[Shape, ...]
+    shapes: tuple[Shape, ...]  # of its result, several for a tuple
     opcode: str
-    text: str
-    times: int = field(default=1, compare=False)
-    within: str = field(default="", compare=False)
-
-    @property
-    def operands(self) -> list[str]:
-        """The names of the instructions that it reads."""
-        depth, end = 1, 0
-        for end, letter in enumerate(self.text):  # noqa: B007
-            depth += (letter == "(") - (letter == ")")
-            if depth == 0:
-                break
-        return re.findall(r"%([\w.\-]+)", self.text[:end])
+    operands: list[str]  # the names of the instructions that it reads
+    text: str  # what follows the opcode's bracket
 
 
 @dataclass(frozen=True)
@@ -96,32 +86,32 @@ class Program:
     """An optimized HLO module, given as text."""
 
     def __init__(self, text: str) -> None:
-        self._computations: dict[str, list[Instruction]] = {}
-        entry, lines = "", None
+        self._computations: dict[str, dict[str, Instruction]] = {}
+        self._entry = ""
+        block = None
         for line in text.splitlines():  # a kernel's settings may go on over several lines
             if (head := _COMPUTATION.match(line)) is not None:
-                lines = self._computations.setdefault(head[1], [])
-                entry = head[1] if line.startswith("ENTRY") else entry
+                block = self._computations.setdefault(head[2], {})
+                self._entry = head[2] if head[1] else self._entry
             elif line == "}":
-                lines = None
-            elif lines is not None and (instruction := _parse(line)) is not None:
-                lines.append(instruction)
-        self._entry = entry
-        self._shapes = {line.name: line.shapes for block in self._computations.values() for line in block}
+                block = None
+            elif block is not None and (match := _INSTRUCTION.match(line)) is not None:
+                name, types, opcode, rest = match.groups()
+                shapes = tuple(Shape(kind, _ints(sizes)) for kind, sizes in _SHAPE.findall(types))
+                operands = re.findall(r"%([\w.\-]+)", _OPERANDS_END.split(rest, maxsplit=1)[0])
+                block[name] = Instruction(name, shapes, opcode, operands, rest)
+        self._shapes = {name: line.shapes for block in self._computations.values() for name, line in block.items()}
 
-    def instructions(self) -> Iterator[Instruction]:
-        """Yield every instruction that runs, with `times` and `within`."""
-        yield from self._walk(self._entry, 1)
-
-    def _walk(self, computation: str, times: int) -> Iterator[Instruction]:
-        for instruction in self._computations.get(computation, []):
-            yield replace(instruction, times=times, within=computation)
-            if instruction.opcode in _ELEMENTWISE:
+    def _walk(self, computation: str, times: int = 1) -> Iterator[tuple[Instruction, int, str]]:
+        """Yield every instruction that runs, how often it runs a step, and the computation that it stands in."""
+        for line in self._computations.get(computation, {}).values():
+            yield line, times, computation
+            if line.opcode in _ELEMENTWISE:
                 continue
-            called = _CALLED.findall(instruction.text)
-            if (branches := _BRANCHES.search(instruction.text)) is not None:
+            called = _CALLED.findall(line.text)
+            if (branches := _BRANCHES.search(line.text)) is not None:
                 called += re.findall(r"%?([\w.\-]+)", branches[1])
-            inner = times * self._trips(instruction) if instruction.opcode == "while" else times
+            inner = times * self._trips(line) if line.opcode == "while" else times
             for name in called:
                 yield from self._walk(name, inner)
 
@@ -133,7 +123,8 @@ class Program:
         """
         if (known := _TRIPS.search(loop.text)) is not None:
             return int(known[1])
-        condition, body = (self._block(loop, key) for key in ("condition", "body"))
+        called = dict(re.findall(r"(condition|body)=%?([\w.\-]+)", loop.text))
+        condition, body = (self._computations.get(called.get(key, ""), {}) for key in ("condition", "body"))
         for test in condition.values():
             if test.opcode != "compare" or "direction=LT" not in test.text:
                 continue
@@ -148,26 +139,17 @@ class Program:
             return -(-_number(limit) // max(1, step))
         return 1
 
-    def _block(self, loop: Instruction, key: str) -> dict[str, Instruction]:
-        """Return the instructions, by name, of the computation that a loop calls as `key`."""
-        computation = re.search(rf"{key}=%?([\w.\-]+)", loop.text)
-        return {line.name: line for line in self._computations.get(computation[1], [])} if computation else {}
-
     def flops(self) -> float:
         """Count the FLOPs of matrix products on one chip.
 
         Both branches of a conditional count; kernels of other libraries don't.
         """
-        products = (line for line in self.instructions() if line.opcode in ("dot", "convolution"))
-        return float(sum(product.times * self._product_flops(product) for product in products))
-
-    def _product_flops(self, product: Instruction) -> int:
-        left, right = (self._shapes[name][0].sizes for name in product.operands[:2])
-        if product.opcode == "convolution":
-            return _convolution_flops(product, left, right)
-        summed = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", product.text)
-        dimensions = summed[1].split(",") if summed and summed[1] else []
-        return 2 * math.prod(product.shapes[0].sizes) * math.prod(left[int(dimension)] for dimension in dimensions)
+        total = 0
+        for line, times, _ in self._walk(self._entry):
+            if line.opcode in ("dot", "convolution"):
+                left, right = (self._shapes[name][0].sizes for name in line.operands[:2])
+                total += times * (_dot_flops if line.opcode == "dot" else _convolution_flops)(line, left, right)
+        return float(total)
 
     def collectives(self, mesh: Mesh) -> list[Collective]:
         """Return all collectives and the mesh axes that they go along; those within a chip are left out.
@@ -176,13 +158,18 @@ class Program:
         `slices`.
         """
         collectives = []
-        for line in self.instructions():
-            if (between := _MEGASCALE.search(line.text)) is not None and line.opcode == "send":
-                collectives.append(self._between_slices(line, between[1].lower().replace("_", "-"), mesh))
+        for line, times, computation in self._walk(self._entry):
+            if line.opcode == "send" and (between := _MEGASCALE.search(line.text)) is not None:
+                kind, array = between[1].lower().replace("_", "-"), self._shapes[line.operands[0]][0]
+                ways = len(set(slow_groups(list(mesh.devices.flat))))
+                nbytes = array.nbytes * (ways if kind == "all-gather" else 1)
+                collectives.append(
+                    Collective(kind, line.name, array.dtype, array.sizes, (SLICES,), ways, nbytes, times)
+                )
             kind = line.opcode.removesuffix("-start")
             if kind not in COLLECTIVES:
                 continue
-            if line.within.startswith("all-reduce-scatter"):
+            if computation.startswith("all-reduce-scatter"):
                 kind = "reduce-scatter"  # as TPUs write it: one operation, of which each chip keeps a slice
             axes, ways = _axes(line.text, mesh)
             if ways == 1:
@@ -194,31 +181,21 @@ class Program:
                 output_bytes = sum(shape.nbytes for shape in line.shapes if shape.sizes) - input_bytes
             largest = max([*inputs, *line.shapes], key=lambda shape: shape.nbytes)
             nbytes = max(input_bytes, output_bytes)
-            collectives.append(
-                Collective(kind, line.name, largest.dtype, largest.sizes, axes, ways, nbytes, line.times)
-            )
+            collectives.append(Collective(kind, line.name, largest.dtype, largest.sizes, axes, ways, nbytes, times))
         return collectives
 
-    def _between_slices(self, send: Instruction, kind: str, mesh: Mesh) -> Collective:
-        shape = self._shapes[send.operands[0]][0]
-        slices = len(set(slow_groups(list(mesh.devices.flat))))
-        nbytes = shape.nbytes * (slices if kind == "all-gather" else 1)
-        return Collective(kind, send.name, shape.dtype, shape.sizes, (SLICES,), slices, nbytes, send.times)
+
+def _number(constant: Instruction) -> int:
+    return int(constant.text.partition(")")[0])
 
 
-def _parse(line: str) -> Instruction | None:
-    match = _INSTRUCTION.match(line)
-    if match is None:
-        return None
-    name, rest = match.groups()
-    opcode = _OPCODE.search(rest)
-    if opcode is None:
-        return None
-    shapes = tuple(
-        Shape(kind, tuple(map(int, filter(None, sizes.split(",")))))
-        for kind, sizes in _SHAPE.findall(rest[: opcode.start()])
-    )
-    return Instruction(name, shapes, opcode[1], rest[opcode.end() :])
+def _ints(text: str) -> tuple[int, ...]:
+    return tuple(map(int, filter(None, text.split(","))))
+
+
+def _dot_flops(product: Instruction, left: tuple[int, ...], right: tuple[int, ...]) -> int:
+    summed = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", product.text)
+    return 2 * math.prod(product.shapes[0].sizes) * math.prod(left[axis] for axis in _ints(summed[1] if summed else ""))
 
 
 def _convolution_flops(product: Instruction, left: tuple[int, ...], right: tuple[int, ...]) -> int:
@@ -245,10 +222,6 @@ def _convolution_flops(product: Instruction, left: tuple[int, ...], right: tuple
     return total
 
 
-def _number(constant: Instruction) -> int:
-    return int(re.match(r"-?\d+", constant.text)[0])  # type: ignore[index]
-
-
 def _axes(text: str, mesh: Mesh) -> tuple[tuple[str, ...], int]:
     """Return the mesh axes along which a collective's groups of chips lie, and how many chips a group has."""
     sizes = tuple(mesh.shape.values())
@@ -260,61 +233,42 @@ def _axes(text: str, mesh: Mesh) -> tuple[tuple[str, ...], int]:
 
 def _groups(text: str, chips: int) -> np.ndarray:
     """Return the chips by group, int [groups, chips a group], from any spelling of replica groups."""
-    if (pairs := re.search(r"source_target_pairs=\{(\{.*?\})\}", text)) is not None:
-        return np.array([list(map(int, pair.split(","))) for pair in re.findall(r"\{([\d,]+)\}", pairs[1])])
-    if (iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)) is not None:
-        shape, dims, order = (tuple(map(int, part.split(","))) if part else None for part in iota.groups())
-        numbers = np.arange(math.prod(dims)).reshape(dims)  # type: ignore[arg-type]
-        return (numbers if order is None else numbers.transpose(order)).reshape(shape)
+    if (listed := _LISTED.search(text)) is not None:
+        return np.array([_ints(group) for group in re.findall(r"\{([\d,]+)\}", listed[1])])
+    if (iota := _IOTA.search(text)) is not None:
+        return _iota(iota[2], iota[3]).reshape(_ints(iota[1]))
     if (named := _NAMED.search(text)) is not None:
-        return _named_groups(named[1], named[5], _order(named[2], named[3], named[4]))
+        sizes, dims, turned, order, axes = named.groups()
+        return _named_groups(sizes, axes, np.array(_ints(order)) if order else _iota(dims, turned) if dims else None)
     if "replica_groups=mesh" in text:
         raise ValueError(f"replica groups in a spelling that is not known here: {text[:300]}")
-    if (listed := re.search(r"replica_groups=\{(\{.*?\})\}", text)) is not None:
-        return np.array([list(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", listed[1])])
     return np.arange(chips)[None]
 
 
-_NAMED = re.compile(
-    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((?:\[([\d,]+)\](?:T\(([\d,]+)\))?|([\d,]+))\))? \{([^}]*)\}"
-)
-
-
-def _order(dims: str | None, turned: str | None, listed: str | None) -> np.ndarray | None:
-    """Return a named mesh's chips in its order: of device_ids=([2,4]T(1,0)) or (0,2,1,3); None without device_ids."""
-    if listed:
-        return np.array(_ints(listed))
-    if not dims:
-        return None
+def _iota(dims: str, turned: str | None) -> np.ndarray:
+    """Return the chips 0, 1, 2, ... in the order that [dims]T(turned) writes: laid out in `dims`, axes exchanged."""
     numbers = np.arange(math.prod(_ints(dims))).reshape(_ints(dims))
     return (numbers.transpose(_ints(turned)) if turned else numbers).reshape(-1)
 
 
-def _ints(text: str) -> tuple[int, ...]:
-    return tuple(map(int, text.split(",")))
-
-
-def _named_groups(sizes: str, axes: str, order: np.ndarray | None) -> np.ndarray:
+def _named_groups(mesh: str, axes: str, order: np.ndarray | None) -> np.ndarray:
     """Return the groups of a named mesh, int [groups, chips a group].
 
-    Arguments:
-        sizes: the mesh, like 'data'=2,'fsdp'=4.
-        axes: those that the groups lie along, like 'fsdp'; 'fsdp':(2)2 is a part of an axis, its two after a major two.
-        order: the chips in the mesh's order; None: 0, 1, 2, ...
+    mesh is like 'data'=2,'fsdp'=4. axes are those that the groups lie along, like 'fsdp'; 'fsdp':(2)2 is a part of an
+    axis, its two after a major two. order: the chips in the mesh's order; None: 0, 1, 2, ...
     """
-    shape = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", sizes)}
     chosen = {
         name: (int(major or 1), int(size or 0))
         for name, major, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", axes)
     }
     part_sizes: list[int] = []  # every axis as three parts: major, chosen, minor
     group_parts: list[int] = []  # indices of the parts that the groups lie along
-    for name, size in shape.items():
+    for name, size in re.findall(r"'(\w+)'=(\d+)", mesh):
         major, part = chosen.get(name, (1, 1))
-        part = part or size
+        part = part or int(size)
         if name in chosen:
             group_parts.append(len(part_sizes) + 1)
-        part_sizes += [major, part, size // (major * part)]
+        part_sizes += [major, part, int(size) // (major * part)]
     chips = np.arange(math.prod(part_sizes)) if order is None else order
     numbers = np.moveaxis(chips.reshape(part_sizes), group_parts, range(-len(group_parts), 0))
     return numbers.reshape(-1, math.prod(part_sizes[i] for i in group_parts))

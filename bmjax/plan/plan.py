@@ -10,17 +10,15 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from bmjax.branch import train as training
-from bmjax.branch.metrics import flops_per_token
-from bmjax.branch.settings import Training, TrainSettings
-from bmjax.branch.step import GIB, StepPlan, abstract_arguments, make_step, program_bytes, state_bytes
+from bmjax.branch.settings import TrainSettings
+from bmjax.branch.step import GIB, StepPlan, abstract_arguments, flops_per_token, make_step, program_bytes, state_bytes
 from bmjax.chat.template import chat_template
 from bmjax.config import UserError, first_line
 from bmjax.io import hub
@@ -35,86 +33,53 @@ from bmjax.parallel.mesh import AXES
 from bmjax.plan.hlo import SLICES, Program, totals
 from bmjax.weights import student as students
 
+MOST_MESHES = 6  # that a search compiles
 KINDS = ("parameters", "optimizer", "gradients", "temporaries")
 RECOMPUTING = ("full", "offload")  # remat that computes the forward pass again, attention included
 _OUT_OF_MEMORY = re.compile(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm|for HLO temporaries \(([\d.]+)([KMG])\) exceeds")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
-@dataclass(frozen=True)
-class PodPlan:
-    """What one training step takes on a slice of chips, and for how long at the least.
-
-    fits: whether a chip's memory holds it. gib_per_chip: GiB by kind (KINDS) and `total`. flops_per_step: FLOPs of all
-    chips, recomputation included. collective_bytes: what a chip sends a step, by mesh axis. step_seconds_bound: the
-    time of the slowest resource, `bound_by`. mfu_bound: the share of the peak that the model's own FLOPs reach in it.
-    change: the setting to change where it does not fit. steps: of the whole training; None where they follow from data
-    that is not here. Where it does not fit there is no program to read: FLOPs are then the model's, and
-    collective_bytes is empty.
-    """
-
-    fits: bool
-    topology: str
-    chips: int
-    mesh: dict[str, int]
-    hbm_gib: float
-    gib_per_chip: dict[str, float]
-    flops_per_step: float
-    collective_bytes: dict[str, float]
-    step_seconds_bound: float
-    bound_by: str
-    tokens_per_second_bound: float
-    mfu_bound: float
-    usd_per_chip_hour: float
-    compile_seconds: float
-    change: str | None
-    steps: int | None = None
-
-    def to_json(self, changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Return the plan as plain values; `overrides` are the changes to the settings that a search made."""
-        return dataclasses.asdict(self) | ({"overrides": dict(changes)} if changes else {})
-
-
 def student_config(student: str) -> ModelConfig:
     """Return the architecture of a student: of a directory, of a published model by its name, or from the hub."""
     if (Path(student) / "config.json").is_file():
         return ModelConfig.from_dir(student)
-    return known(student) or ModelConfig.from_dir(hub.model_directory(student))
+    return known(student) or ModelConfig.from_dir(hub.model_directory(student, weights=False))
 
 
 def plan_training(
     settings: TrainSettings, topology: str, try_meshes: bool = False, log: Log = silent
-) -> tuple[PodPlan, dict[str, Any]]:
+) -> dict[str, Any]:
     """Plan a training from its settings, its number of steps included.
 
     Arguments:
         settings: of the training; the student's weights are not needed.
-        topology: the slice, CHIP:SHAPE, for instance v5p:4x4x4.
+        topology: the slice, CHIP:SHAPE, for instance v5p:4x4x4, or several like 2xv5p:4x4x4.
         try_meshes: compile several meshes, microbatches and remat, and take the best that fits.
         log: gets a line before the first compilation, and one after each that a search makes.
 
     Returns:
-        The plan, and the changes to the settings that it is made with (empty without `try_meshes`).
+        What `plan` returns, with steps (of the whole training; None where they follow from data that is not here) and,
+        after a search, overrides: its changes to the settings.
 
     Raises:
         UserError: an unknown topology, or settings that cannot be trained with as they stand.
     """
     config = student_config(settings.student)
-    steps = training_steps(settings, config)
+    steps = training_steps(settings)
     log(f"compiling the training step for {topology} ...")
+    chip, devices = topology_devices(topology)
     if try_meshes:
-        best, changes = search(settings, config, topology, log=log)
-    else:
-        best, changes = plan(settings, config, topology), {}
-    return dataclasses.replace(best, steps=steps), changes
+        return search(settings, config, topology, chip, devices, log) | {"steps": steps}
+    return plan(settings, config, topology, chip, devices) | {"steps": steps}
 
 
-def training_steps(settings: TrainSettings, config: ModelConfig) -> int | None:
+def training_steps(settings: TrainSettings) -> int | None:
     """Return the optimizer steps of a training; None where they follow from data, or a student, that is not here."""
     if settings.steps is not None:
         return settings.steps
     files = [settings.data] if isinstance(settings.data, str) else settings.data
-    if not (Path(settings.student).is_dir() and all(Path(file).is_file() for file in files)):
+    if not all(Path(file).expanduser().is_file() for file in files) or not Path(settings.student).expanduser().is_dir():
         return None
     student = students.open(settings.student)
     if student.tokenizer is None:
@@ -123,23 +88,17 @@ def training_steps(settings: TrainSettings, config: ModelConfig) -> int | None:
     return training.total_steps(settings, training.load_data(settings, student))
 
 
-def plan(settings: Training, config: ModelConfig, topology: str) -> PodPlan:
-    """Compile the step of a training for a topology that is not here, and say what it takes.
+def plan(
+    settings: TrainSettings, config: ModelConfig, topology: str, chip: Chip, devices: Sequence[Any]
+) -> dict[str, Any]:
+    """Compile the step of a training for devices of the kind `chip`, at hand or not; `topology` only names them.
 
-    Arguments:
-        settings: the training.
-        config: its student's architecture, see `student_config`.
-        topology: one or several TPU slices, like v5p:4x4x4 or 2xv5p:4x4x4.
-
-    Raises:
-        UserError: for a training that cannot run as it stands, or a topology that does not exist.
+    Returns what the step takes, and for how long at the least. gib_per_chip: GiB by kind (KINDS) and `total`.
+    flops_per_step: FLOPs of all chips, recomputation included. collective_bytes: what a chip sends a step, by mesh
+    axis. step_seconds_bound: the time of the slowest resource, `bound_by`. mfu_bound: the share of the peak that the
+    model's own FLOPs reach in it. change: the setting to change where it does not fit. There is no program to read
+    then: FLOPs are the model's, and collective_bytes may be empty.
     """
-    chip, devices = topology_devices(topology)
-    return plan_on(settings, config, topology, chip, devices)
-
-
-def plan_on(settings: Training, config: ModelConfig, topology: str, chip: Chip, devices: Sequence[Any]) -> PodPlan:
-    """As `plan`, for devices of the kind `chip`, at hand or not; `topology` only names them."""
     began = time.perf_counter()
     step_plan, kinds, lowered = lower_step(settings, config, devices)
     mesh = step_plan.mesh
@@ -171,31 +130,32 @@ def plan_on(settings: Training, config: ModelConfig, topology: str, chip: Chip, 
     gib = {kind: round(size / GIB, 3) for kind, size in {**kinds, "total": total}.items()}
     fits = compiled is not None and total <= chip.hbm_gib * GIB
 
-    # The step takes at least as long as its slowest resource.
+    # The step takes at least as long as its slowest resource. A chip's memory moves at least the weights, for every
+    # microbatch, and the state once to and fro.
+    passes = 2 if settings.remat == "none" else 3
+    weights = 2.0 * spec.count(config) / mesh.shape["tensor"]
+    traffic = settings.accumulate * passes * weights + 2 * (kinds["parameters"] + kinds["optimizer"])
     times = {
         "arithmetic": flops / mesh.size / chip.flops,
-        "memory": _least_traffic(step_plan, settings, kinds) / chip.hbm_bandwidth,
+        "memory": traffic / chip.hbm_bandwidth,
         "communication": sum(size for axis, size in collectives.items() if axis != SLICES) / chip.link_bandwidth,
         "communication between slices": collectives.get(SLICES, 0.0) / chip.slice_bandwidth,
     }
     slowest = max(times, key=lambda name: times[name])
     bound = times[slowest]
-    return PodPlan(
-        fits=fits, topology=topology, chips=mesh.size, mesh=dict(mesh.shape), hbm_gib=chip.hbm_gib, gib_per_chip=gib,
-        flops_per_step=flops, collective_bytes=collectives, step_seconds_bound=bound, bound_by=slowest,
-        tokens_per_second_bound=tokens / bound, mfu_bound=model_flops / mesh.size / bound / chip.flops,
-        usd_per_chip_hour=chip.price, compile_seconds=round(seconds, 1),
-        change=None if fits else _advice(settings, config, mesh, gib),
-    )  # fmt: skip
+    return {
+        "fits": fits, "topology": topology, "chips": mesh.size, "mesh": dict(mesh.shape), "hbm_gib": chip.hbm_gib,
+        "gib_per_chip": gib, "flops_per_step": flops, "collective_bytes": collectives, "step_seconds_bound": bound,
+        "bound_by": slowest, "tokens_per_second_bound": tokens / bound,
+        "mfu_bound": model_flops / mesh.size / bound / chip.flops, "usd_per_chip_hour": chip.price,
+        "compile_seconds": round(seconds, 1), "change": None if fits else _advice(settings, config, mesh, gib),
+    }  # fmt: skip
 
 
 def lower_step(
-    settings: Training, config: ModelConfig, devices: Sequence[Any]
+    settings: TrainSettings, config: ModelConfig, devices: Sequence[Any]
 ) -> tuple[StepPlan, dict[str, float], jax.stages.Lowered]:
-    """Return (the step's plan, bytes that a chip holds by kind, the step ready to compile) for devices at hand or not.
-
-    Raises UserError where `train.check` refuses the training.
-    """
+    """Return the step's plan, the bytes that a chip holds by kind, and the step ready to compile."""
     mesh = training.check(settings, config, devices)
     step_plan = dataclasses.replace(training.step_plan(settings, config, mesh), unroll=1)
     with jax.set_mesh(mesh):
@@ -203,7 +163,7 @@ def lower_step(
         return step_plan, state_bytes(arguments[0]), make_step(step_plan).lower(*arguments)
 
 
-def _kernel_flops(step_plan: StepPlan, settings: Training) -> float:
+def _kernel_flops(step_plan: StepPlan, settings: TrainSettings) -> float:
     """Count attention's FLOPs where the program's text does not show them: in kernels and loops of unknown length.
 
     Two products forward (again where layers are recomputed), five backward, of half the square.
@@ -217,14 +177,7 @@ def _kernel_flops(step_plan: StepPlan, settings: Training) -> float:
     return 2.0 * products * square * config.num_layers * config.num_heads * config.head_dim
 
 
-def _least_traffic(step_plan: StepPlan, settings: Training, kinds: dict[str, float]) -> float:
-    """Count the bytes that a chip's memory moves at least: weights for every microbatch, the state once to and fro."""
-    weights = 2.0 * spec.count(step_plan.config) / step_plan.mesh.shape["tensor"]
-    passes = 2 if settings.remat == "none" else 3
-    return settings.accumulate * passes * weights + 2 * (kinds["parameters"] + kinds["optimizer"])
-
-
-def _advice(settings: Training, config: ModelConfig, mesh: Any, gib: dict[str, float]) -> str:
+def _advice(settings: TrainSettings, config: ModelConfig, mesh: Any, gib: dict[str, float]) -> str:
     """Return the setting to change first where it does not fit."""
     state = gib["parameters"] + gib["optimizer"] + gib["gradients"]
     rows = settings.batch // settings.accumulate // (mesh.shape["data"] * mesh.shape["fsdp"])
@@ -243,8 +196,8 @@ def _advice(settings: Training, config: ModelConfig, mesh: Any, gib: dict[str, f
     return f"the number of chips: the share of the state alone is {state:.1f} GiB"
 
 
-def candidates(settings: TrainSettings, config: ModelConfig, chips: int) -> Iterator[TrainSettings]:
-    """Yield meshes and microbatches worth compiling, the likeliest first: little splitting, few microbatches."""
+def candidates(settings: TrainSettings, config: ModelConfig, chips: int) -> list[dict[str, Any]]:
+    """Return meshes and microbatches worth compiling, the likeliest first: little splitting, few microbatches."""
     ranked = []
     powers = [2**i for i in range(int(math.log2(chips)) + 1) if chips % 2**i == 0]
     for tensor, context in itertools.product(powers, powers):
@@ -253,84 +206,78 @@ def candidates(settings: TrainSettings, config: ModelConfig, chips: int) -> Iter
         if settings.seq_len % context:
             continue
         fsdp = chips // (tensor * context)
+        mesh = {"fsdp": fsdp, "context": context, "tensor": tensor}
         for accumulate in range(1, settings.batch + 1):
             rows, rest = divmod(settings.batch, accumulate)
-            if rest or rows % fsdp:
-                continue
-            cost = (math.log2(tensor * context) + 1, rows // fsdp > 1, accumulate)
-            mesh = {"fsdp": fsdp, "context": context, "tensor": tensor}
-            ranked.append((cost, {"mesh": mesh, "accumulate": accumulate}))
-    for _, changes in sorted(ranked, key=lambda candidate: candidate[0]):
-        yield settings.model_copy(update=changes)
+            if not rest and rows % fsdp == 0:
+                cost = (math.log2(tensor * context) + 1, rows // fsdp > 1, accumulate)
+                ranked.append((cost, {"mesh": mesh, "accumulate": accumulate, "remat": settings.remat}))
+    return [changes for _, changes in sorted(ranked, key=lambda candidate: candidate[0])]
 
 
 def search(
-    settings: TrainSettings, config: ModelConfig, topology: str, most: int = 6, log: Log = silent
-) -> tuple[PodPlan, dict[str, Any]]:
-    """Compile up to `most` meshes and microbatches, then other remat on the best of them.
+    settings: TrainSettings, config: ModelConfig, topology: str, chip: Chip, devices: Sequence[Any], log: Log
+) -> dict[str, Any]:
+    """Compile a few meshes and microbatches, then other remat on the best of them.
 
-    Returns:
-        The best plan that fits and its overrides; where none fits, the one that lacks the least memory.
-
-    Raises:
-        UserError: when no mesh divides the batch and the heads.
+    Returns the best plan that fits, with its overrides; where none fits, the one that lacks the least memory. Raises
+    UserError when no mesh divides the batch and the heads.
     """
-    chip, devices = topology_devices(topology)
-    plans: list[tuple[PodPlan, dict[str, Any]]] = []
+    plans: list[dict[str, Any]] = []
 
-    def attempt(candidate: TrainSettings) -> None:
-        overrides = {"mesh": candidate.mesh, "accumulate": candidate.accumulate, "remat": candidate.remat}
-        pod_plan = plan_on(candidate, config, topology, chip, devices)
+    def attempt(changes: dict[str, Any]) -> None:
+        candidate = plan(settings.model_copy(update=changes), config, topology, chip, devices)
         log(
-            f"{json.dumps(overrides)}: {'fits' if pod_plan.fits else 'does not fit'}, "
-            f"{pod_plan.gib_per_chip['total']:.1f} GiB, {pod_plan.step_seconds_bound:.2f} s"
+            f"{json.dumps(changes)}: {'fits' if candidate['fits'] else 'does not fit'}, "
+            f"{candidate['gib_per_chip']['total']:.1f} GiB, {candidate['step_seconds_bound']:.2f} s"
         )
-        plans.append((pod_plan, overrides))
+        plans.append(candidate | {"overrides": changes})
 
-    for candidate in itertools.islice(candidates(settings, config, len(devices)), most):
-        attempt(candidate)
+    def best() -> dict[str, Any]:
+        """Return the fastest plan that fits; of others the one nearest to fitting."""
+        fitting = [candidate for candidate in plans if candidate["fits"]]
+        if fitting:
+            return min(fitting, key=lambda candidate: candidate["step_seconds_bound"])
+        return min(plans, key=lambda candidate: candidate["gib_per_chip"]["total"])
+
+    for changes in candidates(settings, config, len(devices))[:MOST_MESHES]:
+        attempt(changes)
     if not plans:
         raise UserError(
             f"--search: no mesh of {len(devices)} chips divides batch {settings.batch} and {config.num_heads} heads; "
             "change batch"
         )
-    best, overrides = min(plans, key=_rank)
+    first = best()
     # The best mesh's spare memory may hold what would be computed again; what lacks a little may go to the host.
-    for remat in ("save_attention", "minimal") if best.fits else ("full", "offload"):
+    for remat in ("save_attention", "minimal") if first["fits"] else ("full", "offload"):
         if remat != settings.remat:
-            attempt(settings.model_copy(update={**overrides, "remat": remat}))
-    return min(plans, key=_rank)
+            attempt({**first["overrides"], "remat": remat})
+    return best()
 
 
-def _rank(candidate: tuple[PodPlan, dict[str, Any]]) -> tuple[bool, float]:
-    """Order plans: those that fit first, the faster one first; of others the one nearest to fitting."""
-    pod_plan, _ = candidate
-    return not pod_plan.fits, pod_plan.step_seconds_bound if pod_plan.fits else pod_plan.gib_per_chip["total"]
-
-
-def lines(pod_plan: PodPlan, settings: Training) -> Iterator[str]:
+def lines(pod_plan: dict[str, Any], settings: TrainSettings) -> Iterator[str]:
     """Yield the lines of the report that a user reads."""
-    mesh = " x ".join(f"{axis} {pod_plan.mesh[axis]}" for axis in AXES if pod_plan.mesh[axis] > 1) or "one chip"
+    mesh = " x ".join(f"{axis} {pod_plan['mesh'][axis]}" for axis in AXES if pod_plan["mesh"][axis] > 1) or "one chip"
     rows = f"{settings.batch} rows of {settings.seq_len:,} tokens a step"
-    yield f"{pod_plan.topology}: {pod_plan.chips} chips of {pod_plan.hbm_gib:g} GiB; {mesh}; {rows}"
-    total = pod_plan.gib_per_chip["total"]
-    yield f"{'fits' if pod_plan.fits else 'DOES NOT FIT'}: {total:.2f} GiB a chip, {total / pod_plan.hbm_gib:.0%}"
+    yield f"{pod_plan['topology']}: {pod_plan['chips']} chips of {pod_plan['hbm_gib']:g} GiB; {mesh}; {rows}"
+    total = pod_plan["gib_per_chip"]["total"]
+    yield f"{'fits' if pod_plan['fits'] else 'DOES NOT FIT'}: {total:.2f} GiB a chip, {total / pod_plan['hbm_gib']:.0%}"
     for kind in KINDS:
-        yield f"  {kind:<12} {pod_plan.gib_per_chip[kind]:8.2f} GiB"
-    if pod_plan.change:
-        yield f"change {pod_plan.change}"
-    if not pod_plan.fits:
+        yield f"  {kind:<12} {pod_plan['gib_per_chip'][kind]:8.2f} GiB"
+    if pod_plan["change"]:
+        yield f"change {pod_plan['change']}"
+    if not pod_plan["fits"]:
         return
-    yield f"a step: {pod_plan.flops_per_step:.3g} FLOPs, recomputation included; a chip sends"
-    for axis, size in sorted(pod_plan.collective_bytes.items(), key=lambda pair: -pair[1]):
+    yield f"a step: {pod_plan['flops_per_step']:.3g} FLOPs, recomputation included; a chip sends"
+    for axis, size in sorted(pod_plan["collective_bytes"].items(), key=lambda pair: -pair[1]):
         yield f"  {axis:<20} {size / 1e9:10.2f} GB"
     yield (
-        f"at the least {pod_plan.step_seconds_bound:.2f} s a step ({pod_plan.bound_by}): at most "
-        f"{pod_plan.tokens_per_second_bound:,.0f} tokens/s, MFU {pod_plan.mfu_bound:.0%}"
+        f"at the least {pod_plan['step_seconds_bound']:.2f} s a step ({pod_plan['bound_by']}): at most "
+        f"{pod_plan['tokens_per_second_bound']:,.0f} tokens/s, MFU {pod_plan['mfu_bound']:.0%}"
     )
-    steps = pod_plan.steps or 1000
-    hours = steps * pod_plan.chips * pod_plan.step_seconds_bound / 3600
-    cost = f"US$ {hours * pod_plan.usd_per_chip_hour:,.0f} at US$ {pod_plan.usd_per_chip_hour:.2f} a chip-hour"
-    epochs = f" ({settings.epochs:g} epochs)" if pod_plan.steps and settings.epochs else ""
+    steps = pod_plan["steps"] or 1000
+    hours = steps * pod_plan["chips"] * pod_plan["step_seconds_bound"] / 3600
+    cost = f"US$ {hours * pod_plan['usd_per_chip_hour']:,.0f} at US$ {pod_plan['usd_per_chip_hour']:.2f} a chip-hour"
+    epochs = f" ({settings.epochs:g} epochs)" if pod_plan["steps"] and settings.epochs else ""
     yield f"{steps:,} steps{epochs}: at least {hours:,.0f} chip-hours, {cost}"
-    yield f"compiled in {pod_plan.compile_seconds:.0f} s"
+    yield f"compiled in {pod_plan['compile_seconds']:.0f} s"

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from bmjax.branch import metrics
-from bmjax.branch.metrics import MetricsLog, flops_per_token, peak_flops
-from bmjax.branch.run import Run
+from bmjax.branch import loop
+from bmjax.branch.loop import Run, metrics_log, peak_flops
 from bmjax.branch.settings import TrainSettings
+from bmjax.branch.step import flops_per_token
 from bmjax.log import silent
 from bmjax.model.config import ModelConfig
 
@@ -22,9 +22,9 @@ def write(output, start, steps, stop, log=silent, log_every=1):
     settings = TrainSettings(student="-", data="-", output=str(output), steps=steps, log_every=log_every)
     loader = SimpleNamespace(length=64, steps_per_epoch=4)
     plan = SimpleNamespace(config=CONFIG, mesh=SimpleNamespace(size=2))
-    with MetricsLog(Run(settings, None, loader, plan, steps, {}, log, progress=True), start) as metrics_log:
+    with metrics_log(Run(settings, None, loader, plan, steps, {}, log, progress=True), start) as write_metrics:
         for step in range(start + 1, stop + 1):
-            metrics_log.step(step, 1e-3, 200, VALUES)
+            write_metrics(step, 1e-3, 200, VALUES)
 
 
 def read(output):
@@ -54,7 +54,7 @@ def test_lines_say_what_a_step_was(tmp_path):
 
 def test_eta_leaves_the_first_steps_compilation_out(tmp_path, monkeypatch):
     clock = iter([0.0, 100.0, 102.0, 104.0])  # start, then the ends of steps 1, 2, 3
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(loop.time, "monotonic", lambda: next(clock))
     lines = []
     write(tmp_path, 0, 33, 3, lines.append)
     assert lines[1].endswith("eta 1m02s") and lines[2].endswith("eta 1m00s")
@@ -63,8 +63,8 @@ def test_eta_leaves_the_first_steps_compilation_out(tmp_path, monkeypatch):
 
 def test_mfu_where_the_device_is_known(tmp_path, monkeypatch):
     clock = iter([0.0, 1.0, 3.0])
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(metrics, "peak_flops", lambda kind: 1e6)
+    monkeypatch.setattr(loop.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(loop, "peak_flops", lambda kind: 1e6)
     write(tmp_path, 0, 2, 2)
     want = 200 * flops_per_token(CONFIG, 64) / 2.0 / (1e6 * 2)  # on 2 devices
     assert read(tmp_path)[1]["mfu"] == pytest.approx(want)

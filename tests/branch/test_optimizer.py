@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 import transformers
@@ -23,7 +24,7 @@ SCHEDULES = {
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("warmup, warm", [(0.1, 3), (7, 7), (0, 0), (1, 1)])
+@pytest.mark.parametrize("warmup, warm", [(0.1, 3), (7, 7), (0, 0), (0.0, 0), (1, 1), (5.0, 5)])
 def test_schedules_are_those_of_transformers(name, warmup, warm):
     steps, peak = 23, 3e-4
     theirs = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak)
@@ -33,10 +34,6 @@ def test_schedules_are_those_of_transformers(name, warmup, warm):
         assert ours == pytest.approx(theirs.param_groups[0]["lr"], rel=1e-9, abs=1e-18)
         theirs.step()
         schedule.step()
-
-
-def test_a_share_of_the_steps_is_rounded_up():
-    assert [optimizer.warmup_steps(w, 23) for w in (0.1, 0.0, 1, 5.0)] == [3, 0, 1, 5]
 
 
 @pytest.mark.parametrize("name", ["gqa_untied", "mha_tied"])
@@ -73,7 +70,7 @@ def test_adamw_equals_torchs(clip, decay):
         norm = torch.nn.utils.clip_grad_norm_(hf.parameters(), clip or 1e30)
         theirs.step()
         ours = from_state(config, grads)
-        assert float(optimizer.global_norm(ours)) == pytest.approx(float(norm), rel=1e-5)
+        assert float(optax.tree.norm(ours)) == pytest.approx(float(norm), rel=1e-5)
         params, moments = apply(ours, moments, params)
     wanted = from_state(config, {key: p.detach().numpy() for key, p in named.items()})
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), params, wanted)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from bmjax.branch.packing import best_fit
+from bmjax.branch.loader import best_fit
 
 
 def lengths(seed: int, count: int, top: int) -> list[int]:

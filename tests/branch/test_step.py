@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from bmjax.branch.step import StepPlan, all_params, init_state, make_step
+from bmjax.branch.step import StepPlan, init_state, make_step
 from bmjax.model import spec
 from bmjax.model.attention.options import AttentionOptions
 from bmjax.model.batch import Batch, place_batch
@@ -50,7 +50,7 @@ def run(plan: StepPlan, params, batch, steps: int = 2):
         for _ in range(steps):
             state, metrics = make_step(plan)(state, place_batch(plan.mesh, batch), np.float32(RATE))
             history.append({key: float(value) for key, value in metrics.items()})
-        return history, jax.tree.map(np.asarray, all_params(state))
+        return history, jax.tree.map(np.asarray, spec.join(state["params"], state["frozen"]))
 
 
 @pytest.fixture(scope="module")
