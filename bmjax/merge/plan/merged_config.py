@@ -3,10 +3,10 @@
 import copy
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from bmjax.io.safetensors import Checkpoint
+from bmjax.merge.plan.vocabulary import Vocabulary
 from bmjax.model.config import read_hf_config
 
 _TIED = "tie_word_embeddings"
@@ -42,17 +42,15 @@ def config_changes(
     heads: tuple[bool, bool],
     layers: Sequence[tuple[str, int]],
     donor_layers: int,
-    vocabulary: tuple[int, Path] | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """Return the keys of the donor's config.json that change, with their values, and notes.
 
-    Arguments:
-        heads: whether the donor, and the result, have a head of their own.
-        layers: the input and its layer that each of the result's is configured as; empty where that is not known.
-        donor_layers: how many layers the donor has.
-        vocabulary: rows of tokens, and the directory that a new tokenizer comes from.
+    heads: whether the donor, and the result, have a head of their own. layers: the input and its layer that each of the
+    result's is configured as; empty where that is not known. donor_layers: how many layers the donor has.
     """
-    old = read_config(models[donor])
+    configs = {name: read_config(model) for name, model in models.items()}
+    old = configs[donor]
     if old is None:
         return {}, [f"model '{donor}' has no config.json, so the result has none either"]
     new, notes = copy.deepcopy(old), list[str]()
@@ -63,16 +61,22 @@ def config_changes(
     elif donor_has_head and not result_has_head:
         _put(new, _TIED, True)
     if vocabulary is not None:
-        size, source = vocabulary
-        _put(new, "vocab_size", size)
-        if source != models[donor].directory and (source / "config.json").exists():
-            tokenizer_config = read_hf_config(source)
+        _put(new, "vocab_size", vocabulary.size)
+        if vocabulary.source != models[donor].directory and (vocabulary.source / "config.json").exists():
+            tokenizer_config = read_hf_config(vocabulary.source)
             for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
                 if key in tokenizer_config:
                     _put(new, key, tokenizer_config[key])
     if list(layers) != [(donor, number) for number in range(donor_layers)] and layers:
-        notes += _set_layers(new, donor_layers, layers, {name: read_config(model) for name, model in models.items()})
-    return {key: value for key, value in new.items() if key not in old or old[key] != value}, notes
+        notes += _set_layers(new, donor_layers, layers, configs)
+    changes = {key: value for key, value in new.items() if key not in old or old[key] != value}
+    # Where the inputs differ in more than bookkeeping.
+    for name, config in configs.items():
+        config = old if config is None else config
+        candidates = {*old, *config} - _MAY_DIFFER - changes.keys()
+        if keys := sorted(key for key in candidates if old.get(key) != config.get(key)):
+            notes.append(f"config.json of '{name}' differs from '{donor}' in {', '.join(keys)}; it is not used")
+    return changes, notes
 
 
 def _put(config: dict[str, Any], key: str, value: Any) -> None:
@@ -105,21 +109,4 @@ def _set_layers(
                 notes.append(f"config.json: {key} has an entry for every layer, and not every model has it; look at it")
     if not has_count:
         notes.append(f"config.json: no key holds the number of layers, {count}; set it to {len(layers)} yourself")
-    return notes
-
-
-def config_notes(donor: str, models: Mapping[str, Checkpoint], changed: Mapping[str, Any]) -> list[str]:
-    """Return one line for every input whose config differs from the donor's in more than bookkeeping."""
-    configs = {name: read_config(model) for name, model in models.items()}
-    donor_config = configs[donor]
-    if donor_config is None:
-        return []
-    notes = []
-    for name, config in configs.items():
-        if config is None:
-            continue
-        candidates = {*donor_config, *config} - _MAY_DIFFER - changed.keys()
-        keys = sorted(key for key in candidates if donor_config.get(key) != config.get(key))
-        if keys:
-            notes.append(f"config.json of '{name}' differs from '{donor}' in {', '.join(keys)}; it is not used")
     return notes

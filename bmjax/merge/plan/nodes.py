@@ -6,18 +6,20 @@ of their own (tied), of different vocabulary sizes and with surplus tensors can 
 was done about it.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from bmjax.config import UserError
-from bmjax.io.safetensors import DTYPES, Checkpoint, listing
+from bmjax.io.safetensors import DTYPES, Checkpoint, listing, open_checkpoint
 from bmjax.merge.plan.layout import Layout
-from bmjax.merge.plan.merged_config import config_changes, config_notes
-from bmjax.merge.plan.output import locate
+from bmjax.merge.plan.merged_config import config_changes
+from bmjax.merge.plan.output import check_target
 from bmjax.merge.plan.tensor_names import is_buffer, is_head, is_vocabulary, layer
 from bmjax.merge.plan.token_rows import StandIn, TokenRows
 from bmjax.merge.plan.vocabulary import Vocabulary, vocabulary
@@ -67,32 +69,53 @@ class Node:
         """Whether it is merged. What is not (masks, tables of positions) must be the same in all inputs."""
         return self.dtype in _FLOAT_TYPES
 
-    def files(self) -> Iterator[tuple[str, str]]:
-        """Yield (input, tensor) of everything that is read from files for it, each once."""
-        yield from dict.fromkeys(self._files())
-
-    def _files(self) -> Iterator[tuple[str, str]]:
+    def files(self) -> list[tuple[str, str]]:
+        """Return (input, tensor) of everything that is read from files for it, each once."""
+        files: dict[tuple[str, str], None] = {}
         for model, source in self.inputs.items():
-            if source.node is None:
-                yield model, source.tensor
-            else:
-                yield from source.node._files()
-            yield from ((other, tensor) for other, tensor, _ in source.others)
+            files |= dict.fromkeys([(model, source.tensor)] if source.node is None else source.node.files())
+            files |= {(other, tensor): None for other, tensor, _ in source.others}
+        return list(files)
 
 
 @dataclass(frozen=True)
 class MergePlan:
     """All of a merge.
 
+    models: the inputs, by the recipe's names.
     nodes: in the order in which they are written.
     config_changes: keys of the donor's config.json that change.
+    notes: the recipe's, and what is remarkable about the models.
     vocabulary: the tokenizer to save, None where the donor's files are copied.
     """
 
+    recipe: Recipe
+    models: Mapping[str, Checkpoint]
     nodes: tuple[Node, ...]
     config_changes: Mapping[str, Any]
     notes: tuple[str, ...]
     vocabulary: Vocabulary | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the result's tensors."""
+        return sum(math.prod(node.shape) * node.dtype.itemsize for node in self.nodes)
+
+
+def prepare(recipe: Recipe, output: str | Path, overwrite: bool = False, *, download: bool = True) -> MergePlan:
+    """Open a recipe's inputs and plan its merge into `output`. Reads only headers, writes nothing.
+
+    download False: hub models must have been fetched before.
+
+    Raises:
+        UserError: for an input that is not there, an output that may not be written, and whatever `plan` refuses.
+    """
+    directories = {name: recipe.directory(name, download=download) for name in recipe.inputs}
+    sources = list(directories.values())
+    if recipe.tokenizer is not None and recipe.tokenizer.source not in ("base", "union", *recipe.inputs):
+        sources.append(recipe.directory(recipe.tokenizer.source, download=download, weights=False))
+    check_target(Path(output), sources, overwrite)
+    return plan(recipe, {name: open_checkpoint(directory) for name, directory in directories.items()})
 
 
 def plan(recipe: Recipe, models: Mapping[str, Checkpoint]) -> MergePlan:
@@ -108,31 +131,31 @@ def plan(recipe: Recipe, models: Mapping[str, Checkpoint]) -> MergePlan:
     # The tensors.
     tokens = None if recipe.tokenizer is None else _vocabulary(recipe.tokenizer, layout)
     planner = _Planner(layout, tokens)
-    planned = [planner.node(last, name) for name in layout.names(last.name)]
+    planned = [planner.node(last, name) for name in layout.names[last.name]]
     planner.check_missing()
     nodes = tuple(node for node in planned if node is not None)
     if not nodes:
         raise UserError(f"step '{last.name}': its result would hold no tensor, by the names of those in '{donor}'")
     # The config.
-    stacks = layout.layers(last.name)
+    stacks = layout.layers[last.name]
     count = max(stacks.values()) if len(stacks) == 1 else 0
     changes, notes = config_changes(
         donor,
         models,
-        heads=(any(map(is_head, layout.names(donor))), any(is_head(node.name) for node in nodes)),
+        heads=(any(map(is_head, layout.names[donor])), any(is_head(node.name) for node in nodes)),
         layers=[layout.origin_of_layer(last.name, number) for number in range(count)],
-        donor_layers=max(layout.layers(donor).values(), default=0),
-        vocabulary=None if tokens is None else (tokens.size, tokens.source),
+        donor_layers=max(layout.layers[donor].values(), default=0),
+        vocabulary=tokens,
     )
     notes = [
+        *recipe.notes,
         *(tokens.notes if tokens else ()),
         *layout.notes,
         *planner.surplus(),
         *planner.idle_filters(),
         *notes,
-        *config_notes(donor, models, changes),
     ]
-    return MergePlan(nodes, changes, tuple(notes), tokens)
+    return MergePlan(recipe, models, nodes, changes, tuple(notes), tokens)
 
 
 def _vocabulary(settings: TokenizerSettings, layout: Layout) -> Vocabulary:
@@ -148,7 +171,7 @@ def _vocabulary(settings: TokenizerSettings, layout: Layout) -> Vocabulary:
             )
         rows[model] = count
     if settings.source not in ("base", "union", *directories):
-        directories[settings.source] = locate(recipe, settings.source, weights=False)
+        directories[settings.source] = recipe.directory(settings.source, weights=False)
     return vocabulary(settings, recipe.donor, directories, rows)
 
 
@@ -170,7 +193,7 @@ class _Planner:
         return self._nodes[step.name, name]
 
     def _make(self, step: Step, name: str) -> Node | None:
-        origin = self.layout.origin(step, name)
+        origin = self.layout.origins[step.name][name]
         reads = origin.step.reads
         sources = {model: self._source(model, origin.names.get(model, name), name) for model in reads}
         inputs = {model: source for model, source in sources.items() if source is not None}
@@ -249,15 +272,14 @@ class _Planner:
         stored_name = self.layout.find(model, name)
         if stored_name is None:
             return ""
-        origin = self.layout.origin(step, stored_name)
+        origin = self.layout.origins[model][stored_name]
         models = origin.step.reads if step.slices else step.models
         types = (self._stored_type(m, origin.names.get(m, stored_name)) for m in models)
         return next((kind for kind in types if kind), "")
 
     def _note_filters(self, step: Step, name: str, names: Mapping[str, str]) -> None:
         for branch, value in step.values:
-            tensor = names.get(branch, name) if branch else name
-            deciding = next((rule for rule in value.rules if rule.fits(tensor)), None)
+            deciding = value.rule(names.get(branch, name) if branch else name)
             for rule in value.rules:
                 if rule.text is not None:
                     key = (step.name, value.name, rule.text)
@@ -288,7 +310,7 @@ class _Planner:
             known = {*read, *self._left_out, self.layout.copied_heads.get(model, "")}
             names = [name for name in self.layout.models[model].tensors if name not in known]
             if model in sliced:
-                result = self.layout.names(self.recipe.steps[-1].name)
+                result = self.layout.names[self.recipe.steps[-1].name]
                 names = [name for name in names if layer(name) is None and name not in result]
             if names:
                 yield f"model '{model}' holds {listing(names)} that '{self.recipe.donor}' lacks; not merged"

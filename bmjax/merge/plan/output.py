@@ -1,4 +1,4 @@
-"""The directories that a merge reads and writes, and sizes in words."""
+"""The directory that a merge writes, and sizes in words."""
 
 import os
 import re
@@ -7,31 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bmjax.config import UserError, is_text
-from bmjax.io import hub
-from bmjax.merge.recipe.recipe import Recipe
 
 _UNITS = {"B": 1} | {f"{prefix}{kind}": base ** (i + 1)
                      for kind, base in (("B", 1000), ("iB", 1024)) for i, prefix in enumerate("KMGT")}  # fmt: skip
-
-
-def locate(recipe: Recipe, name: str, *, download: bool = True, weights: bool = True) -> Path:
-    """Return the directory of one of the recipe's inputs: an alias of `sources`, a directory, or a hub model.
-
-    download False: a hub model must have been fetched before. weights False: only config and tokenizer are fetched.
-    """
-    label = f"model '{name}': " if name in recipe.sources else ""
-    known = [*recipe.sources, *(step.name for step in recipe.steps)] if recipe.sources or len(recipe.steps) > 1 else []
-    return hub.model_directory(
-        recipe.sources.get(name, name), label=label, known=known, download=download, weights=weights
-    )
-
-
-def tokenizer_directory(recipe: Recipe, *, download: bool = True) -> list[Path]:
-    """Return the directory that nothing but the tokenizer comes from, in a list that is empty without one."""
-    source = None if recipe.tokenizer is None else recipe.tokenizer.source
-    if source in (None, "base", "union", *recipe.inputs):
-        return []
-    return [locate(recipe, str(source), download=download, weights=False)]
 
 
 def check_target(target: Path, inputs: Iterable[Path], overwrite: bool) -> None:

@@ -8,43 +8,47 @@ from typing import Any
 import yaml
 
 from bmjax.io.hub import split_revision
-from bmjax.merge.recipe.recipe import Recipe
+from bmjax.merge.report.statistics import methods_by_step
 
 NAME = "README.md"
 
 
-def write_card(folder: Path, recipe: Recipe, report: Mapping[str, Any]) -> None:
-    """Write the model card from `report`, the content of merge_report.json."""
-    (folder / NAME).write_text(card(recipe, report), encoding="utf-8")
+def write_card(folder: Path, report: Mapping[str, Any]) -> None:
+    """Write the model card from `report`, the content of merge_report.json.
 
-
-def card(recipe: Recipe, report: Mapping[str, Any]) -> str:
-    """Return the card as Markdown, its head as the hub reads it. Names of models are shown and not obeyed."""
-    names = [split_revision(recipe.sources.get(name, name))[0] for name in recipe.inputs]
+    Its head is as the hub reads it. Names of models are shown and not obeyed.
+    """
+    # The head: ids of hub models, unless directories here have such names.
+    names = [split_revision(source["directory"])[0] for source in report["sources"].values()]
     hub_ids = [name for name in names if re.fullmatch(r"[\w.-]+/[\w.-]+", name)]
     head: dict[str, Any] = {"library_name": "transformers", "tags": ["merge", "bmjax"]}
     if hub_ids and not any(Path(name).exists() for name in hub_ids):
         head["base_model"] = hub_ids
-    lines = ["---", yaml.safe_dump(head, sort_keys=False, allow_unicode=True).strip(), "---", "", "# A merge", ""]
-    methods = ", then ".join(_code(step.method.name) for step in recipe.steps)
+    lines = ["---", _yaml(head), "---", "", "# A merge", ""]
+    # The models, and what was taken of each.
+    steps = methods_by_step(report)
+    methods = ", then ".join(map(_code, steps.values()))
     lines += [f"Made by bmjax with {methods}. Arithmetic in float32, one rounding at the end.", "", "## Models", ""]
     lines += ["| model | from | tensors | stored as | checksum of what was read |", "|---|---|---|---|---|"]
     for name, source in report["sources"].items():
         cells = (name, source["directory"], str(source["tensors"]), ", ".join(source["dtypes"]), source["checksum"])
-        lines.append("| " + " | ".join(_code(cell) for cell in cells) + " |")
+        lines.append("| " + " | ".join(map(_code, cells)) + " |")
     lines += ["", "## What was taken", ""]
-    for step in recipe.steps:
-        lines += _step(step.name, step.method.name, report["total"][step.name])
+    for name, method in steps.items():
+        lines += _step(name, method, report["total"][name])
     if "held_out_loss" in report:
         lines += ["Mean loss on held-out rows of each model's domain, nats a token:", ""]
         for stage, losses in report["held_out_loss"].items():
             by_domain = ", ".join(f"{_code(name)} {loss:.4f}" for name, loss in losses.items())
             lines.append(f"- {stage}{' (kept)' if stage == report['kept'] else ''}: {by_domain}")
         lines.append("")
-    lines += ["## Recipe", "", _fenced(yaml.safe_dump(dict(report["recipe"]), sort_keys=False, allow_unicode=True))]
+    # How to make it again.
+    recipe = _yaml(report["recipe"])
+    fence = "`" * max(3, _longest_run(recipe) + 1)
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    lines += ["", f"Seed {report['seed']}. Made with {versions}. By tensor and layer: `merge_report.json`.", ""]
-    return "\n".join(lines)
+    lines += ["## Recipe", "", f"{fence}yaml", recipe, fence, ""]
+    lines += [f"Seed {report['seed']}. Made with {versions}. By tensor and layer: `merge_report.json`.", ""]
+    (folder / NAME).write_text("\n".join(lines), encoding="utf-8")
 
 
 def _step(name: str, method: str, summary: Mapping[str, Any]) -> list[str]:
@@ -72,14 +76,16 @@ def _step(name: str, method: str, summary: Mapping[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
+def _yaml(values: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True).strip()
+
+
+def _longest_run(text: str) -> int:
+    return max((len(run) for run in re.findall("`+", text)), default=0)
+
+
 def _code(text: str) -> str:
     """Return `text` as code that Markdown does not look into, also in a table."""
     plain = " ".join(text.split()).replace("|", "\\|")
-    longest = max((len(run) for run in re.findall("`+", plain)), default=0)
-    fence, space = "`" * (longest + 1), " " if longest else ""
+    fence, space = "`" * (_longest_run(plain) + 1), " " if "`" in plain else ""
     return f"{fence}{space}{plain}{space}{fence}"
-
-
-def _fenced(text: str) -> str:
-    fence = "`" * max(3, max((len(run) for run in re.findall("`+", text)), default=0) + 1)
-    return f"{fence}yaml\n{text.strip()}\n{fence}"

@@ -6,7 +6,7 @@ import pytest
 
 from bmjax.config import UserError
 from bmjax.merge.plan import output as places
-from bmjax.merge.plan.output import check_space, check_target, locate, parse_size, size_text
+from bmjax.merge.plan.output import check_space, check_target, parse_size, size_text
 from bmjax.merge.recipe.recipe import read_recipe
 
 
@@ -41,7 +41,7 @@ def test_a_model_is_a_directory_or_an_alias_of_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/math").mkdir(parents=True)
     recipe = soup("runs/math", "math", math="runs/math")
-    assert locate(recipe, "runs/math") == locate(recipe, "math")
+    assert recipe.directory("runs/math") == recipe.directory("math")
 
 
 @pytest.fixture
@@ -62,14 +62,14 @@ def hub(monkeypatch, tmp_path):
 
 def test_hub_models_and_their_revisions(hub, tmp_path):
     recipe = soup("org/there@v2", "org/here", "gone", gone="org/gone@v1")
-    assert locate(recipe, "org/there@v2") == tmp_path / "there"
-    assert locate(recipe, "org/here", download=False) == tmp_path / "here"
+    assert recipe.directory("org/there@v2") == tmp_path / "there"
+    assert recipe.directory("org/here", download=False) == tmp_path / "here"
     assert hub == [("org/there", "v2", False), ("org/here", None, True)]
     with pytest.raises(UserError, match=r"^org/there@v2: no such model directory; .* is not here yet, so it cannot"):
-        locate(recipe, "org/there@v2", download=False)
+        recipe.directory("org/there@v2", download=False)
     message = r"^model 'gone': org/gone@v1: no such .*the Hugging Face Hub did not give it.*: nothing of that name$"
     with pytest.raises(UserError, match=message):
-        locate(recipe, "gone")
+        recipe.directory("gone")
 
 
 def test_models_that_are_not_there(tmp_path, monkeypatch):
@@ -86,7 +86,7 @@ def test_models_that_are_not_there(tmp_path, monkeypatch):
         ("o/m+o/adapter", "o/m+o/adapter: no such directory; LoRA adapters (MODEL+ADAPTER) are not merged"),
     ):
         with pytest.raises(UserError) as error:
-            locate(recipe, name)
+            recipe.directory(name)
         assert str(error.value).startswith(message)
 
 
