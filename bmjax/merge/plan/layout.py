@@ -1,47 +1,46 @@
 """Which tensors every model and every step's result has, and what each tensor of a step is made from."""
 
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from bmjax.config import UserError
 from bmjax.io.safetensors import Checkpoint, TensorInfo
-from bmjax.merge.plan.merged_config import says_untied
 from bmjax.merge.plan.tensor_names import Layer, depth, is_before_layers, is_embedding, is_head, layer
-from bmjax.merge.recipe.recipe import Recipe, Slice, Step
+from bmjax.merge.recipe.recipe import Recipe
+from bmjax.merge.recipe.step import Slice, Step
+from bmjax.model.config import read_hf_config
 
+TIED = "tie_word_embeddings"
+_NESTED = ("text_config", "llm_config", "language_config")
 _SAMPLED_ROWS = 16
 _MAX_ROW_BYTES = 2**20  # of an embedding's row; what has larger ones is not read to compare it with a head
 
 
 class Origin(NamedTuple):
-    """What makes a tensor: a step or a slice's; its names in that step's models where they differ; its depth."""
+    """What makes a tensor."""
 
-    step: Step
-    names: Mapping[str, str]
+    step: Step  # or a slice's
+    names: Mapping[str, str]  # the tensor's in that step's models, where they differ
     depth: float
 
 
 class Layout:
     """The tensors of a recipe's inputs and steps by name, in the order of the files.
 
-    names: by model, those of an input and of a step's result. A tied model has no head; a step's result has one if one
-        of its models has.
-    layers: by model, how many layers each of its stacks has.
-    origins: by step, what every tensor of its result is made from.
-    copied_heads: by input, a head that is its embedding once more and does not count.
-    notes: remarks on the models, in order, shared by all who plan with this layout.
+    A tied model has no head; a step's result has one if one of its models has.
     """
 
     def __init__(self, recipe: Recipe, models: Mapping[str, Checkpoint]) -> None:
         self.recipe, self.models = recipe, models
         self.steps = {step.name: step for step in recipe.steps}
-        self.names: dict[str, dict[str, None]] = {}
-        self.layers: dict[str, dict[str, int]] = {}
-        self.origins: dict[str, dict[str, Origin]] = {}
-        self.copied_heads: dict[str, str] = {}
-        self.notes: dict[str, None] = {}
+        self.names: dict[str, dict[str, None]] = {}  # of each input's and each step's tensors
+        self.layers: dict[str, dict[str, int]] = {}  # of each input and step, how many each of its stacks has
+        self.origins: dict[str, dict[str, Origin]] = {}  # of each step, by tensor
+        self.copied_heads: dict[str, str] = {}  # of inputs whose head is their embedding once more
+        self.notes: dict[str, None] = {}  # remarks on the models, of all who plan with this layout
         for name, model in models.items():
             names = dict.fromkeys(model.tensors)
             heads = [tensor for tensor in names if is_head(tensor)]
@@ -151,7 +150,7 @@ def _embedding(names: Iterable[str]) -> str | None:
 def _is_copied_embedding(checkpoint: Checkpoint, head: str) -> bool:
     """Return whether a head in the files is the embedding once more, as some trainers save tied models."""
     embedding = _embedding(checkpoint.tensors)
-    if embedding is None or says_untied(checkpoint):
+    if embedding is None or any(block.get(TIED) is False for block in config_blocks(read_config(checkpoint) or {})):
         return False
     info, head_info = checkpoint.tensors[embedding], checkpoint.tensors[head]
     if (info.shape, info.dtype) != (head_info.shape, head_info.dtype) or not info.shape or not info.nbytes:
@@ -161,3 +160,15 @@ def _is_copied_embedding(checkpoint: Checkpoint, head: str) -> bool:
     rows = np.unique(np.linspace(0, info.shape[0] - 1, _SAMPLED_ROWS).astype(int)).tolist()
     pairs = ([checkpoint.read(name, (slice(row, row + 1),)) for name in (embedding, head)] for row in rows)
     return all(a.tobytes() == b.tobytes() for a, b in pairs)
+
+
+def read_config(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """Return the config.json beside the weights, or None."""
+    # A link that leads nowhere is a mistake, not a model without a config.
+    return read_hf_config(checkpoint.directory) if os.path.lexists(checkpoint.directory / "config.json") else None
+
+
+def config_blocks(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the config, and those of a language model inside another model's config."""
+    yield config
+    yield from (config[key] for key in _NESTED if isinstance(config.get(key), dict))

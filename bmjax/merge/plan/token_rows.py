@@ -89,11 +89,9 @@ def row_reader(
 ) -> Callable[[int, np.ndarray], None]:
     """Return `fill(start, out)`, which reads a tensor in the order of the result's rows into `out` [n].
 
-    Rows that follow each other in the file are read at once.
-
-    Arguments:
-        info, rows, others: a tensor, its rows and what stands in, as in `bmjax.merge.plan.nodes.TensorSource`.
-        read: fills an array, of a tensor's stored type, with that tensor's entries from a flat index on.
+    Rows that follow each other in the file are read at once. info, rows, others: a tensor, its rows and what stands in,
+    as in `bmjax.merge.plan.nodes.TensorSource`. read: fills an array, of a tensor's stored type, with that tensor's
+    entries from a flat index on.
     """
     width = math.prod(info.shape[1:])
 

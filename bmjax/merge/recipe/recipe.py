@@ -11,35 +11,25 @@ from typing import Any
 from bmjax.config import UserError, nearest
 from bmjax.io import hub
 from bmjax.merge.recipe.calibration import CALIBRATED
-from bmjax.merge.recipe.step import Slice, Step, build_step
+from bmjax.merge.recipe.step import Step, build_step
 from bmjax.merge.recipe.tokenizer import TokenizerSettings, chat_template
 from bmjax.merge.recipe.yaml_blocks import StepBlock, TopBlock, read_blocks
-
-__all__ = ["Recipe", "Slice", "Step", "read_recipe"]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Merges in order; the last one's result is written.
-
-    sources, seed, compat, tokenizer: as in `yaml_blocks.TopBlock`.
-    dtype: what the result is rounded to; None: as the donor stores each tensor.
-    notes: what has no effect, a line each.
-    text: the recipe as plain values, for the report.
-    chat_template: Jinja, None for the donor's.
-    vocabularies: models of which only the tokenizer and the rows of tokens are read.
-    """
+    """Merges in order; the last one's result is written. The rest is as in `yaml_blocks.TopBlock`."""
 
     steps: tuple[Step, ...]
     sources: Mapping[str, str] = field(default_factory=dict)
-    dtype: str | None = None
-    notes: tuple[str, ...] = ()
-    text: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str | None = None  # what the result is rounded to; None: as the donor stores each tensor
+    notes: tuple[str, ...] = ()  # what has no effect, a line each
+    text: Mapping[str, Any] = field(default_factory=dict)  # the recipe as plain values, for the report
     seed: int = 0
     compat: str | None = None
     tokenizer: TokenizerSettings | None = None
-    chat_template: str | None = None
-    vocabularies: tuple[str, ...] = ()
+    chat_template: str | None = None  # Jinja, None for the donor's
+    vocabularies: tuple[str, ...] = ()  # models of which only the tokenizer and the rows of tokens are read
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -118,17 +108,8 @@ def read_recipe(
     # The recipe as plain values, for the report.
     texts = [{k: v for k, v in block.model_dump(mode="json").items() if v not in (None, {})} for _, block in blocks]
     rest = {k: v for k, v in top.model_dump(mode="json", exclude_defaults=True).items() if "dtype" not in k}
-    return Recipe(
-        steps=steps,
-        sources=top.sources,
-        dtype=dtype,
-        notes=tuple(notes),
-        text={"sources": top.sources, "steps": texts, "dtype": dtype, **rest},
-        seed=top.seed,
-        compat=top.compat,
-        tokenizer=tokenizer,
-        chat_template=template,
-    )
+    text = {"sources": top.sources, "steps": texts, "dtype": dtype, **rest}
+    return Recipe(steps, top.sources, dtype, tuple(notes), text, top.seed, top.compat, tokenizer, template)
 
 
 def _complete(block: StepBlock, data: Mapping[str, str | list[str]]) -> StepBlock:

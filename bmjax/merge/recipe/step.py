@@ -16,28 +16,20 @@ from bmjax.merge.recipe.yaml_blocks import LayersEntry, ModelEntry, SliceBlock, 
 
 @dataclass(frozen=True)
 class Step:
-    """A checked merge. Models are names: of earlier steps, aliases or directories.
-
-    base: None for a method that measures against none.
-    donor: the model whose config, tokenizer and storage types the result takes.
-    arguments: every parameter of the method by its recipe name, per-model ones as tuples in branch order; a `Value`
-        where it depends on the tensor, see `at`.
-    slices: the layers of the result where they are not simply its models'. The branches are then those of all slices,
-        and the arguments are theirs.
-    dtype: as written, for `compat: mergekit`.
-    calibration, data: of a method that looks at data, its settings and each branch's rows; else None and empty.
-    """
+    """A checked merge. Models are names: of earlier steps, aliases or directories."""
 
     name: str
     method: Method
-    base: str | None
-    branches: tuple[str, ...]
-    donor: str
+    base: str | None  # None for a method that measures against none
+    branches: tuple[str, ...]  # with slices, those of all slices
+    donor: str  # the model whose config, tokenizer and storage types the result takes
+    # Every parameter of the method by its recipe name, per-model ones as tuples in branch order; a `Value` where it
+    # depends on the tensor, see `at`. Empty with slices, whose steps have them.
     arguments: Mapping[str, Any]
-    slices: tuple["Slice", ...] = ()
-    dtype: str | None = None
-    calibration: CalibrationSettings | None = None
-    data: tuple[str | list[str], ...] = ()
+    slices: tuple["Slice", ...] = ()  # the layers of the result where they are not simply its models'
+    dtype: str | None = None  # as written, for `compat: mergekit`
+    calibration: CalibrationSettings | None = None  # of a method that looks at data
+    data: tuple[str | list[str], ...] = ()  # each branch's rows, for such a method
 
     @property
     def models(self) -> Iterator[str]:

@@ -53,12 +53,16 @@ def write_card(folder: Path, report: Mapping[str, Any]) -> None:
 
 def _step(name: str, method: str, summary: Mapping[str, Any]) -> list[str]:
     moved = summary["moved_norm"] / max(summary["reference_norm"], 1e-30)
-    text = f"{_code(name)}: {_code(method)}, moved {moved:.2%} of its base's norm; "
-    text += f"{summary['sign_conflicts']:.1%} of the entries were raised by one model and lowered by another."
     columns = {"entries taken": ("kept", ".1%"), "norm of its change": ("delta_norm", ".4g")}
     if any("coefficient" in values for values in summary["models"].values()):
         columns["mean coefficient"] = ("coefficient", ".2f")
-    lines = [text, "", f"| model | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+    lines = [
+        f"{_code(name)}: {_code(method)}, moved {moved:.2%} of its base's norm; {summary['sign_conflicts']:.1%} of the "
+        "entries were raised by one model and lowered by another.",
+        "",
+        f"| model | {' | '.join(columns)} |",
+        "|---" * (1 + len(columns)) + "|",
+    ]
     for model, values in summary["models"].items():
         cells = [_code(model), *(format(values[key], form) for key, form in columns.values())]
         lines.append(f"| {' | '.join(cells)} |")

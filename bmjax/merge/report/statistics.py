@@ -19,27 +19,19 @@ from bmjax.merge.recipe.step import Step
 
 @dataclass(frozen=True)
 class Stats:
-    """One step on one tensor.
+    """One step on one tensor."""
 
-    size: entries.
-    branches: the models whose changes are measured.
-    products: of the models' changes with each other, float64 [branches, branches].
-    reference, moved: squared norms of the base, and of the result's change from it.
-    conflicts: entries that one model raised and another lowered.
-    kept: entries that each model's change went into, [branches].
-    agreement: of a sample of an arcee fusion's mask, see `arcee_fusion.agreement`, for float32 and bfloat16.
-    weighted: of methods that look at data, the squared norm of what each model gave to the result, and the sum over
-        entries of its coefficients, both [branches].
-    """
-
-    size: int
-    branches: tuple[str, ...]
-    products: np.ndarray
-    reference: float
-    moved: float
-    conflicts: float
-    kept: np.ndarray
+    size: int  # entries
+    branches: tuple[str, ...]  # the models whose changes are measured
+    products: np.ndarray  # of the models' changes with each other, float64 [branches, branches]
+    reference: float  # squared norm of the base
+    moved: float  # squared norm of the result's change from the base
+    conflicts: float  # entries that one model raised and another lowered
+    kept: np.ndarray  # entries that each model's change went into, [branches]
+    # Of a sample of an arcee fusion's mask, see `arcee_fusion.agreement`, for float32 and bfloat16.
     agreement: tuple[tuple[int, int], ...] = ()
+    # Of methods that look at data, the squared norm of what each model gave to the result, and the sum over entries of
+    # its coefficients, both [branches].
     weighted: tuple[np.ndarray, np.ndarray] | None = None
 
     @classmethod
@@ -47,16 +39,14 @@ class Stats:
         """Return the statistics for the totals of what `passes.statistics` sums."""
         count = len(branches)
         upper = np.triu_indices(count)
-        pairs = len(upper[0])
         products = np.zeros((count, count))
-        products[upper] = products.T[upper] = sums[:pairs]
-        reference, moved, conflicts, *kept = (float(x) for x in sums[pairs:])
-        return cls(
-            size, tuple(branches), products, reference, moved, conflicts, np.array(kept or [float(size)] * count)
-        )
+        products[upper] = products.T[upper] = sums[: len(upper[0])]
+        reference, moved, conflicts, *kept = (float(x) for x in sums[len(upper[0]) :])
+        kept_entries = np.array(kept or [float(size)] * count)
+        return cls(size, tuple(branches), products, reference, moved, conflicts, kept_entries)
 
     def plain(self) -> dict[str, Any]:
-        """Return it as JSON holds it in the journal of a merge."""
+        """Return it as the journal of a merge holds it."""
         return {**asdict(self), "products": self.products.tolist(), "kept": self.kept.tolist()}
 
     @classmethod
@@ -89,12 +79,8 @@ def merge_report(
 ) -> dict[str, Any]:
     """Return the content of merge_report.json.
 
-    Arguments:
-        recipe: as plain values.
-        sources: a `source_entry` of each input.
-        checksums: of the result's tensors.
-        dtypes: the types that were written.
-        statistics: what `report` returned.
+    recipe: as plain values. sources: a `source_entry` of each input. checksums: of the result's tensors. dtypes: the
+    types that were written. statistics: what `report` returned.
     """
     return {
         "recipe": dict(recipe),
@@ -108,10 +94,7 @@ def merge_report(
 
 
 def source_entry(directory: str, model: Checkpoint, checksum: str) -> dict[str, Any]:
-    """Return what the report says of an input.
-
-    directory: as the recipe names it. checksum: of all its tensors that were read.
-    """
+    """Return what the report says of an input. checksum: of all its tensors that were read."""
     infos = model.tensors.values()
     return {
         "directory": directory,
@@ -151,10 +134,7 @@ def methods_by_step(report: Mapping[str, Any]) -> dict[str, str]:
 
 
 def summary_lines(report: Mapping[str, Any]) -> Iterator[str]:
-    """Yield for the person who ran a merge how far each step moved, and what it took of each model.
-
-    report: what merge_report.json holds.
-    """
+    """Yield for the person who ran a merge how far each step moved, and what it took of each model."""
     for step, method in methods_by_step(report).items():
         total = report["total"][step]
         moved = total["moved_norm"] / max(total["reference_norm"], 1e-30)
@@ -202,9 +182,9 @@ def _agreement(stats: Sequence[Stats]) -> dict[str, Any]:
     samples = [s.agreement for s in stats if s.agreement]
     if not samples:
         return {}
-    shares = [sum(a[i][0] for a in samples) / max(1, sum(a[i][1] for a in samples)) for i in range(2)]
-    jaccard = dict(zip(("float32", "bfloat16"), shares, strict=True))
-    return {"mask_jaccard_of_textbook": jaccard, "sampled": len(samples)}
+    totals = np.sum(samples, axis=0).tolist()  # of each type, entries in both masks and in either
+    float32, bfloat16 = (both / max(1, either) for both, either in totals)
+    return {"mask_jaccard_of_textbook": {"float32": float32, "bfloat16": bfloat16}, "sampled": len(samples)}
 
 
 def _cosine(stats: Sequence[Stats], a: str, b: str) -> float:
