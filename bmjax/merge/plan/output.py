@@ -24,8 +24,8 @@ def check_target(target: Path, inputs: Iterable[Path], overwrite: bool) -> None:
         raise UserError(f"{target}: {error.strerror}; choose another output directory") from None
     resolved = target.resolve()
     for directory in inputs:
-        source = Path(directory).resolve()
-        if source == resolved or resolved in source.parents:
+        source = directory.resolve()
+        if resolved in (source, *source.parents):
             raise UserError(f"{target}: is (or contains) the input {directory}; choose another output directory")
         if source in resolved.parents:
             raise UserError(f"{target}: is inside the input {directory}; choose another output directory")
@@ -34,11 +34,9 @@ def check_target(target: Path, inputs: Iterable[Path], overwrite: bool) -> None:
     if not target.is_dir():
         raise UserError(f"{target}: exists and is not a directory; choose another output directory")
     names = [path.name for path in target.iterdir()]
-    if not names:
-        return
-    if not overwrite:
+    if names and not overwrite:
         raise UserError(f"{target}: exists and is not empty; choose another output directory, or add --overwrite")
-    if "config.json" not in names and not any(name.endswith(".safetensors") for name in names):
+    if names and "config.json" not in names and not any(name.endswith(".safetensors") for name in names):
         raise UserError(f"{target}: does not look like a model directory, so it is not overwritten; remove it yourself")
 
 
