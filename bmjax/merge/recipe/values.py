@@ -16,7 +16,6 @@ from typing import Any
 from bmjax.config import UserError, nearest
 
 MAX_PATTERN = 200  # characters
-# Patterns with more of them, or with a repeated group, can take years for one name.
 _MAX_REPEATS, _MAX_GROUPS = 4, 6
 
 
@@ -103,7 +102,10 @@ def _rule(name: str, entry: Any, check: Callable[[Any], Any], line: bool) -> Rul
         return Rule(points, None if text == "*" else text)
     if len(pattern) > MAX_PATTERN:
         raise UserError(f"{name}: regex: {len(pattern)} characters, at most {MAX_PATTERN} are read")
-    if not _is_quick(pattern):
+    # Patterns with many repeats, or with a repeated group, can take years for one name.
+    bare = re.sub(r"\\.|\[\^?\]?[^\]]*\]", "x", pattern, flags=re.DOTALL)
+    repeats = len(re.findall(r"(?<![(*+?}])[*+?{]", bare))
+    if repeats > _MAX_REPEATS or bare.count("(") > _MAX_GROUPS or re.search(r"\)[*+{]", bare):
         raise UserError(
             f"{name}: regex '{pattern}' could take for ever: at most {_MAX_REPEATS} of * + ? {{}} and {_MAX_GROUPS} "
             "groups are allowed, and no repeated group"
@@ -112,13 +114,6 @@ def _rule(name: str, entry: Any, check: Callable[[Any], Any], line: bool) -> Rul
         return Rule(points, pattern, re.compile(pattern))
     except (re.error, OverflowError, RecursionError) as error:
         raise UserError(f"{name}: regex '{pattern}' is not one: {error}") from None
-
-
-def _is_quick(pattern: str) -> bool:
-    """Return whether a search for the pattern is fast in every name."""
-    bare = re.sub(r"\\.|\[\^?\]?[^\]]*\]", "x", pattern, flags=re.DOTALL)
-    repeats = re.findall(r"(?<![(*+?}])[*+?{]", bare)
-    return len(repeats) <= _MAX_REPEATS and bare.count("(") <= _MAX_GROUPS and not re.search(r"\)[*+{]", bare)
 
 
 def _points(name: str, value: Any, check: Callable[[Any], Any], line: bool) -> tuple[Any, ...]:
