@@ -201,7 +201,7 @@ class _StepBuilder:
     def calibration(self, entries: Sequence[ModelEntry]) -> tuple[CalibrationSettings, tuple[str | list[str], ...]]:
         """Return the settings of a method that looks at data, and the rows of every branch."""
         name, known = self.method.name, list(CalibrationSettings.model_fields)
-        for parameter in (p for level in [self.block, *entries] for p in level.parameters):
+        for parameter in [*self.block.parameters, *(p for entry in entries for p in entry.parameters)]:
             if parameter not in known:
                 raise UserError(f"unknown parameter '{parameter}' of {name}{nearest(str(parameter), known)}")
         data = []
