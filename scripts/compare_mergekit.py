@@ -179,9 +179,9 @@ def read_theirs(out: Path) -> dict[str, Any]:
 
 def run_ours(recipe: dict[str, Any], out: Path) -> dict[str, Any]:
     """The tensors that bmjax makes of a recipe; it is written to `out`, over what is there."""
+    from bmjax.calibrate.dispatch import merge
     from bmjax.config import UserError
     from bmjax.io.safetensors import open_checkpoint
-    from bmjax.merge.engine.files import merge
 
     try:
         merge(recipe, out, overwrite=True)

@@ -135,11 +135,11 @@ def test_generate_equals_greedy_text_of_transformers(model, hf):
 
 
 def test_functions_win_over_folders_of_their_names(model):
+    from bmjax.calibrate import dispatch
     from bmjax.generate import sampler
-    from bmjax.merge.engine import files
 
     assert bmjax.generate(model, [[5]], max_new_tokens=1)
-    once, again = (inspect.signature(f).parameters for f in (bmjax.api.merge, files.merge))
+    once, again = (inspect.signature(f).parameters for f in (bmjax.api.merge, dispatch.merge))
     named = [name for name, parameter in once.items() if parameter.kind is not parameter.VAR_KEYWORD]
     assert named == list(again)[: len(named)]  # by position or by keyword, it is the same call
     for _ in range(2):

@@ -4,17 +4,15 @@ A recipe whose steps look at weights alone goes to the file engine as it is; one
 steps.py. Called by the commands, the pipeline and the Python interface.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bmjax.config import UserError
-from bmjax.io.safetensors import open_checkpoint
 from bmjax.log import Log, silent
 from bmjax.merge.plan.check import check as check_plan
-from bmjax.merge.plan.nodes import plan
-from bmjax.merge.plan.output import check_space, check_target, locate, tokenizer_directory
+from bmjax.merge.plan.nodes import MergePlan, prepare
+from bmjax.merge.plan.output import check_space
 from bmjax.merge.recipe.recipe import Recipe, read_recipe
 
 
@@ -46,28 +44,24 @@ def merge(
     Raises:
         UserError: for anything that a user can mend; `output` is then as it was.
     """
-    from bmjax.merge.engine import files  # loads jax, which a check does not need
-
     if not isinstance(recipe, Recipe):
         recipe = read_recipe(recipe, overrides)
-    if not recipe.is_calibrated:
-        memory = files.MEMORY if memory is None else memory
-        return files.merge(
-            recipe, output, overwrite, shard_bytes=shard_bytes, memory=memory, log=log, progress=progress
-        )
-    from bmjax.calibrate import steps
-
     _refuse_memory(recipe, memory)
-    say = log or silent
+    plan = prepare(recipe, output, overwrite)
     # Everything that can be known beforehand, before the first step takes its time.
-    directories = {name: locate(recipe, name) for name in recipe.inputs}
-    check_target(Path(output), [*directories.values(), *tokenizer_directory(recipe)], overwrite)
-    planned = plan(recipe, {name: open_checkpoint(directory) for name, directory in directories.items()})
-    check_space(Path(output), sum(math.prod(node.shape) * node.dtype.itemsize for node in planned.nodes))
-    _check_steps(recipe, directories)
-    for line in (*recipe.notes, *planned.notes):
+    if recipe.is_calibrated:
+        check_space(Path(output), plan.nbytes)
+        _check_steps(plan)
+    say = log or silent
+    for line in plan.notes:
         say(line)
-    return steps.merge_steps(recipe, directories, Path(output), shard_bytes, say)
+    if recipe.is_calibrated:
+        from bmjax.calibrate import steps
+
+        return steps.merge_steps(plan, Path(output), shard_bytes, say)
+    from bmjax.merge.engine import files  # loads jax, which a check does not need
+
+    return files.merge(plan, output, shard_bytes=shard_bytes, memory=memory, progress=progress)
 
 
 def check(
@@ -75,9 +69,10 @@ def check(
 ) -> Iterator[str]:
     """Yield what `merge` with the same arguments would do, line by line. Raises UserError as it would."""
     _refuse_memory(recipe, memory)
-    yield from check_plan(recipe, output, overwrite, memory=memory, shard_bytes=shard_bytes)
+    plan = prepare(recipe, output, overwrite, download=False)
+    yield from check_plan(plan, output, memory=memory, shard_bytes=shard_bytes)
     if recipe.is_calibrated:
-        _check_steps(recipe, {name: locate(recipe, name, download=False) for name in recipe.inputs})
+        _check_steps(plan)
         for step in recipe.steps:
             for name, rows in zip(step.branches, step.data, strict=False):
                 yield f"read {rows if isinstance(rows, str) else ', '.join(rows)} for '{name}' of step '{step.name}'"
@@ -91,9 +86,9 @@ def _refuse_memory(recipe: Recipe, memory: int | None) -> None:
         raise UserError(f"--memory: {method} holds all its models in memory; leave it out")
 
 
-def _check_steps(recipe: Recipe, directories: Mapping[str, Path]) -> None:
+def _check_steps(plan: MergePlan) -> None:
     from bmjax.calibrate import run
 
-    for step in recipe.steps:
+    for step in plan.recipe.steps:
         if step.calibration is not None:
-            run.check_step(step, directories[recipe.donor_of(step.donor)])
+            run.check_step(step, plan.models[plan.recipe.donor_of(step.donor)].directory)

@@ -18,6 +18,7 @@ from bmjax.log import Log
 from bmjax.merge.engine import files
 from bmjax.merge.engine.chunks import CHUNK
 from bmjax.merge.engine.journal import block_digest, digest
+from bmjax.merge.plan.nodes import MergePlan, prepare
 from bmjax.merge.recipe.recipe import Recipe, Step, read_recipe
 from bmjax.merge.recipe.tokenizer import write_chat_template
 from bmjax.merge.report.card import write_card
@@ -25,13 +26,12 @@ from bmjax.merge.report.statistics import merge_report, report, source_entry
 from bmjax.weights.hf import stored_dtype
 
 
-def merge_steps(
-    recipe: Recipe, inputs: Mapping[str, Path], output: Path, shard_bytes: float, log: Log
-) -> dict[str, Any]:
+def merge_steps(plan: MergePlan, output: Path, shard_bytes: float, log: Log) -> dict[str, Any]:
     """Carry out the steps in order and write the last one's result to `output`; returns the report.
 
-    inputs: the directory of every input. log: gets a line for what was learned and not kept.
+    log: gets a line for what was learned and not kept.
     """
+    recipe, inputs = plan.recipe, {name: model.directory for name, model in plan.models.items()}
     last = recipe.steps[-1]
     dtype = recipe.dtype or stored_dtype(inputs[recipe.donor]).name
     read_with_data = {name for step in recipe.steps if step.calibration is not None for name in step.models}
@@ -45,7 +45,8 @@ def merge_steps(
         if recipe.tokenizer is not None:
             for i, name in enumerate(inputs):
                 temporary[name] = work / f"input-{i}"
-                converted = files.merge(_conversion(recipe, name), temporary[name], shard_bytes=shard_bytes)
+                conversion = prepare(_conversion(recipe, name), temporary[name])
+                converted = files.merge(conversion, temporary[name], shard_bytes=shard_bytes)
                 sources[name] = converted["sources"][name]
         for i, step in enumerate(recipe.steps):
             target = work / f"step-{i}"
@@ -55,7 +56,7 @@ def merge_steps(
                     step, models, target, dtype=dtype if step is last else "float32", seed=recipe.seed,
                     shard_bytes=shard_bytes, log=log,
                 )  # fmt: skip
-                summary = report(replace(recipe, steps=(step,)), {name: {step.name: s} for name, s in stats.items()})
+                summary = report([step], {name: {step.name: s} for name, s in stats.items()})
                 details = {**details, **results, "tokens": _add(details.get("tokens", {}), results["tokens"])}
             elif step is last or step.name in read_with_data:
                 streamed = _until(recipe, step, temporary)
@@ -63,7 +64,7 @@ def merge_steps(
                     streamed = replace(streamed, dtype="float32")
                 elif streamed.donor not in inputs:
                     streamed = replace(streamed, dtype=dtype)  # the donor is a step, stored in float32
-                summary = files.merge(streamed, target, shard_bytes=shard_bytes)
+                summary = files.merge(prepare(streamed, target), target, shard_bytes=shard_bytes)
                 sources |= {name: entry for name, entry in summary["sources"].items() if name not in temporary}
             else:
                 continue  # a later step of the file engine reads it in memory
@@ -77,15 +78,16 @@ def merge_steps(
         written = open_checkpoint(folder)
         for name in recipe.inputs:
             if name not in sources:
-                model = open_checkpoint(inputs[name])
-                sources[name] = source_entry(recipe, name, model, _checksum(_checksums(model)))
+                model = plan.models[name]
+                sources[name] = source_entry(recipe.sources.get(name, name), model, _checksum(_checksums(model)))
         types = {info.numpy_dtype.name for info in written.tensors.values()}
         statistics["total"] = statistics["total"][""]
-        result = merge_report(recipe, sources, _checksums(written), sorted(types), statistics) | details
+        result = merge_report(recipe.text, recipe.seed, sources, _checksums(written), sorted(types), statistics)
+        result |= details
         if recipe.chat_template is not None:
             write_chat_template(folder, recipe.chat_template)
         (folder / files.REPORT).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        write_card(folder, recipe, result)
+        write_card(folder, result)
     return result
 
 
@@ -110,7 +112,7 @@ def _until(recipe: Recipe, step: Step, temporary: Mapping[str, Path]) -> Recipe:
             needed |= set(earlier.models)
     steps = tuple(s for s in recipe.steps if s.name in needed and s.name not in temporary)
     sources = {**recipe.sources, **{name: str(directory) for name, directory in temporary.items()}}
-    return replace(recipe, steps=steps, sources=sources, notes=(), tokenizer=None, chat_template=None)
+    return replace(recipe, steps=steps, sources=sources, tokenizer=None, chat_template=None)
 
 
 def _merge_entries(entries: dict[str, Any], more: Mapping[str, Mapping[str, Any]]) -> None:

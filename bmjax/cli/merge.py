@@ -88,7 +88,7 @@ def merge(options: Namespace) -> None:
         warnings.simplefilter("ignore", RuntimeWarning)
         report = dispatch.merge(recipe, options.out, options.overwrite, log=log, progress=progress, **sizes)
     if not options.quiet:
-        for line in summary_lines(recipe, report):
+        for line in summary_lines(report):
             print(line)
         seconds = time.perf_counter() - start
         read = f"{bytes_read / 1e9:.2f} GB read, " if bytes_read else ""

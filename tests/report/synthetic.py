@@ -151,7 +151,7 @@ def write_merge_report(path: Path, name: str, layers: int, rng: np.random.Genera
                 4096 * kept * (0 if frozen and selects else 1),
             )  # fmt: skip
     path.parent.mkdir(parents=True)
-    path.write_text(json.dumps({"recipe": dict(recipe.text), **merge_report(recipe, tensors)}))
+    path.write_text(json.dumps({"recipe": dict(recipe.text), **merge_report(recipe.steps, tensors)}))
 
 
 def synthetic_stages(models: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:

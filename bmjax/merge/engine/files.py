@@ -1,16 +1,14 @@
 """Merging Hugging Face directories: all steps of a recipe, tensor by tensor, straight from file to file.
 
-`bmjax merge` and `bmjax.merge` call it. Any architecture: what counts is that names and shapes agree. All headers are
-read and compared before the first tensor is. Results of earlier steps never touch the disk. The output appears whole,
-or not at all.
+bmjax/calibrate/ calls it. Any architecture: what counts is that names and shapes agree. Results of earlier steps never
+touch the disk. The output appears whole, or not at all.
 """
 
 import contextlib
 import hashlib
 import json
-import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,14 +16,11 @@ from typing import Any
 import numpy as np
 
 from bmjax.io.atomic import replacing
-from bmjax.io.safetensors import Checkpoint, Plan, SharedWriter, open_checkpoint
-from bmjax.log import Log, silent
+from bmjax.io.safetensors import Plan, SharedWriter
 from bmjax.merge.engine.journal import Journal, clear
 from bmjax.merge.engine.stream import Progress, Stream
-from bmjax.merge.plan.nodes import plan
-from bmjax.merge.plan.output import check_space, check_target, locate, tokenizer_directory
-from bmjax.merge.plan.vocabulary import Vocabulary
-from bmjax.merge.recipe.recipe import Recipe, read_recipe
+from bmjax.merge.plan.nodes import MergePlan
+from bmjax.merge.plan.output import check_space
 from bmjax.merge.recipe.tokenizer import write_chat_template
 from bmjax.merge.report.card import write_card
 from bmjax.merge.report.statistics import merge_report, report, source_entry
@@ -45,78 +40,67 @@ MEMORY = 2**30
 
 
 def merge(
-    recipe: Recipe | str | Path | Mapping[str, Any],
+    plan: MergePlan,
     output: str | Path,
-    overwrite: bool = False,
     *,
-    overrides: Sequence[str] = (),
     shard_bytes: float = 5e9,
-    memory: int = MEMORY,
-    log: Log | None = None,
+    memory: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Merge the recipe's models into a Hugging Face directory.
+    """Carry out a plan: merge its models into a Hugging Face directory.
 
     Config, tokenizer and chat template come from the last step's base, traced back to a directory, or from its first
     model. Each tensor is rounded once, to the recipe's dtype or to the type in which that base stores it. A merge that
     was killed goes on where it was, when it is run again.
 
     Arguments:
-        recipe: a recipe, or what `read_recipe` reads. overrides: its, as `key=value`.
-        output: must not exist or be empty, unless `overwrite`. Never an input.
+        plan: of a recipe none of whose steps looks at data, see `bmjax.merge.plan.nodes.prepare`.
+        output: the directory that the plan was made for.
         shard_bytes: of a file of the result.
-        memory: bytes for buffers. It changes no result.
-        log: gets one line a remark.
+        memory: bytes for buffers (None: MEMORY). It changes no result.
         progress: is called with (bytes of inputs done, bytes of inputs in all, tensor name).
     Returns:
         The content of merge_report.json.
     Raises:
         UserError: one line, for anything a user can mend. `output` is then as it was.
     """
-    if not isinstance(recipe, Recipe):
-        recipe = read_recipe(recipe, overrides)
-    say = log or silent
-    directories = {name: locate(recipe, name) for name in recipe.inputs}
-    target = Path(output)
-    check_target(target, [*directories.values(), *tokenizer_directory(recipe)], overwrite)
-    models = {name: open_checkpoint(directory) for name, directory in directories.items()}
-    donor = models[recipe.donor]
-    planned = plan(recipe, models)
-    for line in (*recipe.notes, *planned.notes):
-        say(line)
-    rows = [(node.name, node.dtype, node.shape) for node in planned.nodes]
-    side_bytes = sum(path.stat().st_size for path in _side_files(donor.directory))
-    check_space(target, side_bytes + sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in rows))
-    with replacing(target, resume=True) as folder, contextlib.ExitStack() as stack:
-        journal = Journal(folder, _fingerprint(recipe, models, planned.vocabulary, rows, shard_bytes))
+    recipe, models, donor = plan.recipe, plan.models, plan.models[plan.recipe.donor]
+    rows = [(node.name, node.dtype, node.shape) for node in plan.nodes]
+    check_space(Path(output), plan.nbytes + sum(path.stat().st_size for path in _side_files(donor.directory)))
+    with replacing(Path(output), resume=True) as folder, contextlib.ExitStack() as stack:
+        journal = Journal(folder, _fingerprint(plan, rows, shard_bytes))
         stack.callback(journal.close)
         writer = SharedWriter(folder, rows, shard_bytes)
         stack.callback(writer.close)
         # What was killed while it copied the donor's files may have left others than those of now.
         clear(folder, [*writer.files, journal.path])
         journal.check(writer, rows)
-        stream = Stream(recipe, models, writer, journal, memory)
+        stream = Stream(plan, writer, journal, MEMORY if memory is None else memory)
         stack.callback(stream.close)
-        tensors = stream.run(planned.nodes, progress or (lambda done, total, name: None))
+        tensors = stream.run(plan.nodes, progress or (lambda done, total, name: None))
         writer.finish()
-        sources = {name: source_entry(recipe, name, model, journal.source(name)) for name, model in models.items()}
+        sources = {
+            name: source_entry(recipe.sources.get(name, name), model, journal.source(name))
+            for name, model in models.items()
+        }
         dtypes = sorted({dtype.name for _, dtype, _ in rows})
-        result = merge_report(recipe, sources, journal.checksums(), dtypes, report(recipe, tensors))
-        _copy_side_files(donor.directory, folder, {dtype for _, dtype, _ in rows}, planned.config_changes)
-        if planned.vocabulary is not None:
-            planned.vocabulary.save(folder)
+        result = merge_report(
+            recipe.text, recipe.seed, sources, journal.checksums(), dtypes, report(recipe.steps, tensors)
+        )
+        _copy_side_files(donor.directory, folder, {dtype for _, dtype, _ in rows}, plan.config_changes)
+        if plan.vocabulary is not None:
+            plan.vocabulary.save(folder)
         if recipe.chat_template is not None:
             write_chat_template(folder, recipe.chat_template)
         (folder / REPORT).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        write_card(folder, recipe, result)
+        write_card(folder, result)
         journal.close(remove=True)
     return result
 
 
-def _fingerprint(
-    recipe: Recipe, models: Mapping[str, Checkpoint], tokens: Vocabulary | None, rows: Plan, shard_bytes: float
-) -> dict[str, Any]:
+def _fingerprint(plan: MergePlan, rows: Plan, shard_bytes: float) -> dict[str, Any]:
     """Return a hash of what must be the same for an unfinished merge to go on."""
+    recipe, models, tokens = plan.recipe, plan.models, plan.vocabulary
     files = {info.file for model in models.values() for info in model.tensors.values()}
     if tokens is not None:
         # They say which rows belong together.

@@ -14,14 +14,13 @@ from dataclasses import replace
 import numpy as np
 
 from bmjax.config import UserError
-from bmjax.io.safetensors import Checkpoint, Reader, SharedWriter, TensorInfo
+from bmjax.io.safetensors import Reader, SharedWriter, TensorInfo
 from bmjax.merge.engine.chunks import CHUNK, SAMPLE, Chunk, ChunkCache, Geometry, StepRows, StoredTensor, View
 from bmjax.merge.engine.journal import Journal, block_digest, digest
 from bmjax.merge.engine.quantile import NotFiniteError
 from bmjax.merge.methods.arcee_fusion import agreement, three_importances
-from bmjax.merge.plan.nodes import Node, TensorSource
+from bmjax.merge.plan.nodes import MergePlan, Node, TensorSource
 from bmjax.merge.plan.token_rows import row_reader
-from bmjax.merge.recipe.recipe import Recipe
 from bmjax.merge.report.statistics import Stats, TensorStats, check_overflow
 
 FLUSH_BYTES = 2**27
@@ -33,14 +32,12 @@ StoredKey = tuple[str, str, int]
 class Stream:
     """One merge's work. memory: bytes for what is kept of inputs between passes and for chunks at work."""
 
-    def __init__(
-        self, recipe: Recipe, models: Mapping[str, Checkpoint], writer: SharedWriter, journal: Journal, memory: int
-    ) -> None:
-        self.recipe, self.models, self.writer, self.journal = recipe, models, writer, journal
+    def __init__(self, plan: MergePlan, writer: SharedWriter, journal: Journal, memory: int) -> None:
+        self.recipe, self.models, self.writer, self.journal = plan.recipe, plan.models, writer, journal
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self._tensors = 2  # at once, so that a small one fills the gaps of a large one
         # A chunk at work takes its inputs and about twice as many float32 arrays.
-        at_work = CHUNK * 4 * (2 * len(models) + 4)
+        at_work = CHUNK * 4 * (2 * len(self.models) + 4)
         self._pool = ThreadPoolExecutor(max(1, min(cores, memory // 2 // at_work)), "merge-chunk")
         self._flusher = ThreadPoolExecutor(1, "merge-flush")
         self._memory = memory // (2 * self._tensors)

@@ -3,6 +3,7 @@
 chunks.py (files) and trees.py (arrays in memory) build on it. It must not know where a block comes from.
 """
 
+import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,6 @@ import numpy as np
 from bmjax.merge.engine import passes
 from bmjax.merge.methods.method import Block, Kernel, Merged, Operand
 from bmjax.merge.recipe.recipe import Recipe, Step
-from bmjax.merge.report.statistics import keys
 
 T = TypeVar("T")
 
@@ -70,6 +70,12 @@ def at(operands: Sequence[Any], x: Block, rows: Rows) -> list[Any]:
     return [o.at(x, rows) if isinstance(o, Operand) else np.asarray(o, np.float32) for o in operands]
 
 
+def keys(seed: int, tensor: str, models: Sequence[str]) -> np.ndarray:
+    """Return for every model the key of its random numbers: a hash of seed, tensor and model; uint32 [models, 2]."""
+    texts = [f"{seed}\0{tensor}\0{name}" for name in models]
+    return np.array([np.frombuffer(hashlib.sha256(text.encode()).digest()[:8], "<u4") for text in texts], np.uint32)
+
+
 class BlockTensor(ABC):
     """One step on one tensor, a `bmjax.merge.methods.method.Tensor`. That class says what the passes return."""
 
@@ -77,7 +83,7 @@ class BlockTensor(ABC):
         self.step = step
         self.size, self.vector, self.branches = math.prod(shape), len(shape) <= 1, len(step.branches)
         self.has_base, self.compat, self.rounded_to = step.base is not None, recipe.compat, step.dtype
-        self.keys: Operand = Fixed(keys(recipe, step, tensor))
+        self.keys: Operand = Fixed(keys(recipe.seed, tensor, step.branches))
         self._merged: Merged
 
     @abstractmethod

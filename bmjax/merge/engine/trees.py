@@ -86,7 +86,7 @@ def merge_trees(
             whole = _put(whole, arrays[last], layer, **layout, sharding=sharding)
             tensors[key] = stats
         merged.append((row.path, whole))
-    return unflatten(merged), report(recipe, tensors)
+    return unflatten(merged), report(recipe.steps, tensors)
 
 
 class WholeTensor(Rows):

@@ -1,28 +1,29 @@
 """What a merge will do, tensor by tensor, known from the models' headers alone.
 
 A tensor of the last step reads tensors of models and of earlier steps, which are nodes themselves, so that nothing
-between steps is written. Any architecture: what counts is that names and shapes agree. Models with and without a head
-of their own (tied), of different vocabulary sizes and with surplus tensors can be merged; `MergePlan.notes` says what
-was done about it.
+between steps is written. Models with and without a head of their own (tied), of different vocabulary sizes and with
+surplus tensors can be merged; `MergePlan.notes` says what was done about it.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from bmjax.config import UserError
-from bmjax.io.safetensors import DTYPES, Checkpoint, listing
+from bmjax.io.safetensors import DTYPES, Checkpoint, listing, open_checkpoint
 from bmjax.merge.plan.layout import Layout
-from bmjax.merge.plan.merged_config import config_changes, config_notes
-from bmjax.merge.plan.output import locate
+from bmjax.merge.plan.merged_config import config_changes
+from bmjax.merge.plan.output import check_target
 from bmjax.merge.plan.tensor_names import is_buffer, is_head, is_vocabulary, layer
 from bmjax.merge.plan.token_rows import StandIn, TokenRows
 from bmjax.merge.plan.vocabulary import Vocabulary, vocabulary
-from bmjax.merge.recipe.recipe import Recipe, Step
-from bmjax.merge.recipe.tokenizer import TokenizerSettings
+from bmjax.merge.recipe.recipe import Recipe
+from bmjax.merge.recipe.step import Step
 
 FLOATS = ("F32", "BF16", "F16", "F64")
 _FLOAT_TYPES = tuple(DTYPES[name] for name in FLOATS)
@@ -32,34 +33,25 @@ _FLOAT_TYPES = tuple(DTYPES[name] for name in FLOATS)
 class TensorSource:
     """Where a node finds one model's tensor.
 
-    tensor: its name in the model; a tied model's head is its embedding.
-    node: what makes it, if the model is an earlier step.
-    rows: for every row of the result the row of the tensor, int64, -1 where the model has none; None: the same rows.
-    others: where missing rows come from: the mean of those that have a row there, zeros if none has. The donor stands
-        in alone where it has the row.
+    Rows of tokens that the model lacks are the mean of those `others` that have a row there, zeros if none has. The
+    donor stands in alone where it has the row.
     """
 
-    tensor: str
-    rows: np.ndarray | None = None
-    node: "Node | None" = None
+    tensor: str  # its name in the model; a tied model's head is its embedding
+    rows: np.ndarray | None = None  # for each row of the result the tensor's, int64, -1 for none; None: the same rows
+    node: "Node | None" = None  # what makes it, if the model is an earlier step
     others: tuple[StandIn, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
 class Node:
-    """One tensor of a step's result.
-
-    step: names the base and the branches; for a slice they are the slice's.
-    inputs: every model that is read, the base first.
-    arguments: the method's, for this tensor.
-    dtype: as written; float32 for what only later steps read.
-    """
+    """One tensor of a step's result."""
 
     name: str
-    step: Step
-    inputs: Mapping[str, TensorSource]
-    arguments: Mapping[str, Any]
-    dtype: np.dtype
+    step: Step  # names the base and the branches; for a slice they are the slice's
+    inputs: Mapping[str, TensorSource]  # of every model that is read, the base first
+    arguments: Mapping[str, Any]  # the method's, for this tensor
+    dtype: np.dtype  # as written; float32 for what only later steps read
     shape: tuple[int, ...]
 
     @property
@@ -67,32 +59,46 @@ class Node:
         """Whether it is merged. What is not (masks, tables of positions) must be the same in all inputs."""
         return self.dtype in _FLOAT_TYPES
 
-    def files(self) -> Iterator[tuple[str, str]]:
-        """Yield (input, tensor) of everything that is read from files for it, each once."""
-        yield from dict.fromkeys(self._files())
-
-    def _files(self) -> Iterator[tuple[str, str]]:
+    def files(self) -> list[tuple[str, str]]:
+        """Return (input, tensor) of everything that is read from files for it, each once."""
+        files: dict[tuple[str, str], None] = {}
         for model, source in self.inputs.items():
-            if source.node is None:
-                yield model, source.tensor
-            else:
-                yield from source.node._files()
-            yield from ((other, tensor) for other, tensor, _ in source.others)
+            files |= dict.fromkeys([(model, source.tensor)] if source.node is None else source.node.files())
+            files |= {(other, tensor): None for other, tensor, _ in source.others}
+        return list(files)
 
 
 @dataclass(frozen=True)
 class MergePlan:
-    """All of a merge.
+    """All of a merge."""
 
-    nodes: in the order in which they are written.
-    config_changes: keys of the donor's config.json that change.
-    vocabulary: the tokenizer to save, None where the donor's files are copied.
+    recipe: Recipe
+    models: Mapping[str, Checkpoint]  # the inputs, by the recipe's names
+    nodes: tuple[Node, ...]  # in the order in which they are written
+    config_changes: Mapping[str, Any]  # keys of the donor's config.json
+    notes: tuple[str, ...]  # the recipe's, and what is remarkable about the models
+    vocabulary: Vocabulary | None = None  # the tokenizer to save, None where the donor's files are copied
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the result's tensors."""
+        return sum(math.prod(node.shape) * node.dtype.itemsize for node in self.nodes)
+
+
+def prepare(recipe: Recipe, output: str | Path, overwrite: bool = False, *, download: bool = True) -> MergePlan:
+    """Open a recipe's inputs and plan its merge into `output`. Reads only headers, writes nothing.
+
+    download False: hub models must have been fetched before.
+
+    Raises:
+        UserError: for an input that is not there, an output that may not be written, and whatever `plan` refuses.
     """
-
-    nodes: tuple[Node, ...]
-    config_changes: Mapping[str, Any]
-    notes: tuple[str, ...]
-    vocabulary: Vocabulary | None = None
+    directories = {name: recipe.directory(name, download=download) for name in recipe.inputs}
+    sources = list(directories.values())
+    if recipe.tokenizer is not None and recipe.tokenizer.source not in ("base", "union", *recipe.inputs):
+        sources.append(recipe.directory(recipe.tokenizer.source, download=download, weights=False))
+    check_target(Path(output), sources, overwrite)
+    return plan(recipe, {name: open_checkpoint(directory) for name, directory in directories.items()})
 
 
 def plan(recipe: Recipe, models: Mapping[str, Checkpoint]) -> MergePlan:
@@ -101,55 +107,20 @@ def plan(recipe: Recipe, models: Mapping[str, Checkpoint]) -> MergePlan:
     Raises UserError where models do not fit together: a weight that one lacks, other shapes or types, a layer range
     beyond the last layer, a parameter without a value for some tensor.
     """
-    for name, model in models.items():
-        if not model.tensors:
-            raise UserError(f"model '{name}': holds no tensor")
-    layout, donor, last = Layout(recipe, models), recipe.donor, recipe.steps[-1]
-    # The tensors.
-    tokens = None if recipe.tokenizer is None else _vocabulary(recipe.tokenizer, layout)
+    if empty := [name for name, model in models.items() if not model.tensors]:
+        raise UserError(f"model '{empty[0]}': holds no tensor")
+    layout, last = Layout(recipe, models), recipe.steps[-1]
+    tokens = None if recipe.tokenizer is None else vocabulary(recipe.tokenizer, layout)
     planner = _Planner(layout, tokens)
-    planned = [planner.node(last, name) for name in layout.names(last.name)]
+    nodes = tuple(node for name in layout.names[last.name] if (node := planner.node(last, name)) is not None)
     planner.check_missing()
-    nodes = tuple(node for node in planned if node is not None)
     if not nodes:
-        raise UserError(f"step '{last.name}': its result would hold no tensor, by the names of those in '{donor}'")
-    # The config.
-    stacks = layout.layers(last.name)
-    count = max(stacks.values()) if len(stacks) == 1 else 0
-    changes, notes = config_changes(
-        donor,
-        models,
-        heads=(any(map(is_head, layout.names(donor))), any(is_head(node.name) for node in nodes)),
-        layers=[layout.origin_of_layer(last.name, number) for number in range(count)],
-        donor_layers=max(layout.layers(donor).values(), default=0),
-        vocabulary=None if tokens is None else (tokens.size, tokens.source),
-    )
-    notes = [
-        *(tokens.notes if tokens else ()),
-        *layout.notes,
-        *planner.surplus(),
-        *planner.idle_filters(),
-        *notes,
-        *config_notes(donor, models, changes),
-    ]
-    return MergePlan(nodes, changes, tuple(notes), tokens)
-
-
-def _vocabulary(settings: TokenizerSettings, layout: Layout) -> Vocabulary:
-    recipe = layout.recipe
-    directories = {name: model.directory for name, model in layout.models.items()}
-    rows = {}
-    for model in recipe.inputs:
-        embedding = layout.embedding(model)
-        count = None if embedding is None else layout.row_count(model, embedding)
-        if count is None:
-            raise UserError(
-                f"model '{model}': no tensor is known as its tokens' embedding; remove the tokenizer's keys"
-            )
-        rows[model] = count
-    if settings.source not in ("base", "union", *directories):
-        directories[settings.source] = locate(recipe, settings.source, weights=False)
-    return vocabulary(settings, recipe.donor, directories, rows)
+        raise UserError(
+            f"step '{last.name}': its result would hold no tensor, by the names of those in '{recipe.donor}'"
+        )
+    changes, notes = config_changes(layout, any(is_head(node.name) for node in nodes), tokens)
+    remarks = [*recipe.notes, *(tokens.notes if tokens else ()), *layout.notes, *planner.remarks(), *notes]
+    return MergePlan(recipe, models, nodes, changes, tuple(remarks), tokens)
 
 
 class _Planner:
@@ -170,7 +141,7 @@ class _Planner:
         return self._nodes[step.name, name]
 
     def _make(self, step: Step, name: str) -> Node | None:
-        origin = self.layout.origin(step, name)
+        origin = self.layout.origins[step.name][name]
         reads = origin.step.reads
         sources = {model: self._source(model, origin.names.get(model, name), name) for model in reads}
         inputs = {model: source for model, source in sources.items() if source is not None}
@@ -180,10 +151,9 @@ class _Planner:
         stored = self._stored_type(step.name, name)
         if stored not in FLOATS:
             return Node(name, origin.step, inputs, {}, DTYPES[stored], shape)
-        dtype = np.dtype(np.float32)
-        if step is self.recipe.steps[-1]:
-            asked = self.recipe.dtype
-            dtype = DTYPES[stored] if asked is None else np.dtype(getattr(ml_dtypes, asked, asked))
+        # What only later steps read stays float32.
+        asked = self.recipe.dtype if step is self.recipe.steps[-1] else "float32"
+        dtype = DTYPES[stored] if asked is None else np.dtype(getattr(ml_dtypes, asked, asked))
         self._note_filters(origin.step, name, origin.names)
         return Node(name, origin.step, inputs, origin.step.at(name, origin.depth, origin.names), dtype, shape)
 
@@ -212,20 +182,17 @@ class _Planner:
         """Return the result's shape. Shapes and types of all inputs must agree; rows of tokens may differ in number."""
         forms: dict[str, tuple[tuple[int, ...], str]] = {}
         for model, source in inputs.items():
-            if source.node is None:
-                info = self.layout.models[model].tensors[source.tensor]
-                forms[model] = info.shape, info.dtype
-            else:
-                forms[model] = source.node.shape, self._stored_type(model, source.tensor)
+            shape = source.node.shape if source.node else self.layout.models[model].tensors[source.tensor].shape
+            forms[model] = shape, self._stored_type(model, source.tensor)
         donor = self.recipe.donor
-        if step is self.recipe.steps[-1] and not step.slices and donor not in forms:
-            donor_info = self.layout.tensor(donor, name)
-            forms |= {} if donor_info is None else {donor: (donor_info.shape, donor_info.dtype)}
+        is_whole_result = step is self.recipe.steps[-1] and not step.slices
+        if is_whole_result and donor not in forms and (stored := self.layout.tensor(donor, name)) is not None:
+            forms[donor] = stored.shape, stored.dtype
         for model, tensor, _ in (other for source in inputs.values() for other in source.others):
-            entry = self.layout.models[model].tensors[tensor]
-            forms.setdefault(model, (entry.shape, entry.dtype))
+            info = self.layout.models[model].tensors[tensor]
+            forms.setdefault(model, (info.shape, info.dtype))
         leader, (shape, kind) = next(iter(forms.items()))
-        first = 1 if is_vocabulary(name) else 0
+        first = int(is_vocabulary(name))
         for model, (other_shape, other_kind) in forms.items():
             if other_shape[first:] != shape[first:]:
                 raise UserError(
@@ -249,25 +216,18 @@ class _Planner:
         stored_name = self.layout.find(model, name)
         if stored_name is None:
             return ""
-        origin = self.layout.origin(step, stored_name)
+        origin = self.layout.origins[model][stored_name]
         models = origin.step.reads if step.slices else step.models
         types = (self._stored_type(m, origin.names.get(m, stored_name)) for m in models)
         return next((kind for kind in types if kind), "")
 
     def _note_filters(self, step: Step, name: str, names: Mapping[str, str]) -> None:
         for branch, value in step.values:
-            tensor = names.get(branch, name) if branch else name
-            deciding = next((rule for rule in value.rules if rule.fits(tensor)), None)
+            deciding = value.rule(names.get(branch, name) if branch else name)
             for rule in value.rules:
                 if rule.text is not None:
                     key = (step.name, value.name, rule.text)
                     self._filters[key] = self._filters.get(key, False) or rule is deciding
-
-    def idle_filters(self) -> Iterator[str]:
-        """Yield a line for every filter that decides nothing."""
-        for (step, parameter, text), decides in self._filters.items():
-            if not decides:
-                yield f"step '{step}': parameter '{parameter}': filter '{text}' decides for no tensor"
 
     def check_missing(self) -> None:
         """Raise a UserError where an input lacks a weight that is needed."""
@@ -278,8 +238,8 @@ class _Planner:
                 "only models of one architecture can be merged"
             )
 
-    def surplus(self) -> Iterator[str]:
-        """Yield a line for every input with tensors that nothing reads, and for those that loaders compute."""
+    def remarks(self) -> Iterator[str]:
+        """Yield a line for tensors that loaders compute, for those that nothing reads, and for idle filters."""
         for model in dict.fromkeys(self._left_out.values()):
             names = [name for name, lacking in self._left_out.items() if lacking == model]
             yield f"left out {listing(names)}: '{model}' lacks what loaders compute anyway"
@@ -288,7 +248,10 @@ class _Planner:
             known = {*read, *self._left_out, self.layout.copied_heads.get(model, "")}
             names = [name for name in self.layout.models[model].tensors if name not in known]
             if model in sliced:
-                result = self.layout.names(self.recipe.steps[-1].name)
+                result = self.layout.names[self.recipe.steps[-1].name]
                 names = [name for name in names if layer(name) is None and name not in result]
             if names:
                 yield f"model '{model}' holds {listing(names)} that '{self.recipe.donor}' lacks; not merged"
+        for (step, parameter, text), decides in self._filters.items():
+            if not decides:
+                yield f"step '{step}': parameter '{parameter}': filter '{text}' decides for no tensor"

@@ -1,4 +1,4 @@
-"""The directories that a merge reads and writes, and sizes in words."""
+"""The directory that a merge writes, and sizes in words."""
 
 import os
 import re
@@ -7,31 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bmjax.config import UserError, is_text
-from bmjax.io import hub
-from bmjax.merge.recipe.recipe import Recipe
 
 _UNITS = {"B": 1} | {f"{prefix}{kind}": base ** (i + 1)
                      for kind, base in (("B", 1000), ("iB", 1024)) for i, prefix in enumerate("KMGT")}  # fmt: skip
-
-
-def locate(recipe: Recipe, name: str, *, download: bool = True, weights: bool = True) -> Path:
-    """Return the directory of one of the recipe's inputs: an alias of `sources`, a directory, or a hub model.
-
-    download False: a hub model must have been fetched before. weights False: only config and tokenizer are fetched.
-    """
-    label = f"model '{name}': " if name in recipe.sources else ""
-    known = [*recipe.sources, *(step.name for step in recipe.steps)] if recipe.sources or len(recipe.steps) > 1 else []
-    return hub.model_directory(
-        recipe.sources.get(name, name), label=label, known=known, download=download, weights=weights
-    )
-
-
-def tokenizer_directory(recipe: Recipe, *, download: bool = True) -> list[Path]:
-    """Return the directory that nothing but the tokenizer comes from, in a list that is empty without one."""
-    source = None if recipe.tokenizer is None else recipe.tokenizer.source
-    if source in (None, "base", "union", *recipe.inputs):
-        return []
-    return [locate(recipe, str(source), download=download, weights=False)]
 
 
 def check_target(target: Path, inputs: Iterable[Path], overwrite: bool) -> None:
@@ -46,8 +24,8 @@ def check_target(target: Path, inputs: Iterable[Path], overwrite: bool) -> None:
         raise UserError(f"{target}: {error.strerror}; choose another output directory") from None
     resolved = target.resolve()
     for directory in inputs:
-        source = Path(directory).resolve()
-        if source == resolved or resolved in source.parents:
+        source = directory.resolve()
+        if resolved in (source, *source.parents):
             raise UserError(f"{target}: is (or contains) the input {directory}; choose another output directory")
         if source in resolved.parents:
             raise UserError(f"{target}: is inside the input {directory}; choose another output directory")
@@ -56,11 +34,9 @@ def check_target(target: Path, inputs: Iterable[Path], overwrite: bool) -> None:
     if not target.is_dir():
         raise UserError(f"{target}: exists and is not a directory; choose another output directory")
     names = [path.name for path in target.iterdir()]
-    if not names:
-        return
-    if not overwrite:
+    if names and not overwrite:
         raise UserError(f"{target}: exists and is not empty; choose another output directory, or add --overwrite")
-    if "config.json" not in names and not any(name.endswith(".safetensors") for name in names):
+    if names and "config.json" not in names and not any(name.endswith(".safetensors") for name in names):
         raise UserError(f"{target}: does not look like a model directory, so it is not overwritten; remove it yourself")
 
 

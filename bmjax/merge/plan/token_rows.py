@@ -19,15 +19,9 @@ class TokenRows:
     def __init__(self, layout: Layout, tokens: Vocabulary | None) -> None:
         self.layout, self.tokens = layout, tokens
         self._rows: dict[tuple[str, str], np.ndarray] = {}
-        self._planned: dict[tuple[str, str], tuple[np.ndarray | None, tuple[StandIn, ...]]] = {}
 
     def of(self, model: str, result: str) -> tuple[np.ndarray | None, tuple[StandIn, ...]]:
         """Return an input's rows for the tensor `result` (None: as they are), and what stands in for missing ones."""
-        if (model, result) not in self._planned:
-            self._planned[model, result] = self._plan(model, result)
-        return self._planned[model, result]
-
-    def _plan(self, model: str, result: str) -> tuple[np.ndarray | None, tuple[StandIn, ...]]:
         count = self.layout.row_count(model, result) or 0
         if self.tokens is None and count == self._result_count(result):
             return None, ()
@@ -42,7 +36,6 @@ class TokenRows:
         return rows, self._stand_ins(model, result)
 
     def _result_count(self, result: str) -> int:
-        """Return how many rows of tokens the result has: the new tokenizer's, or as many as the donor."""
         if self.tokens is not None:
             return self.tokens.size
         recipe = self.layout.recipe
@@ -76,13 +69,13 @@ class TokenRows:
                 if rule.source is not None:
                     source_model, source_row = rule.source
                     taken.setdefault(source_model, np.full(len(lacks), -1, np.int64))[row] = source_row
-        recipe = self.layout.recipe
-        for other in (recipe.donor, *(name for name in recipe.inputs if name != recipe.donor)):
+        donor = self.layout.recipe.donor
+        for other in dict.fromkeys([donor, *self.layout.recipe.inputs]):
             rows = self._rows_of(other, result)
             usable = lacks & (rows >= 0)
             if usable.any():
                 taken.setdefault(other, np.full(len(lacks), -1, np.int64))[usable] = rows[usable]
-            if other == recipe.donor:
+            if other == donor:
                 lacks &= ~usable
         tensors = ((other, self.layout.find(other, result), rows) for other, rows in taken.items())
         return tuple((other, tensor, rows) for other, tensor, rows in tensors if tensor is not None)
@@ -96,11 +89,9 @@ def row_reader(
 ) -> Callable[[int, np.ndarray], None]:
     """Return `fill(start, out)`, which reads a tensor in the order of the result's rows into `out` [n].
 
-    Rows that follow each other in the file are read at once.
-
-    Arguments:
-        info, rows, others: a tensor, its rows and what stands in, as in `bmjax.merge.plan.nodes.TensorSource`.
-        read: fills an array, of a tensor's stored type, with that tensor's entries from a flat index on.
+    Rows that follow each other in the file are read at once. info, rows, others: a tensor, its rows and what stands in,
+    as in `bmjax.merge.plan.nodes.TensorSource`. read: fills an array, of a tensor's stored type, with that tensor's
+    entries from a flat index on.
     """
     width = math.prod(info.shape[1:])
 

@@ -7,46 +7,40 @@ result has at least as many rows as the tokenizer's model, so that padding stays
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from bmjax.config import UserError, first_line
+from bmjax.merge.plan.layout import Layout
 from bmjax.merge.recipe.tokenizer import TokenizerSettings, read_object
 
 MAX_ROWS = 2**24  # of tokens; an array as long is made for every model
 MAX_TOKENIZER_BYTES = 2**28  # the largest have 40 million
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 class RowRule(NamedTuple):
-    """Where the recipe takes a row from: (model, its row), None for zeros; whether in models that have it, too."""
+    """Where the recipe takes a row from."""
 
-    source: tuple[str, int] | None
-    force: bool
+    source: tuple[str, int] | None  # (model, its row), None for zeros
+    force: bool  # in models that have it, too
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The tokens of a merge's result.
+    """The tokens of a merge's result."""
 
-    size: rows of the result.
-    tokens: the result's row of each token.
-    ids: of every model, its row of each token.
-    source: the directory of the tokenizer.
-    rules: of rows that the recipe speaks of.
-    added: tokens that the tokenizer gets, as `tokenizers.AddedToken`.
-    """
-
-    size: int
-    tokens: Mapping[str, int]
-    ids: Mapping[str, Mapping[str, int]]
-    source: Path
-    rules: Mapping[int, RowRule] = field(default_factory=dict)
-    added: Sequence[Any] = ()
-    notes: tuple[str, ...] = ()
+    size: int  # rows of the result
+    tokens: Mapping[str, int]  # the result's row of each token
+    ids: Mapping[str, Mapping[str, int]]  # of every model, its row of each token
+    source: Path  # directory of the tokenizer
+    rules: Mapping[int, RowRule]  # of rows that the recipe speaks of
+    added: Sequence[Any]  # tokens that the tokenizer gets, as `tokenizers.AddedToken`
+    notes: Sequence[str]
 
     def rows(self, model: str, count: int) -> np.ndarray:
         """Return for every row of the result the row of a model of `count` rows, -1 for none: int64 [size]."""
@@ -99,43 +93,43 @@ def _update(path: Path, values: Mapping[str, Any]) -> None:
 def _load(directory: Path) -> Any:
     """Return the backend tokenizer of a directory."""
     path = directory / "tokenizer.json"
-    if path.is_file():
-        from tokenizers import Tokenizer
+    if not path.is_file():
+        from bmjax.weights.hf import load_tokenizer
 
-        if path.stat().st_size > MAX_TOKENIZER_BYTES:
-            raise UserError(f"{path}: more than {MAX_TOKENIZER_BYTES} bytes; refused, is it the right file?")
-        try:
-            return Tokenizer.from_file(str(path))
-        except Exception as error:
-            raise UserError(f"{path}: the tokenizer cannot be loaded: {first_line(error)}") from None
-    from bmjax.weights.hf import load_tokenizer
+        tokenizer = load_tokenizer(directory)
+        if tokenizer is None:
+            raise UserError(f"{directory}: has no tokenizer; expected tokenizer.json")
+        return tokenizer.backend_tokenizer
+    from tokenizers import Tokenizer
 
-    tokenizer = load_tokenizer(directory)
-    if tokenizer is None:
-        raise UserError(f"{directory}: has no tokenizer; expected tokenizer.json")
-    return tokenizer.backend_tokenizer
-
-
-def _has_tokenizer(directory: Path) -> bool:
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-    return any((directory / name).is_file() for name in names)
+    if path.stat().st_size > MAX_TOKENIZER_BYTES:
+        raise UserError(f"{path}: more than {MAX_TOKENIZER_BYTES} bytes; refused, is it the right file?")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:
+        raise UserError(f"{path}: the tokenizer cannot be loaded: {first_line(error)}") from None
 
 
-def vocabulary(
-    settings: TokenizerSettings, donor: str, directories: Mapping[str, Path], rows: Mapping[str, int]
-) -> Vocabulary:
+def vocabulary(settings: TokenizerSettings, layout: Layout) -> Vocabulary:
     """Plan the tokens of a merge. A model without a tokenizer counts as having the donor's.
 
-    Arguments:
-        directories: of every input, and of `settings.source` if that is another model.
-        rows: how many rows every input's embedding has.
-
-    Raises:
-        UserError: for a tokenizer that cannot be read, a token that a rule expects and a model lacks, and a result of
-            more than MAX_ROWS rows.
+    Raises UserError for a tokenizer that cannot be read, a token that a rule expects and a model lacks, and a result of
+    more than MAX_ROWS rows.
     """
+    recipe, donor = layout.recipe, layout.recipe.donor
     source = donor if settings.source in ("base", "union") else settings.source
-    has = {model: _has_tokenizer(directories[model]) for model in dict.fromkeys([*rows, source])}
+    directories = {name: model.directory for name, model in layout.models.items()}
+    if source not in directories:
+        directories[source] = recipe.directory(source, weights=False)
+    rows: dict[str, int] = {}  # of every input's embedding
+    for model in recipe.inputs:
+        count = layout.row_count(model, layout.embedding(model) or "")
+        if count is None:
+            raise UserError(
+                f"model '{model}': no tensor is known as its tokens' embedding; remove the tokenizer's keys"
+            )
+        rows[model] = count
+    has = {m: any((directories[m] / file).is_file() for file in _TOKENIZERS) for m in dict.fromkeys([*rows, source])}
     default = donor if has[donor] else source
     backends = {model: _load(directories[model]) for model in has if has[model] or model == source}
     vocabularies = {model: backend.get_vocab(with_added_tokens=True) for model, backend in backends.items()}
@@ -144,7 +138,7 @@ def vocabulary(
     # The tokens, and how many rows they make.
     tokens = vocabularies[source]
     models = {model: (backends[model], rows[model]) for model in rows if model in backends}
-    added = list(_new_tokens(settings, tokens, models))
+    added = _new_tokens(settings, tokens, models)
     if added:
         backends[source].add_tokens(added)
         tokens = backends[source].get_vocab(with_added_tokens=True)
@@ -156,52 +150,10 @@ def vocabulary(
         cause = "the ids of its tokens" if multiple == 1 else f"pad_to_multiple_of {multiple}"
         raise UserError(f"{directories[source]}: the tokenizer: {cause}: the result would have {size} rows of tokens")
     # Where the rows come from that the recipe speaks of, and which come from nowhere.
-    rules = dict(_row_rules(settings, tokens, ids, rows))
-    zeros = [
-        token
-        for token, i in tokens.items()
-        if i not in rules and not any(ids[model].get(token, count) < count for model, count in rows.items())
-    ]
-    if zeros:
-        notes.append(f"{len(zeros)} tokens have a row in no model; theirs are zeros")
-    return Vocabulary(size, tokens, ids, directories[source], rules, added, tuple(notes))
-
-
-def _new_tokens(
-    settings: TokenizerSettings, known: Mapping[str, int], models: Mapping[str, tuple[Any, int]]
-) -> Iterator[Any]:
-    """Yield what the tokenizer lacks: other models' tokens that have a row, plain ones first, and the recipe's."""
-    from tokenizers import AddedToken
-
-    seen = set(known)
-    special: dict[str, Any] = {}
-    if settings.source == "union":
-        for backend, count in models.values():
-            marked = {token.content: token for token in backend.get_added_tokens_decoder().values()}
-            for text, i in sorted(backend.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1]):
-                if i >= count or text in seen:
-                    continue
-                if text in marked:
-                    special.setdefault(text, marked[text])
-                else:
-                    seen.add(text)
-                    yield AddedToken(text, normalized=False)
-    for text, token in [*special.items(), *((text, AddedToken(text, normalized=False)) for text in settings.rules)]:
-        if text not in seen:
-            seen.add(text)
-            yield token
-
-
-def _row_rules(
-    settings: TokenizerSettings,
-    tokens: Mapping[str, int],
-    ids: Mapping[str, Mapping[str, int]],
-    rows: Mapping[str, int],
-) -> Iterator[tuple[int, RowRule]]:
-    """Yield (row of the result, where it comes from) for the tokens whose rule names a source."""
+    rules: dict[int, RowRule] = {}
     for text, rule in settings.rules.items():
         if rule.is_zero:
-            yield tokens[text], RowRule(None, rule.force)
+            rules[tokens[text]] = RowRule(None, rule.force)
         elif rule.model is not None:
             token = rule.token_of(text)
             row = token if isinstance(token, int) else ids[rule.model].get(token)
@@ -210,4 +162,34 @@ def _row_rules(
                 raise UserError(
                     f"tokenizer.tokens.{text}: model '{rule.model}' has no {missing} among its {rows[rule.model]} rows"
                 )
-            yield tokens[text], RowRule((rule.model, row), rule.force)
+            rules[tokens[text]] = RowRule((rule.model, row), rule.force)
+    zeros = [
+        token
+        for token, i in tokens.items()
+        if i not in rules and not any(ids[model].get(token, count) < count for model, count in rows.items())
+    ]
+    if zeros:
+        notes.append(f"{len(zeros)} tokens have a row in no model; theirs are zeros")
+    return Vocabulary(size, tokens, ids, directories[source], rules, added, notes)
+
+
+def _new_tokens(
+    settings: TokenizerSettings, known: Mapping[str, int], models: Mapping[str, tuple[Any, int]]
+) -> list[Any]:
+    """Return what the tokenizer lacks: other models' tokens that have a row, plain ones first, and the recipe's."""
+    from tokenizers import AddedToken
+
+    plain: dict[str, Any] = {}
+    others: dict[str, Any] = {}
+    for backend, count in models.values() if settings.source == "union" else ():
+        marked = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+        for text, i in sorted(backend.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1]):
+            if i >= count or text in known:
+                continue
+            if text in marked:
+                others.setdefault(text, marked[text])
+            else:
+                plain.setdefault(text, AddedToken(text, normalized=False))
+    for text in settings.rules:
+        others.setdefault(text, AddedToken(text, normalized=False))
+    return [*plain.values(), *(token for text, token in others.items() if text not in known and text not in plain)]

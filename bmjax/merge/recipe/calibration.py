@@ -52,9 +52,7 @@ def _calibrated(name: str, summary: str) -> Method:
     def passes(tensor: Tensor) -> NoReturn:
         raise UserError(f"{name} looks at data: it merges model directories, not arrays")
 
-    return Method(
-        name, passes, base="required", branches=(1, None), parameters={}, summary=summary, check=None, by_row=False
-    )
+    return Method(name, passes, "required", (1, None), parameters={}, summary=summary, check=None, by_row=False)
 
 
 CALIBRATED = {

@@ -9,40 +9,27 @@ from pathlib import Path
 from typing import Any
 
 from bmjax.config import UserError, nearest
-from bmjax.io.hub import split_revision
+from bmjax.io import hub
 from bmjax.merge.recipe.calibration import CALIBRATED
-from bmjax.merge.recipe.step import Slice, Step, build_step
+from bmjax.merge.recipe.step import Step, build_step
 from bmjax.merge.recipe.tokenizer import TokenizerSettings, chat_template
 from bmjax.merge.recipe.yaml_blocks import StepBlock, TopBlock, read_blocks
-
-__all__ = ["Recipe", "Slice", "Step", "read_recipe"]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Merges in order; the last one's result is written.
-
-    sources: directories or hub ids by alias.
-    dtype: what the result is rounded to; None: as the donor stores each tensor.
-    notes: what has no effect, a line each.
-    text: the recipe as plain values, for the report.
-    seed: of random masks, and of the rows drawn by methods that look at data.
-    compat: 'mergekit' when its arithmetic is asked for.
-    tokenizer: None: the donor's files are copied.
-    chat_template: Jinja, None for the donor's.
-    vocabularies: models of which only the tokenizer and the rows of tokens are read.
-    """
+    """Merges in order; the last one's result is written. The rest is as in `yaml_blocks.TopBlock`."""
 
     steps: tuple[Step, ...]
     sources: Mapping[str, str] = field(default_factory=dict)
-    dtype: str | None = None
-    notes: tuple[str, ...] = ()
-    text: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str | None = None  # what the result is rounded to; None: as the donor stores each tensor
+    notes: tuple[str, ...] = ()  # what has no effect, a line each
+    text: Mapping[str, Any] = field(default_factory=dict)  # the recipe as plain values, for the report
     seed: int = 0
     compat: str | None = None
     tokenizer: TokenizerSettings | None = None
-    chat_template: str | None = None
-    vocabularies: tuple[str, ...] = ()
+    chat_template: str | None = None  # Jinja, None for the donor's
+    vocabularies: tuple[str, ...] = ()  # models of which only the tokenizer and the rows of tokens are read
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -70,7 +57,18 @@ class Recipe:
 
     def revision(self, name: str) -> str | None:
         """Return the hub revision asked for: what follows @ in `org/name@revision`."""
-        return split_revision(self.sources.get(name, name))[1]
+        return hub.split_revision(self.sources.get(name, name))[1]
+
+    def directory(self, name: str, *, download: bool = True, weights: bool = True) -> Path:
+        """Return the directory of an input: an alias of `sources`, a directory, or a hub model.
+
+        download False: a hub model must have been fetched before. weights False: only config and tokenizer are fetched.
+        """
+        label = f"model '{name}': " if name in self.sources else ""
+        known = [*self.sources, *(step.name for step in self.steps)] if self.sources or len(self.steps) > 1 else []
+        return hub.model_directory(
+            self.sources.get(name, name), label=label, known=known, download=download, weights=weights
+        )
 
 
 def read_recipe(
@@ -90,17 +88,16 @@ def read_recipe(
         UserError: for a missing file, bad YAML, an unknown key, method, parameter or model name, a missing base_model
             or data, a wrong number of models.
     """
-    location, top, blocks = read_blocks(source, overrides)
+    top, blocks = read_blocks(source, overrides)
     blocks = [(at, _complete(block, data or {})) for at, block in blocks]
     notes: list[str] = []
     steps = tuple(build_step(block, at, notes) for at, block in blocks)
     try:
         _check_names(steps, top)
-        inputs = Recipe(steps).inputs
         template = chat_template(top.chat_template)
-        tokenizer = _tokenizer(top, steps, inputs)
+        tokenizer = _tokenizer(top, steps)
     except UserError as error:
-        raise UserError(f"{location}: {error}") from None
+        raise UserError(f"{'recipe' if isinstance(source, Mapping) else source}: {error}") from None
     for (at, block), step in zip(blocks, steps, strict=True):
         if step is not steps[-1] and (block.dtype or block.out_dtype) and top.compat is None:
             notes.append(f"{at}: dtype has no effect: steps stay float32 in memory, only the last one is rounded")
@@ -108,17 +105,11 @@ def read_recipe(
             notes.append(f"{at}: compat has no effect: mergekit has no {step.method.name} to be compatible with")
     last = blocks[-1][1]
     dtype = last.out_dtype or last.dtype or top.out_dtype or top.dtype
-    return Recipe(
-        steps=steps,
-        sources=top.sources,
-        dtype=dtype,
-        notes=tuple(notes),
-        text=_text(top, [block for _, block in blocks], dtype),
-        seed=top.seed,
-        compat=top.compat,
-        tokenizer=tokenizer,
-        chat_template=template,
-    )
+    # The recipe as plain values, for the report.
+    texts = [{k: v for k, v in block.model_dump(mode="json").items() if v not in (None, {})} for _, block in blocks]
+    rest = {k: v for k, v in top.model_dump(mode="json", exclude_defaults=True).items() if "dtype" not in k}
+    text = {"sources": top.sources, "steps": texts, "dtype": dtype, **rest}
+    return Recipe(steps, top.sources, dtype, tuple(notes), text, top.seed, top.compat, tokenizer, template)
 
 
 def _complete(block: StepBlock, data: Mapping[str, str | list[str]]) -> StepBlock:
@@ -144,41 +135,31 @@ def _complete(block: StepBlock, data: Mapping[str, str | list[str]]) -> StepBloc
 def _check_names(steps: Sequence[Step], top: TopBlock) -> None:
     """Raise a UserError when a name means two things, when a step reads a later one, or when none reads a step."""
     names = [step.name for step in steps]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"two steps are named '{name}'; every step needs its own name")
-        if name in top.sources:
-            raise UserError(f"'{name}' is a step and an alias of sources; rename one of them")
-    read = set()
     for i, step in enumerate(steps):
+        if step.name in names[:i]:
+            raise UserError(f"two steps are named '{step.name}'; every step needs its own name")
+        if step.name in top.sources:
+            raise UserError(f"'{step.name}' is a step and an alias of sources; rename one of them")
         for model in step.models:
             if model in names[i:]:
                 which = "itself" if model == step.name else f"step '{model}', which is made after it"
                 raise UserError(f"step '{step.name}' reads {which}; a step may read earlier ones only")
-            read.add(model)
+    read = {model for step in steps for model in step.models}
     for name in names[:-1]:
         if name not in read:
             raise UserError(f"no later step reads step '{name}'; remove it, or name it where it is meant")
 
 
-def _tokenizer(top: TopBlock, steps: Sequence[Step], inputs: Sequence[str]) -> TokenizerSettings | None:
+def _tokenizer(top: TopBlock, steps: tuple[Step, ...]) -> TokenizerSettings | None:
     if top.tokenizer_source is not None and top.tokenizer is not None:
         raise UserError("'tokenizer_source' and 'tokenizer' both stand; keep 'tokenizer', with its `source:`")
-    if top.tokenizer_source is not None:
-        tokenizer = TokenizerSettings(source=top.tokenizer_source)
-    elif top.tokenizer is not None:
-        tokenizer = top.tokenizer
-    else:
+    if top.tokenizer_source is None and top.tokenizer is None:
         return None
+    tokenizer = top.tokenizer or TokenizerSettings(source=str(top.tokenizer_source))
+    inputs = Recipe(steps).inputs
     for rule in tokenizer.rules.values():
         if rule.model is not None and rule.model not in inputs:
             raise UserError(f"tokenizer.tokens: '{rule.model}' is not a model here{nearest(rule.model, inputs)}")
     if tokenizer.source in {step.name for step in steps}:
         raise UserError(f"tokenizer: '{tokenizer.source}' is a step; name the model whose tokenizer it has")
     return tokenizer
-
-
-def _text(top: TopBlock, blocks: Sequence[StepBlock], dtype: str | None) -> dict[str, Any]:
-    steps = [{k: v for k, v in block.model_dump(mode="json").items() if v not in (None, {})} for block in blocks]
-    rest = {k: v for k, v in top.model_dump(mode="json", exclude_defaults=True).items() if "dtype" not in k}
-    return {"sources": top.sources, "steps": steps, "dtype": dtype, **rest}

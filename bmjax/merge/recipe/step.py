@@ -3,7 +3,7 @@
 import inspect
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bmjax.config import UserError, nearest
@@ -16,29 +16,20 @@ from bmjax.merge.recipe.yaml_blocks import LayersEntry, ModelEntry, SliceBlock, 
 
 @dataclass(frozen=True)
 class Step:
-    """A checked merge. Models are names: of earlier steps, aliases or directories.
-
-    base: None for a method that measures against none.
-    donor: the model whose config, tokenizer and storage types the result takes.
-    arguments: every parameter of the method by its recipe name, per-model ones as tuples in branch order; a `Value`
-        where it depends on the tensor, see `at`.
-    slices: the layers of the result where they are not simply its models'. The branches are then those of all slices,
-        and the arguments are theirs.
-    dtype, out_dtype: as written, for `compat: mergekit`.
-    calibration, data: of a method that looks at data, its settings and each branch's rows; else None and empty.
-    """
+    """A checked merge. Models are names: of earlier steps, aliases or directories."""
 
     name: str
     method: Method
-    base: str | None
-    branches: tuple[str, ...]
-    donor: str
+    base: str | None  # None for a method that measures against none
+    branches: tuple[str, ...]  # with slices, those of all slices
+    donor: str  # the model whose config, tokenizer and storage types the result takes
+    # Every parameter of the method by its recipe name, per-model ones as tuples in branch order; a `Value` where it
+    # depends on the tensor, see `at`. Empty with slices, whose steps have them.
     arguments: Mapping[str, Any]
-    slices: tuple["Slice", ...] = ()
-    dtype: str | None = None
-    out_dtype: str | None = None
-    calibration: CalibrationSettings | None = None
-    data: tuple[str | list[str], ...] = ()
+    slices: tuple["Slice", ...] = ()  # the layers of the result where they are not simply its models'
+    dtype: str | None = None  # as written, for `compat: mergekit`
+    calibration: CalibrationSettings | None = None  # of a method that looks at data
+    data: tuple[str | list[str], ...] = ()  # each branch's rows, for such a method
 
     @property
     def models(self) -> Iterator[str]:
@@ -76,28 +67,22 @@ class Step:
                 yield from ((b, a) for b, a in zip(self.branches, argument, strict=True) if isinstance(a, Value))
 
     def at(self, tensor: str, depth: float, names: Mapping[str, str] | None = None) -> dict[str, Any]:
-        """Return the arguments for one tensor of the result.
+        """Return the arguments for one tensor of the result. UserError when no filter fits, or the method refuses them.
 
-        Arguments:
-            tensor: its name.
-            depth: 0 to 1, see `bmjax.merge.plan.tensor_names.depth`.
-            names: its name in each model that has another one there, which the filters of per-model parameters see.
-
-        Raises:
-            UserError: when no filter fits, or the method refuses the arguments.
+        depth: 0 to 1, see `bmjax.merge.plan.tensor_names.depth`. names: the tensor's name in each model that has
+        another one there, which the filters of per-model parameters see.
         """
 
         def resolve(argument: Any, name: str) -> Any:
             return argument.at(name, depth) if isinstance(argument, Value) else argument
 
-        names = names or {}
-        resolved: dict[str, Any] = {}
-        for parameter, argument in self.arguments.items():
-            if isinstance(argument, tuple):
-                pairs = zip(self.branches, argument, strict=True)
-                resolved[parameter] = tuple(resolve(value, names.get(branch, tensor)) for branch, value in pairs)
-            else:
-                resolved[parameter] = resolve(argument, tensor)
+        branch_names = [(names or {}).get(branch, tensor) for branch in self.branches]
+        resolved = {
+            parameter: tuple(map(resolve, argument, branch_names))
+            if isinstance(argument, tuple)
+            else resolve(argument, tensor)
+            for parameter, argument in self.arguments.items()
+        }
         if self.method.check and any(self.values):
             try:
                 self.method.check(resolved)
@@ -143,7 +128,7 @@ def build_step(block: StepBlock, location: str, notes: list[str]) -> Step:
 
 def _entry(entry: Any) -> ModelEntry:
     if isinstance(entry, str) and entry:
-        return ModelEntry.model_validate({"model": entry})
+        return ModelEntry(model=entry)
     if not isinstance(entry, Mapping):
         raise UserError(f"models: expected a model's name or `model: NAME`, found {entry!r}")
     return validate(ModelEntry, entry, "models")
@@ -154,15 +139,14 @@ class _StepBuilder:
     block: StepBlock
     method: Method
     location: str
-    notes: list[str] = field(default_factory=list)
+    notes: list[str]
 
     def from_models(self, entries: Sequence[ModelEntry], part: SliceBlock | None = None) -> Step:
         """Build the step of whole models, or of one slice."""
         method, block = self.method, self.block
         base_model = (part and part.base_model) or block.base_model
         # Which of the models listed are branches, and whether they are as many as the method takes.
-        names = [entry.model for entry in entries]
-        if repeated := [name for name, count in Counter(names).items() if count > 1]:
+        if repeated := [name for name, count in Counter(entry.model for entry in entries).items() if count > 1]:
             raise UserError(f"model '{repeated[0]}' is listed twice; list it once")
         if method.base == "required" and base_model is None:
             raise UserError(f"{method.name} needs 'base_model': the model that changes are measured against")
@@ -186,27 +170,14 @@ class _StepBuilder:
             raise UserError(f"{method.name} needs at least {least}{up_to} models{beside}, found {len(entries)}")
         # What the method is told.
         branches = tuple(entry.model for entry in entries)
-        calibration: CalibrationSettings | None = None
-        data: tuple[str | list[str], ...] = ()
-        arguments: dict[str, Any] = {}
+        step = Step(block.name or "", method, base, branches, base_model or branches[0], {}, dtype=block.dtype)
         if method.name in CALIBRATED:
             calibration, data = self.calibration(entries)
-        else:
-            arguments = self.arguments([part.parameters, block.parameters] if part else [block.parameters], entries)
-        step = Step(
-            name=str(block.name),
-            method=method,
-            base=base,
-            branches=branches,
-            donor=base_model or branches[0],
-            arguments=arguments,
-            dtype=block.dtype,
-            out_dtype=block.out_dtype,
-            calibration=calibration,
-            data=data,
-        )
+            return replace(step, calibration=calibration, data=data)
+        levels = [part.parameters, block.parameters] if part else [block.parameters]
+        step = replace(step, arguments=self.arguments(levels, entries))
         if method.check and not any(step.values):
-            method.check(arguments)
+            method.check(step.arguments)
         return step
 
     def from_slices(self, parts: Sequence[SliceBlock]) -> Step:
@@ -222,23 +193,15 @@ class _StepBuilder:
                 slices.append(Slice(step, _ranges(step, part.sources)))
             except UserError as error:
                 raise UserError(f"slices[{i}]: {error}") from None
-        first, block = slices[0].step, self.block
-        return Step(
-            name=first.name,
-            method=self.method,
-            base=first.base,
-            branches=tuple(dict.fromkeys(name for part in slices for name in part.step.branches)),
-            donor=block.base_model or first.donor,
-            arguments={},
-            slices=tuple(slices),
-            dtype=block.dtype,
-            out_dtype=block.out_dtype,
-        )
+        first = slices[0].step
+        branches = tuple(dict.fromkeys(name for part in slices for name in part.step.branches))
+        donor = self.block.base_model or first.donor
+        return replace(first, branches=branches, donor=donor, arguments={}, slices=tuple(slices))
 
     def calibration(self, entries: Sequence[ModelEntry]) -> tuple[CalibrationSettings, tuple[str | list[str], ...]]:
         """Return the settings of a method that looks at data, and the rows of every branch."""
-        name, parameters, known = self.method.name, self.block.parameters, list(CalibrationSettings.model_fields)
-        for parameter in [*parameters, *(p for entry in entries for p in entry.parameters)]:
+        name, known = self.method.name, list(CalibrationSettings.model_fields)
+        for parameter in [*self.block.parameters, *(p for entry in entries for p in entry.parameters)]:
             if parameter not in known:
                 raise UserError(f"unknown parameter '{parameter}' of {name}{nearest(str(parameter), known)}")
         data = []
@@ -252,7 +215,7 @@ class _StepBuilder:
                 )
             data.append(entry.data)
         try:
-            return CalibrationSettings.read({**DEFAULTS[name], **parameters}), tuple(data)
+            return CalibrationSettings.read({**DEFAULTS[name], **self.block.parameters}), tuple(data)
         except UserError as error:
             raise UserError(str(error).removeprefix("settings: ")) from None
 
@@ -269,16 +232,14 @@ class _StepBuilder:
                     raise self.not_of_a_model(name, entry)
         arguments: dict[str, Any] = {}
         for name, parameter in method.parameters.items():
-            common = tuple(rule for level in levels for rule in _rules(parameter, level))
+            common = [rule for level in levels for rule in _rules(parameter, level)]
             if parameter.default is not inspect.Parameter.empty:
-                common = (*common, Rule((parameter.default,)))
+                common.append(Rule((parameter.default,)))
             per_model = [simplify(name, (*_rules(parameter, entry.parameters), *common)) for entry in entries]
             if parameter.about.per_model:
                 arguments[name] = tuple(per_model)
-            elif method.branches[1] == 1:
-                (arguments[name],) = per_model
             else:
-                arguments[name] = simplify(name, common)
+                arguments[name] = per_model[0] if method.branches[1] == 1 else simplify(name, tuple(common))
             for value, entry in zip(per_model, entries, strict=True):
                 if isinstance(value, Value) and not value.rules:
                     of = f" of model '{entry.model}'" if parameter.about.per_model else ""
@@ -286,7 +247,6 @@ class _StepBuilder:
         return arguments
 
     def not_of_a_model(self, parameter: str, entry: ModelEntry) -> UserError:
-        """Return the error for a step's parameter that stands at a model."""
         return UserError(
             f"parameter '{parameter}' of {self.method.name} is not a model's: move it from '{entry.model}' "
             "to the step's own 'parameters'"
@@ -302,7 +262,6 @@ class _StepBuilder:
                 self.method.parameter(name)
 
     def note(self, text: str) -> None:
-        """Add one line for the user, once."""
         line = f"{self.location}: {text}"
         if line not in self.notes:
             self.notes.append(line)
@@ -322,19 +281,16 @@ def _rules(parameter: Parameter, level: Mapping[str, Any]) -> tuple[Rule, ...]:
 def _ranges(step: Step, entries: Sequence[LayersEntry]) -> dict[str, tuple[int, int]]:
     """Return which layers of each model a slice reads; a model that is not listed is read where all others are."""
     ranges = {entry.model: entry.layer_range for entry in entries}
+    leader, (start, stop) = next(iter(ranges.items()))
     for model, (first, end) in ranges.items():
         if not 0 <= first < end:
             raise UserError(f"model '{model}': layer_range [{first}, {end}]: expected [first, end], 0 <= first < end")
-    leader, *others = ranges
-    for other in others:
-        lead_count, count = (ranges[model][1] - ranges[model][0] for model in (leader, other))
-        if lead_count != count:
+    for model, (first, end) in ranges.items():
+        if end - first != stop - start:
             raise UserError(
-                f"'{leader}' gives {lead_count} layers, '{other}' {count}; all sources of a slice give as many"
+                f"'{leader}' gives {stop - start} layers, '{model}' {end - first}; all sources of a slice give as many"
             )
-    for model in step.reads:
-        if model not in ranges:
-            if len(set(ranges.values())) > 1:
-                raise UserError(f"list '{model}' among the sources: which of its layers are meant is not clear")
-            ranges[model] = next(iter(ranges.values()))
-    return {model: ranges[model] for model in step.reads}
+    unlisted = [model for model in step.reads if model not in ranges]
+    if unlisted and len(set(ranges.values())) > 1:
+        raise UserError(f"list '{unlisted[0]}' among the sources: which of its layers are meant is not clear")
+    return {model: ranges.get(model, (start, stop)) for model in step.reads}

@@ -1,5 +1,6 @@
 """The tokenizer keys of a recipe: which tokenizer the result gets, rules of single tokens, and its chat template."""
 
+import contextlib
 import json
 import re
 from pathlib import Path
@@ -37,27 +38,27 @@ class TokenRule(Settings):
         source = self.source
         if source is None and self.force:
             raise ValueError("force needs a source: a model, or `kind: zero` or `kind: model_token`")
-        if isinstance(source, TokenSource):
-            if source.kind not in _KINDS:
-                hint = nearest(source.kind, _KINDS)
-                raise ValueError(f"source: kind: expected zero or model_token, found {source.kind!r}{hint}")
-            extra = sorted(source.model_fields_set - {"kind"})
-            if source.kind == "zero" and extra:
+        if not isinstance(source, TokenSource):
+            return self
+        if source.kind not in _KINDS:
+            hint = nearest(source.kind, _KINDS)
+            raise ValueError(f"source: kind: expected zero or model_token, found {source.kind!r}{hint}")
+        extra = sorted(source.model_fields_set - {"kind"})
+        if source.kind == "zero":
+            if extra:
                 raise ValueError(f"source: kind zero takes no '{extra[0]}'")
-            if source.kind == "model_token" and source.model is None:
-                raise ValueError("source: key 'model' is missing; it has no default")
-            if source.kind == "model_token" and (source.token is None) == (source.token_id is None):
-                raise ValueError("source: expected one of 'token' and 'token_id'")
+        elif source.model is None:
+            raise ValueError("source: key 'model' is missing; it has no default")
+        elif (source.token is None) == (source.token_id is None):
+            raise ValueError("source: expected one of 'token' and 'token_id'")
         return self
 
     @property
     def is_zero(self) -> bool:
-        """Whether the row is zeros."""
         return isinstance(self.source, TokenSource) and self.source.kind == "zero"
 
     @property
     def model(self) -> str | None:
-        """The model that the rule names."""
         return self.source.model if isinstance(self.source, TokenSource) else self.source
 
     def token_of(self, token: str) -> str | int:
@@ -112,13 +113,10 @@ def chat_template(text: str | None) -> str | None:
 
 def read_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a tokenizer's file, or raise a UserError."""
-    try:
-        content = json.loads(read_text(path))
-    except (ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return content
+    with contextlib.suppress(ValueError, RecursionError):
+        if isinstance(content := json.loads(read_text(path)), dict):
+            return content
+    raise UserError(f"{path}: expected a JSON object")
 
 
 def write_chat_template(folder: Path, template: str) -> None:

@@ -16,7 +16,6 @@ from typing import Any
 from bmjax.config import UserError, nearest
 
 MAX_PATTERN = 200  # characters
-# Patterns with more of them, or with a repeated group, can take years for one name.
 _MAX_REPEATS, _MAX_GROUPS = 4, 6
 
 
@@ -29,7 +28,6 @@ class Rule:
     pattern: re.Pattern[str] | None = None
 
     def fits(self, tensor: str) -> bool:
-        """Return whether the rule is about the tensor."""
         if self.pattern is not None:
             return self.pattern.search(tensor) is not None
         return self.text is None or self.text in tensor
@@ -51,18 +49,19 @@ class Value:
     name: str
     rules: tuple[Rule, ...]
 
-    def rule(self, tensor: str) -> Rule:
-        """Return the first rule that fits the tensor, or raise a UserError when none does."""
-        for rule in self.rules:
-            if rule.fits(tensor):
-                return rule
-        raise UserError(
-            f"parameter '{self.name}' has no value for tensor '{tensor}': no filter fits; add a last entry `- value: V`"
-        )
+    def rule(self, tensor: str) -> Rule | None:
+        """Return the first rule that fits the tensor."""
+        return next((rule for rule in self.rules if rule.fits(tensor)), None)
 
     def at(self, tensor: str, depth: float) -> Any:
-        """Return the value for a tensor at a depth of 0 (first layer) to 1 (last)."""
-        return self.rule(tensor).at(depth)
+        """Return the value for a tensor at a depth of 0 (first layer) to 1 (last). UserError when no rule fits."""
+        rule = self.rule(tensor)
+        if rule is None:
+            raise UserError(
+                f"parameter '{self.name}' has no value for tensor '{tensor}': no filter fits; "
+                "add a last entry `- value: V`"
+            )
+        return rule.at(depth)
 
 
 def parse(name: str, value: Any, check: Callable[[Any], Any], *, line: bool = True) -> tuple[Rule, ...]:
@@ -73,12 +72,7 @@ def parse(name: str, value: Any, check: Callable[[Any], Any], *, line: bool = Tr
     entries = [value] if isinstance(value, Mapping) else value
     if not isinstance(entries, list) or not any(isinstance(entry, Mapping) for entry in entries):
         return (Rule(_points(name, value, check, line)),)
-    rules: list[Rule] = []
-    for entry in entries:
-        if not isinstance(entry, Mapping):
-            raise UserError(f"{name}: {entry!r} stands among filters; expected `- filter: TEXT` with `value: V`")
-        rules.append(_rule(name, entry, check, line))
-    return tuple(rules)
+    return tuple(_rule(name, entry, check, line) for entry in entries)
 
 
 def simplify(name: str, rules: tuple[Rule, ...]) -> Any:
@@ -89,7 +83,9 @@ def simplify(name: str, rules: tuple[Rule, ...]) -> Any:
     return Value(name, rules[: last + 1])
 
 
-def _rule(name: str, entry: Mapping[Any, Any], check: Callable[[Any], Any], line: bool) -> Rule:
+def _rule(name: str, entry: Any, check: Callable[[Any], Any], line: bool) -> Rule:
+    if not isinstance(entry, Mapping):
+        raise UserError(f"{name}: {entry!r} stands among filters; expected `- filter: TEXT` with `value: V`")
     for key in entry:
         if key not in ("filter", "regex", "value"):
             raise UserError(f"{name}: unknown key '{key}'{nearest(str(key), ['filter', 'regex', 'value'])}")
@@ -106,7 +102,10 @@ def _rule(name: str, entry: Mapping[Any, Any], check: Callable[[Any], Any], line
         return Rule(points, None if text == "*" else text)
     if len(pattern) > MAX_PATTERN:
         raise UserError(f"{name}: regex: {len(pattern)} characters, at most {MAX_PATTERN} are read")
-    if not _is_quick(pattern):
+    # Patterns with many repeats, or with a repeated group, can take years for one name.
+    bare = re.sub(r"\\.|\[\^?\]?[^\]]*\]", "x", pattern, flags=re.DOTALL)
+    repeats = len(re.findall(r"(?<![(*+?}])[*+?{]", bare))
+    if repeats > _MAX_REPEATS or bare.count("(") > _MAX_GROUPS or re.search(r"\)[*+{]", bare):
         raise UserError(
             f"{name}: regex '{pattern}' could take for ever: at most {_MAX_REPEATS} of * + ? {{}} and {_MAX_GROUPS} "
             "groups are allowed, and no repeated group"
@@ -115,13 +114,6 @@ def _rule(name: str, entry: Mapping[Any, Any], check: Callable[[Any], Any], line
         return Rule(points, pattern, re.compile(pattern))
     except (re.error, OverflowError, RecursionError) as error:
         raise UserError(f"{name}: regex '{pattern}' is not one: {error}") from None
-
-
-def _is_quick(pattern: str) -> bool:
-    """Return whether a search for the pattern is fast in every name."""
-    bare = re.sub(r"\\.|\[\^?\]?[^\]]*\]", "x", pattern, flags=re.DOTALL)
-    repeats = re.findall(r"(?<![(*+?}])[*+?{]", bare)
-    return len(repeats) <= _MAX_REPEATS and bare.count("(") <= _MAX_GROUPS and not re.search(r"\)[*+{]", bare)
 
 
 def _points(name: str, value: Any, check: Callable[[Any], Any], line: bool) -> tuple[Any, ...]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
@@ -11,7 +11,6 @@ from bmjax.merge.recipe.tokenizer import TokenizerSettings
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 S = TypeVar("S", bound=Settings)
-_OF_THE_RESULT = ("tokenizer_source", "tokenizer", "chat_template")
 
 
 class ModelEntry(Settings):
@@ -65,16 +64,18 @@ class TopBlock(Settings):
     out_dtype: Dtype | None = Field(None, description="as in a step")
 
 
-class Blocks(NamedTuple):
-    """A recipe's YAML, every key known and of its type. steps: of each step its location for errors, and its block."""
-
-    location: str
-    top: TopBlock
-    steps: list[tuple[str, StepBlock]]
+_OF_THE_RESULT = ("tokenizer_source", "tokenizer", "chat_template")
+_TOP_ONLY = [key for key in TopBlock.model_fields if key not in StepBlock.model_fields]
+_STEP_ONLY = [key for key in StepBlock.model_fields if key not in TopBlock.model_fields]
 
 
-def read_blocks(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Blocks:
-    """Read the blocks of a YAML file or a mapping, then apply `key.sub=value` overrides (`steps.NAME.key=value`)."""
+def read_blocks(
+    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()
+) -> tuple[TopBlock, list[tuple[str, StepBlock]]]:
+    """Read the blocks of a YAML file or a mapping, then apply `key.sub=value` overrides (`steps.NAME.key=value`).
+
+    Returns what the recipe says once, and of each step its location for errors, and its block.
+    """
     location = "recipe" if isinstance(source, Mapping) else str(source)
     # Which keys belong to the whole recipe, and which to each merge.
     raw = [source] if isinstance(source, Mapping) else read_yaml_documents(source)
@@ -90,8 +91,7 @@ def read_blocks(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     top, merges = _split_steps(documents[0], location) if has_steps else _split_documents(documents, location)
     # Which override belongs to which of them.
     if len(documents) == 1 and not has_steps:
-        top_only = TopBlock.model_fields.keys() - StepBlock.model_fields.keys()
-        of_top = [override for override in overrides if _root(override) in top_only]
+        of_top = [override for override in overrides if _root(override) in _TOP_ONLY]
         of_steps = [[override for override in overrides if override not in of_top]]
         locations = [location]
     else:
@@ -100,31 +100,29 @@ def read_blocks(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
         locations = [f"{location}: {'step' if has_steps else 'document'} '{name}'" for name in names]
         merges = [{**merge, "name": name} for merge, name in zip(merges, names, strict=True)]
     steps = [
-        (step_location, validate(StepBlock, merge, step_location, step_overrides))
-        for step_location, merge, step_overrides in zip(locations, merges, of_steps, strict=True)
+        (at, validate(StepBlock, merge, at, changes))
+        for at, merge, changes in zip(locations, merges, of_steps, strict=True)
     ]
-    return Blocks(location, validate(TopBlock, top, location, of_top), steps)
+    return validate(TopBlock, top, location, of_top), steps
 
 
 def validate(kind: type[S], values: Mapping[str, Any], location: str, overrides: Sequence[str] = ()) -> S:
-    """Validate `values` as `kind`. Unknown keys are reported before missing ones, which often are the same misspelt."""
-    for key in values:
-        _check_key(key, kind.model_fields, location)
+    """Return `values` as settings; errors begin with `location`."""
     try:
         return kind.read(values, overrides)
     except UserError as error:
         raise UserError(f"{location}: {str(error).removeprefix('settings: ')}") from None
 
 
-def _check_key(key: Any, known: Any, location: str) -> None:
+def _check_key(key: Any, known: Sequence[str], location: str) -> None:
     if key not in known:
-        raise UserError(f"{location}: unknown key '{key}'{nearest(str(key), list(known))}")
+        raise UserError(f"{location}: unknown key '{key}'{nearest(str(key), known)}")
 
 
-def _split_steps(document: Mapping[str, Any], location: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _split_steps(document: Mapping[str, Any], location: str) -> tuple[dict[str, Any], list[Mapping[str, Any]]]:
     """Return the keys of the whole recipe, and those of each of its `steps:`."""
     for key in document:
-        if key in StepBlock.model_fields and key not in TopBlock.model_fields:
+        if key in _STEP_ONLY:
             raise UserError(f"{location}: '{key}' stands beside 'steps'; move it into a step")
         _check_key(key, ["steps", *TopBlock.model_fields], location)
     steps = document["steps"]
@@ -132,29 +130,27 @@ def _split_steps(document: Mapping[str, Any], location: str) -> tuple[dict[str, 
         raise UserError(
             f"{location}: steps: expected a list of merges, each a block of keys, found {str(steps)[:60]!r}"
         )
-    for step in steps:
-        for key in step:
-            if key in TopBlock.model_fields and key not in StepBlock.model_fields:
-                raise UserError(f"{location}: '{key}' is the whole recipe's, not a step's; move it beside 'steps'")
+    for key in (key for step in steps for key in step):
+        if key in _TOP_ONLY:
+            raise UserError(f"{location}: '{key}' is the whole recipe's, not a step's; move it beside 'steps'")
     for step in steps[:-1]:
         if not step.get("name"):
             raise UserError(f"{location}: every step but the last needs a name: add `name: ...` to {step}"[:300])
-    return {key: value for key, value in document.items() if key != "steps"}, [dict(step) for step in steps]
+    return {key: value for key, value in document.items() if key != "steps"}, steps
 
 
 def _split_documents(
     documents: Sequence[Mapping[str, Any]], location: str
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+) -> tuple[dict[str, Any], list[Mapping[str, Any]]]:
     """Return what the documents say of the whole recipe, and each one's merge, the one without a name last."""
-    known = list(dict.fromkeys([*StepBlock.model_fields, *TopBlock.model_fields, "steps"]))
-    unnamed = [document for document in documents if document.get("name") is None]
-    if len(unnamed) > 1:
-        raise UserError(f"{location}: {len(unnamed)} documents have no name; only the result's may have none")
-    ordered = [document for document in documents if document.get("name") is not None] + unnamed
+    ordered = sorted(documents, key=lambda document: document.get("name") is None)
+    unnamed = sum(document.get("name") is None for document in documents)
+    if unnamed > 1:
+        raise UserError(f"{location}: {unnamed} documents have no name; only the result's may have none")
     top: dict[str, Any] = {}
     for document in ordered:
         for key, value in document.items():
-            _check_key(key, known, location)
+            _check_key(key, [*StepBlock.model_fields, *_TOP_ONLY, "steps"], location)
             if key == "steps":
                 raise UserError(f"{location}: 'steps' stands in one of {len(documents)} documents; keep one form")
             if key in StepBlock.model_fields:

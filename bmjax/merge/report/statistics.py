@@ -3,10 +3,9 @@
 Both engines and bmjax/calibrate/ report through here, so that all merges tell the same in the same keys.
 """
 
-import hashlib
-import re
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -14,32 +13,25 @@ import numpy as np
 
 from bmjax.config import UserError
 from bmjax.io.safetensors import Checkpoint
-from bmjax.merge.recipe.recipe import Recipe, Step
+from bmjax.merge.plan.tensor_names import layer
+from bmjax.merge.recipe.step import Step
 
 
 @dataclass(frozen=True)
 class Stats:
-    """One step on one tensor.
+    """One step on one tensor."""
 
-    size: entries.
-    branches: the models whose changes are measured.
-    products: of the models' changes with each other, float64 [branches, branches].
-    reference, moved: squared norms of the base, and of the result's change from it.
-    conflicts: entries that one model raised and another lowered.
-    kept: entries that each model's change went into, [branches].
-    agreement: of a sample of an arcee fusion's mask, see `arcee_fusion.agreement`, for float32 and bfloat16.
-    weighted: of methods that look at data, the squared norm of what each model gave to the result, and the sum over
-        entries of its coefficients, both [branches].
-    """
-
-    size: int
-    branches: tuple[str, ...]
-    products: np.ndarray
-    reference: float
-    moved: float
-    conflicts: float
-    kept: np.ndarray
+    size: int  # entries
+    branches: tuple[str, ...]  # the models whose changes are measured
+    products: np.ndarray  # of the models' changes with each other, float64 [branches, branches]
+    reference: float  # squared norm of the base
+    moved: float  # squared norm of the result's change from the base
+    conflicts: float  # entries that one model raised and another lowered
+    kept: np.ndarray  # entries that each model's change went into, [branches]
+    # Of a sample of an arcee fusion's mask, see `arcee_fusion.agreement`, for float32 and bfloat16.
     agreement: tuple[tuple[int, int], ...] = ()
+    # Of methods that look at data, the squared norm of what each model gave to the result, and the sum over entries of
+    # its coefficients, both [branches].
     weighted: tuple[np.ndarray, np.ndarray] | None = None
 
     @classmethod
@@ -47,21 +39,15 @@ class Stats:
         """Return the statistics for the totals of what `passes.statistics` sums."""
         count = len(branches)
         upper = np.triu_indices(count)
-        pairs = len(upper[0])
         products = np.zeros((count, count))
-        products[upper] = products.T[upper] = sums[:pairs]
-        reference, moved, conflicts, *kept = (float(x) for x in sums[pairs:])
-        return cls(
-            size, tuple(branches), products, reference, moved, conflicts, np.array(kept or [float(size)] * count)
-        )
+        products[upper] = products.T[upper] = sums[: len(upper[0])]
+        reference, moved, conflicts, *kept = (float(x) for x in sums[len(upper[0]) :])
+        kept_entries = np.array(kept or [float(size)] * count)
+        return cls(size, tuple(branches), products, reference, moved, conflicts, kept_entries)
 
     def plain(self) -> dict[str, Any]:
-        """Return it as JSON holds it in the journal of a merge."""
-        return {
-            "size": self.size, "branches": list(self.branches), "products": self.products.tolist(),
-            "reference": self.reference, "moved": self.moved, "conflicts": self.conflicts, "kept": self.kept.tolist(),
-            "agreement": self.agreement,
-        }  # fmt: skip
+        """Return it as the journal of a merge holds it."""
+        return {**asdict(self), "products": self.products.tolist(), "kept": self.kept.tolist()}
 
     @classmethod
     def read(cls, plain: Mapping[str, Any]) -> "Stats":
@@ -74,15 +60,6 @@ class Stats:
 TensorStats = Mapping[str, Stats]
 
 
-def keys(recipe: Recipe, step: Step, tensor: str) -> np.ndarray:
-    """Return for every branch of a step the key of its random numbers: a hash of seed, tensor and model.
-
-    uint32 [branches, 2].
-    """
-    texts = [f"{recipe.seed}\0{tensor}\0{name}" for name in step.branches]
-    return np.array([np.frombuffer(hashlib.sha256(text.encode()).digest()[:8], "<u4") for text in texts], np.uint32)
-
-
 def check_overflow(tensor: str, stats: Stats, dtype: Any) -> None:
     """Raise a UserError where a merged tensor has values that its type cannot hold."""
     if not np.isfinite(stats.moved):
@@ -93,7 +70,8 @@ def check_overflow(tensor: str, stats: Stats, dtype: Any) -> None:
 
 
 def merge_report(
-    recipe: Recipe,
+    recipe: Mapping[str, Any],
+    seed: int,
     sources: Mapping[str, Mapping[str, Any]],
     checksums: Mapping[str, str],
     dtypes: Sequence[str],
@@ -101,15 +79,12 @@ def merge_report(
 ) -> dict[str, Any]:
     """Return the content of merge_report.json.
 
-    Arguments:
-        sources: a `source_entry` of each input.
-        checksums: of the result's tensors.
-        dtypes: the types that were written.
-        statistics: what `report` returned.
+    recipe: as plain values. sources: a `source_entry` of each input. checksums: of the result's tensors. dtypes: the
+    types that were written. statistics: what `report` returned.
     """
     return {
-        "recipe": dict(recipe.text),
-        "seed": recipe.seed,
+        "recipe": dict(recipe),
+        "seed": seed,
         "sources": dict(sources),
         "dtypes": sorted(dtypes),
         "checksums": dict(checksums),
@@ -118,11 +93,11 @@ def merge_report(
     }
 
 
-def source_entry(recipe: Recipe, name: str, model: Checkpoint, checksum: str) -> dict[str, Any]:
+def source_entry(directory: str, model: Checkpoint, checksum: str) -> dict[str, Any]:
     """Return what the report says of an input. checksum: of all its tensors that were read."""
     infos = model.tensors.values()
     return {
-        "directory": str(recipe.sources.get(name, name)),
+        "directory": directory,
         "tensors": len(infos),
         "bytes": sum(info.nbytes for info in infos),
         "dtypes": sorted({info.numpy_dtype.name for info in infos}),
@@ -130,7 +105,7 @@ def source_entry(recipe: Recipe, name: str, model: Checkpoint, checksum: str) ->
     }
 
 
-def report(recipe: Recipe, tensors: Mapping[str, TensorStats]) -> dict[str, Any]:
+def report(steps: Sequence[Step], tensors: Mapping[str, TensorStats]) -> dict[str, Any]:
     """Return the statistics of a merge by tensor, by layer and in all, from those of each step on each tensor.
 
     `tensors`, `layers` and `total`, each {step: {reference_norm, moved_norm, sign_conflicts, cosines: {"a, b": x},
@@ -141,33 +116,30 @@ def report(recipe: Recipe, tensors: Mapping[str, TensorStats]) -> dict[str, Any]
     """
     layers: dict[str, list[TensorStats]] = {}
     for name, stats in tensors.items():
-        layers.setdefault(layer_of(name), []).append(stats)
+        # What lies in no layer goes by the part that names it: embed_tokens, norm, lm_head.
+        part = layer(name)
+        key = name.split(".")[-2:][0] if part is None else str(part.number)
+        layers.setdefault(key, []).append(stats)
     return {
-        "tensors": {name: _summary(recipe, [stats]) for name, stats in tensors.items()},
-        "layers": {layer: _summary(recipe, group) for layer, group in layers.items()},
-        "total": _summary(recipe, list(tensors.values())),
+        "tensors": {name: _summary(steps, [stats]) for name, stats in tensors.items()},
+        "layers": {key: _summary(steps, group) for key, group in layers.items()},
+        "total": _summary(steps, list(tensors.values())),
     }
 
 
-def layer_of(name: str) -> str:
-    """Return the layer number in a tensor's name as text, or the part that names it: embed_tokens, norm, lm_head."""
-    number = re.search(r"\.(\d+)\.", name)
-    if number:
-        return number.group(1)
-    parts = name.split(".")
-    return parts[-2] if len(parts) > 1 else name
+def methods_by_step(report: Mapping[str, Any]) -> dict[str, str]:
+    """Return the method of every step that merge_report.json has statistics of, in order."""
+    steps = report["recipe"]["steps"]
+    return {step["name"]: step["merge_method"] for step in steps if step["name"] in report["total"]}
 
 
-def summary_lines(recipe: Recipe, report: Mapping[str, Any]) -> Iterator[str]:
-    """Yield for the person who ran a merge how far each step moved, and what it took of each model.
-
-    report: what merge_report.json holds.
-    """
-    for step in recipe.steps:
-        total = report["total"][step.name]
+def summary_lines(report: Mapping[str, Any]) -> Iterator[str]:
+    """Yield for the person who ran a merge how far each step moved, and what it took of each model."""
+    for step, method in methods_by_step(report).items():
+        total = report["total"][step]
         moved = total["moved_norm"] / max(total["reference_norm"], 1e-30)
         kept = ", ".join(f"{name} {model['kept']:.1%}" for name, model in total["models"].items())
-        yield f"{step.name}: {step.method.name}, moved {moved:.2%} of its base's norm, entries taken: {kept}"
+        yield f"{step}: {method}, moved {moved:.2%} of its base's norm, entries taken: {kept}"
         for name, model in total["models"].items():
             if "coefficient" in model:
                 yield f"mean coefficient of {name}: {model['coefficient']:.2f}"
@@ -178,18 +150,16 @@ def summary_lines(recipe: Recipe, report: Mapping[str, Any]) -> Iterator[str]:
         yield "tokens: " + ", ".join(f"{purpose} {count:,}" for purpose, count in report["tokens"].items())
 
 
-def _summary(recipe: Recipe, tensors: Sequence[TensorStats]) -> dict[str, Any]:
-    last = recipe.steps[-1].name
-    summary: dict[str, Any] = {"size": sum(t[last].size for t in tensors)}
-    for step in recipe.steps:
+def _summary(steps: Sequence[Step], tensors: Sequence[TensorStats]) -> dict[str, Any]:
+    summary: dict[str, Any] = {"size": sum(t[steps[-1].name].size for t in tensors)}
+    for step in steps:
         stats = [t[step.name] for t in tensors if step.name in t]
         size = max(1, sum(s.size for s in stats))
-        pairs = [(a, b) for i, a in enumerate(step.branches) for b in step.branches[i + 1 :]]
         summary[step.name] = {
             "reference_norm": float(np.sqrt(sum(s.reference for s in stats))),
             "moved_norm": float(np.sqrt(sum(s.moved for s in stats))),
             "sign_conflicts": sum(s.conflicts for s in stats) / size,
-            "cosines": {f"{a}, {b}": cosine(stats, a, b) for a, b in pairs},
+            "cosines": {f"{a}, {b}": _cosine(stats, a, b) for a, b in itertools.combinations(step.branches, 2)},
             **_agreement(stats),
             "models": {name: _model_summary(stats, name, size) for name in step.branches},
         }
@@ -212,12 +182,12 @@ def _agreement(stats: Sequence[Stats]) -> dict[str, Any]:
     samples = [s.agreement for s in stats if s.agreement]
     if not samples:
         return {}
-    shares = [sum(a[i][0] for a in samples) / max(1, sum(a[i][1] for a in samples)) for i in range(2)]
-    jaccard = dict(zip(("float32", "bfloat16"), shares, strict=True))
-    return {"mask_jaccard_of_textbook": jaccard, "sampled": len(samples)}
+    totals = np.sum(samples, axis=0).tolist()  # of each type, entries in both masks and in either
+    float32, bfloat16 = (both / max(1, either) for both, either in totals)
+    return {"mask_jaccard_of_textbook": {"float32": float32, "bfloat16": bfloat16}, "sampled": len(samples)}
 
 
-def cosine(stats: Sequence[Stats], a: str, b: str) -> float:
+def _cosine(stats: Sequence[Stats], a: str, b: str) -> float:
     """Return the cosine between two models' changes, over all tensors together; 0 where one has none."""
     norms = float(np.sqrt(_product(stats, a, a) * _product(stats, b, b)))
     return _product(stats, a, b) / norms if norms > 0 else 0.0

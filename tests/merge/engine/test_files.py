@@ -10,10 +10,10 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 import bmjax.merge as package
+from bmjax.calibrate.dispatch import merge
 from bmjax.config import UserError
 from bmjax.merge.__main__ import main
 from bmjax.merge.engine import stream
-from bmjax.merge.engine.files import merge
 from bmjax.merge.methods import METHODS
 from tests.merge.reference import BF16, SMALL, fuse, hf_dir, hf_tensors
 

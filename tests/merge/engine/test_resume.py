@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from bmjax.calibrate.dispatch import merge
 from bmjax.config import UserError
 from bmjax.io.safetensors import SharedWriter
 from bmjax.merge.__main__ import main
 from bmjax.merge.engine import chunks, files, journal, stream
-from bmjax.merge.engine.files import merge
 from tests.merge.reference import SMALL, hf_dir, hf_tensors
 
 REPOSITORY = Path(__file__).parents[3]

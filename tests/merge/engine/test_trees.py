@@ -5,10 +5,10 @@ import jax
 import numpy as np
 import pytest
 
+from bmjax.calibrate.dispatch import merge
 from bmjax.config import UserError
 from bmjax.io.safetensors import open_checkpoint
 from bmjax.merge.engine import passes
-from bmjax.merge.engine.files import merge
 from bmjax.merge.engine.trees import merge_trees
 from bmjax.merge.recipe.recipe import read_recipe
 from bmjax.model.spec import get, table, unflatten

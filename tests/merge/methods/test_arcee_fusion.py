@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from bmjax.calibrate.dispatch import merge
 from bmjax.io.safetensors import open_checkpoint
-from bmjax.merge.engine.files import merge
 from bmjax.merge.recipe.recipe import read_recipe
 from bmjax.parallel.mesh import make_mesh
 from tests.merge.reference import (

@@ -6,9 +6,9 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 
+from bmjax.calibrate.dispatch import merge
 from bmjax.config import UserError
 from bmjax.merge.engine import chunks
-from bmjax.merge.engine.files import merge
 from bmjax.merge.engine.trees import merge_trees
 from bmjax.merge.methods import METHODS
 from bmjax.merge.recipe.recipe import read_recipe

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from bmjax.calibrate.dispatch import merge
 from bmjax.config import UserError
-from bmjax.merge.engine.files import merge
 from tests.merge.reference import heavy_tailed, hf_dir, merge_arrays, real_sized
 
 SHAPE = (48, 64)

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
+from bmjax.merge.engine.tensor import keys
 from bmjax.merge.methods.method import Block, random_bits
 from bmjax.merge.recipe.recipe import read_recipe
-from bmjax.merge.report.statistics import keys
 from tests.merge.cases import SHAPE
 from tests.merge.formulas import exact, uniform
 from tests.merge.reference import heavy_tailed, leaf, merge_arrays, real_sized
@@ -18,7 +18,7 @@ SIZE = SHAPE[0] * SHAPE[1]
 
 def key_of(seed, tensor, model):
     recipe = read_recipe({"merge_method": "dare_linear", "base_model": "base", "models": [model], "seed": seed})
-    return keys(recipe, recipe.steps[0], tensor)[0]
+    return keys(recipe.seed, tensor, recipe.steps[0].branches)[0]
 
 
 @pytest.mark.parametrize("start", [0, 2**20, 2**32 - 1000, 2**33 + 5])

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from bmjax.calibrate.dispatch import merge
 from bmjax.merge.engine import chunks
-from bmjax.merge.engine.files import merge
 from tests.merge.reference import SMALL, hf_dir, hf_tensors
 
 BACKBONE = hf_tensors(SMALL, 0)

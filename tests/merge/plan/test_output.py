@@ -1,17 +1,11 @@
 import os
 from types import SimpleNamespace
 
-import huggingface_hub
 import pytest
 
 from bmjax.config import UserError
 from bmjax.merge.plan import output as places
-from bmjax.merge.plan.output import check_space, check_target, locate, parse_size, size_text
-from bmjax.merge.recipe.recipe import read_recipe
-
-
-def soup(*models, **sources):
-    return read_recipe({"merge_method": "linear", "models": list(models), "sources": sources})
+from bmjax.merge.plan.output import check_space, check_target, parse_size, size_text
 
 
 @pytest.mark.parametrize(
@@ -35,59 +29,6 @@ def test_sizes_in_words():
     assert [size_text(n) for n in (0, 999, 1000, 988_100_000, 5 * 10**9, 65 * 10**12)] == [
         "0 B", "999 B", "1.0 KB", "988.1 MB", "5.0 GB", "65.0 TB",
     ]  # fmt: skip
-
-
-def test_a_model_is_a_directory_or_an_alias_of_one(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs/math").mkdir(parents=True)
-    recipe = soup("runs/math", "math", math="runs/math")
-    assert locate(recipe, "runs/math") == locate(recipe, "math")
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A hub that holds org/here, already fetched, and org/there; what was asked of it."""
-    monkeypatch.chdir(tmp_path)
-    asked = []
-
-    def snapshot_download(name, revision=None, local_files_only=False, allow_patterns=None):
-        asked.append((name, revision, local_files_only))
-        if name == "org/here" or (name == "org/there" and not local_files_only):
-            return str(tmp_path / name.split("/")[1])
-        raise OSError("nothing of that name\nmore")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    return asked
-
-
-def test_hub_models_and_their_revisions(hub, tmp_path):
-    recipe = soup("org/there@v2", "org/here", "gone", gone="org/gone@v1")
-    assert locate(recipe, "org/there@v2") == tmp_path / "there"
-    assert locate(recipe, "org/here", download=False) == tmp_path / "here"
-    assert hub == [("org/there", "v2", False), ("org/here", None, True)]
-    with pytest.raises(UserError, match=r"^org/there@v2: no such model directory; .* is not here yet, so it cannot"):
-        locate(recipe, "org/there@v2", download=False)
-    message = r"^model 'gone': org/gone@v1: no such .*the Hugging Face Hub did not give it.*: nothing of that name$"
-    with pytest.raises(UserError, match=message):
-        locate(recipe, "gone")
-
-
-def test_models_that_are_not_there(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "org" / "math").mkdir(parents=True)
-    (tmp_path / "file").write_text("x")
-    recipe = soup("org/mathe", "file", "a", "org/math@v1", "o/m@a@b", "o/m+o/adapter", a="nowhere")
-    for name, message in (
-        ("org/mathe", "org/mathe: no such model directory; did you mean 'org/math'?"),
-        ("file", "file: is a file, expected a model directory"),
-        ("a", "model 'a': nowhere: no such model directory"),
-        ("org/math@v1", "org/math is a directory, which has no revisions; remove @v1"),
-        ("o/m@a@b", "o/m@a@b: no such directory; a hub model's revision is given as org/name@revision"),
-        ("o/m+o/adapter", "o/m+o/adapter: no such directory; LoRA adapters (MODEL+ADAPTER) are not merged"),
-    ):
-        with pytest.raises(UserError) as error:
-            locate(recipe, name)
-        assert str(error.value).startswith(message)
 
 
 def test_the_target_is_empty_and_no_input(tmp_path):

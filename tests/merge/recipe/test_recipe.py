@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
 from bmjax.config import UserError
@@ -298,3 +299,60 @@ def test_bad_recipes(name):
         read_recipe(recipe)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def soup(*models, **sources):
+    return read_recipe({"merge_method": "linear", "models": list(models), "sources": sources})
+
+
+def test_a_model_is_a_directory_or_an_alias_of_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/math").mkdir(parents=True)
+    recipe = soup("runs/math", "math", math="runs/math")
+    assert recipe.directory("runs/math") == recipe.directory("math")
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub that holds org/here, already fetched, and org/there; what was asked of it."""
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def snapshot_download(name, revision=None, local_files_only=False, allow_patterns=None):
+        asked.append((name, revision, local_files_only))
+        if name == "org/here" or (name == "org/there" and not local_files_only):
+            return str(tmp_path / name.split("/")[1])
+        raise OSError("nothing of that name\nmore")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return asked
+
+
+def test_hub_models_and_their_revisions(hub, tmp_path):
+    recipe = soup("org/there@v2", "org/here", "gone", gone="org/gone@v1")
+    assert recipe.directory("org/there@v2") == tmp_path / "there"
+    assert recipe.directory("org/here", download=False) == tmp_path / "here"
+    assert hub == [("org/there", "v2", False), ("org/here", None, True)]
+    with pytest.raises(UserError, match=r"^org/there@v2: no such model directory; .* is not here yet, so it cannot"):
+        recipe.directory("org/there@v2", download=False)
+    message = r"^model 'gone': org/gone@v1: no such .*the Hugging Face Hub did not give it.*: nothing of that name$"
+    with pytest.raises(UserError, match=message):
+        recipe.directory("gone")
+
+
+def test_models_that_are_not_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "math").mkdir(parents=True)
+    (tmp_path / "file").write_text("x")
+    recipe = soup("org/mathe", "file", "a", "org/math@v1", "o/m@a@b", "o/m+o/adapter", a="nowhere")
+    for name, message in (
+        ("org/mathe", "org/mathe: no such model directory; did you mean 'org/math'?"),
+        ("file", "file: is a file, expected a model directory"),
+        ("a", "model 'a': nowhere: no such model directory"),
+        ("org/math@v1", "org/math is a directory, which has no revisions; remove @v1"),
+        ("o/m@a@b", "o/m@a@b: no such directory; a hub model's revision is given as org/name@revision"),
+        ("o/m+o/adapter", "o/m+o/adapter: no such directory; LoRA adapters (MODEL+ADAPTER) are not merged"),
+    ):
+        with pytest.raises(UserError) as error:
+            recipe.directory(name)
+        assert str(error.value).startswith(message)

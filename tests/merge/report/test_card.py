@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import yaml
 
+from bmjax.calibrate.dispatch import merge
 from bmjax.io.safetensors import open_checkpoint
 from bmjax.merge.engine import stream
-from bmjax.merge.engine.files import merge
 from bmjax.merge.engine.passes import block
 from bmjax.merge.methods.arcee_fusion import agreement, three_importances
 from tests.merge.reference import BF16, fusion_mask, hf_dir, jaccard, real_sized, softmax
