@@ -7,13 +7,11 @@ to errors.py and safe_yaml.py, the ground floor that all parts stand on.
 
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import (
-    BaseModel, ConfigDict, ValidationError, ValidatorFunctionWrapHandler, field_validator, model_validator,
-)  # fmt: skip
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError, PydanticUndefined
 
 from bmjax.errors import MAX_WORD, UserError, first_line, nearest
@@ -43,7 +41,7 @@ class Settings(BaseModel):
 
     @field_validator("*", mode="wrap")
     @classmethod
-    def _true_is_no_number(cls, value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    def _true_is_no_number(cls, value: Any, validate: Callable[[Any], Any]) -> Any:
         """Refuse `steps: true`, which pydantic would read as 1."""
         result = validate(value)
         if isinstance(value, bool) and not isinstance(result, bool):
@@ -117,11 +115,11 @@ def first_problem(values: Any, error: ValidationError) -> str:
         return f"{'.'.join(keys[:-1])}: too few values: the one with index {keys[-1]} is missing"
     if kind == "value_error":
         return f"{dotted}: {problem['ctx']['error']}" if dotted else str(problem["ctx"]["error"])
-    found = _value_text(problem["input"])
+    wrong = _value_text(problem["input"])
     if kind == "invalid_key" or problem["loc"][-1:] == ("[key]",):
-        return f"{dotted}: expected a name as key, found {found}"
+        return f"{dotted}: expected a name as key, found {wrong}"
     *most, last = dict.fromkeys(_expected(p) for p in same_root if _keys(p, values) == keys)
-    return f"{dotted}: expected {', '.join(most)}{' or ' * bool(most)}{last}, found {found}"
+    return f"{dotted}: expected {', '.join(most)}{' or ' * bool(most)}{last}, found {wrong}"
 
 
 def _expected(problem: Any) -> str:
