@@ -93,8 +93,7 @@ class Model:
         tokens, segments, numbered = self._arrays(tokens_BT, segment_ids, positions)
         batch = Batch(tokens, segments, self._on_mesh(loss_mask_BT, "loss_mask", tokens.shape))
         with jax.set_mesh(self.mesh):
-            loss_sum = _compiled(qwen2.loss_sum, self.config, self.dtype)
-            nats, count = loss_sum(self.params, batch, numbered)
+            nats, count = _compiled(qwen2.loss_sum, self.config, self.dtype)(self.params, batch, numbered)
         return float(nats), int(count)
 
     def _arrays(self, tokens: Any, segments: Any, positions: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -216,9 +215,8 @@ def generate(
         tokens: Any = prompt.tolist() if isinstance(prompt, (np.ndarray, jax.Array)) else prompt
         is_chat = isinstance(tokens, Sequence) and len(tokens) and all(isinstance(turn, Mapping) for turn in tokens)
         if (is_chat or isinstance(tokens, str)) and model.tokenizer is None:
-            raise UserError(
-                f"{model.directory}: no tokenizer, so prompts must be lists of token ids; prompt {number} is not"
-            )
+            wanted = "prompts must be lists of token ids"
+            raise UserError(f"{model.directory}: no tokenizer, so {wanted}; prompt {number} is not")
         if is_chat:
             text = chat_template(model.tokenizer, template)
             messages = messages_of({"messages": list(tokens)}, f"prompt {number}")
@@ -241,9 +239,8 @@ def generate(
 
 def _check_loaded(model: Any) -> None:
     if not isinstance(model, Model):
-        name = f" '{model}'" if isinstance(model, (str, Path)) else ""
-        kind = "a name" if name else type(model).__name__
-        raise UserError(f"model: expected a loaded model, found {kind}{name}; load it first: m = bmjax.load(DIR)")
+        kind = f"a name '{model}'" if isinstance(model, (str, Path)) else type(model).__name__
+        raise UserError(f"model: expected a loaded model, found {kind}; load it first: m = bmjax.load(DIR)")
 
 
 def collect(settings: Source, *overrides: str) -> dict[str, int]:

@@ -1,8 +1,7 @@
 """The base of all settings: frozen pydantic models read from YAML plus `key.sub=value` overrides.
 
-Every phase declares its settings next to the code that reads them. This module reads them, turns what a user got wrong
-into one line that names the key, the value and what was expected, and lists all keys for `--help`. It is also the door
-to errors.py and safe_yaml.py, the ground floor that all parts stand on.
+Every phase declares its settings next to the code that reads them. This module reads them, words what a user got wrong
+and lists all keys for `--help`. It is also the door to errors.py and safe_yaml.py.
 """
 
 import types
@@ -80,11 +79,9 @@ def _changed(values: Any, keys: Sequence[str], value: Any) -> Any:
 _KINDS = {
     dict: "a block of keys", list: "a list", str: "text", bool: "true/false", int: "a whole number", float: "a number",
 }  # fmt: skip
-_EXPECTED = {
-    "int_parsing": "a whole number", "int_type": "a whole number", "int_from_float": "a whole number",
-    "float_parsing": "a number", "float_type": "a number", "bool_parsing": "true or false",
-    "bool_type": "true or false", "string_type": "text", "list_type": "a list", "dict_type": "a block of keys",
-    "model_type": "a block of keys", "model_attributes_type": "a block of keys", "tuple_type": "a list",
+_EXPECTED = {  # by the beginning of pydantic's name of a problem
+    "int": "a whole number", "float": "a number", "bool": "true or false", "string": "text", "list": "a list",
+    "tuple": "a list", "dict": "a block of keys", "model": "a block of keys",
 }  # fmt: skip
 
 
@@ -123,8 +120,9 @@ def first_problem(values: Any, error: ValidationError) -> str:
 
 
 def _expected(problem: Any) -> str:
-    if problem["type"] in _EXPECTED:
-        return _EXPECTED[problem["type"]]
+    kind, _, fault = problem["type"].partition("_")
+    if kind in _EXPECTED and fault in ("type", "attributes_type", "parsing", "from_float"):
+        return _EXPECTED[kind]
     text = (problem["msg"][0].lower() + problem["msg"][1:]).removeprefix("input should be ")
     return f"a number {text}" if text.startswith(("greater", "less")) else text
 

@@ -70,7 +70,7 @@ def _check(node: yaml.Node, sizes: dict[int, int]) -> int:
 def parse_yaml_documents(text: str, name: str) -> list[Any]:
     """Return all YAML documents of `text` as plain Python values.
 
-    name: of the text, in errors. Raises UserError, one line, for what is not YAML or is refused.
+    name: of the text, in errors. Raises UserError for what is not YAML or is refused.
     """
     documents: list[Any] = []
     try:
@@ -95,10 +95,9 @@ def parse_yaml_documents(text: str, name: str) -> list[Any]:
 
 
 def read_text(path: str | Path, limit: int | None = None) -> str:
-    """Return the UTF-8 text of a file.
+    """Return the UTF-8 text of a file, at most `limit` characters.
 
-    limit: the most characters that are read. Raises UserError, one line, for a file that is missing, larger, no
-    regular file or not UTF-8.
+    Raises UserError for a file that is missing, larger, no regular file or not UTF-8.
     """
     path = Path(path)
     try:

@@ -94,9 +94,8 @@ def _merge(options: Namespace) -> None:
 
     seed = [] if options.seed is None else [f"seed={options.seed}"]
     recipe = read_recipe(options.recipe, [*options.overrides, *seed])
-    sizes: dict[str, Any] = {"shard_bytes": parse_size(options.shard_size, "--shard-size")}
-    if options.memory is not None:
-        sizes["memory"] = parse_size(options.memory, "--memory")
+    memory = None if options.memory is None else parse_size(options.memory, "--memory")
+    sizes: dict[str, Any] = {"shard_bytes": parse_size(options.shard_size, "--shard-size"), "memory": memory}
     if options.check:
         for line in dispatch.check(recipe, options.out, options.overwrite, **sizes):
             print(line)
