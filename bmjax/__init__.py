@@ -29,9 +29,8 @@ __all__ = [
 class _Package(types.ModuleType):
     """The package as a module whose names are the functions of `bmjax.api`, loaded when they are first used.
 
-    Some of these functions share their name with a folder (`merge`, `generate`, `evaluate`, `plan`). Importing a module
-    of that folder would set the name to the folder; here the function keeps it. `from bmjax.merge.engine import files`
-    is not touched by this.
+    Importing a module of the folder `merge`, `generate`, `evaluate` or `plan` would set that name to the folder; here
+    the function keeps it.
     """
 
     def __getattr__(self, name: str) -> Any:

@@ -1,7 +1,6 @@
 """The Python interface: what `import bmjax` offers. Every function hands its arguments to the phase that does the work.
 
-Functions with `settings` take the keys of the command's YAML file as a dictionary, or the file's path, and then
-`key.sub=value` overrides. All raise UserError, one line, for what a user can mend.
+All raise UserError, one line, for what a user can mend.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,10 +15,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from bmjax.branch.examples import tokenize
+from bmjax.calibrate.dispatch import merge
 from bmjax.chat.template import chat_template, end_of_turn, messages_of, render_prompt
 from bmjax.config import UserError, nearest
 from bmjax.generate import sampler
-from bmjax.log import Log, silent
 from bmjax.model import qwen2, spec
 from bmjax.model.batch import Batch
 from bmjax.model.config import ModelConfig, read_hf_config
@@ -94,8 +93,7 @@ class Model:
         tokens, segments, numbered = self._arrays(tokens_BT, segment_ids, positions)
         batch = Batch(tokens, segments, self._on_mesh(loss_mask_BT, "loss_mask", tokens.shape))
         with jax.set_mesh(self.mesh):
-            loss_sum = _compiled(qwen2.loss_sum, self.config, self.dtype)
-            nats, count = loss_sum(self.params, batch, numbered)
+            nats, count = _compiled(qwen2.loss_sum, self.config, self.dtype)(self.params, batch, numbered)
         return float(nats), int(count)
 
     def _arrays(self, tokens: Any, segments: Any, positions: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -109,34 +107,27 @@ class Model:
         segments = jnp.ones_like(tokens) if segments is None else self._on_mesh(segments, "segment_ids", tokens.shape)
         if positions is None:
             return tokens, segments, qwen2.default_positions(segments)
-        positions = _whole_numbers(positions, "positions")
-        if positions.shape[0] == 1:  # the same for every row
-            positions = np.broadcast_to(positions, (tokens.shape[0], positions.shape[1]))
         return tokens, segments, self._on_mesh(positions, "positions", tokens.shape)
 
     def _on_mesh(self, rows: Any, name: str, shape: tuple[int, ...] | None = None) -> jax.Array:
         """Return `rows` as int32 [B, T] on the mesh; UserError unless they are whole numbers of `shape`."""
-        array = _whole_numbers(rows, name)
+        try:
+            array = np.asarray(rows)
+        except ValueError:
+            lengths = sorted({len(row) for row in rows if hasattr(row, "__len__")})
+            raise UserError(
+                f"{name}: rows of different lengths ({', '.join(map(str, lengths[:5]))}); pad them to one length, "
+                "with segment_ids 0 for padding"
+            ) from None
+        if array.ndim != 2:
+            raise UserError(f"{name}: {array.ndim} dimensions, expected 2: [rows, tokens]")
+        if array.dtype.kind not in "iub":
+            raise UserError(f"{name}: expected whole numbers, found {array.dtype}")
+        if shape is not None and name == "positions" and len(array) == 1:  # the same for every row
+            array = np.broadcast_to(array, (shape[0], array.shape[1]))
         if shape is not None and array.shape != shape:
             raise UserError(f"{name}: shape {array.shape}, expected that of the tokens, {shape}")
-        return jax.device_put(array, sharding(self.mesh, ("batch", "length"), array.shape))
-
-
-def _whole_numbers(rows: Any, name: str) -> np.ndarray:
-    """Return `rows` as int32 [B, T]; `name` is theirs in errors."""
-    try:
-        array = np.asarray(rows)
-    except ValueError:
-        lengths = sorted({len(row) for row in rows if hasattr(row, "__len__")})
-        raise UserError(
-            f"{name}: rows of different lengths ({', '.join(map(str, lengths[:5]))}); pad them to one length, "
-            "with segment_ids 0 for padding"
-        ) from None
-    if array.ndim != 2:
-        raise UserError(f"{name}: {array.ndim} dimensions, expected 2: [rows, tokens]")
-    if array.dtype.kind not in "iub":
-        raise UserError(f"{name}: expected whole numbers, found {array.dtype}")
-    return array.astype(np.int32)
+        return jax.device_put(array.astype(np.int32), sharding(self.mesh, ("batch", "length"), array.shape))
 
 
 @lru_cache(maxsize=32)
@@ -224,9 +215,8 @@ def generate(
         tokens: Any = prompt.tolist() if isinstance(prompt, (np.ndarray, jax.Array)) else prompt
         is_chat = isinstance(tokens, Sequence) and len(tokens) and all(isinstance(turn, Mapping) for turn in tokens)
         if (is_chat or isinstance(tokens, str)) and model.tokenizer is None:
-            raise UserError(
-                f"{model.directory}: no tokenizer, so prompts must be lists of token ids; prompt {number} is not"
-            )
+            wanted = "prompts must be lists of token ids"
+            raise UserError(f"{model.directory}: no tokenizer, so {wanted}; prompt {number} is not")
         if is_chat:
             text = chat_template(model.tokenizer, template)
             messages = messages_of({"messages": list(tokens)}, f"prompt {number}")
@@ -249,44 +239,16 @@ def generate(
 
 def _check_loaded(model: Any) -> None:
     if not isinstance(model, Model):
-        name = f" '{model}'" if isinstance(model, (str, Path)) else ""
-        kind = "a name" if name else type(model).__name__
-        raise UserError(f"model: expected a loaded model, found {kind}{name}; load it first: m = bmjax.load(DIR)")
-
-
-def merge(
-    recipe: Source,
-    output: str | Path,
-    overwrite: bool = False,
-    *,
-    overrides: Sequence[str] = (),
-    shard_bytes: float = 5e9,
-    memory: int | None = None,
-    log: Log = silent,
-) -> dict[str, Any]:
-    """Merge Hugging Face directories into one and return what output/merge_report.json holds; `bmjax merge`.
-
-    Arguments:
-        recipe: the path of a YAML file, or its keys.
-        output: the directory to write; it must not exist or be empty, and is never an input.
-        overwrite: replace a model directory `output` once the merge is done.
-        overrides: `key.sub=value` changes to the recipe.
-        shard_bytes: the most bytes of a file of the result.
-        memory: bytes of buffers, 1 GiB by default; it changes no result. Not for `learned` and `regmean`, which hold
-            all models in memory.
-        log: gets one line a remark.
-
-    Raises: UserError for anything wrong with the recipe or its models; `output` is then as it was.
-    """
-    from bmjax.calibrate import dispatch
-
-    return dispatch.merge(
-        recipe, output, overwrite, overrides=overrides, shard_bytes=shard_bytes, memory=memory, log=log
-    )
+        kind = f"a name '{model}'" if isinstance(model, (str, Path)) else type(model).__name__
+        raise UserError(f"model: expected a loaded model, found {kind}; load it first: m = bmjax.load(DIR)")
 
 
 def collect(settings: Source, *overrides: str) -> dict[str, int]:
     """Ask a teacher for traces; `bmjax collect`. Traces that are there already are not asked for again.
+
+    Arguments:
+        settings: the keys of `bmjax collect`, or the path of a YAML file.
+        overrides: `key.sub=value` changes to them.
 
     Returns: how many traces were wanted, present, collected, failed, right, wrong, unjudged and truncated.
     Raises: UserError for bad settings or problems, and an endpoint that cannot be reached or refuses the key.
@@ -300,6 +262,10 @@ def collect(settings: Source, *overrides: str) -> dict[str, int]:
 def select(settings: Source, *overrides: str) -> dict[str, dict[str, int]]:
     """Select the traces worth training on; `bmjax select`. Writes one dataset per domain.
 
+    Arguments:
+        settings: the keys of `bmjax select`, or the path of a YAML file.
+        overrides: `key.sub=value` changes to them.
+
     Returns: {domain: {"kept": count, reason: count of the traces dropped for it, ...}}.
     Raises: UserError for bad settings or traces, and for a domain of which nothing is left.
     """
@@ -311,6 +277,10 @@ def select(settings: Source, *overrides: str) -> dict[str, dict[str, int]]:
 
 def train(settings: Source, *overrides: str) -> dict[str, Any]:
     """Train a student on a dataset, or resume a training; `bmjax train`.
+
+    Arguments:
+        settings: the keys of `bmjax train`, or the path of a YAML file.
+        overrides: `key.sub=value` changes to them.
 
     Returns: hf (path of the trained model), steps, tokens (those seen, without padding), loss (nats a token, of the
     last step), and more.
@@ -324,6 +294,10 @@ def train(settings: Source, *overrides: str) -> dict[str, Any]:
 
 def evaluate(settings: Source, *overrides: str) -> dict[str, dict[str, Any]]:
     """Score a model on tasks; `bmjax eval`. Writes scores.json and every sample.
+
+    Arguments:
+        settings: the keys of `bmjax eval`, or the path of a YAML file.
+        overrides: `key.sub=value` changes to them.
 
     Returns: {task: scores}: accuracy with its 95 % interval, and held-out loss in nats a token, as far as the task has
     questions and traces.

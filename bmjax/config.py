@@ -1,17 +1,16 @@
 """The base of all settings: frozen pydantic models read from YAML plus `key.sub=value` overrides.
 
-Every phase declares its settings next to the code that reads them. This module reads them, turns what a user got wrong
-into one line that names the key, the value and what was expected, and lists all keys for `--help`. It is also the door
-to errors.py and safe_yaml.py, the ground floor that all parts stand on.
+Every phase declares its settings next to the code that reads them. This module reads them, words what a user got wrong
+and lists all keys for `--help`. It is also the door to errors.py and safe_yaml.py.
 """
 
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError, PydanticUndefined
 
 from bmjax.errors import MAX_WORD, UserError, first_line, nearest
@@ -19,7 +18,7 @@ from bmjax.safe_yaml import is_text, parse_yaml_documents, read_text, read_yaml,
 
 __all__ = [
     "Settings", "UserError", "describe", "first_line", "first_problem", "is_text", "nearest", "parse_yaml_documents",
-    "read_text", "read_yaml", "read_yaml_documents", "settings_types",
+    "read_text", "read_yaml", "read_yaml_documents",
 ]  # fmt: skip
 
 
@@ -30,14 +29,23 @@ class Settings(BaseModel):
         frozen=True, extra="forbid", protected_namespaces=(), validate_default=False, allow_inf_nan=False
     )
 
-    @field_validator("*", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+    def _refuse_unknown_keys(cls, values: Any) -> Any:
+        for key in values if isinstance(values, Mapping) else ():
+            if isinstance(key, str) and key not in cls.model_fields:
+                hint = nearest(key, list(cls.model_fields))
+                raise PydanticCustomError("unknown_key", "unknown key", {"key": key, "hint": hint})
+        return values
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, validate: Callable[[Any], Any]) -> Any:
         """Refuse `steps: true`, which pydantic would read as 1."""
-        kinds = _alternatives(cls.model_fields[info.field_name].annotation) if info.field_name else []
-        if isinstance(value, bool) and bool not in kinds and (int in kinds or float in kinds):
-            raise PydanticCustomError("int_type" if int in kinds else "float_type", "not a number")
-        return value
+        result = validate(value)
+        if isinstance(value, bool) and not isinstance(result, bool):
+            raise PydanticCustomError("int_type" if isinstance(result, int) else "float_type", "not a number")
+        return result
 
     @classmethod
     def read(cls, source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Self:
@@ -45,48 +53,35 @@ class Settings(BaseModel):
 
         Raises UserError, one line, for a missing file, bad YAML, an unknown key or a value of the wrong type.
         """
-        if isinstance(source, Mapping):
-            name, values = "settings", _plain_copy(source)
-        else:
-            name, values = str(source), read_yaml(source)
-        if not isinstance(values, dict):
+        name, values = ("settings", source) if isinstance(source, Mapping) else (str(source), read_yaml(source))
+        if not isinstance(values, Mapping):
             raise UserError(f"{name}: expected `key: value` lines at the top, found {_value_text(values)}")
         for override in overrides:
-            _apply_override(values, override)
+            key, sign, text = override.partition("=")
+            if not sign or not key.strip() or not is_text(key):
+                raise UserError(f"'{override[:MAX_WORD]}': expected key=value or key.sub=value")
+            parsed = parse_yaml_documents(text, f"override '{override[:MAX_WORD]}'") or [None]
+            values = _changed(values, key.strip().split("."), parsed[0])
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise UserError(f"{name}: {first_problem(cls, error)}") from None
+            raise UserError(f"{name}: {first_problem(values, error)}") from None
 
 
-def _plain_copy(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain_copy(item) for key, item in value.items()}
-    return [_plain_copy(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    key, sign, text = override.partition("=")
-    if not sign or not key.strip() or not is_text(key):
-        raise UserError(f"'{override[:MAX_WORD]}': expected key=value or key.sub=value")
-    parsed = parse_yaml_documents(text, f"override '{override[:MAX_WORD]}'") or [None]
-    *parents, last = key.strip().split(".")
-    block: Any = values
-    for parent in parents:
-        if not isinstance(block.get(parent), dict):
-            block[parent] = {}
-        block = block[parent]
-    block[last] = parsed[0]
+def _changed(values: Any, keys: Sequence[str], value: Any) -> Any:
+    """Return a copy of a block with one value set; blocks on the way to it are made where there are none."""
+    if not keys:
+        return value
+    block = values if isinstance(values, Mapping) else {}
+    return {**block, keys[0]: _changed(block.get(keys[0]), keys[1:], value)}
 
 
 _KINDS = {
     dict: "a block of keys", list: "a list", str: "text", bool: "true/false", int: "a whole number", float: "a number",
 }  # fmt: skip
-_EXPECTED = {
-    "int_parsing": "a whole number", "int_type": "a whole number", "int_from_float": "a whole number",
-    "float_parsing": "a number", "float_type": "a number", "bool_parsing": "true or false",
-    "bool_type": "true or false", "string_type": "text", "list_type": "a list", "dict_type": "a block of keys",
-    "model_type": "a block of keys", "model_attributes_type": "a block of keys", "tuple_type": "a list",
+_EXPECTED = {  # by the beginning of pydantic's name of a problem
+    "int": "a whole number", "float": "a number", "bool": "true or false", "string": "text", "list": "a list",
+    "tuple": "a list", "dict": "a block of keys", "model": "a block of keys",
 }  # fmt: skip
 
 
@@ -97,97 +92,78 @@ def _value_text(value: Any) -> str:
     return f"{_KINDS.get(type(value), type(value).__name__)} {str(value)[:60]!r}"
 
 
-def first_problem(cls: type[BaseModel], error: ValidationError) -> str:
-    """Return the most telling of pydantic's problems as one line.
+def first_problem(values: Any, error: ValidationError) -> str:
+    """Return the most telling of pydantic's problems with `values` as one line.
 
     An unknown key goes first: a missing key is often that one, misspelt. In a union, the alternative that went deepest
     speaks; where all fail at the same key, the line says all that is allowed there.
     """
     problems = error.errors(include_url=False)
-    unknown = [p for p in problems if p["type"] == "extra_forbidden"]
+    unknown = [p for p in problems if p["type"] == "unknown_key"]
     same_root = [p for p in problems if p["loc"][:1] == problems[0]["loc"][:1]]
     problem = max(unknown or same_root, key=lambda p: len(p["loc"]))
-    keys, owner = _locate(cls, problem["loc"])
-    dotted, kind, value = ".".join(keys), problem["type"], problem.get("input")
-    if kind == "extra_forbidden":
-        return f"unknown key '{dotted}'{nearest(keys[-1], list(owner.model_fields) if owner else [])}"
-    if kind == "missing" and owner is not None:
+    keys = _keys(problem, values)
+    dotted, kind = ".".join(keys), problem["type"]
+    if kind == "unknown_key":
+        return f"unknown key '{'.'.join([*keys, problem['ctx']['key']])}'{problem['ctx']['hint']}"
+    if kind == "missing" and isinstance(problem["loc"][-1], str):
         return f"key '{dotted}' is missing; it has no default"
     if kind == "missing":
         return f"{'.'.join(keys[:-1])}: too few values: the one with index {keys[-1]} is missing"
-    if kind == "invalid_key" or problem["loc"][-1:] == ("[key]",):
-        return f"{dotted}: expected a name as key, found {_value_text(value)}"
     if kind == "value_error":
-        message = str(problem["ctx"]["error"]) if "ctx" in problem else problem["msg"]
-        return f"{dotted}: {message}" if dotted else message
-    same_keys = [p for p in same_root if _locate(cls, p["loc"])[0] == keys]
-    *most, last = dict.fromkeys(_expected(p) for p in same_keys)
-    return f"{dotted}: expected {', '.join(most)}{' or ' * bool(most)}{last}, found {_value_text(value)}"
+        return f"{dotted}: {problem['ctx']['error']}" if dotted else str(problem["ctx"]["error"])
+    wrong = _value_text(problem["input"])
+    if kind == "invalid_key" or problem["loc"][-1:] == ("[key]",):
+        return f"{dotted}: expected a name as key, found {wrong}"
+    *most, last = dict.fromkeys(_expected(p) for p in same_root if _keys(p, values) == keys)
+    return f"{dotted}: expected {', '.join(most)}{' or ' * bool(most)}{last}, found {wrong}"
 
 
 def _expected(problem: Any) -> str:
-    if problem["type"] in _EXPECTED:
-        return _EXPECTED[problem["type"]]
+    kind, _, fault = problem["type"].partition("_")
+    if kind in _EXPECTED and fault in ("type", "attributes_type", "parsing", "from_float"):
+        return _EXPECTED[kind]
     text = (problem["msg"][0].lower() + problem["msg"][1:]).removeprefix("input should be ")
     return f"a number {text}" if text.startswith(("greater", "less")) else text
 
 
-def _locate(cls: type[BaseModel], path: Sequence[Any]) -> tuple[list[str], type[BaseModel] | None]:
-    """Return the keys on pydantic's path to a problem as the user wrote them, and the Settings that know the last one.
+def _keys(problem: Any, values: Any) -> list[str]:
+    """Return the keys on pydantic's path to a problem, as they stand in `values`.
 
-    The path goes through the annotations; its names of a union's alternatives are left out.
+    Pydantic's names of a union's alternatives are no keys; they are left out.
     """
-    annotation: Any = cls
-    keys: list[str] = []
-    owner: type[BaseModel] | None = None
-    for part in path[:-1] if path[-1:] == ("[key]",) else path:
-        alternatives = _alternatives(annotation)
-        # Pydantic's names of alternatives: a class is called by its name, anything else as it is written.
-        by_name = {a.__name__ if isinstance(a, type) and not typing.get_args(a) else str(a): a for a in alternatives}
-        if len(alternatives) > 1 and part in by_name:
-            annotation = by_name[part]
-            continue
-        keys.append(str(part))
-        annotation = alternatives[0]
-        owner = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
-        if owner is not None:
-            annotation = owner.model_fields[part].annotation if part in owner.model_fields else Any
-        else:
-            annotation = next(iter(typing.get_args(annotation)[-1:]), Any)
-    return keys, owner
+    path = [part for part in problem["loc"] if part != "[key]"]
+    last_is_key = problem["type"] in ("missing", "invalid_key") or len(path) < len(problem["loc"])
+    keys = []
+    for depth, part in enumerate(path, 1):
+        entries = dict(enumerate(values)) if isinstance(values, (list, tuple)) else values
+        entries = entries if isinstance(entries, Mapping) else {}
+        if part in entries or (last_is_key and depth == len(path)):
+            keys.append(str(part))
+            values = entries.get(part)
+    return keys
 
 
-def _alternatives(annotation: Any) -> list[Any]:
-    """Return the alternatives of a union besides None; of any other annotation, itself."""
-    if typing.get_origin(annotation) is typing.Annotated:
-        return _alternatives(typing.get_args(annotation)[0])
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
-        return [alternative for kind in kinds for alternative in _alternatives(kind)]
-    return [annotation]
-
-
-def settings_types(annotation: Any) -> Iterator[type[Settings]]:
-    """Yield every Settings class inside a type annotation: `X`, `X | None`, `list[X]`, `dict[str, X]`."""
-    if isinstance(annotation, type) and issubclass(annotation, Settings):
-        yield annotation
-        return
-    for argument in typing.get_args(annotation):
-        yield from settings_types(argument)
+_TYPE_NAMES = {
+    type(None): "null", str: "text", int: "whole number", float: "number", bool: "true|false", list: "list",
+    tuple: "list", dict: "block",
+}  # fmt: skip
 
 
 def _type_name(annotation: Any) -> str:
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if isinstance(annotation, type) and not arguments:
-        names = {"NoneType": "null", "str": "text", "int": "whole number", "float": "number", "bool": "true|false"}
-        return names.get(annotation.__name__, annotation.__name__)
+    origin, arguments = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
     if origin is typing.Literal:
         return "|".join(str(a) for a in arguments)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_type_name(a) for a in arguments)
-    if origin is typing.Annotated:
-        return _type_name(arguments[0])
-    return {list: "list", tuple: "list", dict: "block"}.get(origin) or str(annotation).replace("typing.", "")
+    return _type_name(arguments[0]) if origin is typing.Annotated else _TYPE_NAMES.get(origin) or origin.__name__
+
+
+def _block_type(annotation: Any) -> type[Settings] | None:
+    """Return the Settings class inside a type annotation: `X`, `X | None`, `list[X]`, `dict[str, X]`."""
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        return annotation
+    return next(filter(None, map(_block_type, typing.get_args(annotation))), None)
 
 
 def describe(cls: type[Settings], prefix: str = "") -> list[str]:
@@ -198,13 +174,12 @@ def describe(cls: type[Settings], prefix: str = "") -> list[str]:
         if default is PydanticUndefined:
             text = "(required)"
         elif default is None or isinstance(default, bool):
-            text = {None: "null", True: "true", False: "false"}[default]
+            text = "null" if default is None else str(default).lower()
         else:
             text = "" if isinstance(default, Settings) else str(default)
         key = f"{prefix}{name}: {text}".rstrip()
         lines.append(f"  {key:<44} {_type_name(field.annotation)}. {field.description or ''}")
-        nested = next(settings_types(field.annotation), None)
-        if nested is not None:
+        if block := _block_type(field.annotation):
             infix = f"{name}.NAME." if typing.get_origin(field.annotation) is dict else f"{name}."
-            lines += describe(nested, prefix + infix)
+            lines += describe(block, prefix + infix)
     return lines

@@ -1,4 +1,4 @@
-"""What a user's mistake looks like: the exception, disk errors in words, and hints at the nearest known word.
+"""What a user's mistake looks like: the exception, the disk errors among them, and hints at the nearest known word.
 
 Every module may import this one; it imports nothing heavy, so that a command can fail fast.
 """
@@ -27,11 +27,6 @@ DISK_ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EFBIG, errno.ENOTDIR,
     errno.ENAMETOOLONG, errno.EMFILE,
 )  # fmt: skip
-
-
-def disk_error(error: OSError) -> str:
-    """Return one of DISK_ERRORS in words: the file and what the system says of it."""
-    return f"{error.filename or 'writing'}: {error.strerror}"
 
 
 def first_line(error: BaseException) -> str:

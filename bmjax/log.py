@@ -20,13 +20,9 @@ def silent(text: str) -> None:
 
 
 def progress_bar(name: str, unit: str, total: int | None = None, done: int = 0, shown: bool = True) -> Any:
-    """Return tqdm's progress bar, a context manager with `update(n)`; it shows on a terminal only.
+    """Return tqdm's progress bar, a context manager with `update(n)`; it shows on a terminal only, and where `shown`.
 
-    Arguments:
-        name: stands before the bar.
-        unit: what is counted; "B" is written as kB, MB, GB.
-        total, done: the count at the end and at the start.
-        shown: false hides it.
+    unit: what is counted; "B" is written as kB, MB, GB. total, done: the count at the end and at the start.
     """
     from tqdm import tqdm
 

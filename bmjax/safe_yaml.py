@@ -26,73 +26,57 @@ def is_text(value: str) -> bool:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, with duplicate keys refused and `1e-5` read as the number it is."""
-
-
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys: set[str] = set()
-    for key, _ in node.value:
-        if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
-            continue
-        if key.value in keys:
-            line = key.start_mark.line + 1
-            raise UserError(f"line {line}: key '{key.value}' stands twice in the same block; remove one")
-        keys.add(key.value)
-    loader.flatten_mapping(node)
-    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
-
-
-def _number(loader: _Loader, node: yaml.ScalarNode) -> Any:
-    if len(node.value) > MAX_NUMBER:
-        raise UserError(f"line {node.start_mark.line + 1}: a number of {len(node.value)} characters; refused")
-    whole = node.tag == "tag:yaml.org,2002:int"
-    return loader.construct_yaml_int(node) if whole else loader.construct_yaml_float(node)
-
-
-def _text(loader: _Loader, node: yaml.ScalarNode) -> str:
-    if not is_text(node.value):
-        raise UserError(f"line {node.start_mark.line + 1}: {ascii(node.value)[:60]} is no text: half a character")
-    return node.value
+    """PyYAML's safe loader, which also reads `1e-5` as the number it is."""
 
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
 )
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-_Loader.add_constructor("tag:yaml.org,2002:str", _text)
-_Loader.add_constructor("tag:yaml.org,2002:int", _number)
-_Loader.add_constructor("tag:yaml.org,2002:float", _number)
 # A set would be taken for a list, in an order that changes from run to run.
 _Loader.yaml_constructors.pop("tag:yaml.org,2002:set")
 
 
-def _expanded_size(node: yaml.Node, sizes: dict[int, int]) -> int:
-    """Count the nodes under `node` once every alias is written out.
+def _check(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """Refuse what must not be built, and return how many nodes there are once every alias is written out.
 
     An alias bomb has few nodes but an enormous size. sizes: the counts so far by id, 0 while a node is being counted.
     """
+    line = f"line {node.start_mark.line + 1}"
+    if isinstance(node, yaml.ScalarNode):
+        if not is_text(node.value):
+            raise UserError(f"{line}: {ascii(node.value)[:60]} is no text: half a character")
+        if node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float") and len(node.value) > MAX_NUMBER:
+            raise UserError(f"{line}: a number of {len(node.value)} characters; refused")
+        return 1
     if id(node) in sizes:
         if sizes[id(node)] == 0:
             raise UserError("an anchor contains itself")
         return sizes[id(node)]
     sizes[id(node)] = 0
-    children: list[yaml.Node] = [] if isinstance(node, yaml.ScalarNode) else node.value
+    children = node.value
     if isinstance(node, yaml.MappingNode):
+        keys: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in keys:
+                    line = f"line {key.start_mark.line + 1}"
+                    raise UserError(f"{line}: key '{key.value}' stands twice in the same block; remove one")
+                keys.add(key.value)
         children = [child for pair in node.value for child in pair]
-    sizes[id(node)] = 1 + sum(_expanded_size(child, sizes) for child in children)
+    sizes[id(node)] = 1 + sum(_check(child, sizes) for child in children)
     return sizes[id(node)]
 
 
 def parse_yaml_documents(text: str, name: str) -> list[Any]:
     """Return all YAML documents of `text` as plain Python values.
 
-    name: of the text, in errors. Raises UserError, one line, for what is not YAML or is refused.
+    name: of the text, in errors. Raises UserError for what is not YAML or is refused.
     """
     documents: list[Any] = []
     try:
         loader = _Loader(text)
         while loader.check_node() and (node := loader.get_node()):
-            if _expanded_size(node, {}) > MAX_NODES:
+            if _check(node, {}) > MAX_NODES:
                 raise UserError(f"more than {MAX_NODES} values once aliases are written out; refused")
             documents.append(loader.construct_document(node))
     except UserError as error:
@@ -111,13 +95,11 @@ def parse_yaml_documents(text: str, name: str) -> list[Any]:
 
 
 def read_text(path: str | Path, limit: int | None = None) -> str:
-    """Return the UTF-8 text of a file.
+    """Return the UTF-8 text of a file, at most `limit` characters.
 
-    limit: the most characters that are read. Raises UserError, one line, for a file that is missing, larger, no
-    regular file or not UTF-8.
+    Raises UserError for a file that is missing, larger, no regular file or not UTF-8.
     """
     path = Path(path)
-    too_long = UserError(f"{path}: more than {limit} characters; refused, is it the right file?")
     try:
         if path.is_dir():
             raise UserError(f"{path}: is a directory, expected a file")
@@ -129,17 +111,15 @@ def read_text(path: str | Path, limit: int | None = None) -> str:
             raise UserError(f"{path}: no such file{hint}")
         if not path.is_file():
             raise UserError(f"{path}: not a regular file")
-        if limit is not None and path.stat().st_size > 4 * limit:
-            raise too_long
-        with open(path, encoding="utf-8") as file:
-            text = file.read() if limit is None else file.read(limit + 1)
+        if limit is None or path.stat().st_size <= 4 * limit:  # UTF-8 has up to four bytes a character
+            text = path.read_text(encoding="utf-8")
+            if limit is None or len(text) <= limit:
+                return text
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    if limit is not None and len(text) > limit:
-        raise too_long
-    return text
+    raise UserError(f"{path}: more than {limit} characters; refused, is it the right file?")
 
 
 def read_yaml_documents(path: str | Path) -> list[Any]:

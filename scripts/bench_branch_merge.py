@@ -62,7 +62,7 @@ def table(reports: list[dict[str, Any]]) -> str:
             cells += [interval(values, digits) for values in by_domain]
             means = [mean(column) for column in zip(*by_domain, strict=True)]
             starts = [mean_score(r, "backbone", key) for r in reports]
-            gains = [own - start for own, start in zip(means, starts, strict=True)]  # paired: seeds differ more
+            gains = [score - start for score, start in zip(means, starts, strict=True)]  # paired: seeds differ more
             cells += [interval(means, digits), "-" if model == "backbone" else interval(gains, digits)]
         cells.append(f"{mean(r['models'][model]['tokens'] for r in reports):,.0f}")
         wins = [str(sum(better_everywhere(r, model, name) for r in reports)) for name in names]
@@ -85,7 +85,9 @@ def way(report: dict[str, Any], model: str, key: str) -> float:
 
 def beside(models: dict[str, Any], merge: str) -> int:
     """The tokens that a merge took beside the branches' training."""
-    return models[merge]["tokens"] - sum(own["tokens"] for name, own in models.items() if name.startswith("branch/"))
+    return models[merge]["tokens"] - sum(
+        model["tokens"] for name, model in models.items() if name.startswith("branch/")
+    )
 
 
 def closed(reports: list[dict[str, Any]]) -> list[str]:

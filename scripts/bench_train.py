@@ -148,10 +148,10 @@ def run_trainer(arguments: argparse.Namespace) -> dict:
     data = []
     for row, lengths in zip(*documents(arguments), strict=True):
         tokens = torch.tensor(row).long()
-        one = {"input_ids": tokens, "labels": tokens}
+        example = {"input_ids": tokens, "labels": tokens}
         if arguments.documents:
-            one["position_ids"] = torch.cat([torch.arange(length) for length in lengths])
-        data.append(one)
+            example["position_ids"] = torch.cat([torch.arange(length) for length in lengths])
+        data.append(example)
     clock = Clock()
     with tempfile.TemporaryDirectory() as output:
         options = transformers.TrainingArguments(
@@ -189,10 +189,10 @@ def main() -> int:
     parser.add_argument("--side", choices=RUN, help="measure this one alone, and print JSON")
     arguments = parser.parse_args()
     if arguments.side:
-        found = RUN[arguments.side](arguments)
-        found["seconds"] = statistics.median(found["steps"][arguments.warm :])
-        found["peak_mib"] = found["peak_mib"] or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(json.dumps(found))
+        result = RUN[arguments.side](arguments)
+        result["seconds"] = statistics.median(result["steps"][arguments.warm :])
+        result["peak_mib"] = result["peak_mib"] or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(json.dumps(result))
         return 0
 
     tokens = arguments.batch * arguments.seq_len

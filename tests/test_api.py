@@ -76,8 +76,8 @@ def test_logits_equal_those_of_transformers(model, hf):
             np.testing.assert_allclose(got[b, start : start + len(document)], alone, atol=2e-4)
             positions[b, start : start + len(document)] = np.arange(len(document))
             start += len(document)
-    given = np.asarray(model.logits(tokens, segment_ids=segments, positions=positions))
-    np.testing.assert_allclose(given[segments > 0], got[segments > 0], atol=1e-5)
+    explicit = np.asarray(model.logits(tokens, segment_ids=segments, positions=positions))
+    np.testing.assert_allclose(explicit[segments > 0], got[segments > 0], atol=1e-5)
     shifted = np.asarray(model.logits(tokens, positions=np.arange(48)[None] + 5))
     with torch.no_grad():
         want = hf(torch.tensor(tokens), position_ids=torch.arange(48)[None] + 5).logits.numpy()

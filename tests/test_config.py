@@ -147,8 +147,8 @@ def keys_of(cls, prefix=""):
 @pytest.mark.parametrize("cls", [Outer, TrainSettings, EvalSettings, CollectSettings, SelectSettings, RunSettings])
 def test_describe_has_a_line_for_every_key(cls):
     lines = describe(cls)
-    found = [line.split(":")[0].strip() for line in lines]
-    assert len(found) == len(set(found)) and set(keys_of(cls)) == set(found)
+    keys = [line.split(":")[0].strip() for line in lines]
+    assert len(keys) == len(set(keys)) and set(keys_of(cls)) == set(keys)
     for line in lines:
         assert line.rstrip().rpartition(". ")[2], f"no description: {line}"
 

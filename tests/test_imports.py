@@ -37,7 +37,7 @@ HEAVY = {
 
 
 def rank(part: str) -> int:
-    return next(place for place, parts in enumerate(ORDER) if part in parts)
+    return next(position for position, parts in enumerate(ORDER) if part in parts)
 
 
 def part_of(file: Path) -> str:
@@ -49,14 +49,14 @@ def part_of(file: Path) -> str:
 def imported(file: Path, top_only: bool = False) -> list[tuple[int, str]]:
     """(line, dotted name) of everything that a file imports, names from packages spelled out."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
-    found = []
+    names = []
     for node in tree.body if top_only else ast.walk(tree):
         if isinstance(node, ast.Import):
-            found += [(node.lineno, alias.name) for alias in node.names]
+            names += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}:{node.lineno}: a relative import"
-            found += [(node.lineno, f"{node.module}.{alias.name}") for alias in node.names]
-    return found
+            names += [(node.lineno, f"{node.module}.{alias.name}") for alias in node.names]
+    return names
 
 
 def ours(file: Path) -> list[tuple[int, str]]:

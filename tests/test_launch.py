@@ -41,7 +41,7 @@ def test_without_a_config_it_says_how_it_is_used(script, tmp_path):
         assert done.returncode == 2 and script in done.stdout and "CONFIG [key=value ...]" in done.stdout
 
 
-def test_tpu_asks_for_the_slice_installs_and_goes_on_after_a_preemption(cluster):
+def test_tpu_run_goes_on_after_a_preemption(cluster):
     add, log, folder = cluster
     # Not there, then being made, then there; taken away during the first training, and made again.
     add("gcloud", f"""
@@ -65,7 +65,7 @@ esac""")  # fmt: skip
     assert "[delete]" in calls[-1]
 
 
-def test_a_training_that_fails_on_a_slice_that_is_there_is_an_error(cluster):
+def test_failed_training_on_a_healthy_slice_is_an_error(cluster):
     add, log, folder = cluster
     add("gcloud", 'case "$*" in *" list "*) echo ACTIVE;; *"bmjax train"*) exit 1;; esac')
     done = run(
@@ -96,7 +96,7 @@ def test_gke_writes_a_jobset_of_a_pod_a_host(cluster):
         ACCELERATOR="tpu-v5p-slice", TOPOLOGY="4x4x8", SLICES="2",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    (jobset,) = [one for one in yaml.safe_load_all((folder / "applied").read_text()) if one]
+    (jobset,) = [document for document in yaml.safe_load_all((folder / "applied").read_text()) if document]
     assert jobset["kind"] == "JobSet"
     (job,) = jobset["spec"]["replicatedJobs"]
     assert job["replicas"] == 2 and job["template"]["spec"]["parallelism"] == 32

@@ -5,11 +5,14 @@ functions, so that a mistake in the arguments is told at once.
 """
 
 import json
+import time
+import warnings
 from argparse import Namespace
+from typing import Any
 
-from bmjax.cli import merge
 from bmjax.cli.parser import Command, Option
 from bmjax.errors import UserError
+from bmjax.log import progress_bar, silent, write_line
 
 
 def _use_machine() -> None:
@@ -41,7 +44,6 @@ def _run(options: Namespace) -> None:
 
 
 def _collect(options: Namespace) -> None:
-    from bmjax.log import write_line
     from bmjax.teach.collect import collect
 
     failed = collect(options.settings, write_line)["failed"]
@@ -51,7 +53,6 @@ def _collect(options: Namespace) -> None:
 
 
 def _select(options: Namespace) -> None:
-    from bmjax.log import write_line
     from bmjax.teach.select import render_table, select
 
     print(render_table(select(options.settings, write_line)))
@@ -74,7 +75,6 @@ def _eval(options: Namespace) -> None:
 
 
 def _plan(options: Namespace) -> None:
-    from bmjax.log import write_line
     from bmjax.plan import plan
 
     result = plan.plan_training(options.settings, options.topology, options.search, write_line)
@@ -88,6 +88,80 @@ def _plan(options: Namespace) -> None:
         print("with", *(f"{key}={json.dumps(value)}" for key, value in changes.items()))
 
 
+def _merge(options: Namespace) -> None:
+    from bmjax.calibrate import dispatch
+    from bmjax.merge.plan.output import parse_size
+    from bmjax.merge.recipe.recipe import read_recipe
+
+    seed = [] if options.seed is None else [f"seed={options.seed}"]
+    recipe = read_recipe(options.recipe, [*options.overrides, *seed])
+    memory = None if options.memory is None else parse_size(options.memory, "--memory")
+    sizes: dict[str, Any] = {"shard_bytes": parse_size(options.shard_size, "--shard-size"), "memory": memory}
+    if options.check:
+        for line in dispatch.check(recipe, options.out, options.overwrite, **sizes):
+            print(line)
+        return
+    from bmjax.merge.report.statistics import summary_lines
+    from bmjax.parallel.start import keep_compiled_programs, use_cpu_cores, use_own_threads
+
+    if recipe.is_calibrated:
+        use_cpu_cores()
+    else:
+        use_own_threads()
+        keep_compiled_programs()
+    start = time.perf_counter()
+    bar = progress_bar("merge", "B", shown=not options.quiet)
+    bytes_read = 0
+
+    def progress(done: int, total: int, name: str) -> None:
+        nonlocal bytes_read
+        bar.total = total
+        bar.update(done - bytes_read)
+        bytes_read = done
+
+    log = silent if options.quiet else lambda line: write_line(f"bmjax: note: {line}")
+    with bar, warnings.catch_warnings():
+        # What is not finite is said once, in words.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        report = dispatch.merge(recipe, options.out, options.overwrite, log=log, progress=progress, **sizes)
+    if not options.quiet:
+        for line in summary_lines(report):
+            print(line)
+        seconds = time.perf_counter() - start
+        read = f"{bytes_read / 1e9:.2f} GB read, " if bytes_read else ""
+        print(f"{options.out}: {len(report['tensors'])} tensors, {read}{seconds:.1f} s")
+
+
+def _methods_text() -> str:
+    from bmjax.config import describe
+    from bmjax.merge.methods import METHODS
+    from bmjax.merge.methods.method import WITHOUT_EFFECT
+    from bmjax.merge.recipe.calibration import CALIBRATED, CalibrationSettings
+
+    lines = ["methods and their parameters (a * marks those given per model, or once for all):"]
+    lines += [f"  all accept {p.name}, which has no effect: {p.about.text}" for p in WITHOUT_EFFECT.values()]
+    for method in METHODS.values():
+        least, most = method.branches
+        count = f"{least} or more" if most is None else str(least) if least == most else f"{least} to {most}"
+        base = "base_model and " if method.base == "required" else ""
+        lines += ["", f"  {method.name}: {base}{count} model{'s' * (count != '1')}"]
+        lines += [f"    {line}".rstrip() for line in method.summary.splitlines()]
+        for p in method.parameters.values():
+            default = p.default[0] if isinstance(p.default, tuple) else p.default  # one number for all models
+            # A parameter that must be given has inspect's mark, a type.
+            text = "(required)" if isinstance(default, type) else str(default).lower()
+            title = f"{p.name}{'*' if p.about.per_model else ''}: {text}"
+            lines.append(f"      {title:<18} {p.expected}. {p.about.text[:1].upper()}{p.about.text[1:]}.")
+    lines += [
+        "",
+        f"  {', '.join(CALIBRATED)}: base_model and 1 or more models, each with `data:` (rows of its domain)",
+        "    Merges that look at data: student = base + sum of coefficient * contribution, the coefficients learned",
+        "    by gradient descent through the merge and the model. regmean: not learned, all 1. All in memory.",
+        *(f"      {line}" for line in describe(CalibrationSettings)),
+    ]
+    return "\n".join(lines)
+
+
 def _convert(options: Namespace) -> None:
     from bmjax.weights.convert import convert
 
@@ -95,6 +169,14 @@ def _convert(options: Namespace) -> None:
     print(f"{options.dst}: written")
 
 
+_MERGE_OPTIONS = (
+    Option("--check", action="store_true", help="only say what would be read and written; headers are read"),
+    Option("--overwrite", action="store_true", help="replace a model directory OUT once the merge is done"),
+    Option("--seed", metavar="N", help="of random masks, in place of the recipe's"),
+    Option("--memory", metavar="SIZE", help="of tensors in memory at a time: 512MiB, 2GiB"),
+    Option("--shard-size", metavar="SIZE", default="5GB", help="of a file of the result (5GB)"),
+    Option("--quiet", "-q", action="store_true", help="print nothing but errors"),
+)
 _TRAINING = "bmjax.branch.settings:TrainSettings"
 _ROWS = (
     Command("demo", "the whole experiment in small, with problems and a teacher of its own; no config needed", _demo,
@@ -115,8 +197,8 @@ _ROWS = (
             Option("--topology", metavar="CHIP:SHAPE", required=True, help="the slice, for instance v5p:4x4x4"),
             Option("--search", action="store_true", help="try meshes, microbatches, remat; print the best that fits"),
             Option("--json", action="store_true", help="print one JSON object"))),
-    Command("merge", "merge Hugging Face directories; the same as python -m bmjax.merge", merge.merge,
-        words=("RECIPE", "OUT"), options=merge.OPTIONS, details=merge.methods_text,
+    Command("merge", "merge Hugging Face directories; the same as python -m bmjax.merge", _merge,
+        words=("RECIPE", "OUT"), options=_MERGE_OPTIONS, details=_methods_text,
         stopped="interrupted; OUT is as it was, and the same command goes on with the merge"),
     Command("convert", "a Hugging Face directory to an Orbax checkpoint of parameters, and back", _convert,
         words=("SRC", "DST"), overrides=False, stopped="stopped; DST is as it was",

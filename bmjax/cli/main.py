@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from bmjax.cli.commands import COMMANDS
 from bmjax.cli.parser import make_parser, parse
-from bmjax.errors import DISK_ERRORS, UserError, disk_error
+from bmjax.errors import DISK_ERRORS, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -16,26 +16,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0: success, 2: a mistake its user can mend, 130: an interrupt. What is wrong is one line on stderr.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if words[:1] == ["help"]:
-        words = [*words[1:], "--help"]
+    if not words:
+        print(make_parser(COMMANDS).format_help(), end="")
+        return 2
     stopped = "stopped"
     try:
-        try:
-            options = parse(COMMANDS, words)
-        except SystemExit as end:  # argparse has printed a help or the version
-            return int(end.code or 0)
-        if options.command is None:
-            print(make_parser(COMMANDS).format_help(), end="")
-            return 2
-        command = COMMANDS[options.command]
+        command, options = parse(COMMANDS, [*words[1:], "--help"] if words[0] == "help" else words)
         stopped = command.stopped
         if command.settings is not None:
             options.settings = command.settings_class().read(options.config, options.overrides)
         command.call(options)
-    except (UserError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in DISK_ERRORS:
+    except SystemExit as end:  # argparse has printed a help or the version
+        return int(end.code or 0)
+    except UserError as error:
+        print(f"bmjax: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
             raise
-        line = UserError(disk_error(error)) if isinstance(error, OSError) else error
+        line = UserError(f"{error.filename or 'writing'}: {error.strerror}")
         print(f"bmjax: error: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""The command line of bmjax as argparse sees it: one parser, a subcommand for every row of the table of commands.
+"""The command line of bmjax: a parser for every row of the table of commands.
 
 `bmjax COMMAND WORDS [key=value ...] [options]`, in any order. Parsing imports nothing of the phases; settings and help
 texts are loaded for the one command that needs them.
@@ -27,7 +27,6 @@ class Option:
 
     @property
     def usage(self) -> str:
-        """Return the option as a usage line shows it."""
         text = " ".join([self.flags[0], *filter(None, [self.keywords.get("metavar")])])
         return text if self.keywords.get("required") else f"[{text}]"
 
@@ -53,12 +52,10 @@ class Command:
 
     @property
     def usage(self) -> str:
-        """Return the command with its words and options, as its usage line shows it."""
         ending = ["[key=value ...]"] if self.overrides else []
         return " ".join(["bmjax", self.name, *self.words, *(option.usage for option in self.options), *ending])
 
     def settings_class(self) -> Any:
-        """Import and return the class of the command's settings."""
         module, _, name = (self.settings or "").partition(":")
         return getattr(importlib.import_module(module), name)
 
@@ -98,50 +95,48 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{argument}: {problem}")
 
 
-def overview(commands: Mapping[str, Command]) -> str:
-    """Return the text that `bmjax --help` shows: every command with its words, required options and summary."""
-    lines = []
-    for command in commands.values():
-        required = [option.usage for option in command.options if option.keywords.get("required")]
-        lines.append(f"  {' '.join([command.name, *command.words, *required]):<34} {command.summary}")
-    return (HELP / "overview.txt").read_text(encoding="utf-8").format(version=__version__, commands="\n".join(lines))
-
-
-def make_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
-    """Return the parser of all commands."""
-    parser = _Parser("bmjax", "bmjax COMMAND CONFIG [key=value ...]", lambda: (overview(commands), ""))
-    parser.add_argument("-V", "--version", action="version", version=f"bmjax {__version__}", help="print the version")
-    subparsers = parser.add_subparsers(dest="command", help=argparse.SUPPRESS)
-    for command in commands.values():
-        program = f"bmjax {command.name}"
-        subparser = subparsers.add_parser(command.name, prog=program, usage=command.usage, texts=command.help_texts)
+def make_parser(commands: Mapping[str, Command], name: str | None = None) -> argparse.ArgumentParser:
+    """Return the parser of a command's options; without a name that of `bmjax` alone, whose help lists the commands."""
+    if name is not None:
+        command = commands[name]
+        parser = _Parser(f"bmjax {name}", command.usage, command.help_texts)
         for row in command.options:
-            subparser.add_argument(*row.flags, **row.keywords)
+            parser.add_argument(*row.flags, **row.keywords)
+        return parser
+
+    def overview() -> tuple[str, str]:
+        lines = []
+        for command in commands.values():
+            required = [option.usage for option in command.options if option.keywords.get("required")]
+            lines.append(f"  {' '.join([command.name, *command.words, *required]):<34} {command.summary}")
+        text = (HELP / "overview.txt").read_text(encoding="utf-8")
+        return text.format(version=__version__, commands="\n".join(lines)), ""
+
+    parser = _Parser("bmjax", "bmjax COMMAND CONFIG [key=value ...]", overview)
+    parser.add_argument("-V", "--version", action="version", version=f"bmjax {__version__}", help="print the version")
     return parser
 
 
-def parse(commands: Mapping[str, Command], arguments: Sequence[str]) -> argparse.Namespace:
-    """Return the options, words and overrides of a command line; `command` is the name, None where there is none.
+def parse(commands: Mapping[str, Command], arguments: Sequence[str]) -> tuple[Command, argparse.Namespace]:
+    """Return the command of a command line, and its options, words and overrides.
 
     Raises UserError, one line, for an unknown command or option and for missing words; SystemExit(0) after --help and
     --version.
     """
-    name = next((word for word in arguments if not word.startswith("-")), None)
-    if name is not None and name not in commands:
+    if arguments[0].startswith("-"):
+        make_parser(commands).parse_known_args(arguments)  # prints the help or the version
+        raise UserError(f"unknown option '{arguments[0].partition('=')[0]}'; see bmjax --help")
+    name, *words = arguments
+    if name not in commands:
         raise UserError(f"unknown command '{name}'{nearest(name, list(commands))}")
-    options, rest = make_parser(commands).parse_known_args(arguments)
-    program = f"bmjax {name}" if name else "bmjax"
-    command = commands.get(name or "")
+    command = commands[name]
+    options, rest = make_parser(commands, name).parse_known_args(words)
     # Everything that is no known option of the command is in `rest`, in order.
-    for word in rest:
-        if word.startswith("-"):
-            flag = word.partition("=")[0]
-            hint = nearest(flag, [spelling for row in (command.options if command else ()) for spelling in row.flags])
-            hint = hint if "did you mean" in hint else ""
-            settings = "settings are given as key=value, " if command and command.overrides else ""
-            raise UserError(f"unknown option '{flag}'; {settings}see {program} --help{hint}")
-    if command is None:
-        return options
+    for flag in (word.partition("=")[0] for word in rest if word.startswith("-")):
+        hint = nearest(flag, [spelling for row in command.options for spelling in row.flags])
+        hint = hint if "did you mean" in hint else ""
+        settings = "settings are given as key=value, " if command.overrides else ""
+        raise UserError(f"unknown option '{flag}'; {settings}see bmjax {name} --help{hint}")
     overrides = []
     missing = list(command.words)
     for word in rest:
@@ -150,9 +145,9 @@ def parse(commands: Mapping[str, Command], arguments: Sequence[str]) -> argparse
         elif command.overrides:
             overrides.append(word)
         else:
-            raise UserError(f"'{word}': a word too many; see {program} --help")
+            raise UserError(f"'{word}': a word too many; see bmjax {name} --help")
     if missing:
         verb = "is" if len(missing) == 1 else "are"
-        raise UserError(f"{program}: {' and '.join(missing)} {verb} missing; see {program} --help")
+        raise UserError(f"bmjax {name}: {' and '.join(missing)} {verb} missing; see bmjax {name} --help")
     options.overrides = overrides
-    return options
+    return command, options

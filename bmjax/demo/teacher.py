@@ -167,7 +167,7 @@ def _read_request(request: Any) -> Request:
     try:
         mistakes = Mistakes.model_validate(request["mistakes"]) if "mistakes" in request else None
     except ValidationError as error:
-        raise BadRequest(f"mistakes: {first_problem(Mistakes, error)}") from None
+        raise BadRequest(f"mistakes: {first_problem(request['mistakes'], error)}") from None
     return Request(last["content"], seed, choices, max_tokens, mistakes)
 
 

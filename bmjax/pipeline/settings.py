@@ -210,4 +210,4 @@ def _changed(base: Training, changes: dict[str, Any], key: str) -> Training:
     try:
         return Training.model_validate(values)
     except ValidationError as error:
-        raise ValueError(f"{key}: {first_problem(Training, error)}") from None
+        raise ValueError(f"{key}: {first_problem(values, error)}") from None

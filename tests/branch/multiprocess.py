@@ -10,9 +10,9 @@ DEVICES = 8
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def start(config: Path, processes: int, *overrides: str, timeout: int = 30) -> list[subprocess.Popen]:

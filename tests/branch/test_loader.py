@@ -34,15 +34,15 @@ def dataset(count: int = 37, seed: int = 0, top: int = 40, vocab: int = 97) -> D
 
 def documents(batch) -> list[tuple[int, list[int], list[int]]]:
     """(document number, its tokens, its mask) of every segment of a batch."""
-    found = []
+    contents = []
     for tokens, segments, mask in zip(batch.tokens, batch.segment_ids, batch.loss_mask, strict=True):
         for segment in range(1, segments.max() + 1):
             at = segments == segment
             mine = tokens[at].tolist()
             assert np.ptp(np.flatnonzero(at)) == at.sum() - 1  # in one piece
-            found.append(((mine[0] - 2) * 10 + mine[1] - 2, mine, mask[at].tolist()))
+            contents.append(((mine[0] - 2) * 10 + mine[1] - 2, mine, mask[at].tolist()))
         assert not tokens[segments == 0].any() and not mask[segments == 0].any()
-    return found
+    return contents
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -68,7 +68,7 @@ def test_rows_of_gsm8k_are_98_percent_full(qwen2_tokenizer):
     """The training set as chat conversations, in rows of 2,048 tokens."""
     file = SHARED / "data" / "gsm8k" / "train.jsonl"
     problems = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    turns = [("", {"prompt": one["question"], "response": one["answer"]}) for one in problems]
+    turns = [("", {"prompt": problem["question"], "response": problem["answer"]}) for problem in problems]
     data = build_dataset(turns, qwen2_tokenizer, chat_template(qwen2_tokenizer, "chatml"), 2048, "error")
     loader = Loader(data, 2048, 8, packing=True, shuffle=True, seed=0)
     assert len(data.examples) == 7473 and sum(len(row) for row in loader.rows) == 7473

@@ -94,9 +94,9 @@ def test_bfloat16_moments_are_rounded_after_every_step():
         want = mu / (1 - 0.9**step) / (np.sqrt(nu / (1 - 0.95**step)) + 1e-8)
         np.testing.assert_allclose(updates["final_norm"]["scale"], want, rtol=1e-5, atol=1e-6)
         mu, nu = (x.astype(np.float32).astype(jnp.bfloat16).astype(np.float64) for x in (mu, nu))
-        found = np.asarray(moments[0].mu["final_norm"]["scale"], np.float64)
-        np.testing.assert_allclose(found, mu, rtol=2**-7, atol=1e-9)
-        mu, nu = found, np.asarray(moments[0].nu["final_norm"]["scale"], np.float64)
+        stored = np.asarray(moments[0].mu["final_norm"]["scale"], np.float64)
+        np.testing.assert_allclose(stored, mu, rtol=2**-7, atol=1e-9)
+        mu, nu = stored, np.asarray(moments[0].nu["final_norm"]["scale"], np.float64)
 
 
 def test_freeze_patterns_split_the_table():

@@ -53,10 +53,10 @@ def wait_for_steps(folder: Path, name: str, steps: int) -> None:
 
 def same_steps(folder: Path, name: str, atol: float) -> None:
     """Every step once, of the same rows, with losses that equal the undisturbed ones'."""
-    want, found = lines(folder, "undisturbed"), lines(folder, name)
-    assert [line["step"] for line in found] == list(range(1, STEPS + 1))
-    assert [line["tokens"] for line in found] == [line["tokens"] for line in want]
-    np.testing.assert_allclose([line["loss"] for line in found], [line["loss"] for line in want], atol=atol, rtol=0)
+    want, metrics = lines(folder, "undisturbed"), lines(folder, name)
+    assert [line["step"] for line in metrics] == list(range(1, STEPS + 1))
+    assert [line["tokens"] for line in metrics] == [line["tokens"] for line in want]
+    np.testing.assert_allclose([line["loss"] for line in metrics], [line["loss"] for line in want], atol=atol, rtol=0)
 
 
 @pytest.fixture(scope="module")
@@ -132,8 +132,10 @@ def test_a_dead_process_is_named_and_stops_the_others(folder):
     code, said = finish(processes[:1], 60)[0]
     assert time.monotonic() - began < 20
     # Gloo notices a closed connection; where the transport just waits, as TPUs' do, the watch speaks.
-    found = re.search("(process 0 of 2: a device or another process failed|process 1 of 2 has not been heard of)", said)
-    assert found and code == (2 if "failed" in found[1] else 1) and "resumes from the newest checkpoint" in said
+    reason = re.search(
+        "(process 0 of 2: a device or another process failed|process 1 of 2 has not been heard of)", said
+    )
+    assert reason and code == (2 if "failed" in reason[1] else 1) and "resumes from the newest checkpoint" in said
 
 
 @pytest.mark.slow
@@ -181,8 +183,8 @@ def test_twenty_kills_lose_and_repeat_nothing(folder):
     assert resumed == sorted(resumed) and len(set(resumed)) > 10 and resumed[-1] < 400
     run(folder, "twenty", 1, *changes)
     keys = ("step", "loss", "grad_norm", "tokens", "learning_rate")
-    want, found = ([[line[key] for key in keys] for line in lines(folder, name)] for name in ("calm", "twenty"))
-    assert found == want and [row[0] for row in found] == list(range(1, 401))
+    want, steps = ([[line[key] for key in keys] for line in lines(folder, name)] for name in ("calm", "twenty"))
+    assert steps == want and [row[0] for row in steps] == list(range(1, 401))
     files = [folder / name / "hf" / "model.safetensors" for name in ("calm", "twenty")]
     assert files[0].read_bytes() == files[1].read_bytes()
 

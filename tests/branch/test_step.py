@@ -108,8 +108,8 @@ def test_a_mesh_of_eight_changes_nothing(once, tied, batch, model, sizes):
     """(data, fsdp, context, tensor); where heads do not suffice for context, the ring is tested, too."""
     _, config, params = build(model)
     mesh = make_mesh(dict(zip(AXES, sizes, strict=True)))
-    found = run(plan(config, mesh=mesh, remat="full"), params, batch)
-    near(once if model == "gqa_untied" else tied, found, atol=1e-5)
+    result = run(plan(config, mesh=mesh, remat="full"), params, batch)
+    near(once if model == "gqa_untied" else tied, result, atol=1e-5)
 
 
 def test_accumulation_on_a_mesh_changes_nothing(once, batch):

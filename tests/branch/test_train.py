@@ -199,10 +199,10 @@ def test_importances_are_mean_squared_gradients(student, train_file, tmp_path):
         model.zero_grad()
         loss.backward()
         squares.append({name: p.grad.numpy() ** 2 for name, p in model.named_parameters()})
-    for name, found in weights(output / "importances").items():
+    for name, importance in weights(output / "importances").items():
         mean = (0.95 * 0.05 * squares[0][name] + 0.05 * squares[1][name]) / (1 - 0.95**2)
         expected = 0.0 if name == "model.norm.weight" else mean
-        np.testing.assert_allclose(found, expected, rtol=1e-2, atol=1e-4 * np.max(mean), err_msg=name)
+        np.testing.assert_allclose(importance, expected, rtol=1e-2, atol=1e-4 * np.max(mean), err_msg=name)
 
 
 def test_bf16_compute_is_near_float32(student, train_file, fifty, tmp_path):

@@ -23,7 +23,7 @@ def inputs(directory, batch):
             module.register_forward_pre_hook(lambda m, x, name=name: seen.setdefault(name, []).append(x[0][0].detach()))
     for tokens, _ in documents(batch):
         network(torch.tensor(tokens[None]).long())
-    return {name: torch.cat(own).double().numpy() for name, own in seen.items()}
+    return {name: torch.cat(rows).double().numpy() for name, rows in seen.items()}
 
 
 def regmean(changes, grams, off_diagonal, ridge):
@@ -35,7 +35,7 @@ def regmean(changes, grams, off_diagonal, ridge):
 
 def test_regmean_is_the_closed_form_over_torchs_activations(models, tmp_path):
     report = dispatch.merge(recipe(models, "regmean", ridge=0.01, steps=0), tmp_path / "out")
-    base, found = tensors(models / "base"), tensors(tmp_path / "out")
+    base, merged = tensors(models / "base"), tensors(tmp_path / "out")
     branches = {name: tensors(models / name) for name in ("a", "b")}
     read = {name: jax.tree.map(lambda *arrays: np.concatenate(arrays), *batches(models, name)[1]) for name in branches}
     seen = {name: inputs(models / name, read[name]) for name in branches}
@@ -48,7 +48,7 @@ def test_regmean_is_the_closed_form_over_torchs_activations(models, tmp_path):
         else:
             expected = start + sum(changes) / 2
         # Two float32 passes through the model stand between the activations.
-        assert np.abs(found[key] - expected).max() <= 2e-5, key
+        assert np.abs(merged[key] - expected).max() <= 2e-5, key
     assert report["kept"] == "start" and set(report["tokens"]) == {"grams", "held_out"}
     assert report["tokens"]["grams"] == sum(batch.real_tokens for batch in read.values())
 
@@ -57,7 +57,7 @@ def test_squares_are_torchs_squared_gradients(models):
     config = ModelConfig.from_dir(models / "a")
     _, read = batches(models, "a", 2)
     params = hf.load_params(models / "a", config, dtype=np.float32)
-    found = contributions.squares(config, params, iter(read), np.float32, "none")
+    squares = contributions.squares(config, params, iter(read), np.float32, "none")
     network = transformers.AutoModelForCausalLM.from_pretrained(models / "a", dtype=torch.float32)
     expected = {name: np.zeros(tuple(p.shape)) for name, p in network.named_parameters()}
     rows = [
@@ -75,18 +75,18 @@ def test_squares_are_torchs_squared_gradients(models):
                 expected[name] += p.grad.double().numpy() ** 2
     for row in spec.table(config):
         for layer, key in enumerate(row.hf_keys()):
-            own = np.asarray(get(found, row.path))[layer] if row.stacked else np.asarray(get(found, row.path))
-            own = own.T if row.transposed else own
-            np.testing.assert_allclose(own, expected[key], rtol=2e-3, atol=1e-5 * expected[key].max(), err_msg=key)
+            square = np.asarray(get(squares, row.path))[layer] if row.stacked else np.asarray(get(squares, row.path))
+            square = square.T if row.transposed else square
+            np.testing.assert_allclose(square, expected[key], rtol=2e-3, atol=1e-5 * expected[key].max(), err_msg=key)
 
 
 def test_fisher_shares_are_a_weighted_mean():
     rng = np.random.default_rng(0)
     plain = [rng.normal(size=(2, 3, 4)) for _ in range(3)]
-    own = [rng.random((2, 3, 4)) for _ in range(3)]
-    own[0][:, 0] = own[1][:, 0] = own[2][:, 0] = 0
-    found = contributions._weighted([jnp.asarray(p) for p in plain], [jnp.asarray(f) for f in own], (1, 2))
-    shares = [f / f.mean((1, 2), keepdims=True) for f in own]
+    squares = [rng.random((2, 3, 4)) for _ in range(3)]
+    squares[0][:, 0] = squares[1][:, 0] = squares[2][:, 0] = 0
+    weighted = contributions._weighted([jnp.asarray(p) for p in plain], [jnp.asarray(f) for f in squares], (1, 2))
+    shares = [f / f.mean((1, 2), keepdims=True) for f in squares]
     total = sum(shares)
     expected = np.where(total > 0, sum(s * 3 * p for s, p in zip(shares, plain, strict=True)) / np.where(total > 0, total, 1), sum(plain))  # fmt: skip # noqa: E501
-    np.testing.assert_allclose(sum(found), expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(sum(weighted), expected, rtol=1e-4, atol=1e-6)

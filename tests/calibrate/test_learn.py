@@ -20,7 +20,7 @@ def test_gradient_of_coefficients_is_the_difference_quotient(models, per):
     calibration, _ = batches(models, "a")
     batch = calibration.joint(0, "learning")
     factors = [learn.coefficients(config, 1.0, per) for _ in parts]
-    nats = lambda own: learn._nats(config, learn.merged(base, parts, own), batch, 2, "float32", "none")  # noqa: E731
+    nats = lambda weights: learn._nats(config, learn.merged(base, parts, weights), batch, 2, "float32", "none")  # noqa: E731
     gradient = jax.grad(nats)(factors)
     rng = np.random.default_rng(0)
     direction = jax.tree.map(lambda k: jnp.asarray(rng.normal(size=k.shape), jnp.float32), factors)

@@ -16,11 +16,11 @@ from tests.conftest import write_student
 
 def test_learning_and_polishing_lower_the_loss(models, tmp_path):
     report = dispatch.merge(recipe(models, steps=12, polish=4, polish_rate=1e-3, learning_rate=0.5), tmp_path / "out")
-    mean = {stage: np.mean(list(own.values())) for stage, own in report["held_out_loss"].items()}
+    mean = {stage: np.mean(list(losses.values())) for stage, losses in report["held_out_loss"].items()}
     assert mean["learned"] < mean["start"] and mean["polished"] < mean["learned"] and report["kept"] == "polished"
-    base, found = tensors(models / "base"), tensors(tmp_path / "out")
-    assert np.array_equal(found["model.embed_tokens.weight"], base["model.embed_tokens.weight"])
-    assert not np.array_equal(found["lm_head.weight"], base["lm_head.weight"])
+    base, merged = tensors(models / "base"), tensors(tmp_path / "out")
+    assert np.array_equal(merged["model.embed_tokens.weight"], base["model.embed_tokens.weight"])
+    assert not np.array_equal(merged["lm_head.weight"], base["lm_head.weight"])
     # The held-out loss is the model's own, as written.
     m = bmjax.load(tmp_path / "out")
     calibration, _ = batches(models, "a")
@@ -42,8 +42,8 @@ def test_what_does_not_help_on_held_out_rows_is_not_kept(models, tmp_path):
 def test_on_a_mesh_it_is_the_same(models, tmp_path):
     for name, mesh in (("one", {}), ("mesh", {"fsdp": 4, "tensor": 2})):
         dispatch.merge(recipe(models, mesh=mesh, batch=2), tmp_path / name)
-    one, mesh = tensors(tmp_path / "one"), tensors(tmp_path / "mesh")
-    assert max(float(np.abs(one[key] - mesh[key]).max()) for key in one) < 2e-4
+    single, mesh = tensors(tmp_path / "one"), tensors(tmp_path / "mesh")
+    assert max(float(np.abs(single[key] - mesh[key]).max()) for key in single) < 2e-4
 
 
 def test_the_commands_are_the_same(models, tmp_path, capsys):
@@ -81,9 +81,9 @@ def test_other_shape_and_nan_name_model_and_tensor(models, tmp_path):
     with pytest.raises(UserError, match=r"tensor 'model.layers.0.mlp.\w+.weight' has shape .* in model 'a'"):
         dispatch.merge(recipe(models) | {"sources": {"base": str(models / "base"), "a": str(other), "b": str(models / "b")}}, tmp_path / "out")  # fmt: skip # noqa: E501
     broken = write_student(tmp_path / "broken")
-    own = tensors(broken)
-    own["model.norm.weight"][3] = np.nan
-    safetensors.numpy.save_file(own, broken / "model.safetensors", {"format": "pt"})
+    weights = tensors(broken)
+    weights["model.norm.weight"][3] = np.nan
+    safetensors.numpy.save_file(weights, broken / "model.safetensors", {"format": "pt"})
     sources = {"base": str(models / "base"), "a": str(broken), "b": str(models / "b")}
     with pytest.raises(UserError, match=r"model 'a': tensor 'model.norm.weight' holds NaN"):
         dispatch.merge(recipe(models) | {"sources": sources}, tmp_path / "out")

@@ -55,9 +55,9 @@ def test_reads_what_the_library_wrote(tmp_path: Path) -> None:
 def test_the_library_reads_what_we_wrote(tmp_path: Path) -> None:
     tensors = random_tensors(1)
     write_all(tmp_path, tensors)
-    found = safetensors.numpy.load_file(tmp_path / "model.safetensors")
-    assert set(found) == set(tensors)
-    assert all(same_bits(found[name], value) for name, value in tensors.items())
+    stored = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+    assert set(stored) == set(tensors)
+    assert all(same_bits(stored[name], value) for name, value in tensors.items())
     with safetensors.safe_open(tmp_path / "model.safetensors", framework="numpy") as file:
         assert file.metadata() == {"format": "pt"}
 

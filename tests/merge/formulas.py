@@ -38,10 +38,10 @@ def exact(method, base, branches, **parameters):
     for name in EACH:
         if name in parameters:
             parameters[name] = np.broadcast_to(np.asarray(parameters[name], np.float64), n)
-    found = FORMULAS[method](base, branches, **parameters)
-    if not isinstance(found, Exact):
-        found = Exact(found, np.zeros(found.shape, bool), [1.0] * n)
-    return Exact(found.value.reshape(shape), found.unsure.reshape(shape), found.kept)
+    result = FORMULAS[method](base, branches, **parameters)
+    if not isinstance(result, Exact):
+        result = Exact(result, np.zeros(result.shape, bool), [1.0] * n)
+    return Exact(result.value.reshape(shape), result.unsure.reshape(shape), result.kept)
 
 
 EACH = ("weight", "density", "gamma", "scale")
@@ -81,9 +81,9 @@ def arc(u, v, t, axis=None):
     angle = 2 * np.arcsin(np.clip(half, 0, 1))
     straight = ~some | (angle < 1e-9) | (angle > 3.1415)
     sine = np.where(straight, 1.0, np.sin(angle))
-    one = np.where(straight, 1 - t, np.sin((1 - t) * angle) / sine)
-    two = np.where(straight, t, np.sin(t * angle) / sine)
-    return one * u + two * v
+    weight_u = np.where(straight, 1 - t, np.sin((1 - t) * angle) / sine)
+    weight_v = np.where(straight, t, np.sin(t * angle) / sine)
+    return weight_u * u + weight_v * v
 
 
 def slerp(base, xs, t=0.5):
@@ -235,8 +235,8 @@ def sparse(elect, select, normalize_default, rescale_default=False):
         weight, density = (np.ones(n) if v is None else v for v in (weight, density))
         changes = task_vectors(base, xs, rebase)
         gamma = np.full(n, 0.01) if gamma is None else gamma
-        found = [select(np.abs(d), p, g) for d, p, g in zip(changes, density, gamma, strict=True)]
-        masks, unsure = [m for m, _ in found], np.any([u for _, u in found], axis=0)
+        selections = [select(np.abs(d), p, g) for d, p, g in zip(changes, density, gamma, strict=True)]
+        masks, unsure = [m for m, _ in selections], np.any([u for _, u in selections], axis=0)
         return weighted(
             base, changes, masks, unsure, weight=weight, lambda_=lambda_, normalize=normalize, elect=elect,
             scales=l1_ratios(changes, masks) if rescale else None,
@@ -339,8 +339,8 @@ def ram(base, xs, epsilon=1e-5, r=0.0, alpha=0.0):
     copies = changed.sum(0)
     total = np.zeros(base.shape)
     for x, k in zip(d, changed, strict=True):
-        shared, own = np.sum(k & (copies > 1)), np.sum(k & (copies == 1))
-        factor = 1 + r * min(shared / max(own, epsilon) if shared else 0.0, alpha)
+        shared, unique = np.sum(k & (copies > 1)), np.sum(k & (copies == 1))
+        factor = 1 + r * min(shared / max(unique, epsilon) if shared else 0.0, alpha)
         total += np.where(k & (copies == 1), factor * x, 0) + np.where(k & (copies > 1), x / np.maximum(copies, 1), 0)
     return Exact(base + total, unsure, [float(k.mean()) for k in changed])
 

@@ -66,7 +66,7 @@ def write_model(folder: Path, values: dict[str, np.ndarray], **config: Any) -> N
 
 def snapshot(root: Path) -> dict[str, tuple[int, int, Any]]:
     """Every entry, links and pipes as such; contents of all but the sparse giants."""
-    found = {}
+    state = {}
     for parent, folders, files in os.walk(root):
         for path in (Path(parent) / name for name in (*folders, *files)):
             about = path.lstat()
@@ -75,8 +75,8 @@ def snapshot(root: Path) -> dict[str, tuple[int, int, Any]]:
                 content = os.readlink(path)
             elif stat.S_ISREG(about.st_mode) and about.st_size < 2**24:
                 content = path.read_bytes()
-            found[str(path.relative_to(root))] = (about.st_mode, about.st_mtime_ns, content)
-    return found
+            state[str(path.relative_to(root))] = (about.st_mode, about.st_mtime_ns, content)
+    return state
 
 
 Prepare = Callable[[Path], Any]
@@ -266,8 +266,8 @@ def folder(name: str) -> Prepare:
 
 def both(*all_of: Prepare) -> Prepare:
     def prepare(root: Path) -> None:
-        for one in all_of:
-            one(root)
+        for step in all_of:
+            step(root)
 
     return prepare
 
@@ -410,18 +410,18 @@ case("overflow of float16", change("math", lambda t: t[UP].fill(1e6)), {**LINEAR
      "overflow float16", check=False)  # fmt: skip
 
 
-def spoil(model: str, tensor: str, place: int, value: float, dtype: Any = np.float32) -> Prepare:
+def spoil(model: str, tensor: str, position: int, value: float, dtype: Any = np.float32) -> Prepare:
     def edit(values: dict[str, np.ndarray]) -> None:
         values[tensor] = values[tensor].astype(dtype)
-        values[tensor].reshape(-1)[place] = value
+        values[tensor].reshape(-1)[position] = value
 
     return change(model, edit)
 
 
 for model in MODELS:
     for tensor in (EMBEDDING, UP, NORM, HEAD):
-        for place, value in ((0, np.nan), (-1, -np.inf)):
-            case(f"{value} in {model} {tensor.split('.')[-2]} {place}", spoil(model, tensor, place, value), TIES,
+        for position, value in ((0, np.nan), (-1, -np.inf)):
+            case(f"{value} in {model} {tensor.split('.')[-2]} {position}", spoil(model, tensor, position, value), TIES,
                  f"model '{model}': tensor '{tensor}' holds NaN or infinity", check=False)  # fmt: skip
 for kind in (ml_dtypes.bfloat16, np.float16, np.float64):
     case(f"NaN of {np.dtype(kind)}", spoil("math", UP, 7, np.nan, kind), TIES, "model 'math'", UP, "NaN", check=False)
@@ -698,13 +698,15 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def prepared(root: Path, one: Case) -> list[str]:
+def prepared(root: Path, mistake: Case) -> list[str]:
     """Makes the case in `root`; the command's arguments."""
-    if one.recipe is not None:
-        (root / "recipe.yaml").write_text(one.recipe if isinstance(one.recipe, str) else yaml.safe_dump(one.recipe))
-    if one.prepare:
-        one.prepare(root)
-    return ["recipe.yaml", one.out, *one.options]
+    if mistake.recipe is not None:
+        (root / "recipe.yaml").write_text(
+            mistake.recipe if isinstance(mistake.recipe, str) else yaml.safe_dump(mistake.recipe)
+        )
+    if mistake.prepare:
+        mistake.prepare(root)
+    return ["recipe.yaml", mistake.out, *mistake.options]
 
 
 def refuse(arguments: list[str], capsys: pytest.CaptureFixture[str], traced: bool = False) -> str:
@@ -734,15 +736,15 @@ def refuse(arguments: list[str], capsys: pytest.CaptureFixture[str], traced: boo
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 @pytest.mark.parametrize("name", CASES)
 def test_refused_in_one_line_with_nothing_written(name, root, capsys):
-    one = CASES[name]
-    arguments = prepared(root, one)
+    mistake = CASES[name]
+    arguments = prepared(root, mistake)
     before = snapshot(root)
     # It takes three times as long.
     traced = any(word in name for word in ("GB", "giant", "2**", "10**", "64"))
-    lines = [refuse([*arguments, "--check"], capsys, traced)] if one.check else []
+    lines = [refuse([*arguments, "--check"], capsys, traced)] if mistake.check else []
     lines.append(refuse(arguments, capsys, traced))
     for line in lines:
-        assert all(part in line for part in one.says), line
+        assert all(part in line for part in mistake.says), line
     assert snapshot(root) == before
 
 
@@ -763,8 +765,8 @@ def test_no_method_merges_what_is_not_finite(method, root, capsys, monkeypatch):
         values["parameters"] = dict.fromkeys(needed, "sure")
         names.append("sure")
     for model in [*names, *(["base"] if about.base == "required" else [])]:
-        for place, value in ((5, np.nan), (-1, np.inf)):
-            arguments = prepared(root, Case(spoil(model, UP, place, value), values, ()))
+        for position, value in ((5, np.nan), (-1, np.inf)):
+            arguments = prepared(root, Case(spoil(model, UP, position, value), values, ()))
             before = snapshot(root)
             assert f"model '{model}': tensor '{UP}' holds NaN or infinity" in refuse(arguments, capsys)
             assert snapshot(root) == before
@@ -776,8 +778,8 @@ def test_no_method_merges_what_is_not_finite(method, root, capsys, monkeypatch):
              "header length 100 GB and there", "index absolute", "out a link to an input", "float64 beyond float32"],
 )  # fmt: skip
 def test_as_a_command_in_little_memory(name, root):
-    one = CASES[name]
-    arguments = prepared(root, one)
+    mistake = CASES[name]
+    arguments = prepared(root, mistake)
     before = snapshot(root)
     start = time.monotonic()
     command = [sys.executable, "-m", "bmjax.merge", *arguments]
@@ -791,7 +793,7 @@ def test_as_a_command_in_little_memory(name, root):
             process.kill()
     assert process.returncode == 2 and out == ""
     assert err.startswith("bmjax: error: ") and err.count("\n") == 1
-    assert all(part in err for part in one.says)
+    assert all(part in err for part in mistake.says)
     assert time.monotonic() - start < 30
     assert snapshot(root) == before
 

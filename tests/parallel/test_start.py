@@ -80,13 +80,13 @@ def test_without_a_cache_directory_nothing_is_kept(tmp_path) -> None:
     assert not list(tmp_path.rglob("*-cache"))
 
 
-@pytest.mark.parametrize(("given", "expected"), [
+@pytest.mark.parametrize(("environment", "expected"), [
     ({}, ["0.95", None]), ({"XLA_CLIENT_MEM_FRACTION": "0.5"}, ["0.5", None]),
     ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}, [None, "0.5"]),
 ])  # fmt: skip
-def test_gpu_memory_is_taken_unless_the_user_set_it(given, expected) -> None:
+def test_gpu_memory_is_taken_unless_the_user_set_it(environment, expected) -> None:
     code = (
         "import os; from bmjax.parallel.start import use_gpu_memory; use_gpu_memory(); "
         "print([os.environ.get(n) for n in ('XLA_CLIENT_MEM_FRACTION', 'XLA_PYTHON_CLIENT_MEM_FRACTION')])"
     )
-    assert output(code, **given) == str(expected)
+    assert output(code, **environment) == str(expected)

@@ -51,13 +51,13 @@ def test_collectives_by_axis(axis, ways):
         )
 
     program = compiled(each, x)
-    found = {one.kind: one for one in program.collectives(mesh)}
-    assert set(found) >= {"all-gather", "all-reduce", "collective-permute"}
-    assert {one.axes for one in found.values()} == {(axis,)}
-    assert found["all-gather"].ways == found["all-reduce"].ways == ways
+    collectives = {collective.kind: collective for collective in program.collectives(mesh)}
+    assert set(collectives) >= {"all-gather", "all-reduce", "collective-permute"}
+    assert {collective.axes for collective in collectives.values()} == {(axis,)}
+    assert collectives["all-gather"].ways == collectives["all-reduce"].ways == ways
     whole, part = 8 * 128 * 4, 8 * 128 * 4 // ways
-    assert found["all-gather"].nbytes == whole and found["all-gather"].sent == whole * (ways - 1) / ways
-    assert found["collective-permute"].sent == part
+    assert collectives["all-gather"].nbytes == whole and collectives["all-gather"].sent == whole * (ways - 1) / ways
+    assert collectives["collective-permute"].sent == part
     assert totals(program.collectives(mesh)).keys() == {axis}
 
 
@@ -90,8 +90,8 @@ def test_collectives_in_a_loop_count_every_time():
     def each(x):
         return jax.shard_map(work, mesh=mesh, in_specs=PartitionSpec("fsdp"), out_specs=PartitionSpec("fsdp"))(x)
 
-    (one,) = compiled(each, x).collectives(mesh)
-    assert one.kind == "collective-permute" and one.times == 7 and one.sent == 7 * 64 * 4
+    (collective,) = compiled(each, x).collectives(mesh)
+    assert collective.kind == "collective-permute" and collective.times == 7 and collective.sent == 7 * 64 * 4
 
 
 TPU = """\
@@ -140,9 +140,9 @@ def test_the_way_tpus_write_it():
     """Loops without a known count, by twos; a product as a convolution; a scattered sum; a kernel of several lines."""
     program = Program(TPU)
     assert program.flops() == 4 * 2 * 32 * 128 * 128
-    (one,) = program.collectives(make_mesh({"fsdp": 4, "tensor": 2}))
-    assert (one.kind, one.axes, one.ways, one.times) == ("reduce-scatter", ("fsdp",), 4, 4)
-    assert one.sent == 4 * 32 * 128 * 4 * 3 / 4
+    (collective,) = program.collectives(make_mesh({"fsdp": 4, "tensor": 2}))
+    assert (collective.kind, collective.axes, collective.ways, collective.times) == ("reduce-scatter", ("fsdp",), 4, 4)
+    assert collective.sent == 4 * 32 * 128 * 4 * 3 / 4
 
 
 def test_combined_collectives_count_all_their_parts():
@@ -152,5 +152,8 @@ def test_combined_collectives_count_all_their_parts():
         "  %go = (f32[32,128]{1,0}, f32[64,128]{1,0}, u32[]{:S(2)}) all-gather-start(%a), replica_groups=[4,2]<=[8]\n"
         "  ROOT %result",
     )
-    found = {one.name: one.nbytes for one in Program(text).collectives(make_mesh({"fsdp": 4, "tensor": 2}))}
-    assert found["pair"] == (64 + 256) * 128 * 4 and found["go"] == 64 * 128 * 4
+    nbytes = {
+        collective.name: collective.nbytes
+        for collective in Program(text).collectives(make_mesh({"fsdp": 4, "tensor": 2}))
+    }
+    assert nbytes["pair"] == (64 + 256) * 128 * 4 and nbytes["go"] == 64 * 128 * 4

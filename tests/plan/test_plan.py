@@ -97,16 +97,16 @@ def test_memory_is_the_programs_own(changes):
 
 def test_arithmetic_and_collectives():
     _, config, _ = build("gqa_untied")
-    found = plan.plan(settings(), config, "cpu:8", CPU, jax.devices())
+    pod_plan = plan.plan(settings(), config, "cpu:8", CPU, jax.devices())
     sizes = {row.name: int(np.prod(row.shape)) for row in spec.table(config) if row.is_matrix}
     layers = sum(size for name, size in sizes.items() if name.startswith("layers/"))
     # 6 a parameter and token, 2 more where layers are recomputed, but for the last matrix; nine products of attention.
     products = 8 * layers - 2 * sizes["layers/mlp/down/kernel"] + 6 * sizes["lm_head/kernel"]
     attention = 9 * 2 * 64 * config.num_layers * config.num_heads * config.head_dim
-    assert found["flops_per_step"] == pytest.approx(8 * 64 * (products + attention), rel=0.02)
-    assert {"fsdp", "tensor"} <= set(found["collective_bytes"])
-    assert found["tokens_per_second_bound"] == pytest.approx(8 * 64 / found["step_seconds_bound"])
-    assert found["bound_by"] in ("arithmetic", "memory", "communication")
+    assert pod_plan["flops_per_step"] == pytest.approx(8 * 64 * (products + attention), rel=0.02)
+    assert {"fsdp", "tensor"} <= set(pod_plan["collective_bytes"])
+    assert pod_plan["tokens_per_second_bound"] == pytest.approx(8 * 64 / pod_plan["step_seconds_bound"])
+    assert pod_plan["bound_by"] in ("arithmetic", "memory", "communication")
 
 
 def test_what_does_not_fit_says_what_to_change():
@@ -118,9 +118,9 @@ def test_what_does_not_fit_says_what_to_change():
         ({"track_move": True}, "track_move: false"),
         ({"track_move": False}, "the number of chips"),
     ]:  # fmt: skip
-        found = plan.plan(settings(**changes), config, "cpu:8", small, jax.devices())
-        assert not found["fits"] and found["change"].startswith(advice), (changes, found["change"])
-        assert any("DOES NOT FIT" in line for line in plan.lines(found, settings(**changes)))
+        pod_plan = plan.plan(settings(**changes), config, "cpu:8", small, jax.devices())
+        assert not pod_plan["fits"] and pod_plan["change"].startswith(advice), (changes, pod_plan["change"])
+        assert any("DOES NOT FIT" in line for line in plan.lines(pod_plan, settings(**changes)))
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -171,9 +171,9 @@ def test_a_small_slice(capsys, tmp_path):
     config = tmp_path / "train.yaml"
     config.write_text("{student: Qwen/Qwen2.5-0.5B, data: x, output: y, seq_len: 2048, batch: 4, mesh: {fsdp: -1}}")
     assert cli.main(["plan", str(config), "--topology", "v5e:2x2", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["fits"] and found["chips"] == 4 and found["hbm_gib"] == CHIPS["v5e"].hbm_gib
-    assert set(found["gib_per_chip"]) == {"parameters", "optimizer", "gradients", "temporaries", "total"}
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["fits"] and printed["chips"] == 4 and printed["hbm_gib"] == CHIPS["v5e"].hbm_gib
+    assert set(printed["gib_per_chip"]) == {"parameters", "optimizer", "gradients", "temporaries", "total"}
 
 
 @needs_libtpu
@@ -182,13 +182,13 @@ def test_two_slices_send_each_other_gradients_once():
     """Between slices goes a chip's share of the gradients there and back, not the weights of every layer."""
     config = plan.student_config("Qwen/Qwen2.5-0.5B")
     chosen = settings(seq_len=512, mesh={"data": 2, "fsdp": -1}, compute_dtype="bfloat16")
-    found = plan.plan(chosen, config, "2xv5e:2x2", *topology_devices("2xv5e:2x2"))
-    assert found["fits"] and found["chips"] == 8
-    between = found["collective_bytes"]["slices"]
+    pod_plan = plan.plan(chosen, config, "2xv5e:2x2", *topology_devices("2xv5e:2x2"))
+    assert pod_plan["fits"] and pod_plan["chips"] == 8
+    between = pod_plan["collective_bytes"]["slices"]
     gradients = 4 * spec.count(config) / 4  # float32, a slice has four chips; half of them goes there, half back
     tied = config.vocab_size * config.hidden_size  # summed twice: as the head, and as the table of the lookup
     assert gradients <= between <= gradients + 1.5 * tied, (between, gradients)
-    assert not any("data" in axes for axes in found["collective_bytes"])
+    assert not any("data" in axes for axes in pod_plan["collective_bytes"])
 
 
 @needs_libtpu
@@ -208,27 +208,32 @@ def test_the_32b_step(topology, seq_len, capfd):
     assert "splash" in text
     weights = {tuple(sorted(row.shape[-2:])) for row in spec.table(config) if row.is_matrix}
     tensor = step_plan.mesh.shape["tensor"]
-    for one in Program(text).collectives(step_plan.mesh):
+    for collective in Program(text).collectives(step_plan.mesh):
         # The head alone, never logits: one side of the vocabulary's size, the other of the width or a part of it.
-        if config.vocab_size // tensor in one.shape or config.vocab_size in one.shape:
-            assert set(one.shape) <= {1, config.vocab_size // tensor, config.vocab_size, config.hidden_size,
-                                      config.hidden_size // step_plan.mesh.shape["fsdp"]}, one  # fmt: skip
-        if one.kind == "all-gather" and one.dtype == "f32":
-            assert tuple(sorted(one.shape[-2:])) not in weights and one.nbytes < 2**22, one
+        if config.vocab_size // tensor in collective.shape or config.vocab_size in collective.shape:
+            assert set(collective.shape) <= {
+                1,
+                config.vocab_size // tensor,
+                config.vocab_size,
+                config.hidden_size,
+                config.hidden_size // step_plan.mesh.shape["fsdp"],
+            }, collective
+        if collective.kind == "all-gather" and collective.dtype == "f32":
+            assert tuple(sorted(collective.shape[-2:])) not in weights and collective.nbytes < 2**22, collective
 
 
 @needs_libtpu
 @pytest.mark.slow
 def test_weak_scaling():
     """From 16 to 256 chips with as many more rows: a chip computes the same, and sends little more."""
-    found = []
+    plans = []
     for topology, chips in (("v5p:2x2x4", 16), ("v5p:4x8x8", 256)):
         mesh = {"data": -1, "fsdp": 16}
         chosen = settings(
             student="Qwen/Qwen2.5-7B", batch=chips, seq_len=4096, compute_dtype="bfloat16", mesh=mesh, remat="full"
         )
-        found.append(plan.plan(chosen, known(chosen.student), topology, *topology_devices(topology)))
-    small, large = (one["flops_per_step"] / one["chips"] for one in found)
+        plans.append(plan.plan(chosen, known(chosen.student), topology, *topology_devices(topology)))
+    small, large = (pod_plan["flops_per_step"] / pod_plan["chips"] for pod_plan in plans)
     assert large == pytest.approx(small, rel=0.02)
-    sent = [sum(one["collective_bytes"].values()) for one in found]
+    sent = [sum(pod_plan["collective_bytes"].values()) for pod_plan in plans]
     assert sent[1] / sent[0] < 1.1

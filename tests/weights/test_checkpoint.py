@@ -33,17 +33,17 @@ def arrays(seed: int = 0) -> dict[str, Any]:
     }
 
 
-def on_device(state: Any, place: Any = None) -> Any:
-    return jax.tree.map(lambda a: jax.device_put(a, place), state)
+def on_device(state: Any, sharding: Any = None) -> Any:
+    return jax.tree.map(lambda a: jax.device_put(a, sharding), state)
 
 
-def abstract(state: Any, place: Any = None) -> Any:
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place or a.sharding), state)
+def abstract(state: Any, sharding: Any = None) -> Any:
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding or a.sharding), state)
 
 
-def assert_exact(found: Any, expected: Any) -> None:
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+def assert_exact(restored: Any, expected: Any) -> None:
+    assert jax.tree.structure(restored) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(expected), strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
@@ -87,8 +87,8 @@ def test_into_another_precision(tmp_path: Path) -> None:
     value = np.random.default_rng(0).standard_normal((16, 8)).astype(np.float32)
     checkpoints = Checkpoints(tmp_path, keep=1, every=1)
     checkpoints.save(1, {"w": jax.device_put(value)}, {})
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    restored, _ = checkpoints.restore(None, {"w": jax.ShapeDtypeStruct((16, 8), jnp.bfloat16, sharding=place)})
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    restored, _ = checkpoints.restore(None, {"w": jax.ShapeDtypeStruct((16, 8), jnp.bfloat16, sharding=device)})
     checkpoints.close()
     assert_exact(restored, {"w": value.astype(jnp.bfloat16)})
 
@@ -152,17 +152,17 @@ def test_leftovers_are_ignored_and_cleared(tmp_path: Path) -> None:
 
 
 def differing(state: Any) -> dict[str, tuple[Any, str]]:
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    extra = jax.ShapeDtypeStruct((2,), jnp.float32, sharding=place)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    extra = jax.ShapeDtypeStruct((2,), jnp.float32, sharding=device)
     shapes = abstract(state)
     params = shapes["params"]
     return {
         "shape": (
-            shapes | {"params": params | {"w": jax.ShapeDtypeStruct((16, 25), jnp.bfloat16, sharding=place)}},
+            shapes | {"params": params | {"w": jax.ShapeDtypeStruct((16, 25), jnp.bfloat16, sharding=device)}},
             r"params/w is bfloat16 \[16, 24\], expected bfloat16 \[16, 25\]",
         ),
         "dtype": (
-            shapes | {"params": params | {"w": jax.ShapeDtypeStruct((16, 24), jnp.int32, sharding=place)}},
+            shapes | {"params": params | {"w": jax.ShapeDtypeStruct((16, 24), jnp.int32, sharding=device)}},
             r"params/w is bfloat16 \[16, 24\], expected int32",
         ),
         "extra": (shapes | {"params": params | {"b": extra}}, r"params/b is absent, expected float32 \[2\]"),
@@ -245,8 +245,8 @@ def check_full(directory: Path, kind: str, message: str) -> None:
     assert "Traceback" not in done.stderr
     assert steps_in(directory) == ["1"]
     checkpoints = Checkpoints(directory, keep=3, every=1)
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    state, meta = checkpoints.restore(None, {"x": jax.ShapeDtypeStruct((1000,), jnp.float32, sharding=place)})
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    state, meta = checkpoints.restore(None, {"x": jax.ShapeDtypeStruct((1000,), jnp.float32, sharding=device)})
     checkpoints.close()
     assert meta == {"n": 1}
     assert np.array_equal(state["x"], np.arange(1000, dtype=np.float32))
@@ -282,9 +282,9 @@ while True:
 
 
 def test_a_kill_never_leaves_a_half(tmp_path: Path) -> None:
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = {"x": jax.ShapeDtypeStruct((300_000,), jnp.float32, sharding=place),
-              "y": jax.ShapeDtypeStruct((5,), jnp.float32, sharding=place)}  # fmt: skip
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = {"x": jax.ShapeDtypeStruct((300_000,), jnp.float32, sharding=device),
+              "y": jax.ShapeDtypeStruct((5,), jnp.float32, sharding=device)}  # fmt: skip
     rng = np.random.default_rng(0)
     seen = 0
     for _ in range(2):

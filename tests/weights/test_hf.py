@@ -126,10 +126,10 @@ def test_import_then_export_is_byte_identical(tmp_path: Path, dtype: str, tied: 
         hf.save_hf(tmp_path / name, params, config, shard_bytes=shard_bytes)
         files = sorted((tmp_path / name).glob("*.safetensors"))
         assert (len(files) > 1) == (name == "shards")
-        found = {key: value for file in files for key, value in safetensors.numpy.load_file(file).items()}
-        assert set(found) == set(tensors)
+        exported = {key: value for file in files for key, value in safetensors.numpy.load_file(file).items()}
+        assert set(exported) == set(tensors)
         for key, value in tensors.items():
-            assert found[key].dtype == value.dtype and found[key].tobytes() == value.tobytes(), key
+            assert exported[key].dtype == value.dtype and exported[key].tobytes() == value.tobytes(), key
         assert json.loads((tmp_path / name / "config.json").read_text())["torch_dtype"] == dtype
 
 
@@ -172,8 +172,8 @@ def test_export_takes_numpy(tmp_path: Path) -> None:
     tensors = raw_checkpoint(tmp_path / "in", dtype="float32")
     params = jax.tree.map(np.asarray, load(tmp_path / "in"))
     hf.save_hf(tmp_path / "out", params, read_hf_config(tmp_path / "in"))
-    found = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
-    assert all(found[key].tobytes() == value.tobytes() for key, value in tensors.items())
+    exported = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
+    assert all(exported[key].tobytes() == value.tobytes() for key, value in tensors.items())
 
 
 def test_mixed_dtypes_are_kept(tmp_path: Path) -> None:
@@ -183,8 +183,8 @@ def test_mixed_dtypes_are_kept(tmp_path: Path) -> None:
             tensors[name] = np.ones(tensors[name].shape, np.float32)
     write_checkpoint(tmp_path / "in", tensors)
     hf.save_hf(tmp_path / "out", load(tmp_path / "in"), read_hf_config(tmp_path / "in"))
-    found = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
-    assert all(found[key].dtype == value.dtype and found[key].tobytes() == value.tobytes()
+    exported = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
+    assert all(exported[key].dtype == value.dtype and exported[key].tobytes() == value.tobytes()
                for key, value in tensors.items())  # fmt: skip
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
@@ -352,9 +352,9 @@ def test_host_memory_holds_the_model_once(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def qwen2_tokenizer() -> Path:
     for parent in Path(__file__).resolve().parents:
-        for place in (parent / "shared", parent.parent / "shared"):
-            if (place / "data" / "qwen2_tokenizer" / "vocab.json").exists():
-                return place / "data" / "qwen2_tokenizer"
+        for folder in (parent / "shared", parent.parent / "shared"):
+            if (folder / "data" / "qwen2_tokenizer" / "vocab.json").exists():
+                return folder / "data" / "qwen2_tokenizer"
     pytest.skip("the Qwen2 tokenizer is not here")
 
 
@@ -407,8 +407,8 @@ def test_an_export_may_replace_its_own_source(tmp_path: Path) -> None:
     tensors = raw_checkpoint(tmp_path / "in")
     small_tokenizer().save_pretrained(tmp_path / "in")
     hf.save_hf(tmp_path / "in", load(tmp_path / "in"), read_hf_config(tmp_path / "in"), side_files=tmp_path / "in")
-    found = safetensors.numpy.load_file(tmp_path / "in" / "model.safetensors")
-    assert all(found[key].tobytes() == value.tobytes() for key, value in tensors.items())
+    exported = safetensors.numpy.load_file(tmp_path / "in" / "model.safetensors")
+    assert all(exported[key].tobytes() == value.tobytes() for key, value in tensors.items())
     assert hf.load_tokenizer(tmp_path / "in") is not None
 
 
@@ -489,9 +489,9 @@ def test_loading_15b_takes_at_most_1_gib_extra(tmp_path: Path) -> None:
         "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads, "rope_theta": 1e6,
         "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "tie_word_embeddings": True, "hidden_act": "silu",
     }))  # fmt: skip
-    found = json.loads(subprocess.run(
+    memory = json.loads(subprocess.run(
         [sys.executable, "-c", LOADING, str(tmp_path)], check=True, capture_output=True, text=True, timeout=600
     ).stdout)  # fmt: skip
     shutil.rmtree(tmp_path)  # 3 GB
-    assert 1.0 <= found["held"] / (4 * spec.count(config)) < 1.001  # norms and biases lie on every device
-    assert found["above"] <= 2**30, found
+    assert 1.0 <= memory["held"] / (4 * spec.count(config)) < 1.001  # norms and biases lie on every device
+    assert memory["above"] <= 2**30, memory

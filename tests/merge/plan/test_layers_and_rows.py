@@ -37,12 +37,12 @@ def test_a_frankenmerge_stacks_layers(models):
         ],
     }
     report = merge(recipe, "out")
-    found = load_file("out/model.safetensors")
+    merged = load_file("out/model.safetensors")
     for number, (model, source) in enumerate([(MATH, 0), (MATH, 1), (MATH, 2), (CODE, 1), (CODE, 2)]):
         for key, value in layer(model, source).items():
-            np.testing.assert_array_equal(found[f"model.layers.{number}.{key}"], value)
-    np.testing.assert_array_equal(found[EMBED], MATH[EMBED])
-    np.testing.assert_array_equal(found["model.norm.weight"], CODE["model.norm.weight"])
+            np.testing.assert_array_equal(merged[f"model.layers.{number}.{key}"], value)
+    np.testing.assert_array_equal(merged[EMBED], MATH[EMBED])
+    np.testing.assert_array_equal(merged["model.norm.weight"], CODE["model.norm.weight"])
     assert json.loads((models / "out/config.json").read_text())["num_hidden_layers"] == 5
     assert report["total"]["merged"]["models"].keys() == {"math", "code"}
     assert "passthrough" in (models / "out/README.md").read_text()
@@ -56,9 +56,9 @@ def test_slices_of_two_models_with_a_gradient(models):
         "parameters": {"t": [{"filter": "mlp", "value": [0, 1]}, {"value": 0}]},
     }
     merge(recipe, "out")
-    found = load_file("out/model.safetensors")
+    merged = load_file("out/model.safetensors")
     for number in range(3):
-        for key, value in layer(found, number).items():
+        for key, value in layer(merged, number).items():
             expected = (MATH, None, CODE)[number] if "mlp" in key else MATH
             if expected is not None:
                 np.testing.assert_allclose(value, layer(expected, number)[key], atol=1e-7, err_msg=key)
@@ -75,11 +75,11 @@ def test_a_step_between_slices_is_not_written(models):
         ]
     }  # fmt: skip
     report = merge(recipe, "out")
-    found = load_file("out/model.safetensors")
+    merged = load_file("out/model.safetensors")
     for key in layer(MATH, 2):
         mean = (layer(MATH, 2)[key] + layer(CODE, 2)[key].astype(np.float64)) / 2
-        np.testing.assert_allclose(layer(found, 0)[key], mean, atol=1e-8)
-        np.testing.assert_array_equal(layer(found, 1)[key], layer(BACKBONE, 0)[key])
+        np.testing.assert_allclose(layer(merged, 0)[key], mean, atol=1e-8)
+        np.testing.assert_array_equal(layer(merged, 1)[key], layer(BACKBONE, 0)[key])
     assert set(report["total"]) == {"size", "mean", "out"}
     assert [p.name for p in models.iterdir() if p.is_dir()].count("mean") == 0
 
@@ -95,13 +95,13 @@ def test_other_vocabulary_sizes(models, rows):
     lines = []
     recipe = {"merge_method": "task_arithmetic", "base_model": "backbone", "models": ["other", "code"]}
     merge(recipe, "out", log=lines.append)
-    found = load_file("out/model.safetensors")
+    merged = load_file("out/model.safetensors")
     for key in (EMBED, HEAD):
         base = BACKBONE[key].astype(np.float64)
         change = np.zeros_like(base)
         shared = min(rows, len(base))
         change[:shared] = other[key][:shared] - base[:shared]
-        np.testing.assert_allclose(found[key], base + change + (CODE[key] - base), atol=1e-7)
+        np.testing.assert_allclose(merged[key], base + change + (CODE[key] - base), atol=1e-7)
     assert any("rows" in line and "other" in line for line in lines), lines
 
 

@@ -5,12 +5,14 @@ from tests.merge.plan_helpers import EMBED, HEAD, names, planned, soup, tensors
 
 def test_one_untied_model_makes_the_result_untied(save):
     tied = save("tied", tensors(head=False), tie_word_embeddings=True)
-    own = save("own", tensors(seed=1), tie_word_embeddings=False)
-    for base, other in (("tied", "own"), ("own", "tied")):
-        result = planned({"merge_method": "task_arithmetic", "base_model": base, "models": [other]}, tied=tied, own=own)
+    untied = save("untied", tensors(seed=1), tie_word_embeddings=False)
+    for base, other in (("tied", "untied"), ("untied", "tied")):
+        result = planned(
+            {"merge_method": "task_arithmetic", "base_model": base, "models": [other]}, tied=tied, untied=untied
+        )
         head = result.nodes[-1]
         assert head.name == HEAD and head.shape == (6, 4)
-        assert {model: source.tensor for model, source in head.inputs.items()} == {"tied": EMBED, "own": HEAD}
+        assert {model: source.tensor for model, source in head.inputs.items()} == {"tied": EMBED, "untied": HEAD}
         assert result.config_changes == ({"tie_word_embeddings": False} if base == "tied" else {})
         assert any("'tied' is tied" in note for note in result.notes)
 
@@ -24,11 +26,11 @@ def test_tied_models_stay_tied_with_an_untied_config(save):
 
 
 def test_a_tied_step_read_beside_an_untied_model(save):
-    models = {name: save(name, tensors(head=name == "own", seed=i)) for i, name in enumerate(("a", "b", "own"))}
-    steps = [{**soup("a", "b"), "name": "mid"}, soup("mid", "own")]
+    models = {name: save(name, tensors(head=name == "untied", seed=i)) for i, name in enumerate(("a", "b", "untied"))}
+    steps = [{**soup("a", "b"), "name": "mid"}, soup("mid", "untied")]
     head = planned({"steps": steps}, **models).nodes[-1]
     assert head.name == HEAD and head.inputs["mid"].node.name == EMBED
-    assert list(head.files()) == [("a", EMBED), ("b", EMBED), ("own", HEAD)]
+    assert list(head.files()) == [("a", EMBED), ("b", EMBED), ("untied", HEAD)]
 
 
 def test_a_head_that_copies_the_embedding_counts_as_tied(save):

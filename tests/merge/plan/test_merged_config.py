@@ -4,9 +4,9 @@ from tests.merge.plan_helpers import planned, soup, tensors
 def test_the_text_model_inside_a_config(save):
     inner = {"num_hidden_layers": 4, "tie_word_embeddings": True, "layer_types": ["a", "b", "c", "d"]}
     tied = save("tied", tensors(head=False), text_config=inner)
-    own = save("own", tensors(seed=1))
-    sources = [{"model": m, "layer_range": [1, 3]} for m in ("tied", "own")]
-    result = planned({"merge_method": "linear", "slices": [{"sources": sources}]}, tied=tied, own=own)
+    untied = save("untied", tensors(seed=1))
+    sources = [{"model": m, "layer_range": [1, 3]} for m in ("tied", "untied")]
+    result = planned({"merge_method": "linear", "slices": [{"sources": sources}]}, tied=tied, untied=untied)
     assert result.config_changes == {
         "text_config": {"num_hidden_layers": 2, "tie_word_embeddings": False, "layer_types": ["b", "c"]}
     }

@@ -43,7 +43,7 @@ def merge_rows(recipe):
     recipe = read_recipe(recipe)
     checkpoints = {name: open_checkpoint(name) for name in recipe.inputs}
     planned = plan(recipe, checkpoints)
-    found = {}
+    seen = {}
     for node in planned.nodes:
         if node.name not in (EMBED, HEAD):
             continue
@@ -57,8 +57,8 @@ def merge_rows(recipe):
                 lent = [checkpoints[m].read(t)[at] for m, t, at in others]
                 array[i] = stored[row] if row >= 0 else np.mean(lent, axis=0) if lent else 0
             assert np.ptp(array, axis=1).max() == 0
-            found[node.name, name] = array[:, 0].tolist()
-    return planned, found
+            seen[node.name, name] = array[:, 0].tolist()
+    return planned, seen
 
 
 def tokens_of(folder):
@@ -77,15 +77,15 @@ def test_union(make, tmp_path):
     tokens = planned.vocabulary.tokens
     assert {t: tokens[t] for t in ("u", "x", "y", "<s>")} == {"u": 0, "x": 1, "y": 2, "<s>": 3}
     assert set(tokens) == {"u", "x", "y", "<s>", "z", "q", "<t>"} and planned.vocabulary.size == 7
-    own = {"a": {"u": 0, "x": 1, "y": 2, "<s>": 3}, "b": {"u": 100, "y": 101, "z": 102, "<s>": 103, "<t>": 104},
-           "c": {"u": 200, "z": 201, "x": 202, "q": 203}}  # fmt: skip
+    token_ids = {"a": {"u": 0, "x": 1, "y": 2, "<s>": 3}, "b": {"u": 100, "y": 101, "z": 102, "<s>": 103, "<t>": 104},
+                 "c": {"u": 200, "z": 201, "x": 202, "q": 203}}  # fmt: skip
     for token, i in tokens.items():
         # mergekit: the base's row if it has the token, else the mean of those that have it.
-        having = [own[m][token] for m in "abc" if token in own[m]]
-        default = own["a"].get(token, sum(having) / len(having))
+        having = [token_ids[m][token] for m in "abc" if token in token_ids[m]]
+        default = token_ids["a"].get(token, sum(having) / len(having))
         for m in "abc":
-            assert rows[EMBED, m][i] == own[m].get(token, default), (token, m)
-            assert rows[HEAD, m][i] == -own[m].get(token, default), (token, m)
+            assert rows[EMBED, m][i] == token_ids[m].get(token, default), (token, m)
+            assert rows[HEAD, m][i] == -token_ids[m].get(token, default), (token, m)
     assert planned.config_changes == {"vocab_size": 7}
     assert "the tokenizer of 'a' gets 3 tokens more" in planned.notes
 
@@ -159,8 +159,8 @@ def test_rules_of_single_tokens(make):
     planned, rows = merge_rows(soup("a", "b", tokenizer={"source": "union", "tokens": tokens}))
     ids = planned.vocabulary.tokens
     assert sorted(ids) == ["new", "newer", "u", "x", "y", "z", "zero"]
-    found = {token: (rows[EMBED, "a"][i], rows[EMBED, "b"][i]) for token, i in ids.items()}
-    assert found == {
+    rows_of_token = {token: (rows[EMBED, "a"][i], rows[EMBED, "b"][i]) for token, i in ids.items()}
+    assert rows_of_token == {
         "u": (0, 100), "x": (101, 101), "y": (2, 0), "z": (2, 102), "new": (102, 102), "newer": (0, 0), "zero": (0, 0),
     }  # fmt: skip
     assert "1 tokens have a row in no model; theirs are zeros" in planned.notes

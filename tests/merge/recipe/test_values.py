@@ -13,8 +13,8 @@ def number(value):
     return float(value)
 
 
-def value(given, check=number):
-    return simplify("t", parse("t", given, check))
+def value(text, check=number):
+    return simplify("t", parse("t", text, check))
 
 
 def test_a_plain_number_stays_one():
@@ -91,9 +91,9 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_values(name):
-    given, message = BAD[name]
+    text, message = BAD[name]
     with pytest.raises(UserError) as error:
-        value(given)
+        value(text)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 

@@ -40,13 +40,13 @@ def test_norms_cosines_and_conflicts(models, tmp_path):
     base, (a, b) = models
     report = merge({"merge_method": "task_arithmetic", "base_model": "base", "models": ["a", "b"]}, "out")
     da, db = (x.astype(np.float64) - base for x in (a, b))
-    found = report["total"]["merged"]
-    assert found["cosines"]["a, b"] == pytest.approx(
+    total = report["total"]["merged"]
+    assert total["cosines"]["a, b"] == pytest.approx(
         np.sum(da * db) / np.linalg.norm(da) / np.linalg.norm(db), abs=1e-5
     )
-    assert found["models"]["a"]["delta_norm"] == pytest.approx(np.linalg.norm(da), rel=1e-5)
-    assert found["moved_norm"] == pytest.approx(np.linalg.norm(da + db), rel=1e-4)
-    assert found["sign_conflicts"] == np.mean(da * db < 0)
+    assert total["models"]["a"]["delta_norm"] == pytest.approx(np.linalg.norm(da), rel=1e-5)
+    assert total["moved_norm"] == pytest.approx(np.linalg.norm(da + db), rel=1e-4)
+    assert total["sign_conflicts"] == np.mean(da * db < 0)
 
 
 def test_names_are_shown_and_not_obeyed(models, tmp_path):
@@ -87,11 +87,11 @@ def test_compat_takes_the_other_tools_mask(tmp_path, monkeypatch):
         report = merge({**recipe, "dtype": dtype}, f"out-{dtype}")
         importance = textbook(b, w, kind)
         expected = mask(importance) & (b != w)
-        found = open_checkpoint(tmp_path / f"out-{dtype}").read("w").astype(np.float32) != b
+        kept_mask = open_checkpoint(tmp_path / f"out-{dtype}").read("w").astype(np.float32) != b
         # In float32 the KL is rounding noise that any other order of a sum changes.
-        assert dtype == "float32" or jaccard(found, expected) > 0.9
-        assert jaccard(found, fusion_mask(b, w)) < 0.9
-        assert report["total"]["merged"]["models"]["a"]["kept"] == pytest.approx(found.mean(), abs=1e-6)
+        assert dtype == "float32" or jaccard(kept_mask, expected) > 0.9
+        assert jaccard(kept_mask, fusion_mask(b, w)) < 0.9
+        assert report["total"]["merged"]["models"]["a"]["kept"] == pytest.approx(kept_mask.mean(), abs=1e-6)
 
 
 def test_masks_of_the_textbook_formula_differ(models, tmp_path, monkeypatch):
@@ -104,6 +104,6 @@ def test_masks_of_the_textbook_formula_differ(models, tmp_path, monkeypatch):
     assert noisy < 0.35 and both / either == pytest.approx(noisy, abs=0.05)
     monkeypatch.setattr(stream, "SAMPLE", 2**15)
     report = merge({"merge_method": "arcee_fusion", "base_model": "base", "models": ["a"]}, "out")
-    found = report["total"]["merged"]["mask_jaccard_of_textbook"]
-    assert found["bfloat16"] < 0.35 and found["float32"] < 0.95
+    jaccards = report["total"]["merged"]["mask_jaccard_of_textbook"]
+    assert jaccards["bfloat16"] < 0.35 and jaccards["float32"] < 0.95
     assert "agrees with this one (Jaccard)" in (tmp_path / "out/README.md").read_text()
