@@ -16,8 +16,7 @@ from bmjax.io.atomic import replacing
 from bmjax.io.safetensors import Checkpoint, open_checkpoint
 from bmjax.log import Log
 from bmjax.merge.engine import files
-from bmjax.merge.engine.chunks import CHUNK
-from bmjax.merge.engine.journal import block_digest, digest
+from bmjax.merge.engine.chunks import CHUNK, block_digest, digest
 from bmjax.merge.recipe.recipe import Recipe, Step, read_recipe
 from bmjax.merge.recipe.tokenizer import write_chat_template
 from bmjax.merge.report.card import write_card

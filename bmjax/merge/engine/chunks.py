@@ -6,7 +6,7 @@ are worked on by a pool of threads, each of which reads, computes and writes, so
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -18,7 +18,7 @@ import xxhash
 from bmjax.config import UserError
 from bmjax.merge.engine import passes
 from bmjax.merge.engine.quantile import BracketSearch
-from bmjax.merge.engine.tensor import BlockTensor, Rows, at
+from bmjax.merge.engine.tensor import BlockTensor, at, block_of
 from bmjax.merge.methods.method import Block, Kernel, Operand
 from bmjax.merge.recipe.recipe import Recipe, Step
 
@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Chunk(Rows):
+class Chunk:
     """Consecutive rows of a tensor, and `height` with the padding.
 
     start, count: first flat index and number of its entries, without padding.
@@ -42,19 +42,20 @@ class Chunk(Rows):
     height: int
 
     def of(self, per_row: np.ndarray) -> np.ndarray:
+        """Return the part of an array [..., rows of the tensor, n] that belongs to these rows, padded."""
         part = per_row[..., self.rows, :]
         padding = self.height - part.shape[-2]
         return np.pad(part, [(0, 0)] * (part.ndim - 2) + [(0, padding), (0, 0)]) if padding else part
 
 
 @dataclass(frozen=True)
-class Sample(Rows):
+class Sample:
     """Rows picked over the whole tensor, of each `width` columns from the column in `first` on."""
 
     rows: np.ndarray
     first: np.ndarray
     width: int
-    index: None = None
+    index: None = None  # nothing is kept of a sample
     start: int = 0
 
     def of(self, per_row: np.ndarray) -> np.ndarray:
@@ -72,19 +73,16 @@ class Geometry:
     @classmethod
     def of(cls, shape: Sequence[int], by_row: bool) -> "Geometry":
         """Cut a tensor of this shape. by_row: rows are the tensor's own, its last axis; a vector is one row."""
-        size = math.prod(shape)
         columns = (shape[-1] if shape else 1) if by_row else COLUMNS
         whole = max(1, CHUNK // columns)
-        return cls(size, columns, 1 << (whole.bit_length() - 1))
+        return cls(math.prod(shape), columns, 1 << (whole.bit_length() - 1))
 
     @property
     def rows(self) -> int:
-        """How many rows there are, the last one perhaps not full."""
         return -(-self.size // self.columns)
 
     @property
     def count(self) -> int:
-        """How many chunks there are."""
         return -(-self.rows // self.chunk_rows)
 
     def chunk(self, i: int) -> Chunk:
@@ -94,6 +92,16 @@ class Geometry:
         start = first * self.columns
         count = min(self.chunk_rows * self.columns, self.size - start)
         return Chunk(i, start, count, slice(first, first + rows), low if rows <= low else self.chunk_rows)
+
+
+def block_digest(data: np.ndarray) -> bytes:
+    """Return the checksum of one block."""
+    return xxhash.xxh3_128_digest(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
+
+
+def digest(blocks: Iterable[bytes]) -> str:
+    """Return the checksum of data from those of its blocks, as hexadecimal digits."""
+    return xxhash.xxh3_128_hexdigest(b"".join(blocks))
 
 
 class StoredTensor:
@@ -108,13 +116,16 @@ class StoredTensor:
 
     def read_chunk(self, chunk: Chunk, columns: int) -> np.ndarray:
         """Read a chunk [height, columns], padded with zeros; float64 becomes float32."""
-        out = aligned((chunk.height, columns), self.dtype)
-        flat = out.reshape(-1)
+        # JAX takes over without a copy what has an address that is a multiple of 64.
+        size = chunk.height * columns
+        raw = np.empty(size * self.dtype.itemsize + 64, np.uint8)
+        offset = -raw.__array_interface__["data"][0] % 64  # a tenth of the time of raw.ctypes.data
+        flat = raw[offset : offset + size * self.dtype.itemsize].view(self.dtype)
         self.read(chunk.start, flat[: chunk.count])
         flat[chunk.count :] = 0
         if chunk.index not in self.digests:
-            self.digests[chunk.index] = xxhash.xxh3_128_digest(flat[: chunk.count].view(np.uint8).data)
-        return _at_most_float32(out)
+            self.digests[chunk.index] = block_digest(flat[: chunk.count])
+        return _at_most_float32(flat.reshape(chunk.height, columns))
 
     def check_finite(self, geometry: Geometry) -> None:
         """Raise UserError where the tensor holds NaN or infinity."""
@@ -127,14 +138,6 @@ class StoredTensor:
                     f"model '{self.model}': tensor '{self.tensor}' holds NaN or infinity; "
                     "the file or the training run is broken"
                 )
-
-
-def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Return an empty array that JAX can take over without a copy: its address is a multiple of 64."""
-    nbytes = math.prod(shape) * dtype.itemsize
-    raw = np.empty(nbytes + 64, np.uint8)
-    offset = -raw.__array_interface__["data"][0] % 64  # a tenth of the time of raw.ctypes.data
-    return raw[offset : offset + nbytes].view(dtype).reshape(shape)
 
 
 def _at_most_float32(array: np.ndarray) -> np.ndarray:
@@ -151,20 +154,17 @@ class ChunkCache:
     def map(self, work: Callable[[Chunk], T]) -> list[T]:
         """Call `work` on every chunk, in parallel. Returns the results in order."""
         chunks = [self.geometry.chunk(i) for i in range(self.geometry.count)]
-        if len(chunks) == 1:
-            return [work(chunks[0])]
-        return list(self._pool.map(work, chunks))
+        return list(self._pool.map(work, chunks)) if len(chunks) > 1 else [work(chunks[0])]
 
     def load(self, tensor: StoredTensor, rows: Chunk | Sample) -> np.ndarray:
         """Read some rows of a stored tensor."""
         if isinstance(rows, Sample):
             return self._load_sample(tensor, rows)
-        key = (tensor, rows.index)
-        array = self._arrays.get(key)
+        array = self._arrays.get((tensor, rows.index))
         if array is None:
             array = tensor.read_chunk(rows, self.geometry.columns)
             if self.keep:
-                self._arrays[key] = array
+                self._arrays[tensor, rows.index] = array
         return array
 
     def _load_sample(self, tensor: StoredTensor, sample: Sample) -> np.ndarray:
@@ -185,27 +185,6 @@ class ChunkCache:
             entries = self.load(tensor, g.chunk(i)).reshape(-1).view(bits.dtype)
             bits[inside] = entries[starts[:, None] + across]
         return bits.view(stored)
-
-
-class PackedMasks(Operand):
-    """Bool arrays that a kernel gives, kept as bits between passes if `keep`, else computed again.
-
-    It does not hold its view, which holds it: all that is kept of a tensor would wait for the garbage collector.
-    """
-
-    def __init__(self, keep: bool, kernel: Kernel, operands: Sequence[Any], static: passes.Static) -> None:
-        self._keep, self._kernel, self._operands, self._static = keep, kernel, operands, static
-        self._bits: dict[int, tuple[np.ndarray, tuple[int, ...]]] = {}
-
-    def at(self, x: Block, rows: Rows) -> list[np.ndarray]:
-        if rows.index in self._bits:
-            bits, shape = self._bits[rows.index]
-            return list(np.unpackbits(bits, count=math.prod(shape)).view(np.bool_).reshape(shape))
-        arrays = passes.values(self._kernel, self._static)(x, at(self._operands, x, rows))
-        masks = np.stack([np.asarray(mask) for mask in arrays])
-        if self._keep and rows.index is not None:
-            self._bits[rows.index] = (np.packbits(masks), masks.shape)
-        return list(masks)
 
 
 class StepRows(NamedTuple):
@@ -246,9 +225,7 @@ class View(BlockTensor):
                 return self._cache.load(source, rows)
             return source.compute(rows, results).leaf
 
-        base = None if self.step.base is None else load(self.step.base)
-        models = {name: load(model) for name, model in self.step.named.items()}
-        return passes.block(base, [load(model) for model in self.step.branches], models, rows.start)
+        return block_of(self.step, {model: load(model) for model in self.step.reads}, rows.start)
 
     def compute(self, rows: Chunk | Sample, results: dict["View", StepRows]) -> StepRows:
         """Compute the step's result at `rows`, once for all that use the same `results`."""
@@ -273,25 +250,39 @@ class View(BlockTensor):
     def sort_rows(array: Any) -> np.ndarray:
         return np.sort(np.asarray(array), axis=-1)
 
-    def masks(self, kernel: Kernel, *operands: Any, **static: Any) -> PackedMasks:
-        keep = self.branches * self.size // 8 <= self._mask_bytes
-        return PackedMasks(keep, kernel, operands, passes.static(static))
+    def masks(self, kernel: Kernel, *operands: Any, **static: Any) -> Operand:
+        """Keep the kernel's bool arrays as bits between passes where memory allows, else compute them again."""
+        # The operand does not hold this view, which will hold it: all that is kept of a tensor would wait for the
+        # garbage collector.
+        program, keep = passes.values(kernel, **static), self.branches * self.size // 8 <= self._mask_bytes
+        packed: dict[int, tuple[np.ndarray, tuple[int, ...]]] = {}
+
+        def masks_of(x: Block, rows: Chunk | Sample) -> list[np.ndarray]:
+            if rows.index in packed:
+                bits, shape = packed[rows.index]
+                return list(np.unpackbits(bits, count=math.prod(shape)).view(np.bool_).reshape(shape))
+            masks = np.stack([np.asarray(mask) for mask in program(x, at(operands, x, rows))])
+            if keep and rows.index is not None:
+                packed[rows.index] = (np.packbits(masks), masks.shape)
+            return list(masks)
+
+        return masks_of
 
     def order_statistics(
         self, kernel: Kernel, ranks: Sequence[Sequence[int]], *operands: Any, **static: Any
     ) -> list[np.ndarray]:
-        keywords, geometry = passes.static(static), self._cache.geometry
+        geometry = self._cache.geometry
 
         def arrays(rows: Chunk | Sample) -> list[np.ndarray]:
             x = self.block(rows, {})
-            return [np.asarray(a) for a in passes.values(kernel, keywords)(x, at(operands, x, rows))]
+            return [np.asarray(a) for a in passes.values(kernel, **static)(x, at(operands, x, rows))]
 
         if self.size <= SAMPLE and geometry.count == 1:
             flat = [a.reshape(-1)[: self.size] for a in arrays(geometry.chunk(0))]
             return [np.partition(f, list(r))[list(r)] for f, r in zip(flat, ranks, strict=True)]
         # Rows of an earlier step's result are alike within themselves: a sample of them says less.
         search = BracketSearch(self.size, ranks, arrays(self._quantile_sample()), 1.0 if self._stored else 4.0)
-        program = passes.brackets(kernel, keywords, search.arrays)
+        program = passes.brackets(kernel, search.arrays, **static)
 
         def work(x: Block, chunk: Chunk) -> tuple[list[np.ndarray], np.ndarray]:
             # Of the counts < low, <= low and <= high, padding is in the last one where there is no upper end.
@@ -312,7 +303,7 @@ class View(BlockTensor):
         if g.rows < rows:
             return []
         sample = Sample((2 * np.arange(rows) + 1) * g.rows // (2 * rows), np.zeros(rows, np.int64), g.columns)
-        return [np.asarray(array) for array in passes.values(kernel, ())(self.block(sample, {}), [])]
+        return [np.asarray(array) for array in passes.values(kernel)(self.block(sample, {}), [])]
 
     def _quantile_sample(self) -> Sample:
         """Pick a sample of one size for all tensors, because each is a compilation.

@@ -9,29 +9,18 @@ import math
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 
 from bmjax.io.safetensors import SharedWriter
-from bmjax.merge.engine.chunks import CHUNK
+from bmjax.merge.engine.chunks import CHUNK, block_digest, digest
 from bmjax.merge.report.statistics import Stats, TensorStats
 
 NAME = "merge_journal.jsonl"
 _KEYS = {"name", "digest", "block", "sources", "stats"}
-
-
-def digest(blocks: Iterable[bytes]) -> str:
-    """Return the checksum of data from those of its blocks, as hexadecimal digits."""
-    return xxhash.xxh3_128_hexdigest(b"".join(blocks))
-
-
-def block_digest(data: np.ndarray) -> bytes:
-    """Return the checksum of one block."""
-    return xxhash.xxh3_128_digest(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
 
 
 def clear(folder: Path, keep: Sequence[Path] = ()) -> None:

@@ -17,13 +17,6 @@ from jax import lax
 from bmjax.merge.engine.quantile import add_pairs
 from bmjax.merge.methods.method import Block, Kernel
 
-Static = tuple[tuple[str, Any], ...]
-
-
-def static(keywords: Mapping[str, Any]) -> Static:
-    """Return keywords as a key of the cache of programs."""
-    return tuple(sorted(keywords.items()))
-
 
 def block(base: Any, branches: Sequence[Any], models: Mapping[str, Any], start: int = 0) -> Block:
     """Make a block of stored arrays whose first entry has the flat index `start`."""
@@ -32,7 +25,7 @@ def block(base: Any, branches: Sequence[Any], models: Mapping[str, Any], start: 
 
 @functools.cache
 def values(
-    kernel: Kernel, keywords: Static, reorder: bool = False, then: Callable[[Any], Any] | None = None
+    kernel: Kernel, reorder: bool = False, then: Callable[[Any], Any] | None = None, /, **static: Any
 ) -> Callable[..., Any]:
     """Compile (block, operands) -> what the kernel gives, or what `then` makes of it.
 
@@ -40,35 +33,31 @@ def values(
     """
 
     def run(x: Block, operands: Sequence[Any]) -> Any:
-        result = kernel(_float32(x), *operands, **dict(keywords))
+        result = kernel(_float32(x), *operands, **static)
         return result if then is None else then(result)
 
     return _compiled(run, reorder)
 
 
-def row_sums(kernel: Kernel, keywords: Static) -> Callable[..., jax.Array]:
+def row_sums(kernel: Kernel, **static: Any) -> Callable[..., jax.Array]:
     """Compile (block, operands) -> the row sums of every array, float32 [K, rows], or int32 of bool arrays."""
-    return values(kernel, keywords, True, _sum_rows)
+    return values(kernel, True, _sum_rows, **static)
 
 
-def column_sums(kernel: Kernel, keywords: Static) -> Callable[..., jax.Array]:
+def column_sums(kernel: Kernel, **static: Any) -> Callable[..., jax.Array]:
     """Compile (block, operands) -> the column sums of every array of the kernel, float32 [K, 1, columns]."""
-    return values(kernel, keywords, False, _sum_columns)
+    return values(kernel, False, _sum_columns, **static)
 
 
 @functools.cache
 def lookup() -> Callable[..., jax.Array]:
     """Compile (values [rows, columns], columns) -> the values in those columns of their rows."""
-
     # A program of its own, because inside a loop with other work a lookup keeps that from being vector code.
-    def run(values: jax.Array, columns: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(values, columns, axis=-1, mode="clip")
-
-    return _compiled(run)
+    return _compiled(functools.partial(jnp.take_along_axis, axis=-1, mode="clip"))
 
 
 @functools.cache
-def brackets(kernel: Kernel, keywords: Static, owners: tuple[int, ...]) -> Callable[..., Any]:
+def brackets(kernel: Kernel, owners: tuple[int, ...], /, **static: Any) -> Callable[..., Any]:
     """Compile (block, operands, valid, low [B], high [B]) -> (values, inside, counts).
 
     owners: of which of the kernel's K arrays a bracket is. valid: entries before the padding. values: the K arrays.
@@ -78,7 +67,7 @@ def brackets(kernel: Kernel, keywords: Static, owners: tuple[int, ...]) -> Calla
 
     def run(x: Block, operands: Sequence[Any], valid: Any, low: jax.Array, high: jax.Array) -> Any:
         # Padding is infinite: it lies below nothing but a bracket without an upper end.
-        arrays = [_valid(a, valid, np.inf) for a in kernel(_float32(x), *operands, **dict(keywords))]
+        arrays = [_valid(a, valid, np.inf) for a in kernel(_float32(x), *operands, **static)]
         inside, tests = [jnp.zeros(a.shape, jnp.bool_) for a in arrays], []
         for i, k in enumerate(owners):
             inside[k] |= (arrays[k] > low[i]) & (arrays[k] < high[i])
@@ -89,14 +78,14 @@ def brackets(kernel: Kernel, keywords: Static, owners: tuple[int, ...]) -> Calla
 
 
 @functools.cache
-def leaves(kernel: Kernel, keywords: Static, dtype: Any) -> Callable[..., Any]:
+def leaves(kernel: Kernel, dtype: Any, /, **static: Any) -> Callable[..., Any]:
     """Compile (block, operands) -> (leaf in `dtype`, packed masks of what is kept).
 
     Branch b's mask is bit b % 8 of uint8 array b // 8. There are none where all is kept.
     """
 
     def run(x: Block, operands: Sequence[Any]) -> Any:
-        leaf, kept = kernel(_float32(x), *operands, **dict(keywords))
+        leaf, kept = kernel(_float32(x), *operands, **static)
         # Packed, because every output is computed from the start: one more, not one for each branch.
         masks = [] if kept is None else [kept[b : b + 8] for b in range(0, len(kept), 8)]
         packed = [functools.reduce(jnp.bitwise_or, [m.astype(jnp.uint8) << i for i, m in enumerate(g)]) for g in masks]
@@ -143,15 +132,13 @@ def _options(reorder: bool) -> dict[str, Any] | None:
         return None
     options: dict[str, Any] = {"xla_cpu_experimental_ynn_fusion_type": ""}
     if reorder:
-        options |= {f"xla_cpu_{name}": True for name in _FAST}
+        fast = ("enable_fast_math", "fast_math_honor_nans", "fast_math_honor_infs", "fast_math_honor_division")
+        options |= {f"xla_cpu_{name}": True for name in fast}
     try:
         jax.jit(lambda x: x, compiler_options=options).lower(np.float32(0)).compile()
     except Exception:  # whatever a version raises for an option that it does not know
         return None
     return options
-
-
-_FAST = ("enable_fast_math", "fast_math_honor_nans", "fast_math_honor_infs", "fast_math_honor_division")
 
 
 def _float32(x: Block) -> Block:

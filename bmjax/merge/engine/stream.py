@@ -15,8 +15,19 @@ import numpy as np
 
 from bmjax.config import UserError
 from bmjax.io.safetensors import Checkpoint, Reader, SharedWriter, TensorInfo
-from bmjax.merge.engine.chunks import CHUNK, SAMPLE, Chunk, ChunkCache, Geometry, StepRows, StoredTensor, View
-from bmjax.merge.engine.journal import Journal, block_digest, digest
+from bmjax.merge.engine.chunks import (
+    CHUNK,
+    SAMPLE,
+    Chunk,
+    ChunkCache,
+    Geometry,
+    StepRows,
+    StoredTensor,
+    View,
+    block_digest,
+    digest,
+)
+from bmjax.merge.engine.journal import Journal
 from bmjax.merge.engine.quantile import NotFiniteError
 from bmjax.merge.methods.arcee_fusion import agreement, three_importances
 from bmjax.merge.plan.nodes import Node, TensorSource

@@ -49,7 +49,7 @@ def arcee_fusion(
     else:
         static["form"] = "small"
         operands = [t.rows(row_kls, reorder=True, **static)]
-        if t.highest(operands[0], -1) > 0:
+        if operands[0].array[-1].max() > 0:
             static["form"] = "any"
             operands = [t.rows(row_kls, **static)]
     ranks = [rank(q, t.size) for q in (0.25, 0.5, 0.75)]

@@ -20,7 +20,6 @@ import functools
 import inspect
 import math
 import typing
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, Protocol
@@ -49,16 +48,21 @@ class Block(NamedTuple):
     start: Any
 
 
-class Operand(ABC):
-    """A run-time input of kernels that is more than numbers: passes of a `Tensor` return it, later passes take it."""
-
-    @abstractmethod
-    def at(self, x: Block, rows: Any) -> Any:
-        """Return what a kernel gets with the block `x`. rows: which rows of the tensor the block holds."""
-
-
 Masks = Sequence[Array]
 Kernel = Callable[..., Any]
+# A run-time input of kernels that is more than numbers: passes of a `Tensor` return it, later passes take it. Called
+# with a block and the rows of the tensor that the block holds, it gives what a kernel gets.
+Operand = Callable[[Block, Any], Any]
+
+
+@dataclass(frozen=True)
+class PerRow:
+    """An operand: an array [..., rows of the tensor, n], of which a kernel gets the rows of its block."""
+
+    array: Any
+
+    def __call__(self, x: Block, rows: Any) -> Any:
+        return rows.of(self.array)
 
 
 class Merged(NamedTuple):
@@ -92,25 +96,22 @@ class Tensor(Protocol):
     rounded_to: str | None
 
     def sums(self, kernel: Kernel, *operands: Any, **static: Any) -> np.ndarray:
-        """Return the sum over all entries of each array of the kernel: float64 [K], rows summed in float32."""
+        """Return the sum over all entries of each array of the kernel: float64 [K], rows summed in float32.
 
-    def counts(self, kernel: Kernel, *operands: Any, **static: Any) -> list[int]:
-        """Return how many entries of each bool array of the kernel are true, exactly."""
+        Of a bool array it is how many entries are true, exactly.
+        """
 
     def columns(self, kernel: Kernel, *operands: Any, **static: Any) -> Operand:
         """Return the sum over rows of each array of the kernel, float32 [K, 1, columns]."""
 
-    def rows(self, kernel: Kernel, *operands: Any, reorder: bool = False, **static: Any) -> Operand:
-        """Return what the kernel gives for every row, [..., rows, 1]. Later passes see their rows of it.
+    def rows(self, kernel: Kernel, *operands: Any, reorder: bool = False, **static: Any) -> PerRow:
+        """Return what the kernel gives for every row, [..., rows, 1].
 
         reorder: the kernel's sums may be taken in any order. Twice as fast where rows are long.
         """
 
-    def highest(self, rows: Any, index: int) -> float:
-        """Return the largest number of what `rows` gave at `index` of its first axis."""
-
-    def whole(self, kernel: Kernel, *operands: Any, **static: Any) -> Operand:
-        """Return what the kernel gives for all rows at once, [rows, columns]. Later passes see their rows of it.
+    def whole(self, kernel: Kernel, *operands: Any, **static: Any) -> PerRow:
+        """Return what the kernel gives for all rows at once, [rows, columns].
 
         The one pass whose memory grows with the tensor, for what cannot be computed in parts.
         """

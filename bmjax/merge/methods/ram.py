@@ -24,7 +24,7 @@ def ramplus_tl(
 ) -> Merged:
     """RAM+ (tensor level), arXiv 2601.13572: as ram, but an entry that one model alone changed gets its change times
     1 + r * clip(shared / own, 0, alpha), from how many of the model's changed entries are shared and its own."""
-    counts = t.counts(_changed, epsilon)
+    counts = t.sums(_changed, epsilon)
     pairs = zip(counts[0::2], counts[1::2], strict=True)
     ratios = [shared / max(unshared, epsilon) if shared else 0.0 for shared, unshared in pairs]
     return t.map(_merge, epsilon, [1.0 + r * min(ratio, alpha) for ratio in ratios])

@@ -25,7 +25,7 @@ def sce(
     """
     limit = 0.0
     if select_topk < 1:
-        (varied,) = t.counts(_varied)
+        (varied,) = t.sums(_varied)
         k = int(select_topk * varied)
         # Compilers round a sum of squares this way or that: a little below, or the last entry itself would be left out.
         limit = float(t.order_statistics(_variance, [[t.size - k]])[0][0]) * (1.0 - 2.0**-20) if k else np.inf
