@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from bmjax.config import UserError
+from bmjax.io.rows import read_rows
 from bmjax.io.safetensors import open_checkpoint
 from bmjax.log import Log, silent
 from bmjax.merge.plan.check import check as check_plan
 from bmjax.merge.plan.nodes import plan
 from bmjax.merge.plan.output import check_space, check_target, locate, tokenizer_directory
 from bmjax.merge.recipe.recipe import Recipe, read_recipe
+from bmjax.model.config import ModelConfig
 
 
 def merge(
@@ -29,22 +31,9 @@ def merge(
     log: Log | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, Any]:
-    """Merge the recipe's models into the Hugging Face directory `output`.
+    """Merge the recipe's models into a Hugging Face directory. Arguments, result and errors are those of `bmjax.merge`.
 
-    Arguments:
-        recipe: a recipe, a YAML file, or the mapping that one holds.
-        output: must not exist or be empty, unless `overwrite`; is never an input. It appears whole, or not at all.
-        overrides: `key.sub=value`, of a file or mapping.
-        shard_bytes: the largest file of weights.
-        memory: bytes for the file engine's buffers; changes no result.
-        log: gets one line a remark.
-        progress: of the file engine; is called with (bytes of inputs done, bytes in all, tensor name).
-
-    Returns:
-        what `output`/merge_report.json holds.
-
-    Raises:
-        UserError: for anything that a user can mend; `output` is then as it was.
+    progress: of the file engine; is called with (bytes of inputs done, bytes in all, tensor name).
     """
     from bmjax.merge.engine import files  # loads jax, which a check does not need
 
@@ -92,8 +81,16 @@ def _refuse_memory(recipe: Recipe, memory: int | None) -> None:
 
 
 def _check_steps(recipe: Recipe, directories: Mapping[str, Path]) -> None:
-    from bmjax.calibrate import run
-
+    """Raise a UserError for what a step that looks at data would refuse, known without reading a tensor."""
     for step in recipe.steps:
-        if step.calibration is not None:
-            run.check_step(step, directories[recipe.donor_of(step.donor)])
+        if step.calibration is None:
+            continue
+        # The base's directory, or that of the model that its config comes from.
+        config = ModelConfig.from_dir(directories[recipe.donor_of(step.donor)])
+        if step.calibration.seq_len > config.max_length:
+            raise UserError(
+                f"step '{step.name}': seq_len: {step.calibration.seq_len} is more than the base's context of "
+                f"{config.max_length} tokens; lower it"
+            )
+        for name, rows in zip(step.branches, step.data, strict=True):
+            next(read_rows(rows, f"models.{name}.data"))

@@ -13,17 +13,15 @@ from bmjax.calibrate import data
 from bmjax.calibrate.contributions import Tree, contributions
 from bmjax.calibrate.learn import coefficients, held_out_losses, learn, merged, polish
 from bmjax.config import UserError
-from bmjax.io.rows import read_rows
 from bmjax.log import Log
 from bmjax.merge.engine import passes
-from bmjax.merge.recipe.calibration import CalibrationSettings
 from bmjax.merge.recipe.recipe import Step
-from bmjax.merge.report.statistics import Stats
+from bmjax.merge.report.statistics import Stats, TensorStats
 from bmjax.model import spec
-from bmjax.model.config import ModelConfig, read_hf_config
+from bmjax.model.config import ModelConfig
 from bmjax.model.spec import get
 from bmjax.parallel.mesh import make_mesh
-from bmjax.weights import hf
+from bmjax.weights import hf, student
 
 
 def merge_step(
@@ -35,40 +33,29 @@ def merge_step(
     seed: int,
     shard_bytes: float,
     log: Log,
-) -> tuple[dict[str, Stats], dict[str, Any]]:
+) -> tuple[dict[str, TensorStats], dict[str, Any]]:
     """Carry out a step and write its result as a Hugging Face directory.
 
     The models and their contributions are in memory, float32, sharded over the mesh. What is learned is kept only if it
     lowers the mean over domains of the held-out loss, and so are the polishing steps.
 
-    Arguments:
-        directories: of every model that the step reads.
-        output: the directory to write.
-        dtype: what is written.
-        seed: which documents are drawn and held out, and their order.
-        log: gets a line for what was learned and not kept.
-
-    Returns:
-        (statistics of every tensor, the further keys of merge_report.json: held_out_loss, kept, tokens)
-
-    Raises:
-        UserError: for rows that cannot be read, too few of them, NaN or infinity in a model.
+    directories: of every model that the step reads. seed: which documents are drawn and held out, and their order.
+    log: gets a line for what was learned and not kept. Returns the statistics of every tensor, and the further keys of
+    merge_report.json: held_out_loss, kept, tokens. UserError for bad rows, and NaN or infinity in a model.
     """
-    p, base_directory = _settings(step), directories[str(step.base)]
-    config = ModelConfig.from_dir(base_directory)
-    tokenizer = hf.load_tokenizer(base_directory)
-    if tokenizer is None:
-        raise UserError(f"{base_directory}: no tokenizer files (tokenizer.json or vocab.json); the data needs them")
+    assert step.calibration is not None
+    p = step.calibration
+    opened = student.open(directories[str(step.base)], template=p.template, purpose="calibration")
+    config = opened.config
     mesh = make_mesh(p.mesh)
     with jax.set_mesh(mesh):
         # The rows, the models, and each model's part in the mean of the changes.
-        calibration = data.read(step, p, seed, tokenizer, config.vocab_size, base_directory, mesh)
-        base, *branches = (hf.load_params(directories[n], config, mesh, dtype=np.float32) for n in step.reads)
-        for name, tree in zip(step.reads, [base, *branches], strict=True):
-            _check_finite(name, tree, config)
-        stats = _statistics_of_changes(step.branches, config, base, branches)
+        calibration = data.read(step, p, seed, opened, mesh)
+        trees = {name: hf.load_params(directories[name], config, mesh, dtype=np.float32) for name in step.reads}
+        sums = _sums_of_changes(config, trees)
+        base, *branches = trees.values()
         parts = contributions(config, base, branches, calibration, p)
-        del branches
+        del trees, branches
         # What is made of them: the start, learned coefficients, polished weights.
         factors = [coefficients(config, p.start, p.per) for _ in parts]
         params, kept = merged(base, parts, factors), "start"
@@ -92,87 +79,62 @@ def merge_step(
             candidate = polish(config, params, parts, calibration, p)
             if is_better("polished", candidate):
                 params, kept = candidate, "polished"
-        stats = _with_result(stats, config, base, params, parts, factors)
+        stats = _statistics(step, config, sums, base, params, parts, factors)
         hf.save_hf(
-            output, params, read_hf_config(base_directory), side_files=base_directory, dtype=np.dtype(jnp.dtype(dtype)),
+            output, params, opened.hf_config, side_files=opened.directory, dtype=np.dtype(jnp.dtype(dtype)),
             shard_bytes=shard_bytes,
         )  # fmt: skip
     by_stage = {stage: dict(zip(step.branches, values, strict=True)) for stage, values in losses.items()}
     return stats, {"held_out_loss": by_stage, "kept": kept, "tokens": calibration.tokens}
 
 
-def check_step(step: Step, base_directory: Path) -> None:
-    """Raise a UserError for what `merge_step` would refuse, known without reading a tensor.
+def _sums_of_changes(config: ModelConfig, trees: Mapping[str, Tree]) -> dict[str, np.ndarray]:
+    """Return by tensor the sums that `Stats.of` takes, without a result. trees: the base first, by model.
 
-    base_directory: of the base, or of the model that its config comes from.
+    Raises UserError where a model holds NaN or infinity.
     """
-    p, config = _settings(step), ModelConfig.from_dir(base_directory)
-    if p.seq_len > config.max_length:
-        raise UserError(
-            f"step '{step.name}': seq_len: {p.seq_len} is more than the base's context of {config.max_length} tokens; "
-            "lower it"
-        )
-    for name, rows in zip(step.branches, step.data, strict=True):
-        next(read_rows(rows, f"models.{name}.data"))
-
-
-def _settings(step: Step) -> CalibrationSettings:
-    assert step.calibration is not None
-    return step.calibration
-
-
-def _check_finite(name: str, tree: Tree, config: ModelConfig) -> None:
+    sums_of_tensor: dict[str, np.ndarray] = {}
     for row in spec.table(config):
-        if not bool(jnp.isfinite(leaf := get(tree, row.path)).all()):
-            layers = jnp.isfinite(leaf).all(tuple(range(1, leaf.ndim))) if row.stacked else jnp.zeros(1, bool)
-            key = row.hf_keys()[int(jnp.argmin(layers))]
-            raise UserError(f"model '{name}': tensor '{key}' holds NaN or infinity; the training run is broken")
-
-
-def _statistics_of_changes(
-    names: Sequence[str], config: ModelConfig, base: Tree, branches: Sequence[Tree]
-) -> dict[str, Stats]:
-    """Return by tensor the norms, products and conflicts of the models' changes, as the file engine measures them."""
-    stats: dict[str, Stats] = {}
-    for row in spec.table(config):
-        count = len(row.hf_keys())
-        base_rows, *branch_rows = (_rows(get(tree, row.path)) for tree in (base, *branches))
-        sums = passes.statistics()(passes.block(base_rows, branch_rows, {}), base_rows, [])
+        keys, leaves = row.hf_keys(), {name: get(tree, row.path) for name, tree in trees.items()}
+        for name, leaf in leaves.items():
+            if not bool(jnp.isfinite(leaf).all()):
+                layers = jnp.isfinite(leaf).all(tuple(range(1, leaf.ndim))) if row.stacked else jnp.zeros(1, bool)
+                key = keys[int(jnp.argmin(layers))]
+                raise UserError(f"model '{name}': tensor '{key}' holds NaN or infinity; the training run is broken")
+        # Rows of one layer stay together.
+        base, *branches = (leaf.reshape(-1, leaf.shape[-1]) for leaf in leaves.values())
+        sums = passes.statistics()(passes.block(base, branches, {}), base, [])
         # [K, layers]: row sums in float32, their sum in float64.
-        totals = np.concatenate([np.asarray(s, np.float64).reshape(len(s), count, -1).sum(-1) for s in sums])
-        size = base_rows.size // count
-        stats |= {key: Stats.of(size, names, totals[:, i]) for i, key in enumerate(row.hf_keys())}
-    return stats
+        totals = np.concatenate([np.asarray(s, np.float64).reshape(len(s), len(keys), -1).sum(-1) for s in sums])
+        sums_of_tensor |= zip(keys, totals.T, strict=True)
+    return sums_of_tensor
 
 
-def _rows(leaf: jax.Array) -> jax.Array:
-    """Return a leaf [..., n] as rows [rows, n]; rows of one layer stay together."""
-    return leaf.reshape(-1, leaf.shape[-1])
-
-
-def _with_result(
-    stats: Mapping[str, Stats],
+def _statistics(
+    step: Step,
     config: ModelConfig,
+    sums: Mapping[str, np.ndarray],
     base: Tree,
     params: Tree,
     parts: Sequence[Tree],
     factors: Sequence[Tree],
-) -> dict[str, Stats]:
-    """Return the statistics with how far the result moved, and with what each model gave to it."""
-    complete: dict[str, Stats] = {}
+) -> dict[str, TensorStats]:
+    """Return by tensor the models' changes, how far the result moved, and what each model gave to it."""
+    stats: dict[str, TensorStats] = {}
     for row in spec.table(config):
         start, result = (np.asarray(get(tree, row.path), np.float64) for tree in (base, params))
         scales = [np.broadcast_to(np.asarray(get(tree, row.path), np.float64), row.shape) for tree in factors]
         contributed = [scale * np.asarray(get(tree, row.path)) for tree, scale in zip(parts, scales, strict=True)]
         for i, key in enumerate(row.hf_keys()):
             at = (i,) if row.stacked else ()
-            complete[key] = replace(
-                stats[key],
-                moved=float(np.sum((result[at] - start[at]) ** 2)),
-                kept=np.array([np.count_nonzero(part[at]) for part in contributed], np.float64),
-                weighted=(
-                    np.array([np.sum(part[at] ** 2) for part in contributed]),
-                    np.array([np.sum(scale[at]) for scale in scales]),
-                ),
-            )
-    return complete
+            squares, shares = [np.sum(part[at] ** 2) for part in contributed], [np.sum(scale[at]) for scale in scales]
+            changes = Stats.of(start[at].size, step.branches, sums[key])
+            stats[key] = {
+                step.name: replace(
+                    changes,
+                    moved=float(np.sum((result[at] - start[at]) ** 2)),
+                    kept=np.array([np.count_nonzero(part[at]) for part in contributed], np.float64),
+                    weighted=(np.array(squares), np.array(shares)),
+                )
+            }
+    return stats

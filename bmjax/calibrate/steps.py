@@ -4,8 +4,8 @@ A step that looks at data has its models as directories. Earlier steps that it r
 step reads it, are written in float32 inside the output's temporary directory, which vanishes whatever happens.
 """
 
-import json
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +16,8 @@ from bmjax.io.atomic import replacing
 from bmjax.io.safetensors import Checkpoint, open_checkpoint
 from bmjax.log import Log
 from bmjax.merge.engine import files
-from bmjax.merge.engine.chunks import CHUNK, block_digest, digest
+from bmjax.merge.engine.chunks import CHUNK, block_digest, digest, digest_of_tensors
 from bmjax.merge.recipe.recipe import Recipe, Step, read_recipe
-from bmjax.merge.recipe.tokenizer import write_chat_template
-from bmjax.merge.report.card import write_card
 from bmjax.merge.report.statistics import merge_report, report, source_entry
 from bmjax.weights.hf import stored_dtype
 
@@ -54,8 +52,9 @@ def merge_steps(
                     step, models, target, dtype=dtype if step is last else "float32", seed=recipe.seed,
                     shard_bytes=shard_bytes, log=log,
                 )  # fmt: skip
-                summary = report(replace(recipe, steps=(step,)), {name: {step.name: s} for name, s in stats.items()})
-                details = {**details, **results, "tokens": _add(details.get("tokens", {}), results["tokens"])}
+                summary = report(replace(recipe, steps=(step,)), stats)
+                counts = Counter(details.get("tokens", {})) + Counter(results["tokens"])
+                details = {**details, **results, "tokens": dict(counts)}
             elif step is last or step.name in read_with_data:
                 streamed = _until(recipe, step, temporary)
                 if step is not last:
@@ -67,8 +66,10 @@ def merge_steps(
             else:
                 continue  # a later step of the file engine reads it in memory
             temporary[step.name] = target
-            for part, entries in statistics.items():
-                _merge_entries(entries, summary[part] if part != "total" else {"": summary["total"]})
+            statistics["total"] |= summary["total"]
+            for part in ("tensors", "layers"):
+                for name, by_step in summary[part].items():
+                    statistics[part].setdefault(name, {}).update(by_step)
         for path in temporary[last.name].iterdir():
             path.rename(folder / path.name)
         shutil.rmtree(work)
@@ -77,14 +78,10 @@ def merge_steps(
         for name in recipe.inputs:
             if name not in sources:
                 model = open_checkpoint(inputs[name])
-                sources[name] = source_entry(recipe, name, model, _checksum(_checksums(model)))
+                sources[name] = source_entry(recipe, name, model, digest_of_tensors(_checksums(model)))
         types = {info.numpy_dtype.name for info in written.tensors.values()}
-        statistics["total"] = statistics["total"][""]
         result = merge_report(recipe, sources, _checksums(written), sorted(types), statistics) | details
-        if recipe.chat_template is not None:
-            write_chat_template(folder, recipe.chat_template)
-        (folder / files.REPORT).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        write_card(folder, recipe, result)
+        files.finish(folder, recipe, result)
     return result
 
 
@@ -112,16 +109,6 @@ def _until(recipe: Recipe, step: Step, temporary: Mapping[str, Path]) -> Recipe:
     return replace(recipe, steps=steps, sources=sources, notes=(), tokenizer=None, chat_template=None)
 
 
-def _merge_entries(entries: dict[str, Any], more: Mapping[str, Mapping[str, Any]]) -> None:
-    """Add what a step did to `entries`: by tensor or layer, by step."""
-    for name, by_step in more.items():
-        entries.setdefault(name, {}).update(by_step)
-
-
-def _add(counts: Mapping[str, int], more: Mapping[str, int]) -> dict[str, int]:
-    return {name: counts.get(name, 0) + more.get(name, 0) for name in {**counts, **more}}
-
-
 def _checksums(model: Checkpoint) -> dict[str, str]:
     """Return the checksum of every tensor, by name, as the file engine computes it."""
     checksums = {}
@@ -129,7 +116,3 @@ def _checksums(model: Checkpoint) -> dict[str, str]:
         flat = model.read(name).reshape(-1)
         checksums[name] = digest(block_digest(flat[i : i + CHUNK]) for i in range(0, max(1, len(flat)), CHUNK))
     return checksums
-
-
-def _checksum(checksums: Mapping[str, str]) -> str:
-    return digest(f"{name}\0{checksums[name]}\n".encode() for name in sorted(checksums))

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -17,9 +17,10 @@ import xxhash
 
 from bmjax.config import UserError
 from bmjax.merge.engine import passes
-from bmjax.merge.engine.quantile import BracketSearch
+from bmjax.merge.engine.quantile import bracket_search
 from bmjax.merge.engine.tensor import BlockTensor, at, block_of
-from bmjax.merge.methods.method import Block, Kernel, Operand
+from bmjax.merge.methods.kernels import Block, Kernel
+from bmjax.merge.methods.method import Operand
 from bmjax.merge.recipe.recipe import Recipe, Step
 
 CHUNK = 2**20  # entries
@@ -62,38 +63,6 @@ class Sample:
         return per_row[..., self.rows, :]
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """How a tensor of `size` entries is cut: `count` chunks of `chunk_rows` rows of `columns`, the last one padded."""
-
-    size: int
-    columns: int
-    chunk_rows: int
-
-    @classmethod
-    def of(cls, shape: Sequence[int], by_row: bool) -> "Geometry":
-        """Cut a tensor of this shape. by_row: rows are the tensor's own, its last axis; a vector is one row."""
-        columns = (shape[-1] if shape else 1) if by_row else COLUMNS
-        whole = max(1, CHUNK // columns)
-        return cls(math.prod(shape), columns, 1 << (whole.bit_length() - 1))
-
-    @property
-    def rows(self) -> int:
-        return -(-self.size // self.columns)
-
-    @property
-    def count(self) -> int:
-        return -(-self.rows // self.chunk_rows)
-
-    def chunk(self, i: int) -> Chunk:
-        """Return which rows chunk `i` has. Chunks have two heights at most, because each is a compilation."""
-        first = i * self.chunk_rows
-        rows, low = min(self.chunk_rows, self.rows - first), max(1, self.chunk_rows // 4)
-        start = first * self.columns
-        count = min(self.chunk_rows * self.columns, self.size - start)
-        return Chunk(i, start, count, slice(first, first + rows), low if rows <= low else self.chunk_rows)
-
-
 def block_digest(data: np.ndarray) -> bytes:
     """Return the checksum of one block."""
     return xxhash.xxh3_128_digest(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
@@ -102,6 +71,11 @@ def block_digest(data: np.ndarray) -> bytes:
 def digest(blocks: Iterable[bytes]) -> str:
     """Return the checksum of data from those of its blocks, as hexadecimal digits."""
     return xxhash.xxh3_128_hexdigest(b"".join(blocks))
+
+
+def digest_of_tensors(checksums: Mapping[str, str]) -> str:
+    """Return one checksum of tensors from those of each, by name."""
+    return digest(f"{tensor}\0{checksums[tensor]}\n".encode() for tensor in sorted(checksums))
 
 
 class StoredTensor:
@@ -127,10 +101,9 @@ class StoredTensor:
             self.digests[chunk.index] = block_digest(flat[: chunk.count])
         return _at_most_float32(flat.reshape(chunk.height, columns))
 
-    def check_finite(self, geometry: Geometry) -> None:
+    def check_finite(self, chunks: Sequence[Chunk]) -> None:
         """Raise UserError where the tensor holds NaN or infinity."""
-        for i in range(geometry.count):
-            chunk = geometry.chunk(i)
+        for chunk in chunks:
             out = np.empty(chunk.count, self.dtype)
             self.read(chunk.start, out)
             if not np.isfinite(out.astype(np.float32)).all():
@@ -145,16 +118,32 @@ def _at_most_float32(array: np.ndarray) -> np.ndarray:
 
 
 class ChunkCache:
-    """Reads one tensor's inputs chunk by chunk. keep: keep the chunks that were read for the passes that follow."""
+    """Cuts a tensor's rows into chunks, and reads the tensor's inputs chunk by chunk.
 
-    def __init__(self, geometry: Geometry, pool: Executor, keep: bool) -> None:
-        self.geometry, self.keep, self._pool = geometry, keep, pool
+    columns: of a row. rows: how many there are, the last one perhaps not full. chunk_rows: of a chunk. chunks: all.
+    """
+
+    def __init__(self, shape: Sequence[int], by_row: bool, pool: Executor, keep: bool) -> None:
+        """by_row: rows are the tensor's own, its last axis; a vector is one row. keep: what is read, for later passes.
+
+        Chunks have two heights at most, because each is a compilation.
+        """
+        size = math.prod(shape)
+        self.size, self.columns = size, (shape[-1] if shape else 1) if by_row else COLUMNS
+        self.rows = -(-size // self.columns)
+        self.chunk_rows = height = 1 << (max(1, CHUNK // self.columns).bit_length() - 1)
+        self.chunks: list[Chunk] = []
+        for first in range(0, self.rows, height):
+            rows, low, start = min(height, self.rows - first), max(1, height // 4), first * self.columns
+            count = min(height * self.columns, size - start)
+            part = slice(first, first + rows)
+            self.chunks.append(Chunk(len(self.chunks), start, count, part, low if rows <= low else height))
+        self.keep, self._pool = keep, pool
         self._arrays: dict[tuple[StoredTensor, int], np.ndarray] = {}
 
     def map(self, work: Callable[[Chunk], T]) -> list[T]:
         """Call `work` on every chunk, in parallel. Returns the results in order."""
-        chunks = [self.geometry.chunk(i) for i in range(self.geometry.count)]
-        return list(self._pool.map(work, chunks)) if len(chunks) > 1 else [work(chunks[0])]
+        return list(self._pool.map(work, self.chunks)) if len(self.chunks) > 1 else [work(self.chunks[0])]
 
     def load(self, tensor: StoredTensor, rows: Chunk | Sample) -> np.ndarray:
         """Read some rows of a stored tensor."""
@@ -162,37 +151,32 @@ class ChunkCache:
             return self._load_sample(tensor, rows)
         array = self._arrays.get((tensor, rows.index))
         if array is None:
-            array = tensor.read_chunk(rows, self.geometry.columns)
+            array = tensor.read_chunk(rows, self.columns)
             if self.keep:
                 self._arrays[tensor, rows.index] = array
         return array
 
     def _load_sample(self, tensor: StoredTensor, sample: Sample) -> np.ndarray:
-        g = self.geometry
         shape = (len(sample.rows), sample.width)
         if not self.keep:
             out = np.empty(shape, tensor.dtype)
-            for row, start in zip(out, (sample.rows * g.columns + sample.first).tolist(), strict=True):
+            for row, start in zip(out, (sample.rows * self.columns + sample.first).tolist(), strict=True):
                 tensor.read(start, row)
             return _at_most_float32(out)
         # From chunks that stay in memory anyway. Indexing integers is faster than indexing bfloat16.
         stored = np.dtype(np.float32) if tensor.dtype == np.float64 else tensor.dtype
         bits = np.empty(shape, f"u{stored.itemsize}")
-        chunks, across = sample.rows // g.chunk_rows, np.arange(sample.width)
+        chunks, across = sample.rows // self.chunk_rows, np.arange(sample.width)
         for i in np.unique(chunks).tolist():
             inside = chunks == i
-            starts = (sample.rows[inside] - i * g.chunk_rows) * g.columns + sample.first[inside]
-            entries = self.load(tensor, g.chunk(i)).reshape(-1).view(bits.dtype)
+            starts = (sample.rows[inside] - i * self.chunk_rows) * self.columns + sample.first[inside]
+            entries = self.load(tensor, self.chunks[i]).reshape(-1).view(bits.dtype)
             bits[inside] = entries[starts[:, None] + across]
         return bits.view(stored)
 
 
-class StepRows(NamedTuple):
-    """What a step makes of some rows: the inputs, the result and `passes.leaves`' packed masks."""
-
-    block: Block
-    leaf: jax.Array
-    masks: list[jax.Array]
+# What a step makes of some rows: the inputs, the result and `passes.leaves`' packed masks.
+StepRows = tuple[Block, jax.Array, list[jax.Array]]
 
 
 class View(BlockTensor):
@@ -223,16 +207,16 @@ class View(BlockTensor):
             source = self._inputs[model]
             if isinstance(source, StoredTensor):
                 return self._cache.load(source, rows)
-            return source.compute(rows, results).leaf
+            return source.compute(rows, results)
 
         return block_of(self.step, {model: load(model) for model in self.step.reads}, rows.start)
 
-    def compute(self, rows: Chunk | Sample, results: dict["View", StepRows]) -> StepRows:
+    def compute(self, rows: Chunk | Sample, results: dict["View", StepRows]) -> jax.Array:
         """Compute the step's result at `rows`, once for all that use the same `results`."""
         if self not in results:
             x = self.block(rows, results)
-            results[self] = StepRows(x, *self.result(x, rows, self._dtype))
-        return results[self]
+            results[self] = (x, *self.result(x, rows, self._dtype))
+        return results[self][1]
 
     def visit(self, work: Callable[[Block, Chunk], T]) -> list[T]:
         # Each thread waits for its chunk, or many chunks would be in memory at once.
@@ -241,7 +225,7 @@ class View(BlockTensor):
     def join(self, parts: Sequence[Any]) -> np.ndarray:
         arrays = [np.asarray(part) for part in parts]
         joined = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-2)
-        return joined[..., : self._cache.geometry.rows, :]
+        return joined[..., : self._cache.rows, :]
 
     def totals(self, row_sums: Any) -> np.ndarray:
         return np.asarray(np.asarray(row_sums).sum(axis=1, dtype=np.float64))
@@ -271,34 +255,35 @@ class View(BlockTensor):
     def order_statistics(
         self, kernel: Kernel, ranks: Sequence[Sequence[int]], *operands: Any, **static: Any
     ) -> list[np.ndarray]:
-        geometry = self._cache.geometry
+        columns, chunks = self._cache.columns, self._cache.chunks
 
         def arrays(rows: Chunk | Sample) -> list[np.ndarray]:
             x = self.block(rows, {})
             return [np.asarray(a) for a in passes.values(kernel, **static)(x, at(operands, x, rows))]
 
-        if self.size <= SAMPLE and geometry.count == 1:
-            flat = [a.reshape(-1)[: self.size] for a in arrays(geometry.chunk(0))]
+        if self.size <= SAMPLE and len(chunks) == 1:
+            flat = [a.reshape(-1)[: self.size] for a in arrays(chunks[0])]
             return [np.partition(f, list(r))[list(r)] for f, r in zip(flat, ranks, strict=True)]
-        # Rows of an earlier step's result are alike within themselves: a sample of them says less.
-        search = BracketSearch(self.size, ranks, arrays(self._quantile_sample()), 1.0 if self._stored else 4.0)
-        program = passes.brackets(kernel, search.arrays, **static)
+        program = passes.brackets(kernel, tuple(k for k, r in enumerate(ranks) for _ in r), **static)
 
-        def work(x: Block, chunk: Chunk) -> tuple[list[np.ndarray], np.ndarray]:
+        def count(low: np.ndarray, high: np.ndarray) -> list[tuple[list[np.ndarray], np.ndarray]]:
             # Of the counts < low, <= low and <= high, padding is in the last one where there is no upper end.
-            unbounded = np.stack([np.zeros_like(search.high)] * 2 + [np.isinf(search.high)], axis=-1).reshape(-1)
-            values, inside, below = program(x, at(operands, x, chunk), chunk.count, search.low, search.high)
-            padding = chunk.height * geometry.columns - chunk.count
-            picks = [np.asarray(v)[np.asarray(mask)] for v, mask in zip(values, inside, strict=True)]
-            return picks, self.totals(below) - padding * unbounded
+            unbounded = np.stack([np.zeros_like(high)] * 2 + [np.isinf(high)], axis=-1).reshape(-1)
 
-        while not search.update(self.visit(work)):
-            pass
-        return search.values
+            def work(x: Block, chunk: Chunk) -> tuple[list[np.ndarray], np.ndarray]:
+                values, inside, below = program(x, at(operands, x, chunk), chunk.count, low, high)
+                picks = [np.asarray(v)[np.asarray(mask)] for v, mask in zip(values, inside, strict=True)]
+                return picks, self.totals(below) - (chunk.height * columns - chunk.count) * unbounded
+
+            return self.visit(work)
+
+        # Rows of an earlier step's result are alike within themselves: a sample of them says less.
+        spread = 1.0 if self._stored else 4.0
+        return bracket_search(self.size, ranks, arrays(self._quantile_sample()), spread, count)
 
     def sample_of_rows(self, kernel: Kernel, entries: int) -> list[np.ndarray]:
         """Return what a kernel gives for about `entries` entries in whole rows; nothing for a smaller tensor."""
-        g = self._cache.geometry
+        g = self._cache
         rows = max(1, entries // g.columns)
         if g.rows < rows:
             return []
@@ -310,7 +295,7 @@ class View(BlockTensor):
 
         Where there are few rows, they come again, at other columns.
         """
-        g = self._cache.geometry
+        g = self._cache
         whole = g.size // g.columns
         width = min(g.columns, 32) if self._stored else g.columns
         rows = max(1, SAMPLE // width) if self._stored else max(1, 2 * SAMPLE // width)

@@ -34,12 +34,8 @@ from bmjax.version import __version__
 from bmjax.weights.hf import TOKENIZER_FILES
 
 SIDE_FILES = (
-    "config.json",
-    "generation_config.json",
-    *TOKENIZER_FILES,
-    "preprocessor_config.json",
-    "processor_config.json",
-)
+    "config.json", "generation_config.json", *TOKENIZER_FILES, "preprocessor_config.json", "processor_config.json",
+)  # fmt: skip
 REPORT = "merge_report.json"
 MEMORY = 2**30
 
@@ -59,19 +55,7 @@ def merge(
 
     Config, tokenizer and chat template come from the last step's base, traced back to a directory, or from its first
     model. Each tensor is rounded once, to the recipe's dtype or to the type in which that base stores it. A merge that
-    was killed goes on where it was, when it is run again.
-
-    Arguments:
-        recipe: a recipe, or what `read_recipe` reads. overrides: its, as `key=value`.
-        output: must not exist or be empty, unless `overwrite`. Never an input.
-        shard_bytes: of a file of the result.
-        memory: bytes for buffers. It changes no result.
-        log: gets one line a remark.
-        progress: is called with (bytes of inputs done, bytes of inputs in all, tensor name).
-    Returns:
-        The content of merge_report.json.
-    Raises:
-        UserError: one line, for anything a user can mend. `output` is then as it was.
+    was killed goes on where it was, when it is run again. Arguments, result and errors are those of `bmjax.merge`.
     """
     if not isinstance(recipe, Recipe):
         recipe = read_recipe(recipe, overrides)
@@ -100,17 +84,22 @@ def merge(
         tensors = stream.run(planned.nodes, progress or (lambda done, total, name: None))
         writer.finish()
         sources = {name: source_entry(recipe, name, model, journal.source(name)) for name, model in models.items()}
-        dtypes = sorted({dtype.name for _, dtype, _ in rows})
-        result = merge_report(recipe, sources, journal.checksums(), dtypes, report(recipe, tensors))
         _copy_side_files(donor.directory, folder, {dtype for _, dtype, _ in rows}, planned.config_changes)
         if planned.vocabulary is not None:
             planned.vocabulary.save(folder)
-        if recipe.chat_template is not None:
-            write_chat_template(folder, recipe.chat_template)
-        (folder / REPORT).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        write_card(folder, recipe, result)
+        dtypes = sorted({dtype.name for _, dtype, _ in rows})
+        result = merge_report(recipe, sources, journal.checksums(), dtypes, report(recipe, tensors))
+        finish(folder, recipe, result)
         journal.close(remove=True)
     return result
+
+
+def finish(folder: Path, recipe: Recipe, result: Mapping[str, Any]) -> None:
+    """Write a merge's chat template, merge_report.json and card. result: what `merge_report` returned."""
+    if recipe.chat_template is not None:
+        write_chat_template(folder, recipe.chat_template)
+    (folder / REPORT).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_card(folder, recipe, result)
 
 
 def _fingerprint(

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from bmjax.io.safetensors import SharedWriter
-from bmjax.merge.engine.chunks import CHUNK, block_digest, digest
+from bmjax.merge.engine.chunks import block_digest, digest, digest_of_tensors
 from bmjax.merge.report.statistics import Stats, TensorStats
 
 NAME = "merge_journal.jsonl"
@@ -50,10 +50,7 @@ class Journal:
             self._tensors[line["name"]] = line
 
     def _lines(self) -> list[Any]:
-        """Return the lines that are whole, and cut the file off after them.
-
-        A kill may have cut off the last line; a machine's fall may have put anything there.
-        """
+        """Return the lines that are whole, and cut the file off after them: a kill or a fall may have left anything."""
         entries: list[Any] = []
         with contextlib.suppress(OSError, ValueError):
             for line in self.path.read_bytes().split(b"\n"):
@@ -75,10 +72,9 @@ class Journal:
         for name, dtype, shape in rows:
             if name not in self._tensors:
                 continue
-            out, size, blocks = np.empty(CHUNK, dtype), math.prod(shape), []
-            step = int(self._tensors[name]["block"])
+            size, step, blocks = math.prod(shape), int(self._tensors[name]["block"]), []
             for start in range(0, size, step):
-                part = out[: min(step, size - start)] if step <= CHUNK else np.empty(min(step, size - start), dtype)
+                part = np.empty(min(step, size - start), dtype)
                 writer.read(name, start * dtype.itemsize, part)
                 blocks.append(block_digest(part))
             if digest(blocks) != self._tensors[name]["digest"]:
@@ -105,8 +101,8 @@ class Journal:
 
     def source(self, model: str) -> str:
         """Return one checksum of all tensors read of a model."""
-        digests = {t: d for line in self._tensors.values() for t, d in line["sources"].get(model, {}).items()}
-        return digest(f"{tensor}\0{digests[tensor]}\n".encode() for tensor in sorted(digests))
+        lines = self._tensors.values()
+        return digest_of_tensors({t: d for line in lines for t, d in line["sources"].get(model, {}).items()})
 
     def close(self, remove: bool = False) -> None:
         """Close the file. remove: the merge is complete."""

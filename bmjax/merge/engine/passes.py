@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from bmjax.merge.engine.quantile import add_pairs
-from bmjax.merge.methods.method import Block, Kernel
+from bmjax.merge.methods.kernels import Block, Kernel
 
 
 def block(base: Any, branches: Sequence[Any], models: Mapping[str, Any], start: int = 0) -> Block:

@@ -14,7 +14,8 @@ import numpy as np
 
 from bmjax.merge.engine import passes
 from bmjax.merge.engine.quantile import order_statistics
-from bmjax.merge.methods.method import Block, Kernel, Merged, Operand, PerRow
+from bmjax.merge.methods.kernels import Block, Kernel
+from bmjax.merge.methods.method import Merged, Operand, PerRow
 from bmjax.merge.recipe.recipe import Recipe, Step
 from bmjax.merge.report.statistics import keys
 

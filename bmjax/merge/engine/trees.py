@@ -1,10 +1,8 @@
 """Merging nested dictionaries of arrays in memory, sharded or not: the same steps as over files, without host copies.
 
-    from bmjax.merge.engine.trees import merge_trees
-
-The public entry for merges inside a training job; no other part of bmjax calls it. Every Hugging Face tensor is merged
-by itself, as in a file. A parameter stacked over layers is taken layer by layer, so each layer has its own quantiles. A
-transposed kernel's rows are its second to last axis. The layouts come from the parameter table.
+`merge_trees` is the public entry for merges inside a training job; no other part of bmjax calls it. Every Hugging Face
+tensor is merged by itself, as in a file. A parameter stacked over layers is taken layer by layer, so each layer has its
+own quantiles. A transposed kernel's rows are its second to last axis. The layouts come from the parameter table.
 """
 
 import functools

@@ -6,7 +6,8 @@ import numpy as np
 
 from bmjax.merge.engine.quantile import add_pairs, rank
 from bmjax.merge.lazy import Array, jnp, lax
-from bmjax.merge.methods.method import About, Block, Kernel, Masks, Merged, Rebase, Tensor, add, deltas, method
+from bmjax.merge.methods.kernels import Block, Kernel, Masks, add, add_kept, deltas
+from bmjax.merge.methods.method import About, Merged, Rebase, Tensor, method
 
 EPSILON = 1e-8
 SMALL, NEAR = 0.02, 20.0
@@ -52,12 +53,18 @@ def arcee_fusion(
         if operands[0].array[-1].max() > 0:
             static["form"] = "any"
             operands = [t.rows(row_kls, **static)]
-    ranks = [rank(q, t.size) for q in (0.25, 0.5, 0.75)]
-    quartiles = t.order_statistics(score, [ranks] * t.branches, *operands, **static)
-    limits = [
-        float(np.float32(median) + np.float32(1.5) * (np.float32(q3) - np.float32(q1))) for q1, median, q3 in quartiles
-    ]
-    return t.map(_fuse, limits, lambda_, *operands, score=score, combine=combine, **static)
+    quartiles = t.order_statistics(score, [_quartile_ranks(t.size)] * t.branches, *operands, **static)
+    return t.map(
+        _fuse, [_limit(*values) for values in quartiles], lambda_, *operands, score=score, combine=combine, **static
+    )
+
+
+def _quartile_ranks(size: int) -> list[int]:
+    return [rank(q, size) for q in (0.25, 0.5, 0.75)]
+
+
+def _limit(q1: np.float32, median: np.float32, q3: np.float32) -> np.float32:
+    return median + np.float32(1.5) * (q3 - q1)
 
 
 def row_kls(x: Block, *, form: str) -> Array:
@@ -90,12 +97,11 @@ def _fuse(
     # An entry that did not change has no change to keep.
     masks = [(s >= limits[b]) & (changes[b] != 0) for b, s in enumerate(score(x, *operands, **static))]
     copies = add([kept.astype(jnp.int32) for kept in masks])
-    total = add([jnp.where(k, d, 0.0) for k, d in zip(masks, changes, strict=True)])
+    total = add_kept(masks, changes)
     if combine == "mean" and len(masks) > 1:
         total = total / jnp.maximum(copies, 1)
     # An entry kept from one model takes its value itself: base + (model - base) can be a rounding away from it.
-    chosen = add([jnp.where(k, v, 0.0) for k, v in zip(masks, values, strict=True)])
-    single = chosen + (lambda_ - 1.0) * total
+    single = add_kept(masks, values) + (lambda_ - 1.0) * total
     return jnp.where(copies == 0, x.base, jnp.where(copies == 1, single, x.base + lambda_ * total)), masks
 
 
@@ -120,9 +126,8 @@ def agreement(importances: list[np.ndarray]) -> tuple[tuple[int, int], ...]:
         return ()
     masks = []
     for values in importances:
-        ranks = [rank(q, values.size) for q in (0.25, 0.5, 0.75)]
-        q1, median, q3 = np.partition(values, ranks, axis=None)[ranks]
-        masks.append(values >= median + np.float32(1.5) * (q3 - q1))
+        ranks = _quartile_ranks(values.size)
+        masks.append(values >= _limit(*np.partition(values, ranks, axis=None)[ranks]))
     return tuple((int(np.sum(masks[0] & m)), int(np.sum(masks[0] | m))) for m in masks[1:])
 
 

@@ -6,8 +6,9 @@ from typing import Annotated
 import numpy as np
 
 from bmjax.merge.lazy import Array, jnp
+from bmjax.merge.methods.kernels import Block, add, deltas, dot
 from bmjax.merge.methods.linear import weights_sum
-from bmjax.merge.methods.method import About, Block, Merged, Rebase, Scale, Tensor, Weight, add, deltas, method
+from bmjax.merge.methods.method import About, Merged, Rebase, Scale, Tensor, Weight, method
 
 
 @method("fisher", base="required", branches=(1, None), check=weights_sum)
@@ -42,6 +43,6 @@ def _weighted(x: Block, factors: Array, weight: Array, lambda_: Array) -> tuple[
     shares = [f * i for f, i in zip(factors, _importances(x), strict=True)]
     changes, divisor = deltas(x), add(shares)
     some = divisor != 0
-    mean = add([s * c for s, c in zip(shares, changes, strict=True)]) / jnp.where(some, divisor, 1.0)
-    plain = add([w * c for w, c in zip(weight, changes, strict=True)]) / jnp.sum(weight)
+    mean = dot(shares, changes) / jnp.where(some, divisor, 1.0)
+    plain = dot(weight, changes) / jnp.sum(weight)
     return x.base + lambda_ * jnp.where(some, mean, plain), None

@@ -1,4 +1,4 @@
-"""Weighted average of models, and what other methods share of weights."""
+"""Weighted average of models, a model as it is, and what other methods share of weights."""
 
 import functools
 from collections.abc import Mapping
@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 from bmjax.config import UserError
 from bmjax.merge.lazy import Array, jnp
-from bmjax.merge.methods.method import About, Block, Merged, PerModel, Tensor, add, method
+from bmjax.merge.methods.kernels import Block, dot
+from bmjax.merge.methods.method import About, Merged, PerModel, Tensor, method
 
 
 def weights_sum(parameters: Mapping[str, Any]) -> None:
@@ -36,9 +37,23 @@ def linear(
 
 
 def _average(x: Block, weight: Array, *, normalize: bool) -> tuple[Array, None]:
-    total = add([w * branch for w, branch in zip(weight, x.branches, strict=True)])
+    total = dot(weight, x.branches)
     if not normalize:
         return total, None
     first = x.branches[0]
     agree = functools.reduce(jnp.logical_and, [branch == first for branch in x.branches])
     return jnp.where(agree, first, total), None
+
+
+@method("passthrough", base="unused", branches=(1, 1))
+def passthrough(
+    t: Tensor,
+    *,
+    scale: Annotated[PerModel, About("factor of the model's values", per_model=True)] = (1.0,),
+) -> Merged:
+    """scale * model: to stack layers, convert a type or rename a step's result, without a change at scale 1."""
+    return t.map(_scaled, scale)
+
+
+def _scaled(x: Block, scale: Array) -> tuple[Array, None]:
+    return scale[0] * x.branches[0], None

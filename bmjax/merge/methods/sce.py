@@ -5,7 +5,8 @@ from typing import Annotated
 import numpy as np
 
 from bmjax.merge.lazy import Array, jnp
-from bmjax.merge.methods.method import About, Block, Masks, Merged, Rebase, Tensor, add, deltas, method
+from bmjax.merge.methods.kernels import Block, Masks, add, add_kept, deltas
+from bmjax.merge.methods.method import About, Merged, Rebase, Tensor, method
 
 
 @method("sce", base="required", branches=(1, None))
@@ -63,6 +64,6 @@ def _erase(x: Block, limit: Array, weight: Array) -> tuple[Array, Masks]:
     changes = _selected(x, limit)
     positive = add(changes) >= 0
     masks = [(change != 0) & ((change > 0) == positive) for change in changes]
-    total = add([jnp.where(k, w * c, 0.0) for k, w, c in zip(masks, weight, changes, strict=True)])
-    divisor = add([jnp.where(k, w, 0.0) for k, w in zip(masks, weight, strict=True)])
+    total = add_kept(masks, [w * c for w, c in zip(weight, changes, strict=True)])
+    divisor = add_kept(masks, weight)
     return x.base + total / jnp.where(divisor > 0, divisor, 1.0), masks

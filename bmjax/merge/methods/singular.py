@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Annotated
 
 from bmjax.merge.lazy import Array, jnp
-from bmjax.merge.methods.method import About, Block, Merged, Rebase, Scale, Tensor, Weight, add, deltas, method
+from bmjax.merge.methods.kernels import Block, deltas, dot
+from bmjax.merge.methods.method import About, Merged, Rebase, Scale, Tensor, Weight, method
 
 Share = Annotated[float, About("share of the rank that all models together get", least=0, most=1)]
 
@@ -46,7 +47,7 @@ def tsv(
 
 
 def _added(x: Block, weight: Array, lambda_: Array) -> tuple[Array, None]:
-    return x.base + lambda_ * add([w * d for w, d in zip(weight, deltas(x), strict=True)]), None
+    return x.base + lambda_ * dot(weight, deltas(x)), None
 
 
 def _plus(x: Block, change: Array, lambda_: Array) -> tuple[Array, None]:
@@ -54,7 +55,7 @@ def _plus(x: Block, change: Array, lambda_: Array) -> tuple[Array, None]:
 
 
 def _flattened(x: Block, weight: Array) -> Array:
-    change = add([w * d for w, d in zip(weight, deltas(x), strict=True)])
+    change = dot(weight, deltas(x))
     left, values, right = jnp.linalg.svd(change, full_matrices=False)
     # A direction in which nothing changed has no singular vector.
     some = values > values[0] * change.shape[0] * jnp.finfo(jnp.float32).eps

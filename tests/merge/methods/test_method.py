@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from bmjax.merge.methods.method import Block, random_bits
+from bmjax.merge.methods.kernels import Block, random_bits
 from bmjax.merge.recipe.recipe import read_recipe
 from bmjax.merge.report.statistics import keys
 from tests.merge.cases import SHAPE
