@@ -113,10 +113,7 @@ def _gram_sums(config: ModelConfig, dtype: str, params: Tree, batch: Batch[jax.A
 
 
 def squares(config: ModelConfig, params: Tree, batches: Iterator[Batch[jax.Array]], dtype: str, remat: Remat) -> Tree:
-    """Return the sum over packed rows of the squared gradient of each row's summed loss, float32, as `params`.
-
-    It is the diagonal of the empirical Fisher information but for a factor.
-    """
+    """Return the sum over packed rows of the squared gradient of each row's summed loss, float32, as `params`."""
     total = jax.tree.map(lambda a: jnp.zeros_like(a, jnp.float32), params)
     for batch in batches:
         total = _add_squares(config, dtype, remat, params, batch, total)

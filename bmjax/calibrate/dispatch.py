@@ -40,7 +40,6 @@ def merge(
     if not isinstance(recipe, Recipe):
         recipe = read_recipe(recipe, overrides)
     if not recipe.is_calibrated:
-        memory = files.MEMORY if memory is None else memory
         return files.merge(
             recipe, output, overwrite, shard_bytes=shard_bytes, memory=memory, log=log, progress=progress
         )

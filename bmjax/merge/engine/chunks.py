@@ -31,16 +31,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive rows of a tensor, and `height` with the padding.
-
-    start, count: first flat index and number of its entries, without padding.
-    """
+    """Consecutive rows of a tensor."""
 
     index: int
-    start: int
-    count: int
+    start: int  # first flat index
+    count: int  # entries, without padding
     rows: slice
-    height: int
+    height: int  # rows, with the padding
 
     def of(self, per_row: np.ndarray) -> np.ndarray:
         """Return the part of an array [..., rows of the tensor, n] that belongs to these rows, padded."""
@@ -64,7 +61,7 @@ class Sample:
 
 
 def block_digest(data: np.ndarray) -> bytes:
-    """Return the checksum of one block."""
+    """Return a block's checksum."""
     return xxhash.xxh3_128_digest(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
 
 
@@ -118,10 +115,7 @@ def _at_most_float32(array: np.ndarray) -> np.ndarray:
 
 
 class ChunkCache:
-    """Cuts a tensor's rows into chunks, and reads the tensor's inputs chunk by chunk.
-
-    columns: of a row. rows: how many there are, the last one perhaps not full. chunk_rows: of a chunk. chunks: all.
-    """
+    """Cuts a tensor into `chunks` of `chunk_rows` rows of `columns`, and reads its inputs chunk by chunk."""
 
     def __init__(self, shape: Sequence[int], by_row: bool, pool: Executor, keep: bool) -> None:
         """by_row: rows are the tensor's own, its last axis; a vector is one row. keep: what is read, for later passes.
@@ -130,7 +124,7 @@ class ChunkCache:
         """
         size = math.prod(shape)
         self.size, self.columns = size, (shape[-1] if shape else 1) if by_row else COLUMNS
-        self.rows = -(-size // self.columns)
+        self.rows = -(-size // self.columns)  # the last one perhaps not full
         self.chunk_rows = height = 1 << (max(1, CHUNK // self.columns).bit_length() - 1)
         self.chunks: list[Chunk] = []
         for first in range(0, self.rows, height):
@@ -146,7 +140,6 @@ class ChunkCache:
         return list(self._pool.map(work, self.chunks)) if len(self.chunks) > 1 else [work(self.chunks[0])]
 
     def load(self, tensor: StoredTensor, rows: Chunk | Sample) -> np.ndarray:
-        """Read some rows of a stored tensor."""
         if isinstance(rows, Sample):
             return self._load_sample(tensor, rows)
         array = self._arrays.get((tensor, rows.index))

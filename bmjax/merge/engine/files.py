@@ -47,7 +47,7 @@ def merge(
     *,
     overrides: Sequence[str] = (),
     shard_bytes: float = 5e9,
-    memory: int = MEMORY,
+    memory: int | None = None,
     log: Log | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def merge(
         # What was killed while it copied the donor's files may have left others than those of now.
         clear(folder, [*writer.files, journal.path])
         journal.check(writer, rows)
-        stream = Stream(recipe, models, writer, journal, memory)
+        stream = Stream(recipe, models, writer, journal, MEMORY if memory is None else memory)
         stack.callback(stream.close)
         tensors = stream.run(planned.nodes, progress or (lambda done, total, name: None))
         writer.finish()

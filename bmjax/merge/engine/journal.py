@@ -96,7 +96,6 @@ class Journal:
             self._write(line)
 
     def checksums(self) -> dict[str, str]:
-        """Return those of all finished tensors, by name."""
         return {name: self._tensors[name]["digest"] for name in sorted(self._tensors)}
 
     def source(self, model: str) -> str:
@@ -105,7 +104,6 @@ class Journal:
         return digest_of_tensors({t: d for line in lines for t, d in line["sources"].get(model, {}).items()})
 
     def close(self, remove: bool = False) -> None:
-        """Close the file. remove: the merge is complete."""
         self._file.close()
         if remove:
             os.unlink(self.path)

@@ -39,16 +39,6 @@ def values(
     return _compiled(run, reorder)
 
 
-def row_sums(kernel: Kernel, **static: Any) -> Callable[..., jax.Array]:
-    """Compile (block, operands) -> the row sums of every array, float32 [K, rows], or int32 of bool arrays."""
-    return values(kernel, True, _sum_rows, **static)
-
-
-def column_sums(kernel: Kernel, **static: Any) -> Callable[..., jax.Array]:
-    """Compile (block, operands) -> the column sums of every array of the kernel, float32 [K, 1, columns]."""
-    return values(kernel, False, _sum_columns, **static)
-
-
 @functools.cache
 def lookup() -> Callable[..., jax.Array]:
     """Compile (values [rows, columns], columns) -> the values in those columns of their rows."""
@@ -66,13 +56,16 @@ def brackets(kernel: Kernel, owners: tuple[int, ...], /, **static: Any) -> Calla
     """
 
     def run(x: Block, operands: Sequence[Any], valid: Any, low: jax.Array, high: jax.Array) -> Any:
-        # Padding is infinite: it lies below nothing but a bracket without an upper end.
-        arrays = [_valid(a, valid, np.inf) for a in kernel(_float32(x), *operands, **static)]
+        # Padding, from flat index `valid` on, is infinite: it lies below nothing but a bracket without an upper end.
+        arrays = kernel(_float32(x), *operands, **static)
+        shape = arrays[0].shape
+        index = lax.broadcasted_iota(jnp.int32, shape, 0) * shape[1] + lax.broadcasted_iota(jnp.int32, shape, 1)
+        arrays = [jnp.where(index < valid, a, np.inf) for a in arrays]
         inside, tests = [jnp.zeros(a.shape, jnp.bool_) for a in arrays], []
         for i, k in enumerate(owners):
             inside[k] |= (arrays[k] > low[i]) & (arrays[k] < high[i])
             tests += [arrays[k] < low[i], arrays[k] <= low[i], arrays[k] <= high[i]]
-        return arrays, inside, _sum_rows(tests)
+        return arrays, inside, sum_rows(tests)
 
     return _compiled(run)
 
@@ -112,7 +105,7 @@ def statistics() -> Callable[..., Any]:
         moved = leaf.astype(jnp.float32) - reference
         up = functools.reduce(jnp.logical_or, [c > 0 for c in changes])
         down = functools.reduce(jnp.logical_or, [c < 0 for c in changes])
-        return _sum_rows([*products, reference**2, moved**2]), _sum_rows([up & down, *(k == 1 for k in kept)])
+        return sum_rows([*products, reference**2, moved**2]), sum_rows([up & down, *(k == 1 for k in kept)])
 
     return _compiled(run, reorder=True)
 
@@ -146,17 +139,13 @@ def _float32(x: Block) -> Block:
     return Block(base, branches, models, x.start)
 
 
-def _valid(a: jax.Array, valid: jax.Array, otherwise: float) -> jax.Array:
-    """Replace the padding of `a`: the entries of flat index `valid` and above."""
-    index = lax.broadcasted_iota(jnp.int32, a.shape, 0) * a.shape[1] + lax.broadcasted_iota(jnp.int32, a.shape, 1)
-    return jnp.where(index < valid, a, otherwise)
-
-
-def _sum_columns(arrays: Sequence[jax.Array]) -> jax.Array:
+def sum_columns(arrays: Sequence[jax.Array]) -> jax.Array:
+    """Return the column sums of every array, float32 [K, 1, columns]."""
     return jnp.stack([jnp.sum(a, axis=0, keepdims=True) for a in arrays])
 
 
-def _sum_rows(arrays: Sequence[jax.Array]) -> jax.Array:
+def sum_rows(arrays: Sequence[jax.Array]) -> jax.Array:
+    """Return the row sums of every array, float32 [K, rows], or int32 of bool arrays."""
     # One reduction for all reads each array once. XLA's CPU compiler makes vector code of sums of floats, and of sums
     # of integers, not of both in one nor of bools turned into floats: a tenth of the speed.
     if arrays[0].dtype == jnp.bool_:

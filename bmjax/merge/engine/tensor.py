@@ -23,11 +23,10 @@ T = TypeVar("T")
 
 
 class AllRows:
-    """The rows of a block that holds all of a tensor's."""
+    """The rows of a block that holds all of a tensor's. `of` takes their part of an array [..., tensor's rows, n]."""
 
     @staticmethod
     def of(per_row: Any) -> Any:
-        """Return the part of an array [..., rows of the tensor, n] that belongs to these rows."""
         return per_row
 
 
@@ -71,16 +70,14 @@ class BlockTensor:
         return np.concatenate([self.totals(sums) for sums in passes.statistics()(x, leaf, masks)])
 
     def sums(self, kernel: Kernel, *operands: Any, **static: Any) -> np.ndarray:
-        program = passes.row_sums(kernel, **static)
+        program = passes.values(kernel, True, passes.sum_rows, **static)
         parts = self.visit(lambda x, rows: self.totals(program(x, at(operands, x, rows))))
         return np.asarray(np.sum(parts, axis=0))
 
     def columns(self, kernel: Kernel, *operands: Any, **static: Any) -> Operand:
-        program = passes.column_sums(kernel, **static)
-        first, *more = self.visit(lambda x, rows: program(x, at(operands, x, rows)))
-        if not more:
-            return lambda x, rows: first
-        total = np.sum([np.asarray(part, np.float64) for part in (first, *more)], axis=0).astype(np.float32)
+        program = passes.values(kernel, False, passes.sum_columns, **static)
+        parts = self.visit(lambda x, rows: np.asarray(program(x, at(operands, x, rows)), np.float64))
+        total = np.sum(parts, axis=0).astype(np.float32)
         return lambda x, rows: total
 
     def rows(self, kernel: Kernel, *operands: Any, reorder: bool = False, **static: Any) -> PerRow:

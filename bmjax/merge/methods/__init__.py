@@ -13,7 +13,6 @@ from bmjax.merge.methods import (  # noqa: F401
     spherical,
     task_arithmetic,
 )
-from bmjax.merge.methods.kernels import Block
-from bmjax.merge.methods.method import METHODS, About, Merged, Method, Parameter, Tensor, method
+from bmjax.merge.methods.method import METHODS, Method
 
-__all__ = ["METHODS", "About", "Block", "Merged", "Method", "Parameter", "Tensor", "method"]
+__all__ = ["METHODS", "Method"]

@@ -19,8 +19,7 @@ def arcee_fusion(
     *,
     lambda_: Annotated[float, About("factor of the kept changes")] = 1.0,
     combine: Annotated[
-        Literal["mean", "sum"],
-        About("an entry kept from several models gets the mean or the sum of their changes"),
+        Literal["mean", "sum"], About("an entry kept from several models gets the mean or the sum of their changes")
     ] = "mean",
     importance: Annotated[
         Literal["row", "tensor"],
@@ -79,7 +78,6 @@ def row_kls(x: Block, *, form: str) -> Array:
 
 
 def importances(x: Block, kl: Array, *, form: str) -> list[Array]:
-    """Compute |change| * KL of its row for every branch."""
     rounded = _bfloat16 if form == "bfloat16" else lambda a: a
     return [rounded(jnp.abs(rounded(delta)) * kl[b]) for b, delta in enumerate(deltas(x))]
 
@@ -91,7 +89,6 @@ def _decreases(x: Block) -> list[Array]:
 def _fuse(
     x: Block, limits: Array, lambda_: Array, *operands: Any, score: Kernel, combine: str, **static: Any
 ) -> tuple[Array, Masks]:
-    """Compute the base with the changes whose score reaches the branch's limit, scaled by `lambda_`."""
     changes = deltas(x)
     values = x.branches if "rebase" not in x.models else [x.base + delta for delta in changes]
     # An entry that did not change has no change to keep.
@@ -106,10 +103,7 @@ def _fuse(
 
 
 def three_importances(x: Block) -> list[Array]:
-    """Compute the importances of the first branch's entries in three ways.
-
-    As they are; as the textbook's KL gives them in float32; as it does in bfloat16, every operation's result rounded.
-    """
+    """Compute the importances of the first branch's entries: exactly, by the textbook's KL in float32, in bfloat16."""
     delta, *_ = deltas(x)
     exact = jnp.abs(delta) * row_kl(x.base, delta)
     textbook = jnp.abs(delta) * _kl_textbook(x.base, delta)
@@ -142,8 +136,9 @@ def row_kl(base: Array, delta: Array, *, form: str = "any") -> Array:
     because P - Q sums to zero, and every term is >= 0. P - Q = q * expm1(t) with q = softmax(base) and
     t = delta - log1p(sum(q * expm1(delta))).
 
-    form: "any" is this for any values, see `_kl_small` for small ones; "textbook" is the textbook's; "bfloat16" is that
-    with every operation's result rounded to bfloat16. Returns float32 [..., 1], in nats.
+    form: "any" is this for any values, see `_kl_small` for small ones. For `compat: mergekit`, "textbook" is the
+    textbook's, which cancels; "bfloat16" is that with every operation's result rounded to bfloat16. Returns float32
+    [..., 1], in nats.
     """
     kinds = {"any": _kl_any, "textbook": _kl_textbook, "bfloat16": _kl_bfloat16}
     kl = kinds[form](base, delta)
@@ -206,18 +201,16 @@ def _g_series(x: Array) -> Array:
 
 
 def _kl_textbook(base: Array, delta: Array) -> Array:
-    """Compute sum(P * log(P / Q)), which cancels: the arithmetic of mergekit, for `compat: mergekit`."""
     p, q = _softmax(base + delta)[0] + EPSILON, _softmax(base)[0] + EPSILON
     return jnp.sum(p * jnp.log(p / q), axis=-1, keepdims=True)
 
 
 def _kl_bfloat16(base: Array, delta: Array) -> Array:
-    """Compute the textbook's form with every result rounded to bfloat16: what mergekit does in that type."""
     r = _bfloat16
     p, q = (r(r(_softmax(r(model))[0]) + EPSILON) for model in (base + delta, base))
     return r(jnp.sum(r(p * r(jnp.log(r(p / q)))), axis=-1, keepdims=True))
 
 
 def _bfloat16(a: Array) -> Array:
-    """Round to bfloat16 where the compiler may not keep more bits."""
+    # The compiler may not keep more bits of this.
     return lax.reduce_precision(a, exponent_bits=8, mantissa_bits=7)

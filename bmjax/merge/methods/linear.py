@@ -47,9 +47,7 @@ def _average(x: Block, weight: Array, *, normalize: bool) -> tuple[Array, None]:
 
 @method("passthrough", base="unused", branches=(1, 1))
 def passthrough(
-    t: Tensor,
-    *,
-    scale: Annotated[PerModel, About("factor of the model's values", per_model=True)] = (1.0,),
+    t: Tensor, *, scale: Annotated[PerModel, About("factor of the model's values", per_model=True)] = (1.0,)
 ) -> Merged:
     """scale * model: to stack layers, convert a type or rename a step's result, without a change at scale 1."""
     return t.map(_scaled, scale)

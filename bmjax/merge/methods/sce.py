@@ -36,9 +36,7 @@ def sce(
 
 
 def _variance(x: Block) -> list[Array]:
-    """Compute the variance of an entry over the models, times the square of their number.
-
-    It is the sum of (a - b)^2 over all pairs.
+    """Compute the variance of an entry over the models, times the square of their number: (a - b)^2 over all pairs.
 
     Unlike squares of differences from a mean, these are exact for models stored in bfloat16, most of whose entries
     vary exactly as much as many others; rounding must not tell those apart.

@@ -14,11 +14,7 @@ OPPOSITE = 3.1415  # no arc is the shortest between (nearly) opposite vectors
 
 
 @method("slerp", base="required", branches=(1, 1))
-def slerp(
-    t: Tensor,
-    *,
-    t_: Annotated[float, About("how far from the base (0) to the model (1)")] = 0.5,
-) -> Merged:
+def slerp(t: Tensor, *, t_: Annotated[float, About("how far from the base (0) to the model (1)")] = 0.5) -> Merged:
     """sin((1-t) angle)/sin(angle) * base + sin(t angle)/sin(angle) * model (Shoemake, SIGGRAPH 1985).
 
     The angle is that between the two tensors, taken as vectors, and is computed from the distance of their unit
@@ -62,7 +58,6 @@ def _pair(x: Block, vectors: str) -> tuple[Array, Array, Array, Array]:
 
 
 def _products(x: Block, *, vectors: str) -> list[Array]:
-    """Compute u.u, v.v, u.(v - u) and (v - u).(v - u), entry by entry."""
     u, v, difference, _ = _pair(x, vectors)
     return [u**2, v**2, u * difference, difference**2]
 
@@ -70,7 +65,7 @@ def _products(x: Block, *, vectors: str) -> list[Array]:
 def _arc(xp: Any, products: Any, t: Any) -> tuple[Any, Any]:
     """Compute the factors of u (less 1) and of v - u that lead from u to the point at `t` of the arc.
 
-    xp: numpy or jax.numpy. products: the four sums of `_products`.
+    xp: numpy or jax.numpy. products: the sums u.u, v.v, u.(v - u) and (v - u).(v - u).
     """
     uu, vv, along, dd = products
     some = (uu > 0) & (vv > 0)

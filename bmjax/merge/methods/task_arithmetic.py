@@ -160,7 +160,6 @@ def _parameters(member: Member) -> dict[str, Parameter]:
 
 
 def _check(member: Member, parameters: Mapping[str, Any]) -> None:
-    """Raise UserError where a chance would leave 0 to 1, or weights that the merge divides by sum to 0."""
     if "epsilon" in parameters:
         for d, e in zip(parameters["density"], parameters["epsilon"], strict=True):
             if 0 < d < 1 and not (d - e >= 0 and d + e <= 1):
@@ -217,12 +216,10 @@ def _within(x: Block, limits: Array) -> Masks:
 
 
 def _chosen(x: Block, density: Array, keys: Array) -> Masks:
-    """Keep entries at random."""
     return [(random_bits(x, keys[b]) < density[b]) & (d != 0) for b, d in enumerate(deltas(x))]
 
 
 def _stored(x: Block, masks: Masks) -> Masks:
-    """Keep the entries of masks that an earlier pass made."""
     return masks
 
 
@@ -254,7 +251,7 @@ def _of_rank(x: Block, limits: Sequence[Array], density: Array, epsilon: Array, 
 
 
 def _kept_norms(x: Block, *operands: Any, select: Kernel) -> list[Array]:
-    """Return of each change, and of what is kept of it, the terms of the L1 norm."""
+    """Return the terms of the L1 norm of each change, and of what is kept of it."""
     pairs = zip(magnitudes(x), select(x, *operands), strict=True)
     return [norm for m, kept in pairs for norm in (m, jnp.where(kept, m, 0.0))]
 
