@@ -21,7 +21,8 @@ from bmjax.merge.engine.quantile import bracket_search
 from bmjax.merge.engine.tensor import BlockTensor, at, block_of
 from bmjax.merge.methods.kernels import Block, Kernel
 from bmjax.merge.methods.method import Operand
-from bmjax.merge.recipe.recipe import Recipe, Step
+from bmjax.merge.plan.nodes import Node
+from bmjax.merge.recipe.recipe import Recipe
 
 CHUNK = 2**20  # entries
 COLUMNS = 1024  # of a tensor whose rows do not matter
@@ -178,18 +179,15 @@ class View(BlockTensor):
     def __init__(
         self,
         recipe: Recipe,
-        step: Step,
-        tensor: str,
-        shape: Sequence[int],
+        node: Node,
         inputs: Mapping[str, "StoredTensor | View"],
         cache: ChunkCache,
-        *,
-        dtype: np.dtype,
         mask_bytes: int,
     ) -> None:
-        """inputs: stored tensors and views of earlier steps, by model. dtype: of the result. mask_bytes: for masks."""
-        super().__init__(recipe, step, tensor, shape)
-        self._cache, self._inputs, self._dtype, self._mask_bytes = cache, inputs, dtype, mask_bytes
+        """inputs: stored tensors and views of earlier steps, by model. mask_bytes: for masks kept between passes."""
+        super().__init__(recipe, node.step, node.name, node.shape)
+        self._cache, self._inputs, self._mask_bytes = cache, inputs, mask_bytes
+        self._dtype = np.dtype(np.float32) if node.dtype == np.float64 else node.dtype
         # The result of a step may depend on whole rows, so a sample of it has to have them.
         self._stored = all(isinstance(source, StoredTensor) for source in inputs.values())
 

@@ -38,34 +38,21 @@ class Journal:
     def __init__(self, folder: Path, fingerprint: Mapping[str, Any]) -> None:
         """Go on with what `folder` holds of a merge with this fingerprint, or clear it of anything else."""
         self.path, self._lock = folder / NAME, threading.Lock()
-        self._tensors: dict[str, dict[str, Any]] = {}
-        lines = self._lines()
+        # The lines that are whole: a kill may have cut off the last one; a machine's fall may have put anything there.
+        lines: list[Any] = []
+        with contextlib.suppress(OSError, ValueError):
+            for text in self.path.read_bytes().split(b"\n"):
+                line = json.loads(text)
+                if not isinstance(line, dict) or (lines and not line.keys() >= _KEYS):
+                    break
+                lines.append(line)
         if lines[:1] != [dict(fingerprint)]:
             clear(folder)
-            lines = []
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
-        if not lines:
-            self._write(fingerprint)
-        for line in lines[1:]:
-            self._tensors[line["name"]] = line
-
-    def _lines(self) -> list[Any]:
-        """Return the lines that are whole, and cut the file off after them: a kill or a fall may have left anything."""
-        entries: list[Any] = []
-        with contextlib.suppress(OSError, ValueError):
-            for line in self.path.read_bytes().split(b"\n"):
-                entry = json.loads(line)
-                if not isinstance(entry, dict) or (entries and not entry.keys() >= _KEYS):
-                    break
-                entries.append(entry)
+            lines = [fingerprint]
         # What follows a line that is cut off would not be read next time.
-        if entries:
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in entries), encoding="utf-8")
-        return entries
-
-    def _write(self, line: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        self._tensors = {line["name"]: line for line in lines[1:]}
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
 
     def check(self, writer: SharedWriter, rows: Sequence[tuple[str, np.dtype, tuple[int, ...]]]) -> None:
         """Forget tensors whose bytes in the files are not those that were written."""
@@ -93,7 +80,8 @@ class Journal:
         line = {"name": name, "digest": checksum, "block": block, "sources": sources, "stats": plain}
         with self._lock:
             self._tensors[name] = line
-            self._write(line)
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
 
     def checksums(self) -> dict[str, str]:
         return {name: self._tensors[name]["digest"] for name in sorted(self._tensors)}

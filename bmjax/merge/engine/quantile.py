@@ -49,7 +49,8 @@ def order_statistics(x: Array, ranks: Sequence[int] | Array) -> Array:
     def next_bit(i: Array, pattern: Array) -> Array:
         # The answer is the largest pattern that at most `rank` elements lie below; the first bit is the sign.
         candidate = pattern ^ (jnp.int32(1) << (31 - i))
-        return jnp.where(_counts(bits, candidate) <= wanted, candidate, pattern)
+        counts = lax.platform_dependent(jnp.atleast_1d(bits), candidate, cpu=_counts_by_rows, default=_counts_at_once)
+        return jnp.where(counts <= wanted, candidate, pattern)
 
     pattern = lax.fori_loop(0, 32, next_bit, jnp.full(wanted.shape, np.iinfo(np.int32).min))
     return lax.bitcast_convert_type(_ordered(pattern), jnp.float32)
@@ -60,12 +61,8 @@ def _ordered(bits: Array) -> Array:
     return jnp.where(bits < 0, bits ^ np.int32(0x7FFFFFFF), bits)
 
 
-def _counts(bits: Array, limits: Array) -> Array:
-    """Return how many elements are below each of `limits` [R], int32 [R]."""
-    return lax.platform_dependent(jnp.atleast_1d(bits), limits, cpu=_counts_by_rows, default=_counts_at_once)
-
-
 def _counts_at_once(bits: Array, limits: Array) -> Array:
+    """Return how many elements are below each of `limits` [R], int32 [R]."""
     # Each sum is one scalar all-reduce however the array is sharded; GPU and TPU compilers fuse them into one pass.
     return jnp.stack([jnp.sum(bits < limits[k], dtype=jnp.int32) for k in range(limits.size)])
 

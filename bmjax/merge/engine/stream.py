@@ -94,8 +94,18 @@ class Stream:
         infos = self._infos(node)
         if not node.floating or 0 in node.shape:
             return self._copy(node, infos)
+        # The stored tensors that the steps read, each once.
         nodes = _schedule(node)
-        stored = self._stored_inputs(nodes)
+        stored: dict[StoredKey, StoredTensor] = {}
+        for model, source in (pair for n in nodes for pair in n.inputs.items()):
+            if source.node is not None or _stored_key(model, source) in stored:
+                continue
+            info = self.models[model].tensors[source.tensor]
+            read: Callable[[int, np.ndarray], None] = functools.partial(self._files.read, info)
+            if source.rows is not None:
+                others = [(self.models[m].tensors[tensor], rows) for m, tensor, rows in source.others]
+                read = row_reader(info, source.rows, others, self._files.read)
+            stored[_stored_key(model, source)] = StoredTensor(model, source.tensor, info.numpy_dtype, read)
         # Memory says what is kept between passes; it changes no result.
         stored_bytes = sum(min(4, tensor.dtype.itemsize) for tensor in stored.values()) * math.prod(node.shape)
         by_row = any(n.step.method.by_row for n in nodes)
@@ -105,23 +115,9 @@ class Stream:
         try:
             return self._merge(nodes, stored, cache)
         except NotFiniteError:
-            for tensor in stored.values():
-                tensor.check_finite(cache.chunks)
+            for broken in stored.values():
+                broken.check_finite(cache.chunks)
             raise
-
-    def _stored_inputs(self, nodes: Sequence[Node]) -> dict[StoredKey, StoredTensor]:
-        """Return the stored tensors that nodes read, each once."""
-        stored: dict[StoredKey, StoredTensor] = {}
-        for model, source in (pair for node in nodes for pair in node.inputs.items()):
-            if source.node is not None or _stored_key(model, source) in stored:
-                continue
-            info = self.models[model].tensors[source.tensor]
-            read: Callable[[int, np.ndarray], None] = functools.partial(self._files.read, info)
-            if source.rows is not None:
-                others = [(self.models[m].tensors[tensor], rows) for m, tensor, rows in source.others]
-                read = row_reader(info, source.rows, others, self._files.read)
-            stored[_stored_key(model, source)] = StoredTensor(model, source.tensor, info.numpy_dtype, read)
-        return stored
 
     def _merge(self, nodes: Sequence[Node], stored: Mapping[StoredKey, StoredTensor], cache: ChunkCache) -> TensorStats:
         """Merge the last node's tensor. nodes: it and the earlier steps' ones, in the order of the steps."""
@@ -133,10 +129,8 @@ class Stream:
                 model: stored[_stored_key(model, source)] if source.node is None else views[source.node]
                 for model, source in n.inputs.items()
             }
-            dtype = np.dtype(np.float32) if n.dtype == np.float64 else n.dtype
-            view = View(self.recipe, n.step, n.name, node.shape, inputs, cache, dtype=dtype, mask_bytes=self._memory)
-            view.prepare(n.arguments)
-            views[n] = view
+            views[n] = View(self.recipe, n, inputs, cache, self._memory)
+            views[n].prepare(n.arguments)
 
         # The result, with the statistics of every step.
         def write(chunk: Chunk) -> tuple[bytes, list[np.ndarray]]:
@@ -148,12 +142,12 @@ class Stream:
 
         digests, chunk_sums = zip(*cache.map(write), strict=True)
         stats: dict[str, Stats] = {}
-        for i, n in enumerate(nodes):
-            step = n.step
-            stats[step.name] = Stats.of(cache.size, step.branches, np.sum([sums[i] for sums in chunk_sums], axis=0))
-            if node.name in self._sampled and step.method.name == "arcee_fusion":
+        for n, *sums in zip(nodes, *chunk_sums, strict=True):
+            of_step = Stats.of(cache.size, n.step.branches, np.sum(sums, axis=0))
+            if node.name in self._sampled and n.step.method.name == "arcee_fusion":
                 masks = agreement(views[n].sample_of_rows(three_importances, SAMPLE // 2))
-                stats[step.name] = replace(stats[step.name], agreement=masks)
+                of_step = replace(of_step, agreement=masks)
+            stats[n.step.name] = of_step
 
         # What may be wrong with them, and the journal's line.
         if not all(np.isfinite([*s.products.flat, s.reference, s.moved]).all() for s in stats.values()):

@@ -57,8 +57,12 @@ class BlockTensor:
         self._merged: Merged
 
     def prepare(self, arguments: Mapping[str, Any]) -> None:
-        """Make the method's passes that precede the result. arguments: the method's, for this tensor."""
-        self._merged = self.step.method.merge(self, arguments)
+        """Make the method's passes that precede the result. arguments: by recipe name, per-model ones as tuples."""
+        method = self.step.method
+        keywords = {p.argument: arguments[p.name] for p in method.parameters.values()}
+        # An input that is not finite is an error of the engine's, which names it; not a warning of the arithmetic's.
+        with np.errstate(all="ignore"):
+            self._merged = method.function(self, **keywords)
 
     def result(self, x: Block, rows: Any, dtype: Any) -> tuple[jax.Array, list[jax.Array]]:
         """Compute the merged rows in `dtype`, and the packed masks of `passes.leaves`. `prepare` precedes it."""

@@ -188,12 +188,6 @@ class Method:
             raise UserError(f"unknown parameter '{name}' of {self.name}{hint}")
         return self.parameters[name]
 
-    def merge(self, tensor: Tensor, arguments: Mapping[str, Any]) -> Merged:
-        """Make the method's passes over one tensor. arguments: by recipe name, per-model ones as tuples."""
-        # An input that is not finite is an error of the engine's, which names it; not a warning of the arithmetic's.
-        with np.errstate(all="ignore"):
-            return self.function(tensor, **{p.argument: arguments[p.name] for p in self.parameters.values()})
-
 
 METHODS: dict[str, Method] = {}
 
