@@ -36,7 +36,7 @@ def coefficients(config: ModelConfig, start: float, per: str) -> Tree:
         kept = {0} if row.stacked else set()
         if per == "row" and row.is_matrix:
             kept.add(len(row.shape) - (1 if row.transposed else 2))
-        shape = tuple(size if axis in kept else 1 for axis, size in enumerate(row.shape))
+        shape = [size if axis in kept else 1 for axis, size in enumerate(row.shape)]
         leaves.append((row.path, jnp.full(shape, start, jnp.float32)))
     return unflatten(leaves)
 

@@ -36,10 +36,7 @@ from bmjax.weights import hf, student
 def merge_steps(
     recipe: Recipe, inputs: Mapping[str, Path], output: Path, shard_bytes: float, log: Log
 ) -> dict[str, Any]:
-    """Carry out the steps in order and write the last one's result to `output`; returns the report.
-
-    inputs: the directory of every input. log: gets a line for what was learned and not kept.
-    """
+    """Carry out the steps in order and write the last one's result to `output`; returns the report."""
     last = recipe.steps[-1]
     dtype = recipe.dtype or hf.stored_dtype(inputs[recipe.donor]).name
     read_with_data = {name for step in recipe.steps if step.calibration is not None for name in step.models}
@@ -135,11 +132,8 @@ def merge_step(
     """Carry out a step and write its result as a Hugging Face directory.
 
     The models and their contributions are in memory, float32, sharded over the mesh. What is learned is kept only if it
-    lowers the mean over domains of the held-out loss, and so are the polishing steps.
-
-    directories: of every model that the step reads. seed: which documents are drawn and held out, and their order.
-    log: gets a line for what was learned and not kept. Returns the statistics of every tensor, and the further keys of
-    merge_report.json: held_out_loss, kept, tokens. UserError for bad rows, and NaN or infinity in a model.
+    lowers the mean over domains of the held-out loss, and so are the polishing steps. Returns the statistics of every
+    tensor, and the further keys of merge_report.json: held_out_loss, kept, tokens.
     """
     assert step.calibration is not None
     p = step.calibration
@@ -187,10 +181,7 @@ def merge_step(
 
 
 def _sums_of_changes(config: ModelConfig, trees: Mapping[str, Tree]) -> dict[str, np.ndarray]:
-    """Return by tensor the sums that `Stats.of` takes, without a result. trees: the base first, by model.
-
-    Raises UserError where a model holds NaN or infinity.
-    """
+    """Return by tensor the sums that `Stats.of` takes; UserError for NaN or infinity. trees: by model, base first."""
     sums_of_tensor: dict[str, np.ndarray] = {}
     for row in spec.table(config):
         keys, leaves = row.hf_keys(), {name: get(tree, row.path) for name, tree in trees.items()}

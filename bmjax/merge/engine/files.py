@@ -72,15 +72,14 @@ def merge(
     side_bytes = sum(path.stat().st_size for path in _side_files(donor.directory))
     check_space(target, side_bytes + sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in rows))
     with resuming(target) as folder, contextlib.ExitStack() as stack:
-        journal = Journal(folder, _fingerprint(recipe, models, planned.vocabulary, rows, shard_bytes))
-        stack.callback(journal.close)
-        writer = SharedWriter(folder, rows, shard_bytes)
-        stack.callback(writer.close)
+        fingerprint = _fingerprint(recipe, models, planned.vocabulary, rows, shard_bytes)
+        journal = stack.enter_context(contextlib.closing(Journal(folder, fingerprint)))
+        writer = stack.enter_context(contextlib.closing(SharedWriter(folder, rows, shard_bytes)))
         # What was killed while it copied the donor's files may have left others than those of now.
         clear(folder, [*writer.files, journal.path])
         journal.check(writer, rows)
-        stream = Stream(recipe, models, writer, journal, MEMORY if memory is None else memory)
-        stack.callback(stream.close)
+        buffers = MEMORY if memory is None else memory
+        stream = stack.enter_context(contextlib.closing(Stream(recipe, models, writer, journal, buffers)))
         tensors = stream.run(planned.nodes, progress or (lambda done, total, name: None))
         writer.finish()
         sources = {name: source_entry(recipe, name, model, journal.source(name)) for name, model in models.items()}

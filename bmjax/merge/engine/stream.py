@@ -50,7 +50,6 @@ class Stream:
         self._done, self._unflushed, self._lock = 0, 0, threading.Lock()
 
     def close(self) -> None:
-        """End the threads and close the files."""
         self._pool.shutdown(cancel_futures=True)
         self._flusher.shutdown(cancel_futures=True)
         self._files.close()

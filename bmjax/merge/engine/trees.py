@@ -50,9 +50,8 @@ def merge_trees(
     for name in recipe.inputs:
         if name not in models:
             raise UserError(f"recipe: no model is named '{name}'{nearest(name, list(models))}")
-    for step in recipe.steps:
-        if step.slices:
-            raise UserError(f"step '{step.name}': slices are for files; parameter trees keep their layers")
+    if sliced := [step.name for step in recipe.steps if step.slices]:
+        raise UserError(f"step '{sliced[0]}': slices are for files; parameter trees keep their layers")
     merged: list[tuple[tuple[str, ...], jax.Array]] = []
     last = recipe.steps[-1]
     tensors: dict[str, TensorStats] = {}

@@ -2,7 +2,6 @@
 
 from bmjax.merge.methods import (  # noqa: F401
     arcee_fusion,
-    fisher,
     linear,
     model_stock,
     nearswap,
