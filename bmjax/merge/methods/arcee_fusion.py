@@ -1,5 +1,6 @@
 """Arcee fusion: keep the changes that matter, entry by entry. The merge of TinyR1 (arXiv 2503.04872)."""
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -78,7 +79,7 @@ def row_kls(x: Block, *, form: str) -> Array:
 
 
 def importances(x: Block, kl: Array, *, form: str) -> list[Array]:
-    rounded = _bfloat16 if form == "bfloat16" else lambda a: a
+    rounded = _rounding(form)
     return [rounded(jnp.abs(rounded(delta)) * kl[b]) for b, delta in enumerate(deltas(x))]
 
 
@@ -104,11 +105,8 @@ def _fuse(
 
 def three_importances(x: Block) -> list[Array]:
     """Compute the importances of the first branch's entries: exactly, by the textbook's KL in float32, in bfloat16."""
-    delta, *_ = deltas(x)
-    exact = jnp.abs(delta) * row_kl(x.base, delta)
-    textbook = jnp.abs(delta) * _kl_textbook(x.base, delta)
-    rounded = _bfloat16(jnp.abs(_bfloat16(delta)) * _kl_bfloat16(x.base, delta))
-    return [exact, textbook, rounded]
+    x = x._replace(branches=x.branches[:1])
+    return [importances(x, row_kls(x, form=form), form=form)[0] for form in ("any", "textbook", "bfloat16")]
 
 
 def agreement(importances: list[np.ndarray]) -> tuple[tuple[int, int], ...]:
@@ -140,13 +138,13 @@ def row_kl(base: Array, delta: Array, *, form: str = "any") -> Array:
     textbook's, which cancels; "bfloat16" is that with every operation's result rounded to bfloat16. Returns float32
     [..., 1], in nats.
     """
-    kinds = {"any": _kl_any, "textbook": _kl_textbook, "bfloat16": _kl_bfloat16}
-    kl = kinds[form](base, delta)
     if form != "any":
-        return kl
+        r = _rounding(form)
+        p, q = (r(r(_softmax(r(model))[0]) + EPSILON) for model in (base + delta, base))
+        return r(jnp.sum(r(p * r(jnp.log(r(p / q)))), axis=-1, keepdims=True))
     # The softmax does not see a shift of the whole row; without this its KL would be rounding noise instead of 0.
     shifted = jnp.max(delta, axis=-1, keepdims=True) == jnp.min(delta, axis=-1, keepdims=True)
-    return jnp.where(shifted, 0.0, kl)
+    return jnp.where(shifted, 0.0, _kl_any(base, delta))
 
 
 def _kl_small(base: Array, delta: Array) -> tuple[Array, Array]:
@@ -200,17 +198,8 @@ def _g_series(x: Array) -> Array:
     return x * x * (1 / 2 - x * (1 / 6 - x * (1 / 12 - x * (1 / 20 - x / 30))))
 
 
-def _kl_textbook(base: Array, delta: Array) -> Array:
-    p, q = _softmax(base + delta)[0] + EPSILON, _softmax(base)[0] + EPSILON
-    return jnp.sum(p * jnp.log(p / q), axis=-1, keepdims=True)
-
-
-def _kl_bfloat16(base: Array, delta: Array) -> Array:
-    r = _bfloat16
-    p, q = (r(r(_softmax(r(model))[0]) + EPSILON) for model in (base + delta, base))
-    return r(jnp.sum(r(p * r(jnp.log(r(p / q)))), axis=-1, keepdims=True))
-
-
-def _bfloat16(a: Array) -> Array:
+def _rounding(form: str) -> Callable[[Array], Array]:
+    if form != "bfloat16":
+        return lambda a: a
     # The compiler may not keep more bits of this.
-    return lax.reduce_precision(a, exponent_bits=8, mantissa_bits=7)
+    return lambda a: lax.reduce_precision(a, exponent_bits=8, mantissa_bits=7)
