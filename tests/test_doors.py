@@ -19,6 +19,7 @@ from bmjax.plan import plan
 from bmjax.teach.collect import wanted_samples
 from bmjax.teach.select import select
 from bmjax.teach.settings import CollectSettings, SelectSettings
+from bmjax.weights import student as students
 from bmjax.weights.convert import convert
 from tests.conftest import sums, write_rows, write_student
 
@@ -100,12 +101,13 @@ def test_evaluate_reads_questions_and_traces(student, tokenizer, tmp_path, data,
     assert (score["accuracy"], score["n"]) == (1.0, 8) and score["loss_tokens"] > 8
 
 
-def test_calibration_reads_data(student, tokenizer, data):
+def test_calibration_reads_data(student, data):
     recipe = {
         "merge_method": "regmean", "base_model": "b", "models": [{"model": "m", "data": data}], "parameters": REGMEAN,
     }  # fmt: skip
     (step,) = read_recipe(recipe).steps
-    calibration = calibration_data.read(step, step.calibration, 0, tokenizer, 300, student, make_mesh({}))
+    opened = students.open(student, purpose="calibration")
+    calibration = calibration_data.read(step, step.calibration, 0, opened, make_mesh({}))
     assert len(calibration.loaders) == 1 and len(calibration.loaders[0].dataset.examples) == 6
 
 

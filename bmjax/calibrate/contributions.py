@@ -5,8 +5,8 @@ model b's part of it (sum_j G_j)^-1 G_b change_b with G_b = X_b^T X_b, for every
 fisher: F_b change_b / sum_j F_j with mean squared gradients F (arXiv 2111.09832), each over its mean in the tensor.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from typing import Any
 
 import flax.linen as nn
@@ -28,31 +28,30 @@ SAME_INPUT = {"k": "q", "v": "q", "up": "gate"}
 
 
 def contributions(
-    config: ModelConfig, base: Tree, branches: Sequence[Tree], calibration: Calibration, settings: CalibrationSettings
+    config: ModelConfig, base: Tree, branches: Sequence[Tree], calibration: Calibration, p: CalibrationSettings
 ) -> list[Tree]:
     """Return one tree a branch, float32, placed as the branch's leaves are."""
-    dtype = jnp.dtype(settings.compute_dtype)
     plain = [_plain(base, branch, len(branches)) for branch in branches]
-    if settings.along == "changes":
+    if p.along == "changes":
         return plain
     # What the rows of each domain say about its model.
     measured: list[Any] = []
     for i, branch in enumerate(branches):
-        if settings.along == "fisher":
-            batches = calibration.rows(i, settings.rows, "squares")
-            measured.append(squares(config, branch, batches, dtype, settings.remat))
+        if p.along == "fisher":
+            batches = calibration.rows(i, p.rows, "squares")
+            measured.append(squares(config, branch, batches, p.compute_dtype, p.remat))
         else:
-            measured.append(grams(config, branch, calibration.rows(i, settings.rows, "grams"), dtype))
+            measured.append(grams(config, branch, calibration.rows(i, p.rows, "grams"), p.compute_dtype))
     # The contributions, parameter by parameter.
     by_row = []
     for row in spec.table(config):
         leaves = [get(tree, row.path) for tree in plain]
-        if settings.along == "fisher":
+        if p.along == "fisher":
             axes = tuple(range(1, len(row.shape))) if row.stacked else None
             leaves = _weighted(leaves, [get(tree, row.path) for tree in measured], axes)
         elif row.stacked and row.path[-1] == "kernel":
             name = SAME_INPUT.get(row.path[-2], row.path[-2])
-            leaves = _regmean(leaves, [by_name[name] for by_name in measured], settings.off_diagonal, settings.ridge)
+            leaves = _regmean(leaves, [by_name[name] for by_name in measured], p.off_diagonal, p.ridge)
         by_row.append([(row.path, leaf) for leaf in leaves])
     return [unflatten(list(branch)) for branch in zip(*by_row, strict=True)]
 
@@ -77,14 +76,14 @@ def _regmean(leaves: Sequence[jax.Array], grams: Sequence[np.ndarray], off_diago
     return [jax.device_put(part, leaf.sharding) for part, leaf in zip(parts, leaves, strict=True)]
 
 
-def grams(config: ModelConfig, params: Tree, batches: Iterator[Batch[jax.Array]], dtype: Any) -> dict[str, np.ndarray]:
+def grams(config: ModelConfig, params: Tree, batches: Iterator[Batch[jax.Array]], dtype: str) -> dict[str, np.ndarray]:
     """Return the mean of x x^T over the inputs x of the linear layers at real tokens.
 
     float64 [L, in, in] by the layer's name: q, o, gate, down.
     """
-    run, total, count = _grams(config, np.dtype(dtype).name), None, 0.0
+    total, count = None, 0.0
     for batch in batches:
-        sums = jax.tree.map(lambda a: np.asarray(a, np.float64), run(params, batch.tokens, batch.segment_ids))
+        sums = jax.tree.map(lambda a: np.asarray(a, np.float64), _gram_sums(config, dtype, params, batch))
         total = sums if total is None else jax.tree.map(np.add, total, sums)
         count += float(jnp.sum(batch.segment_ids > 0))
     assert total is not None  # a loader has a row at least
@@ -92,57 +91,48 @@ def grams(config: ModelConfig, params: Tree, batches: Iterator[Batch[jax.Array]]
     return {name: layers[part][name]["input"] / count for part in layers for name in layers[part]}
 
 
-@lru_cache(maxsize=8)
-def _grams(config: ModelConfig, dtype: str) -> Any:
-    def run(params: Tree, tokens: jax.Array, segments: jax.Array) -> Any:
-        real = (segments > 0).astype(jnp.float32)[..., None]
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _gram_sums(config: ModelConfig, dtype: str, params: Tree, batch: Batch[jax.Array]) -> Any:
+    tokens, segments = batch.tokens, batch.segment_ids
+    real = (segments > 0).astype(jnp.float32)[..., None]
 
-        def add_gram(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-            module = context.module
-            if isinstance(module, qwen2.Linear) and context.method_name == "__call__" and module.name not in SAME_INPUT:
-                x = args[0].astype(jnp.float32) * real
-                gram = jnp.einsum("bti,btj->ij", x, x, preferred_element_type=jnp.float32)
-                module.sow("grams", "input", gram, reduce_fn=lambda old, new: old + new, init_fn=lambda: 0.0)
-            return call(*args, **kwargs)
+    def add_gram(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        module = context.module
+        if isinstance(module, qwen2.Linear) and context.method_name == "__call__" and module.name not in SAME_INPUT:
+            x = args[0].astype(jnp.float32) * real
+            gram = jnp.einsum("bti,btj->ij", x, x, preferred_element_type=jnp.float32)
+            module.sow("grams", "input", gram, reduce_fn=lambda old, new: old + new, init_fn=lambda: 0.0)
+        return call(*args, **kwargs)
 
-        model = qwen2.Qwen2(config, jnp.dtype(dtype))
-        weights = jax.tree.map(lambda a: a.astype(dtype), qwen2.trunk(params))
-        with nn.intercept_methods(add_gram):
-            _, sown = model.apply(
-                {"params": weights}, tokens, segments, qwen2.default_positions(segments), mutable=["grams"]
-            )
-        return sown["grams"]
-
-    return jax.jit(run)
+    weights = {"params": jax.tree.map(lambda a: a.astype(dtype), qwen2.trunk(params))}
+    with nn.intercept_methods(add_gram):
+        _, sown = qwen2.Qwen2(config, jnp.dtype(dtype)).apply(
+            weights, tokens, segments, qwen2.default_positions(segments), mutable=["grams"]
+        )
+    return sown["grams"]
 
 
-def squares(config: ModelConfig, params: Tree, batches: Iterator[Batch[jax.Array]], dtype: Any, remat: Remat) -> Tree:
-    """Return the sum over packed rows of the squared gradient of each row's summed loss, float32, as `params`.
-
-    It is the diagonal of the empirical Fisher information but for a factor.
-    """
-    run, total = _squares(config, np.dtype(dtype).name, remat), None
+def squares(config: ModelConfig, params: Tree, batches: Iterator[Batch[jax.Array]], dtype: str, remat: Remat) -> Tree:
+    """Return the sum over packed rows of the squared gradient of each row's summed loss, float32, as `params`."""
+    total = jax.tree.map(lambda a: jnp.zeros_like(a, jnp.float32), params)
     for batch in batches:
-        total = run(params, batch, total)
-    assert total is not None
+        total = _add_squares(config, dtype, remat, params, batch, total)
     return total
 
 
-@lru_cache(maxsize=8)
-def _squares(config: ModelConfig, dtype: str, remat: Remat) -> Any:
-    def nats(params: Tree, batch: Batch[jax.Array]) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _add_squares(
+    config: ModelConfig, dtype: str, remat: Remat, params: Tree, batch: Batch[jax.Array], total: Tree
+) -> Tree:
+    def nats(params: Tree, row: Batch[jax.Array]) -> jax.Array:
         weights = jax.tree.map(lambda a: a.astype(dtype), params)
-        return qwen2.loss_sum(config, weights, batch, dtype=jnp.dtype(dtype), remat=remat)[0]
+        return qwen2.loss_sum(config, weights, row, dtype=jnp.dtype(dtype), remat=remat)[0]
 
-    def run(params: Tree, batch: Batch[jax.Array], total: Tree | None) -> Tree:
-        def add_row(carry: Tree, row: Batch[jax.Array]) -> tuple[Tree, None]:
-            gradient = jax.grad(nats)(params, jax.tree.map(lambda array: array[None], row))
-            return jax.tree.map(lambda c, g: c + jnp.square(g.astype(jnp.float32)), carry, gradient), None
+    def add_row(total: Tree, row: Batch[jax.Array]) -> tuple[Tree, None]:
+        gradient = jax.grad(nats)(params, jax.tree.map(lambda array: array[None], row))
+        return jax.tree.map(lambda t, g: t + jnp.square(g.astype(jnp.float32)), total, gradient), None
 
-        start = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), params) if total is None else total
-        return jax.lax.scan(add_row, start, batch)[0]
-
-    return jax.jit(run)
+    return jax.lax.scan(add_row, total, batch)[0]
 
 
 def _weighted(plain: list[jax.Array], squared: list[jax.Array], axes: tuple[int, ...] | None) -> list[jax.Array]:

@@ -2,8 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -11,45 +9,38 @@ from jax.sharding import Mesh
 
 from bmjax.branch import examples
 from bmjax.branch.loader import Loader
-from bmjax.chat.template import chat_template
 from bmjax.config import UserError
 from bmjax.io.rows import read_rows
 from bmjax.merge.recipe.calibration import CalibrationSettings
 from bmjax.merge.recipe.recipe import Step
 from bmjax.model.batch import Batch, place_batch
+from bmjax.weights.student import Student
 
 
 @dataclass
 class Calibration:
-    """The rows of all domains, in the order of the step's branches.
-
-    loaders: one a domain.
-    held_out: one batch of each domain.
-    tokens: real tokens that went through a model so far, by purpose.
-    """
+    """The rows of all domains, in the order of the step's branches."""
 
     mesh: Mesh
-    loaders: list[Loader]
-    held_out: list[Batch[np.ndarray]]
-    tokens: dict[str, int]
+    loaders: list[Loader]  # one a domain
+    held_out: list[Batch[np.ndarray]]  # one batch of each domain
+    tokens: dict[str, int]  # real tokens that went through a model so far, by purpose
 
     def rows(self, domain: int, count: int, purpose: str) -> Iterator[Batch[jax.Array]]:
-        """Batches of one domain until `count` rows are given, counted."""
+        """Yield batches of one domain until `count` rows are given, counted."""
         loader = self.loaders[domain]
         for start in range(0, min(count, len(loader.rows)), loader.batch):
             batch = loader.at(start // loader.batch)
-            left = min(count, len(loader.rows)) - start
-            if left < loader.batch:
-                kept = np.arange(loader.batch)[:, None] < left
-                batch = jax.tree.map(lambda array, kept=kept: np.where(kept, array, 0).astype(array.dtype), batch)
+            kept = np.arange(loader.batch)[:, None] < min(count, len(loader.rows)) - start
+            batch = jax.tree.map(lambda array, kept=kept: np.where(kept, array, 0).astype(array.dtype), batch)
             yield self._place(purpose, [batch])
 
     def joint(self, step: int, purpose: str) -> Batch[jax.Array]:
-        """The batch of a step: as many rows of each domain, one domain after another, counted."""
+        """Return the batch of a step: as many rows of each domain, one domain after another, counted."""
         return self._place(purpose, [loader.at(step) for loader in self.loaders])
 
     def judged(self) -> list[Batch[jax.Array]]:
-        """The held-out batches, counted."""
+        """Return the held-out batches, counted."""
         return [self._place("held_out", [batch]) for batch in self.held_out]
 
     def _place(self, purpose: str, batches: Sequence[Batch[np.ndarray]]) -> Batch[jax.Array]:
@@ -57,20 +48,12 @@ class Calibration:
         return place_batch(self.mesh, jax.tree.map(lambda *arrays: np.concatenate(arrays), *batches))
 
 
-def read(
-    step: Step, p: CalibrationSettings, seed: int, tokenizer: Any, vocab_size: int, base: Path, mesh: Mesh
-) -> Calibration:
-    """Read the calibration set of a step.
+def read(step: Step, p: CalibrationSettings, seed: int, student: Student, mesh: Mesh) -> Calibration:
+    """Read the calibration set of a step with the settings `p`; UserError for rows that cannot be read, or too few.
 
-    Arguments:
-        p: the step's settings.
-        seed: which documents are drawn and held out, and their order.
-        base: the directory that the tokenizer is of, for errors.
-
-    Raises:
-        UserError: for rows that cannot be read, or too few of them.
+    seed: which documents are drawn and held out, and their order. student: the base, opened with its template.
     """
-    template = chat_template(tokenizer, p.template)
+    assert student.template is not None
     loaders, held_out = [], []
     for name, source in zip(step.branches, step.data, strict=True):
         rows = list(read_rows(source, f"models.{name}.data"))
@@ -80,8 +63,9 @@ def read(
                 "give more rows or lower it"
             )
         order = np.random.default_rng([seed, 2]).permutation(len(rows))[: max(p.documents, p.held_out + 1)]
-        dataset = examples.build_dataset([rows[i] for i in order], tokenizer, template, p.seq_len, "truncate")
-        examples.check_vocabulary(dataset, vocab_size, base)
+        drawn = [rows[i] for i in order]
+        dataset = examples.build_dataset(drawn, student.tokenizer, student.template, p.seq_len, "truncate")
+        examples.check_vocabulary(dataset, student.config.vocab_size, student.directory)
         judged, learned = dataset.examples[: p.held_out], dataset.examples[p.held_out :]
         by_row = Loader(replace(dataset, examples=judged), p.seq_len, 1, True, False, seed)
         all_rows = Loader(by_row.dataset, p.seq_len, len(by_row.rows), True, False, seed)

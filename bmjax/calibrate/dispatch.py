@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from bmjax.config import UserError
+from bmjax.io.rows import read_rows
 from bmjax.log import Log, silent
 from bmjax.merge.plan.check import check as check_plan
 from bmjax.merge.plan.nodes import MergePlan, prepare
 from bmjax.merge.plan.output import check_space
 from bmjax.merge.recipe.recipe import Recipe, read_recipe
+from bmjax.model.config import ModelConfig
 
 
 def merge(
@@ -87,8 +89,16 @@ def _refuse_memory(recipe: Recipe, memory: int | None) -> None:
 
 
 def _check_steps(plan: MergePlan) -> None:
-    from bmjax.calibrate import run
-
+    """Raise a UserError for what a step that looks at data would refuse, known without reading a tensor."""
     for step in plan.recipe.steps:
-        if step.calibration is not None:
-            run.check_step(step, plan.models[plan.recipe.donor_of(step.donor)].directory)
+        if step.calibration is None:
+            continue
+        # The base's directory, or that of the model that its config comes from.
+        config = ModelConfig.from_dir(plan.models[plan.recipe.donor_of(step.donor)].directory)
+        if step.calibration.seq_len > config.max_length:
+            raise UserError(
+                f"step '{step.name}': seq_len: {step.calibration.seq_len} is more than the base's context of "
+                f"{config.max_length} tokens; lower it"
+            )
+        for name, rows in zip(step.branches, step.data, strict=True):
+            next(read_rows(rows, f"models.{name}.data"))

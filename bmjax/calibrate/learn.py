@@ -4,8 +4,8 @@ student = base + sum_b coefficient_b * contribution_b; one coefficient for each 
 loss is the mean over domains of nats a target token.
 """
 
-from collections.abc import Sequence
-from functools import lru_cache
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,9 +20,10 @@ from bmjax.model import loss, qwen2, spec
 from bmjax.model.attention.options import Remat
 from bmjax.model.batch import Batch
 from bmjax.model.config import ModelConfig
-from bmjax.model.spec import Param, unflatten
+from bmjax.model.spec import unflatten
 
-BETAS = (0.9, 0.95)
+_ADAM = optax.scale_by_adam(0.9, 0.95)
+_CLIPPED_ADAM = optax.chain(optax.clip_by_global_norm(1.0), _ADAM)
 
 
 def coefficients(config: ModelConfig, start: float, per: str) -> Tree:
@@ -30,14 +31,14 @@ def coefficients(config: ModelConfig, start: float, per: str) -> Tree:
 
     per: "row" or "tensor"; an output row is a kernel's last axis.
     """
-    return unflatten([(row.path, jnp.full(_shape(row, per), start, jnp.float32)) for row in spec.table(config)])
-
-
-def _shape(row: Param, per: str) -> tuple[int, ...]:
-    kept = (0,) if row.stacked else ()
-    if per == "row" and row.is_matrix:
-        kept = (*kept, len(row.shape) - (1 if row.transposed else 2))
-    return tuple(size if axis in kept else 1 for axis, size in enumerate(row.shape))
+    leaves = []
+    for row in spec.table(config):
+        kept = {0} if row.stacked else set()
+        if per == "row" and row.is_matrix:
+            kept.add(len(row.shape) - (1 if row.transposed else 2))
+        shape = [size if axis in kept else 1 for axis, size in enumerate(row.shape)]
+        leaves.append((row.path, jnp.full(shape, start, jnp.float32)))
+    return unflatten(leaves)
 
 
 @jax.jit
@@ -64,68 +65,56 @@ def _nats(
     return loss.cross_entropy_sum(hidden, qwen2.head_weight(config, weights), labels, shares)
 
 
-@lru_cache(maxsize=8)
-def _judge(config: ModelConfig, dtype: str) -> Any:
-    return jax.jit(lambda params, batch: _nats(config, params, batch, 1, dtype, "none"))
+_judge = jax.jit(_nats, static_argnums=(0, 3, 4, 5))
 
 
 def held_out_losses(config: ModelConfig, params: Tree, calibration: Calibration, dtype: str) -> list[float]:
     """Return the nats a target token of each domain's held-out documents."""
-    return [float(_judge(config, dtype)(params, batch)) for batch in calibration.judged()]
-
-
-@lru_cache(maxsize=8)
-def _coefficient_step(config: ModelConfig, domains: int, dtype: str, remat: Remat) -> Any:
-    tx = optax.scale_by_adam(*BETAS)
-
-    def step(
-        factors: Any, moments: Any, base: Tree, parts: Any, batch: Batch[jax.Array], rate: jax.Array
-    ) -> tuple[Any, Any]:
-        def nats(candidate: Any) -> jax.Array:
-            return _nats(config, merged(base, parts, candidate), batch, domains, dtype, remat)
-
-        updates, moments = tx.update(jax.grad(nats)(factors), moments)
-        return jax.tree.map(lambda k, u: k - rate * u, factors, updates), moments
-
-    return tx, jax.jit(step, donate_argnums=(0, 1))
+    return [float(_judge(config, params, batch, 1, dtype, "none")) for batch in calibration.judged()]
 
 
 def learn(
-    config: ModelConfig, base: Tree, parts: Sequence[Tree], calibration: Calibration, settings: CalibrationSettings
+    config: ModelConfig, base: Tree, parts: Sequence[Tree], calibration: Calibration, p: CalibrationSettings
 ) -> list[Tree]:
-    """Return the branches' coefficients after `settings.steps` steps of Adam."""
-    factors = [coefficients(config, settings.start, settings.per) for _ in parts]
-    tx, step = _coefficient_step(config, len(parts), settings.compute_dtype, settings.remat)
-    moments = tx.init(factors)
-    for number in range(settings.steps):
+    """Return the branches' coefficients after `p.steps` steps of Adam."""
+    factors = [coefficients(config, p.start, p.per) for _ in parts]
+    moments = _ADAM.init(factors)
+    options = (config, len(parts), p.compute_dtype, p.remat)
+    for number in range(p.steps):
         batch = calibration.joint(number, "learning")
-        rate = settings.learning_rate * (1 - number / settings.steps)
-        factors, moments = step(factors, moments, base, parts, batch, np.float32(rate))
+        rate = np.float32(p.learning_rate * (1 - number / p.steps))
+        factors, moments = _step(_ADAM, merged, *options, factors, moments, (base, parts), batch, rate)
     return factors
 
 
-@lru_cache(maxsize=8)
-def _polish_step(config: ModelConfig, domains: int, dtype: str, remat: Remat) -> Any:
-    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(*BETAS))
-
-    def step(params: Tree, moments: Any, moving: Tree, batch: Batch[jax.Array], rate: jax.Array) -> tuple[Tree, Any]:
-        gradient = jax.grad(lambda p: _nats(config, p, batch, domains, dtype, remat))(params)
-        gradient = jax.tree.map(lambda g, m: jnp.where(m, g, 0.0), gradient, moving)
-        updates, moments = tx.update(gradient, moments)
-        return jax.tree.map(lambda p, u: p - rate * u, params, updates), moments
-
-    return tx, jax.jit(step)
-
-
 def polish(
-    config: ModelConfig, params: Tree, parts: Sequence[Tree], calibration: Calibration, settings: CalibrationSettings
+    config: ModelConfig, params: Tree, parts: Sequence[Tree], calibration: Calibration, p: CalibrationSettings
 ) -> Tree:
-    """Return `params` after `settings.polish` joint steps of Adam. Leaves that no branch changed stay as they are."""
+    """Return `params` after `p.polish` joint steps of Adam. Leaves that no branch changed stay as they are."""
     moving = jax.tree.map(lambda *leaves: jnp.stack([jnp.any(leaf != 0) for leaf in leaves]).any(), *parts)
-    tx, step = _polish_step(config, len(parts), settings.compute_dtype, settings.remat)
-    moments = tx.init(params)
-    for number in range(settings.polish):
-        batch = calibration.joint(settings.steps + number, "polishing")
-        rate = settings.polish_rate * (1 - number / settings.polish)
-        params, moments = step(params, moments, moving, batch, np.float32(rate))
+    moments = _CLIPPED_ADAM.init(params)
+    options = (config, len(parts), p.compute_dtype, p.remat)
+    for number in range(p.polish):
+        batch = calibration.joint(p.steps + number, "polishing")
+        rate = np.float32(p.polish_rate * (1 - number / p.polish))
+        params, moments = _step(_CLIPPED_ADAM, _held, *options, params, moments, (moving,), batch, rate)
     return params
+
+
+def _held(moving: Tree, params: Tree) -> Tree:
+    """Return the parameters, those that do not move as constants."""
+    return jax.tree.map(lambda m, leaf: jnp.where(m, leaf, jax.lax.stop_gradient(leaf)), moving, params)
+
+
+@functools.partial(jax.jit, static_argnums=range(6))
+def _step(
+    tx: optax.GradientTransformation, weights_of: Callable[..., Tree], config: ModelConfig, domains: int, dtype: str,
+    remat: Remat, variables: Any, moments: Any, fixed: Any, batch: Batch[jax.Array], rate: jax.Array,
+) -> tuple[Any, Any]:  # fmt: skip
+    """Compute one step of `tx` on variables, of which `weights_of(*fixed, variables)` makes the weights."""
+
+    def nats(candidate: Any) -> jax.Array:
+        return _nats(config, weights_of(*fixed, candidate), batch, domains, dtype, remat)
+
+    updates, moments = tx.update(jax.grad(nats)(variables), moments)
+    return jax.tree.map(lambda leaf, u: leaf - rate * u, variables, updates), moments

@@ -7,7 +7,7 @@ import safetensors.numpy
 from bmjax.calibrate import data
 from bmjax.merge.recipe.recipe import read_recipe
 from bmjax.parallel.mesh import make_mesh
-from bmjax.weights import hf
+from bmjax.weights import student
 
 SMALL = {"rows": 4, "held_out": 4, "seq_len": 128, "steps": 3, "remat": "none", "mesh": {}}
 
@@ -29,8 +29,8 @@ def tensors(directory):
 def batches(folder, name, count=4):
     """(calibration, that domain's batches) as the merge reads them."""
     (step,) = read_recipe(recipe(folder)).steps
-    base, mesh = folder / "base", make_mesh({})
-    calibration = data.read(step, step.calibration, 0, hf.load_tokenizer(base), 300, base, mesh)
+    base = student.open(folder / "base", purpose="calibration")
+    calibration = data.read(step, step.calibration, 0, base, make_mesh({}))
     rows = calibration.rows("ab".index(name), count, "grams")
     return calibration, [jax.tree.map(np.asarray, batch) for batch in rows]
 

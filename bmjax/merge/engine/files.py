@@ -29,12 +29,8 @@ from bmjax.version import __version__
 from bmjax.weights.hf import TOKENIZER_FILES
 
 SIDE_FILES = (
-    "config.json",
-    "generation_config.json",
-    *TOKENIZER_FILES,
-    "preprocessor_config.json",
-    "processor_config.json",
-)
+    "config.json", "generation_config.json", *TOKENIZER_FILES, "preprocessor_config.json", "processor_config.json",
+)  # fmt: skip
 REPORT = "merge_report.json"
 MEMORY = 2**30
 
@@ -59,8 +55,10 @@ def merge(
         shard_bytes: of a file of the result.
         memory: bytes for buffers (None: MEMORY). It changes no result.
         progress: is called with (bytes of inputs done, bytes of inputs in all, tensor name).
+
     Returns:
         The content of merge_report.json.
+
     Raises:
         UserError: one line, for anything a user can mend. `output` is then as it was.
     """
@@ -68,34 +66,36 @@ def merge(
     rows = [(node.name, node.dtype, node.shape) for node in plan.nodes]
     check_space(Path(output), plan.nbytes + sum(path.stat().st_size for path in _side_files(donor.directory)))
     with replacing(Path(output), resume=True) as folder, contextlib.ExitStack() as stack:
-        journal = Journal(folder, _fingerprint(plan, rows, shard_bytes))
-        stack.callback(journal.close)
-        writer = SharedWriter(folder, rows, shard_bytes)
-        stack.callback(writer.close)
+        journal = stack.enter_context(contextlib.closing(Journal(folder, _fingerprint(plan, rows, shard_bytes))))
+        writer = stack.enter_context(contextlib.closing(SharedWriter(folder, rows, shard_bytes)))
         # What was killed while it copied the donor's files may have left others than those of now.
         clear(folder, [*writer.files, journal.path])
         journal.check(writer, rows)
-        stream = Stream(plan, writer, journal, MEMORY if memory is None else memory)
-        stack.callback(stream.close)
+        buffers = MEMORY if memory is None else memory
+        stream = stack.enter_context(contextlib.closing(Stream(plan, writer, journal, buffers)))
         tensors = stream.run(plan.nodes, progress or (lambda done, total, name: None))
         writer.finish()
         sources = {
             name: source_entry(recipe.sources.get(name, name), model, journal.source(name))
             for name, model in models.items()
         }
-        dtypes = sorted({dtype.name for _, dtype, _ in rows})
-        result = merge_report(
-            recipe.text, recipe.seed, sources, journal.checksums(), dtypes, report(recipe.steps, tensors)
-        )
         _copy_side_files(donor.directory, folder, {dtype for _, dtype, _ in rows}, plan.config_changes)
         if plan.vocabulary is not None:
             plan.vocabulary.save(folder)
-        if recipe.chat_template is not None:
-            write_chat_template(folder, recipe.chat_template)
-        (folder / REPORT).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        write_card(folder, result)
+        dtypes = sorted({dtype.name for _, dtype, _ in rows})
+        statistics = report(recipe.steps, tensors)
+        result = merge_report(recipe.text, recipe.seed, sources, journal.checksums(), dtypes, statistics)
+        finish(folder, recipe.chat_template, result)
         journal.close(remove=True)
     return result
+
+
+def finish(folder: Path, chat_template: str | None, result: Mapping[str, Any]) -> None:
+    """Write a merge's chat template, merge_report.json and card. result: what `merge_report` returned."""
+    if chat_template is not None:
+        write_chat_template(folder, chat_template)
+    (folder / REPORT).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_card(folder, result)
 
 
 def _fingerprint(plan: MergePlan, rows: Plan, shard_bytes: float) -> dict[str, Any]:

@@ -9,29 +9,18 @@ import math
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 
 from bmjax.io.safetensors import SharedWriter
-from bmjax.merge.engine.chunks import CHUNK
+from bmjax.merge.engine.chunks import block_digest, digest, digest_of_tensors
 from bmjax.merge.report.statistics import Stats, TensorStats
 
 NAME = "merge_journal.jsonl"
 _KEYS = {"name", "digest", "block", "sources", "stats"}
-
-
-def digest(blocks: Iterable[bytes]) -> str:
-    """Return the checksum of data from those of its blocks, as hexadecimal digits."""
-    return xxhash.xxh3_128_hexdigest(b"".join(blocks))
-
-
-def block_digest(data: np.ndarray) -> bytes:
-    """Return the checksum of one block."""
-    return xxhash.xxh3_128_digest(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
 
 
 def clear(folder: Path, keep: Sequence[Path] = ()) -> None:
@@ -49,47 +38,30 @@ class Journal:
     def __init__(self, folder: Path, fingerprint: Mapping[str, Any]) -> None:
         """Go on with what `folder` holds of a merge with this fingerprint, or clear it of anything else."""
         self.path, self._lock = folder / NAME, threading.Lock()
-        self._tensors: dict[str, dict[str, Any]] = {}
-        lines = self._lines()
+        # The lines that are whole: a kill may have cut off the last one; a machine's fall may have put anything there.
+        lines: list[Any] = []
+        with contextlib.suppress(OSError, ValueError):
+            for text in self.path.read_bytes().split(b"\n"):
+                line = json.loads(text)
+                if not isinstance(line, dict) or (lines and not line.keys() >= _KEYS):
+                    break
+                lines.append(line)
         if lines[:1] != [dict(fingerprint)]:
             clear(folder)
-            lines = []
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
-        if not lines:
-            self._write(fingerprint)
-        for line in lines[1:]:
-            self._tensors[line["name"]] = line
-
-    def _lines(self) -> list[Any]:
-        """Return the lines that are whole, and cut the file off after them.
-
-        A kill may have cut off the last line; a machine's fall may have put anything there.
-        """
-        entries: list[Any] = []
-        with contextlib.suppress(OSError, ValueError):
-            for line in self.path.read_bytes().split(b"\n"):
-                entry = json.loads(line)
-                if not isinstance(entry, dict) or (entries and not entry.keys() >= _KEYS):
-                    break
-                entries.append(entry)
+            lines = [fingerprint]
         # What follows a line that is cut off would not be read next time.
-        if entries:
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in entries), encoding="utf-8")
-        return entries
-
-    def _write(self, line: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        self._tensors = {line["name"]: line for line in lines[1:]}
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
 
     def check(self, writer: SharedWriter, rows: Sequence[tuple[str, np.dtype, tuple[int, ...]]]) -> None:
         """Forget tensors whose bytes in the files are not those that were written."""
         for name, dtype, shape in rows:
             if name not in self._tensors:
                 continue
-            out, size, blocks = np.empty(CHUNK, dtype), math.prod(shape), []
-            step = int(self._tensors[name]["block"])
+            size, step, blocks = math.prod(shape), int(self._tensors[name]["block"]), []
             for start in range(0, size, step):
-                part = out[: min(step, size - start)] if step <= CHUNK else np.empty(min(step, size - start), dtype)
+                part = np.empty(min(step, size - start), dtype)
                 writer.read(name, start * dtype.itemsize, part)
                 blocks.append(block_digest(part))
             if digest(blocks) != self._tensors[name]["digest"]:
@@ -108,19 +80,18 @@ class Journal:
         line = {"name": name, "digest": checksum, "block": block, "sources": sources, "stats": plain}
         with self._lock:
             self._tensors[name] = line
-            self._write(line)
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
 
     def checksums(self) -> dict[str, str]:
-        """Return those of all finished tensors, by name."""
         return {name: self._tensors[name]["digest"] for name in sorted(self._tensors)}
 
     def source(self, model: str) -> str:
         """Return one checksum of all tensors read of a model."""
-        digests = {t: d for line in self._tensors.values() for t, d in line["sources"].get(model, {}).items()}
-        return digest(f"{tensor}\0{digests[tensor]}\n".encode() for tensor in sorted(digests))
+        lines = self._tensors.values()
+        return digest_of_tensors({t: d for line in lines for t, d in line["sources"].get(model, {}).items()})
 
     def close(self, remove: bool = False) -> None:
-        """Close the file. remove: the merge is complete."""
         self._file.close()
         if remove:
             os.unlink(self.path)

@@ -15,14 +15,7 @@ import numpy as np
 from jax import lax
 
 from bmjax.merge.engine.quantile import add_pairs
-from bmjax.merge.methods.method import Block, Kernel
-
-Static = tuple[tuple[str, Any], ...]
-
-
-def static(keywords: Mapping[str, Any]) -> Static:
-    """Return keywords as a key of the cache of programs."""
-    return tuple(sorted(keywords.items()))
+from bmjax.merge.methods.kernels import Block, Kernel
 
 
 def block(base: Any, branches: Sequence[Any], models: Mapping[str, Any], start: int = 0) -> Block:
@@ -32,7 +25,7 @@ def block(base: Any, branches: Sequence[Any], models: Mapping[str, Any], start: 
 
 @functools.cache
 def values(
-    kernel: Kernel, keywords: Static, reorder: bool = False, then: Callable[[Any], Any] | None = None
+    kernel: Kernel, reorder: bool = False, then: Callable[[Any], Any] | None = None, /, **static: Any
 ) -> Callable[..., Any]:
     """Compile (block, operands) -> what the kernel gives, or what `then` makes of it.
 
@@ -40,35 +33,21 @@ def values(
     """
 
     def run(x: Block, operands: Sequence[Any]) -> Any:
-        result = kernel(_float32(x), *operands, **dict(keywords))
+        result = kernel(_float32(x), *operands, **static)
         return result if then is None else then(result)
 
     return _compiled(run, reorder)
 
 
-def row_sums(kernel: Kernel, keywords: Static) -> Callable[..., jax.Array]:
-    """Compile (block, operands) -> the row sums of every array, float32 [K, rows], or int32 of bool arrays."""
-    return values(kernel, keywords, True, _sum_rows)
-
-
-def column_sums(kernel: Kernel, keywords: Static) -> Callable[..., jax.Array]:
-    """Compile (block, operands) -> the column sums of every array of the kernel, float32 [K, 1, columns]."""
-    return values(kernel, keywords, False, _sum_columns)
-
-
 @functools.cache
 def lookup() -> Callable[..., jax.Array]:
     """Compile (values [rows, columns], columns) -> the values in those columns of their rows."""
-
     # A program of its own, because inside a loop with other work a lookup keeps that from being vector code.
-    def run(values: jax.Array, columns: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(values, columns, axis=-1, mode="clip")
-
-    return _compiled(run)
+    return _compiled(functools.partial(jnp.take_along_axis, axis=-1, mode="clip"))
 
 
 @functools.cache
-def brackets(kernel: Kernel, keywords: Static, owners: tuple[int, ...]) -> Callable[..., Any]:
+def brackets(kernel: Kernel, owners: tuple[int, ...], /, **static: Any) -> Callable[..., Any]:
     """Compile (block, operands, valid, low [B], high [B]) -> (values, inside, counts).
 
     owners: of which of the kernel's K arrays a bracket is. valid: entries before the padding. values: the K arrays.
@@ -77,26 +56,29 @@ def brackets(kernel: Kernel, keywords: Static, owners: tuple[int, ...]) -> Calla
     """
 
     def run(x: Block, operands: Sequence[Any], valid: Any, low: jax.Array, high: jax.Array) -> Any:
-        # Padding is infinite: it lies below nothing but a bracket without an upper end.
-        arrays = [_valid(a, valid, np.inf) for a in kernel(_float32(x), *operands, **dict(keywords))]
+        # Padding, from flat index `valid` on, is infinite: it lies below nothing but a bracket without an upper end.
+        arrays = kernel(_float32(x), *operands, **static)
+        shape = arrays[0].shape
+        index = lax.broadcasted_iota(jnp.int32, shape, 0) * shape[1] + lax.broadcasted_iota(jnp.int32, shape, 1)
+        arrays = [jnp.where(index < valid, a, np.inf) for a in arrays]
         inside, tests = [jnp.zeros(a.shape, jnp.bool_) for a in arrays], []
         for i, k in enumerate(owners):
             inside[k] |= (arrays[k] > low[i]) & (arrays[k] < high[i])
             tests += [arrays[k] < low[i], arrays[k] <= low[i], arrays[k] <= high[i]]
-        return arrays, inside, _sum_rows(tests)
+        return arrays, inside, sum_rows(tests)
 
     return _compiled(run)
 
 
 @functools.cache
-def leaves(kernel: Kernel, keywords: Static, dtype: Any) -> Callable[..., Any]:
+def leaves(kernel: Kernel, dtype: Any, /, **static: Any) -> Callable[..., Any]:
     """Compile (block, operands) -> (leaf in `dtype`, packed masks of what is kept).
 
     Branch b's mask is bit b % 8 of uint8 array b // 8. There are none where all is kept.
     """
 
     def run(x: Block, operands: Sequence[Any]) -> Any:
-        leaf, kept = kernel(_float32(x), *operands, **dict(keywords))
+        leaf, kept = kernel(_float32(x), *operands, **static)
         # Packed, because every output is computed from the start: one more, not one for each branch.
         masks = [] if kept is None else [kept[b : b + 8] for b in range(0, len(kept), 8)]
         packed = [functools.reduce(jnp.bitwise_or, [m.astype(jnp.uint8) << i for i, m in enumerate(g)]) for g in masks]
@@ -123,7 +105,7 @@ def statistics() -> Callable[..., Any]:
         moved = leaf.astype(jnp.float32) - reference
         up = functools.reduce(jnp.logical_or, [c > 0 for c in changes])
         down = functools.reduce(jnp.logical_or, [c < 0 for c in changes])
-        return _sum_rows([*products, reference**2, moved**2]), _sum_rows([up & down, *(k == 1 for k in kept)])
+        return sum_rows([*products, reference**2, moved**2]), sum_rows([up & down, *(k == 1 for k in kept)])
 
     return _compiled(run, reorder=True)
 
@@ -143,7 +125,8 @@ def _options(reorder: bool) -> dict[str, Any] | None:
         return None
     options: dict[str, Any] = {"xla_cpu_experimental_ynn_fusion_type": ""}
     if reorder:
-        options |= {f"xla_cpu_{name}": True for name in _FAST}
+        fast = ("enable_fast_math", "fast_math_honor_nans", "fast_math_honor_infs", "fast_math_honor_division")
+        options |= {f"xla_cpu_{name}": True for name in fast}
     try:
         jax.jit(lambda x: x, compiler_options=options).lower(np.float32(0)).compile()
     except Exception:  # whatever a version raises for an option that it does not know
@@ -151,25 +134,18 @@ def _options(reorder: bool) -> dict[str, Any] | None:
     return options
 
 
-_FAST = ("enable_fast_math", "fast_math_honor_nans", "fast_math_honor_infs", "fast_math_honor_division")
-
-
 def _float32(x: Block) -> Block:
     base, branches, models = jax.tree.map(lambda a: a.astype(jnp.float32), tuple(x[:3]))
     return Block(base, branches, models, x.start)
 
 
-def _valid(a: jax.Array, valid: jax.Array, otherwise: float) -> jax.Array:
-    """Replace the padding of `a`: the entries of flat index `valid` and above."""
-    index = lax.broadcasted_iota(jnp.int32, a.shape, 0) * a.shape[1] + lax.broadcasted_iota(jnp.int32, a.shape, 1)
-    return jnp.where(index < valid, a, otherwise)
-
-
-def _sum_columns(arrays: Sequence[jax.Array]) -> jax.Array:
+def sum_columns(arrays: Sequence[jax.Array]) -> jax.Array:
+    """Return the column sums of every array, float32 [K, 1, columns]."""
     return jnp.stack([jnp.sum(a, axis=0, keepdims=True) for a in arrays])
 
 
-def _sum_rows(arrays: Sequence[jax.Array]) -> jax.Array:
+def sum_rows(arrays: Sequence[jax.Array]) -> jax.Array:
+    """Return the row sums of every array, float32 [K, rows], or int32 of bool arrays."""
     # One reduction for all reads each array once. XLA's CPU compiler makes vector code of sums of floats, and of sums
     # of integers, not of both in one nor of bools turned into floats: a tenth of the speed.
     if arrays[0].dtype == jnp.bool_:

@@ -5,14 +5,14 @@ There are two algorithms, because neither serves the other's engine:
 - `order_statistics`, for arrays in memory, sharded or not: 32 counting passes build the value bit by bit. Devices
   exchange counts only. Over files each pass computes every chunk again: at four bits a pass, merges by ties and
   arcee_fusion took 1.5 times as long.
-- `BracketSearch`, for tensors read in chunks: brackets estimated from a sample, then one pass that counts what lies
+- `bracket_search`, for tensors read in chunks: brackets estimated from a sample, then one pass that counts what lies
   below them and takes all values within. Over a sharded array those values would have to go to the host.
 
 Neither result depends on the order of the elements or on how they are laid out.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -49,7 +49,8 @@ def order_statistics(x: Array, ranks: Sequence[int] | Array) -> Array:
     def next_bit(i: Array, pattern: Array) -> Array:
         # The answer is the largest pattern that at most `rank` elements lie below; the first bit is the sign.
         candidate = pattern ^ (jnp.int32(1) << (31 - i))
-        return jnp.where(_counts(bits, candidate) <= wanted, candidate, pattern)
+        counts = lax.platform_dependent(jnp.atleast_1d(bits), candidate, cpu=_counts_by_rows, default=_counts_at_once)
+        return jnp.where(counts <= wanted, candidate, pattern)
 
     pattern = lax.fori_loop(0, 32, next_bit, jnp.full(wanted.shape, np.iinfo(np.int32).min))
     return lax.bitcast_convert_type(_ordered(pattern), jnp.float32)
@@ -60,12 +61,8 @@ def _ordered(bits: Array) -> Array:
     return jnp.where(bits < 0, bits ^ np.int32(0x7FFFFFFF), bits)
 
 
-def _counts(bits: Array, limits: Array) -> Array:
-    """Return how many elements are below each of `limits` [R], int32 [R]."""
-    return lax.platform_dependent(jnp.atleast_1d(bits), limits, cpu=_counts_by_rows, default=_counts_at_once)
-
-
 def _counts_at_once(bits: Array, limits: Array) -> Array:
+    """Return how many elements are below each of `limits` [R], int32 [R]."""
     # Each sum is one scalar all-reduce however the array is sharded; GPU and TPU compilers fuse them into one pass.
     return jnp.stack([jnp.sum(bits < limits[k], dtype=jnp.int32) for k in range(limits.size)])
 
@@ -90,61 +87,47 @@ class NotFiniteError(Exception):
     """A search met NaN."""
 
 
-class BracketSearch:
-    """The search for exact order statistics of large arrays, by passes over their chunks.
+def bracket_search(
+    size: int,
+    ranks: Sequence[Sequence[int]],
+    samples: Sequence[np.ndarray],
+    spread: float,
+    count: Callable[[np.ndarray, np.ndarray], Sequence[tuple[list[np.ndarray], np.ndarray]]],
+) -> list[np.ndarray]:
+    """Return the values of large arrays at each one's ranks, float32, exactly, by passes over their chunks.
 
-    arrays: for each of the B values that are searched, the index of its array. low, high: its bracket, float32 [B]. The
-    next pass takes all values of the array within it. A value that its bracket missed gets a wider one.
+    size: entries of an array. ranks, samples: of each array. spread: factor of the brackets' width. count: a pass with
+    the brackets low, high, float32 [B], B ranks in all. It gives for each chunk the values of every array strictly
+    within its brackets, and how many entries are < low, <= low and <= high, [B * 3]. A value that its bracket missed
+    gets a wider one. Raises NotFiniteError where brackets without ends miss a value.
     """
-
-    def __init__(self, size: int, ranks: Sequence[Sequence[int]], samples: Sequence[np.ndarray], spread: float) -> None:
-        """size: entries of an array. ranks, samples: of each array. spread: factor of the brackets' width."""
-        self.arrays = tuple(k for k, array_ranks in enumerate(ranks) for _ in array_ranks)
-        self._ranks = [rank for array_ranks in ranks for rank in array_ranks]
-        self._values: list[float | None] = [None] * len(self._ranks)
-        self._size, self._spread = size, SIGMAS * spread
-        self._samples = [np.sort(a, axis=None) for a in samples]
-        self._set_brackets()
-
-    @property
-    def values(self) -> list[np.ndarray]:
-        """The values at each array's ranks, once `update` has returned True."""
-        values, arrays = np.array(self._values, np.float32), np.array(self.arrays)
-        return [values[arrays == k] for k in range(len(self._samples))]
-
-    def update(self, chunks: Sequence[tuple[list[np.ndarray], np.ndarray]]) -> bool:
-        """Take in a pass. Returns whether every value is found; if not, `low` and `high` are wider for the next pass.
-
-        chunks: for each, the values of every array strictly within its brackets, and how many entries are < low, <= low
-        and <= high, [B * 3]. Raises NotFiniteError where brackets without ends miss a value.
-        """
+    wanted = [(array, rank) for array, array_ranks in enumerate(ranks) for rank in array_ranks]
+    values: list[float | None] = [None] * len(wanted)
+    ordered, spread = [np.sort(a, axis=None) for a in samples], SIGMAS * spread
+    while None in values:
+        pairs = zip(wanted, values, strict=True)
+        brackets = [_bracket(r, size, ordered[a], spread) if v is None else (v, v) for (a, r), v in pairs]
+        low, high = np.array(brackets, np.float32).T
+        chunks = count(low, high)
         counts = np.sum([below for _, below in chunks], axis=0).reshape(-1, 3)
-        picks = [np.concatenate(parts) for parts in zip(*(values for values, _ in chunks), strict=True)]
-        for i, (k, rank) in enumerate(zip(self.arrays, self._ranks, strict=True)):
-            if self._values[i] is None:
-                self._values[i] = _pick(rank, picks[k], self.low[i], self.high[i], counts[i])
-        if None not in self._values:
-            return True
-        if not np.isfinite(self.low).any() and not np.isfinite(self.high).any():
+        picks = [np.concatenate(parts) for parts in zip(*(within for within, _ in chunks), strict=True)]
+        for i, (array, rank) in enumerate(wanted):
+            if values[i] is None:
+                values[i] = _pick(rank, picks[array], low[i], high[i], counts[i])
+        if None in values and not np.isfinite([low, high]).any():
             raise NotFiniteError
-        self._spread *= 8
-        self._set_brackets()
-        return False
+        spread *= 8
+    in_order = iter(values)
+    return [np.array([next(in_order) for _ in array_ranks], np.float32) for array_ranks in ranks]
 
-    def _set_brackets(self) -> None:
-        bounds = [self._bracket(i) for i in range(len(self._ranks))]
-        self.low, self.high = np.array(bounds, np.float32).T
 
-    def _bracket(self, i: int) -> tuple[float, float]:
-        value, ordered = self._values[i], self._samples[self.arrays[i]]
-        if value is not None:
-            return value, value
-        share = (self._ranks[i] + 0.5) / self._size
-        position = share * len(ordered)
-        reach = self._spread * math.sqrt(len(ordered) * share * (1 - share)) + 3
-        below, above = math.floor(position - reach), math.ceil(position + reach)
-        low = float(ordered[below]) if below >= 0 else -math.inf
-        return low, float(ordered[above]) if above < len(ordered) else math.inf
+def _bracket(rank: int, size: int, ordered: np.ndarray, spread: float) -> tuple[float, float]:
+    share = (rank + 0.5) / size
+    position = share * len(ordered)
+    reach = spread * math.sqrt(len(ordered) * share * (1 - share)) + 3
+    below, above = math.floor(position - reach), math.ceil(position + reach)
+    low = float(ordered[below]) if below >= 0 else -math.inf
+    return low, float(ordered[above]) if above < len(ordered) else math.inf
 
 
 def _pick(rank: int, picks: np.ndarray, low: float, high: float, counts: np.ndarray) -> float | None:

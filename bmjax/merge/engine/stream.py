@@ -8,15 +8,16 @@ import math
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from bmjax.config import UserError
 from bmjax.io.safetensors import Reader, SharedWriter, TensorInfo
-from bmjax.merge.engine.chunks import CHUNK, SAMPLE, Chunk, ChunkCache, Geometry, StepRows, StoredTensor, View
-from bmjax.merge.engine.journal import Journal, block_digest, digest
+from bmjax.merge.engine.chunks import CHUNK, SAMPLE, Chunk, ChunkCache, StoredTensor, View, block_digest, digest
+from bmjax.merge.engine.journal import Journal
 from bmjax.merge.engine.quantile import NotFiniteError
 from bmjax.merge.methods.arcee_fusion import agreement, three_importances
 from bmjax.merge.plan.nodes import MergePlan, Node, TensorSource
@@ -25,6 +26,7 @@ from bmjax.merge.report.statistics import Stats, TensorStats, check_overflow
 
 FLUSH_BYTES = 2**27
 SAMPLED = 24  # tensors
+TENSORS = 2  # at once, so that a small one fills the gaps of a large one
 Progress = Callable[[int, int, str], None]
 StoredKey = tuple[str, str, int]
 
@@ -35,18 +37,16 @@ class Stream:
     def __init__(self, plan: MergePlan, writer: SharedWriter, journal: Journal, memory: int) -> None:
         self.recipe, self.models, self.writer, self.journal = plan.recipe, plan.models, writer, journal
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self._tensors = 2  # at once, so that a small one fills the gaps of a large one
         # A chunk at work takes its inputs and about twice as many float32 arrays.
         at_work = CHUNK * 4 * (2 * len(self.models) + 4)
         self._pool = ThreadPoolExecutor(max(1, min(cores, memory // 2 // at_work)), "merge-chunk")
         self._flusher = ThreadPoolExecutor(1, "merge-flush")
-        self._memory = memory // (2 * self._tensors)
+        self._memory = memory // (2 * TENSORS)
         self._files = Reader()
         self._sampled: set[str] = set()
-        self._done, self._unflushed, self._lock, self._stop = 0, 0, threading.Lock(), threading.Event()
+        self._done, self._unflushed, self._lock = 0, 0, threading.Lock()
 
     def close(self) -> None:
-        """End the threads and close the files."""
         self._pool.shutdown(cancel_futures=True)
         self._flusher.shutdown(cancel_futures=True)
         self._files.close()
@@ -56,38 +56,31 @@ class Stream:
 
         Raises UserError for inputs that cannot be merged; what other tensors had begun is then left.
         """
-        total = sum(self._bytes_read(node) for node in nodes)
+        bytes_read = {node.name: sum(info.nbytes for info in self._infos(node).values()) for node in nodes}
+        total = sum(bytes_read.values())
 
         def work(node: Node) -> TensorStats:
             stats = self.journal.stats(node.name)
             if stats is None:
-                if self._stop.is_set():
-                    return {}
-                try:
-                    stats = self._tensor(node)
-                except BaseException:
-                    self._stop.set()
-                    raise
+                stats = self._tensor(node)
             with self._lock:
-                self._done += self._bytes_read(node)
+                self._done += bytes_read[node.name]
                 progress(self._done, total, node.name)
             return stats
 
         # Where the masks of formulas are compared: some matrices, over all depths.
         matrices = [node.name for node in nodes if len(node.shape) == 2]
         self._sampled = set(matrices[:: max(1, len(matrices) // SAMPLED)])
-        largest_first = sorted(nodes, key=lambda node: -math.prod(node.shape))
-        with ThreadPoolExecutor(self._tensors, "merge-tensor") as drivers:
+        with ThreadPoolExecutor(TENSORS, "merge-tensor") as drivers:
+            largest_first = sorted(nodes, key=lambda node: -math.prod(node.shape))
+            futures = {node.name: drivers.submit(work, node) for node in largest_first}
             try:
-                results = zip(largest_first, drivers.map(work, largest_first), strict=True)
-                stats = {node.name: stats for node, stats in results}
-            except BaseException:
-                self._stop.set()
-                raise
+                wait(futures.values(), return_when=FIRST_EXCEPTION)
+            finally:
+                drivers.shutdown(cancel_futures=True)
+            # One that failed comes before those that were cancelled for it.
+            stats = {name: future.result() for name, future in futures.items()}
         return {node.name: stats[node.name] for node in nodes if stats[node.name]}
-
-    def _bytes_read(self, node: Node) -> int:
-        return sum(info.nbytes for info in self._infos(node).values())
 
     def _infos(self, node: Node) -> dict[tuple[str, str], TensorInfo]:
         """Return the stored tensors that a node is made of, by model and name."""
@@ -97,25 +90,10 @@ class Stream:
         infos = self._infos(node)
         if not node.floating or 0 in node.shape:
             return self._copy(node, infos)
+        # The stored tensors that the steps read, each once.
         nodes = _schedule(node)
-        stored = self._stored_inputs(nodes)
-        # Memory says what is kept between passes; it changes no result.
-        geometry = Geometry.of(node.shape, any(n.step.method.by_row for n in nodes))
-        stored_bytes = sum(min(4, tensor.dtype.itemsize) for tensor in stored.values()) * geometry.size
-        cache = ChunkCache(geometry, self._pool, keep=stored_bytes <= self._memory)
-        for info in infos.values():
-            self._files.advise(info)
-        try:
-            return self._merge(nodes, stored, cache)
-        except NotFiniteError:
-            for tensor in stored.values():
-                tensor.check_finite(geometry)
-            raise
-
-    def _stored_inputs(self, nodes: Sequence[Node]) -> dict[StoredKey, StoredTensor]:
-        """Return the stored tensors that nodes read, each once."""
         stored: dict[StoredKey, StoredTensor] = {}
-        for model, source in (pair for node in nodes for pair in node.inputs.items()):
+        for model, source in (pair for n in nodes for pair in n.inputs.items()):
             if source.node is not None or _stored_key(model, source) in stored:
                 continue
             info = self.models[model].tensors[source.tensor]
@@ -124,11 +102,22 @@ class Stream:
                 others = [(self.models[m].tensors[tensor], rows) for m, tensor, rows in source.others]
                 read = row_reader(info, source.rows, others, self._files.read)
             stored[_stored_key(model, source)] = StoredTensor(model, source.tensor, info.numpy_dtype, read)
-        return stored
+        # Memory says what is kept between passes; it changes no result.
+        stored_bytes = sum(min(4, tensor.dtype.itemsize) for tensor in stored.values()) * math.prod(node.shape)
+        by_row = any(n.step.method.by_row for n in nodes)
+        cache = ChunkCache(node.shape, by_row, self._pool, keep=stored_bytes <= self._memory)
+        for info in infos.values():
+            self._files.advise(info)
+        try:
+            return self._merge(nodes, stored, cache)
+        except NotFiniteError:
+            for broken in stored.values():
+                broken.check_finite(cache.chunks)
+            raise
 
     def _merge(self, nodes: Sequence[Node], stored: Mapping[StoredKey, StoredTensor], cache: ChunkCache) -> TensorStats:
         """Merge the last node's tensor. nodes: it and the earlier steps' ones, in the order of the steps."""
-        node, geometry = nodes[-1], cache.geometry
+        node = nodes[-1]
         # The passes that precede the result, step by step: those of a step read the results of earlier ones.
         views: dict[Node, View] = {}
         for n in nodes:
@@ -136,64 +125,59 @@ class Stream:
                 model: stored[_stored_key(model, source)] if source.node is None else views[source.node]
                 for model, source in n.inputs.items()
             }
-            dtype = np.dtype(np.float32) if n.dtype == np.float64 else n.dtype
-            view = View(self.recipe, n.step, n.name, node.shape, inputs, cache, dtype=dtype, mask_bytes=self._memory)
-            view.prepare(n.arguments)
-            views[n] = view
+            views[n] = View(self.recipe, n, inputs, cache, self._memory)
+            views[n].prepare(n.arguments)
 
         # The result, with the statistics of every step.
         def write(chunk: Chunk) -> tuple[bytes, list[np.ndarray]]:
-            results: dict[View, StepRows] = {}
-            leaf = np.asarray(views[node].compute(chunk, results).leaf).reshape(-1)[: chunk.count]
+            results: dict[View, Any] = {}
+            leaf = np.asarray(views[node].compute(chunk, results)).reshape(-1)[: chunk.count]
             leaf = leaf.astype(node.dtype, copy=False)
             self.writer.write(node.name, chunk.start * node.dtype.itemsize, leaf)
             return block_digest(leaf), [views[n].statistics(*results[views[n]]) for n in nodes]
 
         digests, chunk_sums = zip(*cache.map(write), strict=True)
         stats: dict[str, Stats] = {}
-        for i, n in enumerate(nodes):
-            step = n.step
-            stats[step.name] = Stats.of(geometry.size, step.branches, np.sum([sums[i] for sums in chunk_sums], axis=0))
-            if node.name in self._sampled and step.method.name == "arcee_fusion":
+        for n, *sums in zip(nodes, *chunk_sums, strict=True):
+            of_step = Stats.of(cache.size, n.step.branches, np.sum(sums, axis=0))
+            if node.name in self._sampled and n.step.method.name == "arcee_fusion":
                 masks = agreement(views[n].sample_of_rows(three_importances, SAMPLE // 2))
-                stats[step.name] = replace(stats[step.name], agreement=masks)
+                of_step = replace(of_step, agreement=masks)
+            stats[n.step.name] = of_step
 
         # What may be wrong with them, and the journal's line.
         if not all(np.isfinite([*s.products.flat, s.reference, s.moved]).all() for s in stats.values()):
             for tensor in stored.values():
-                tensor.check_finite(geometry)
+                tensor.check_finite(cache.chunks)
         check_overflow(node.name, stats[node.step.name], node.dtype)
         checksums: dict[str, dict[str, str]] = {}
         for tensor in stored.values():
-            chunks = digest(tensor.digests[i] for i in sorted(tensor.digests))
-            checksums.setdefault(tensor.model, {})[tensor.tensor] = chunks
-        self.journal.add(node.name, stats, geometry.chunk_rows * geometry.columns, digest(digests), checksums)
-        self._flush(node)
-        return stats
+            checksum = digest(tensor.digests[i] for i in sorted(tensor.digests))
+            checksums.setdefault(tensor.model, {})[tensor.tensor] = checksum
+        self.journal.add(node.name, stats, cache.chunk_rows * cache.columns, digest(digests), checksums)
 
-    def _flush(self, node: Node) -> None:
-        """Have what was written go to the disk while the merge goes on, instead of all at its end."""
+        # What was written goes to the disk while the merge goes on, instead of all at its end.
         with self._lock:
-            self._unflushed += math.prod(node.shape) * node.dtype.itemsize
-            due = self._unflushed >= FLUSH_BYTES
-            self._unflushed = 0 if due else self._unflushed
-        if due:
-            self._flusher.submit(self.writer.flush, node.name)
+            self._unflushed += cache.size * node.dtype.itemsize
+            if self._unflushed >= FLUSH_BYTES:
+                self._unflushed = 0
+                self._flusher.submit(self.writer.flush, node.name)
+        return stats
 
     def _copy(self, node: Node, infos: Mapping[tuple[str, str], TensorInfo]) -> TensorStats:
         """Copy a tensor that is not floating-point, as a mask or a table of positions; all models must agree."""
-        (first, info), *others = infos.items()
+        ((first, _), info), *others = infos.items()
         size, blocks = math.prod(node.shape), []
         for start in range(0, size, CHUNK):
             out = np.empty(min(CHUNK, size - start), info.numpy_dtype)
             self._files.read(info, start, out)
-            for name, other in others:
+            for (name, _), other in others:
                 copy = np.empty(len(out), other.numpy_dtype)
                 self._files.read(other, start, copy)
                 if other.dtype != info.dtype or copy.tobytes() != out.tobytes():
                     raise UserError(
-                        f"tensor '{node.name}' is {info.numpy_dtype} and differs between models '{first[0]}' and "
-                        f"'{name[0]}'; only floating-point tensors can be merged"
+                        f"tensor '{node.name}' is {info.numpy_dtype} and differs between models '{first}' and "
+                        f"'{name}'; only floating-point tensors can be merged"
                     )
             self.writer.write(node.name, start * info.numpy_dtype.itemsize, out)
             blocks.append(block_digest(out))

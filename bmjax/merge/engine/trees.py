@@ -1,16 +1,14 @@
 """Merging nested dictionaries of arrays in memory, sharded or not: the same steps as over files, without host copies.
 
-    from bmjax.merge.engine.trees import merge_trees
-
-The public entry for merges inside a training job; no other part of bmjax calls it. Every Hugging Face tensor is merged
-by itself, as in a file. A parameter stacked over layers is taken layer by layer, so each layer has its own quantiles. A
-transposed kernel's rows are its second to last axis. The layouts come from the parameter table.
+`merge_trees` is the public entry for merges inside a training job; no other part of bmjax calls it. Every Hugging Face
+tensor is merged by itself, as in a file. A parameter stacked over layers is taken layer by layer, so each layer has its
+own quantiles. A transposed kernel's rows are its second to last axis. The layouts come from the parameter table.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,17 +17,13 @@ from jax import lax
 from jax.sharding import NamedSharding
 
 from bmjax.config import UserError, nearest
-from bmjax.merge.engine import passes
-from bmjax.merge.engine.quantile import order_statistics
-from bmjax.merge.engine.tensor import BlockTensor, Fixed, Rows, at
-from bmjax.merge.methods.method import Block, Kernel, Operand
+from bmjax.merge.engine.tensor import AllRows, BlockTensor, block_of
 from bmjax.merge.plan import tensor_names
-from bmjax.merge.recipe.recipe import Recipe, Step, read_recipe
+from bmjax.merge.recipe.recipe import Recipe, read_recipe
 from bmjax.merge.report.statistics import Stats, TensorStats, check_overflow, report
 from bmjax.model.spec import Param, get, unflatten
 
 Tree = Mapping[str, Any]
-T = TypeVar("T")
 
 
 def merge_trees(
@@ -56,10 +50,10 @@ def merge_trees(
     for name in recipe.inputs:
         if name not in models:
             raise UserError(f"recipe: no model is named '{name}'{nearest(name, list(models))}")
-    for step in recipe.steps:
-        if step.slices:
-            raise UserError(f"step '{step.name}': slices are for files; parameter trees keep their layers")
+    if sliced := [step.name for step in recipe.steps if step.slices]:
+        raise UserError(f"step '{sliced[0]}': slices are for files; parameter trees keep their layers")
     merged: list[tuple[tuple[str, ...], jax.Array]] = []
+    last = recipe.steps[-1]
     tensors: dict[str, TensorStats] = {}
     for row in table:
         leaves = {name: _leaf(models[name], row, name) for name in recipe.inputs}
@@ -77,87 +71,21 @@ def merge_trees(
             # The steps on one tensor. What only later ones read stays float32.
             stats: dict[str, Stats] = {}
             for step in recipe.steps:
-                tensor = ArrayTensor(recipe, step, key, arrays)
+                shape = arrays[step.branches[0]].shape
+                block = block_of(step, {name: _as_rows(arrays[name]) for name in step.reads})
+                tensor = BlockTensor(recipe, step, key, shape, block)
                 tensor.prepare(step.at(key, depth))
-                step_dtype = result_dtype if step is recipe.steps[-1] else np.float32
-                arrays[step.name], stats[step.name] = tensor.compute(step_dtype)
-            last = recipe.steps[-1].name
-            check_overflow(key, stats[last], result_dtype)
-            whole = _put(whole, arrays[last], layer, **layout, sharding=sharding)
+                leaf, masks = tensor.result(block, AllRows(), result_dtype if step is last else np.float32)
+                arrays[step.name] = leaf.reshape(shape)
+                stats[step.name] = Stats.of(tensor.size, step.branches, tensor.statistics(block, leaf, masks))
+            check_overflow(key, stats[last.name], result_dtype)
+            whole = _put(whole, arrays[last.name], layer, **layout, sharding=sharding)
             tensors[key] = stats
         merged.append((row.path, whole))
     return unflatten(merged), report(recipe.steps, tensors)
 
 
-class WholeTensor(Rows):
-    """All rows of a tensor."""
-
-    index = None
-
-    def of(self, per_row: Any) -> Any:
-        return per_row
-
-
-class ArrayTensor(BlockTensor):
-    """One step on one tensor, with all rows at once, wherever they lie."""
-
-    def __init__(self, recipe: Recipe, step: Step, tensor: str, arrays: Mapping[str, jax.Array]) -> None:
-        """arrays: by the names of models and earlier steps."""
-        self.shape = arrays[step.branches[0]].shape
-        super().__init__(recipe, step, tensor, self.shape)
-        rows = {name: _as_rows(arrays[name]) for name in step.reads}
-        models = {name: rows[model] for name, model in step.named.items()}
-        base = None if step.base is None else rows[step.base]
-        self._block = passes.block(base, [rows[name] for name in step.branches], models)
-
-    def compute(self, dtype: Any) -> tuple[jax.Array, Stats]:
-        """Compute the merged tensor, and its statistics. `prepare` precedes it."""
-        leaf, masks = self.result(self._block, WholeTensor(), dtype)
-        stats = Stats.of(self.size, self.step.branches, self.statistics(self._block, leaf, masks))
-        return leaf.reshape(self.shape), stats
-
-    def visit(self, work: Callable[[Block, WholeTensor], T]) -> list[T]:
-        return [work(self._block, WholeTensor())]
-
-    def join(self, parts: Sequence[Any]) -> Any:
-        return parts[0]
-
-    def totals(self, row_sums: Any) -> np.ndarray:
-        return np.asarray(_sum_rows(row_sums), np.float64)
-
-    @staticmethod
-    def sort_rows(array: Any) -> jax.Array:
-        return _sort_rows(array)
-
-    def masks(self, kernel: Kernel, *operands: Any, **static: Any) -> Operand:
-        masks = passes.values(kernel, passes.static(static))(self._block, at(operands, self._block, WholeTensor()))
-        return Fixed(list(masks))
-
-    def order_statistics(
-        self, kernel: Kernel, ranks: Sequence[Sequence[int]], *operands: Any, **static: Any
-    ) -> list[np.ndarray]:
-        program = passes.values(kernel, passes.static(static))
-        arrays = program(self._block, at(operands, self._block, WholeTensor()))
-        return [np.asarray(_order_statistics(a, np.asarray(r, np.int32))) for a, r in zip(arrays, ranks, strict=True)]
-
-
-_order_statistics = jax.jit(order_statistics)
-
-
-@jax.jit
-def _sum_rows(row_sums: jax.Array) -> jax.Array:
-    # Apart from the sums within rows, since in one long float32 sum small terms would be lost.
-    return jnp.sum(row_sums, axis=1)
-
-
-@jax.jit
-def _sort_rows(x: jax.Array) -> jax.Array:
-    return jnp.sort(x, axis=-1)
-
-
-@jax.jit
-def _all_finite(x: jax.Array) -> jax.Array:
-    return jnp.all(jnp.isfinite(x))
+_all_finite = jax.jit(lambda x: jnp.all(jnp.isfinite(x)))
 
 
 def _as_rows(x: jax.Array) -> jax.Array:

@@ -2,11 +2,9 @@
 
 from bmjax.merge.methods import (  # noqa: F401
     arcee_fusion,
-    fisher,
     linear,
     model_stock,
     nearswap,
-    passthrough,
     ram,
     sce,
     singular,
@@ -14,6 +12,6 @@ from bmjax.merge.methods import (  # noqa: F401
     spherical,
     task_arithmetic,
 )
-from bmjax.merge.methods.method import METHODS, About, Block, Merged, Method, Parameter, Tensor, method
+from bmjax.merge.methods.method import METHODS, Method
 
-__all__ = ["METHODS", "About", "Block", "Merged", "Method", "Parameter", "Tensor", "method"]
+__all__ = ["METHODS", "Method"]

@@ -1,12 +1,14 @@
 """Arcee fusion: keep the changes that matter, entry by entry. The merge of TinyR1 (arXiv 2503.04872)."""
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import numpy as np
 
 from bmjax.merge.engine.quantile import add_pairs, rank
 from bmjax.merge.lazy import Array, jnp, lax
-from bmjax.merge.methods.method import About, Block, Kernel, Masks, Merged, Rebase, Tensor, add, deltas, method
+from bmjax.merge.methods.kernels import Block, Kernel, Masks, add, add_kept, deltas
+from bmjax.merge.methods.method import About, Merged, Rebase, Tensor, method
 
 EPSILON = 1e-8
 SMALL, NEAR = 0.02, 20.0
@@ -18,8 +20,7 @@ def arcee_fusion(
     *,
     lambda_: Annotated[float, About("factor of the kept changes")] = 1.0,
     combine: Annotated[
-        Literal["mean", "sum"],
-        About("an entry kept from several models gets the mean or the sum of their changes"),
+        Literal["mean", "sum"], About("an entry kept from several models gets the mean or the sum of their changes")
     ] = "mean",
     importance: Annotated[
         Literal["row", "tensor"],
@@ -49,15 +50,21 @@ def arcee_fusion(
     else:
         static["form"] = "small"
         operands = [t.rows(row_kls, reorder=True, **static)]
-        if t.highest(operands[0], -1) > 0:
+        if operands[0].array[-1].max() > 0:
             static["form"] = "any"
             operands = [t.rows(row_kls, **static)]
-    ranks = [rank(q, t.size) for q in (0.25, 0.5, 0.75)]
-    quartiles = t.order_statistics(score, [ranks] * t.branches, *operands, **static)
-    limits = [
-        float(np.float32(median) + np.float32(1.5) * (np.float32(q3) - np.float32(q1))) for q1, median, q3 in quartiles
-    ]
-    return t.map(_fuse, limits, lambda_, *operands, score=score, combine=combine, **static)
+    quartiles = t.order_statistics(score, [_quartile_ranks(t.size)] * t.branches, *operands, **static)
+    return t.map(
+        _fuse, [_limit(*values) for values in quartiles], lambda_, *operands, score=score, combine=combine, **static
+    )
+
+
+def _quartile_ranks(size: int) -> list[int]:
+    return [rank(q, size) for q in (0.25, 0.5, 0.75)]
+
+
+def _limit(q1: np.float32, median: np.float32, q3: np.float32) -> np.float32:
+    return median + np.float32(1.5) * (q3 - q1)
 
 
 def row_kls(x: Block, *, form: str) -> Array:
@@ -72,8 +79,7 @@ def row_kls(x: Block, *, form: str) -> Array:
 
 
 def importances(x: Block, kl: Array, *, form: str) -> list[Array]:
-    """Compute |change| * KL of its row for every branch."""
-    rounded = _bfloat16 if form == "bfloat16" else lambda a: a
+    rounded = _rounding(form)
     return [rounded(jnp.abs(rounded(delta)) * kl[b]) for b, delta in enumerate(deltas(x))]
 
 
@@ -84,31 +90,23 @@ def _decreases(x: Block) -> list[Array]:
 def _fuse(
     x: Block, limits: Array, lambda_: Array, *operands: Any, score: Kernel, combine: str, **static: Any
 ) -> tuple[Array, Masks]:
-    """Compute the base with the changes whose score reaches the branch's limit, scaled by `lambda_`."""
     changes = deltas(x)
     values = x.branches if "rebase" not in x.models else [x.base + delta for delta in changes]
     # An entry that did not change has no change to keep.
     masks = [(s >= limits[b]) & (changes[b] != 0) for b, s in enumerate(score(x, *operands, **static))]
     copies = add([kept.astype(jnp.int32) for kept in masks])
-    total = add([jnp.where(k, d, 0.0) for k, d in zip(masks, changes, strict=True)])
+    total = add_kept(masks, changes)
     if combine == "mean" and len(masks) > 1:
         total = total / jnp.maximum(copies, 1)
     # An entry kept from one model takes its value itself: base + (model - base) can be a rounding away from it.
-    chosen = add([jnp.where(k, v, 0.0) for k, v in zip(masks, values, strict=True)])
-    single = chosen + (lambda_ - 1.0) * total
+    single = add_kept(masks, values) + (lambda_ - 1.0) * total
     return jnp.where(copies == 0, x.base, jnp.where(copies == 1, single, x.base + lambda_ * total)), masks
 
 
 def three_importances(x: Block) -> list[Array]:
-    """Compute the importances of the first branch's entries in three ways.
-
-    As they are; as the textbook's KL gives them in float32; as it does in bfloat16, every operation's result rounded.
-    """
-    delta, *_ = deltas(x)
-    exact = jnp.abs(delta) * row_kl(x.base, delta)
-    textbook = jnp.abs(delta) * _kl_textbook(x.base, delta)
-    rounded = _bfloat16(jnp.abs(_bfloat16(delta)) * _kl_bfloat16(x.base, delta))
-    return [exact, textbook, rounded]
+    """Compute the importances of the first branch's entries: exactly, by the textbook's KL in float32, in bfloat16."""
+    x = x._replace(branches=x.branches[:1])
+    return [importances(x, row_kls(x, form=form), form=form)[0] for form in ("any", "textbook", "bfloat16")]
 
 
 def agreement(importances: list[np.ndarray]) -> tuple[tuple[int, int], ...]:
@@ -120,9 +118,8 @@ def agreement(importances: list[np.ndarray]) -> tuple[tuple[int, int], ...]:
         return ()
     masks = []
     for values in importances:
-        ranks = [rank(q, values.size) for q in (0.25, 0.5, 0.75)]
-        q1, median, q3 = np.partition(values, ranks, axis=None)[ranks]
-        masks.append(values >= median + np.float32(1.5) * (q3 - q1))
+        ranks = _quartile_ranks(values.size)
+        masks.append(values >= _limit(*np.partition(values, ranks, axis=None)[ranks]))
     return tuple((int(np.sum(masks[0] & m)), int(np.sum(masks[0] | m))) for m in masks[1:])
 
 
@@ -137,16 +134,17 @@ def row_kl(base: Array, delta: Array, *, form: str = "any") -> Array:
     because P - Q sums to zero, and every term is >= 0. P - Q = q * expm1(t) with q = softmax(base) and
     t = delta - log1p(sum(q * expm1(delta))).
 
-    form: "any" is this for any values, see `_kl_small` for small ones; "textbook" is the textbook's; "bfloat16" is that
-    with every operation's result rounded to bfloat16. Returns float32 [..., 1], in nats.
+    form: "any" is this for any values, see `_kl_small` for small ones. For `compat: mergekit`, "textbook" is the
+    textbook's, which cancels; "bfloat16" is that with every operation's result rounded to bfloat16. Returns float32
+    [..., 1], in nats.
     """
-    kinds = {"any": _kl_any, "textbook": _kl_textbook, "bfloat16": _kl_bfloat16}
-    kl = kinds[form](base, delta)
     if form != "any":
-        return kl
+        r = _rounding(form)
+        p, q = (r(r(_softmax(r(model))[0]) + EPSILON) for model in (base + delta, base))
+        return r(jnp.sum(r(p * r(jnp.log(r(p / q)))), axis=-1, keepdims=True))
     # The softmax does not see a shift of the whole row; without this its KL would be rounding noise instead of 0.
     shifted = jnp.max(delta, axis=-1, keepdims=True) == jnp.min(delta, axis=-1, keepdims=True)
-    return jnp.where(shifted, 0.0, kl)
+    return jnp.where(shifted, 0.0, _kl_any(base, delta))
 
 
 def _kl_small(base: Array, delta: Array) -> tuple[Array, Array]:
@@ -200,19 +198,8 @@ def _g_series(x: Array) -> Array:
     return x * x * (1 / 2 - x * (1 / 6 - x * (1 / 12 - x * (1 / 20 - x / 30))))
 
 
-def _kl_textbook(base: Array, delta: Array) -> Array:
-    """Compute sum(P * log(P / Q)), which cancels: the arithmetic of mergekit, for `compat: mergekit`."""
-    p, q = _softmax(base + delta)[0] + EPSILON, _softmax(base)[0] + EPSILON
-    return jnp.sum(p * jnp.log(p / q), axis=-1, keepdims=True)
-
-
-def _kl_bfloat16(base: Array, delta: Array) -> Array:
-    """Compute the textbook's form with every result rounded to bfloat16: what mergekit does in that type."""
-    r = _bfloat16
-    p, q = (r(r(_softmax(r(model))[0]) + EPSILON) for model in (base + delta, base))
-    return r(jnp.sum(r(p * r(jnp.log(r(p / q)))), axis=-1, keepdims=True))
-
-
-def _bfloat16(a: Array) -> Array:
-    """Round to bfloat16 where the compiler may not keep more bits."""
-    return lax.reduce_precision(a, exponent_bits=8, mantissa_bits=7)
+def _rounding(form: str) -> Callable[[Array], Array]:
+    if form != "bfloat16":
+        return lambda a: a
+    # The compiler may not keep more bits of this.
+    return lambda a: lax.reduce_precision(a, exponent_bits=8, mantissa_bits=7)

@@ -1,12 +1,15 @@
-"""Weighted average of models, and what other methods share of weights."""
+"""Weighted means of models or of their changes, a model as it is, and what other methods share of weights."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
+
+import numpy as np
 
 from bmjax.config import UserError
 from bmjax.merge.lazy import Array, jnp
-from bmjax.merge.methods.method import About, Block, Merged, PerModel, Tensor, add, method
+from bmjax.merge.methods.kernels import Block, add, deltas, dot
+from bmjax.merge.methods.method import About, Merged, PerModel, Rebase, Scale, Tensor, Weight, method
 
 
 def weights_sum(parameters: Mapping[str, Any]) -> None:
@@ -36,9 +39,58 @@ def linear(
 
 
 def _average(x: Block, weight: Array, *, normalize: bool) -> tuple[Array, None]:
-    total = add([w * branch for w, branch in zip(weight, x.branches, strict=True)])
+    total = dot(weight, x.branches)
     if not normalize:
         return total, None
     first = x.branches[0]
     agree = functools.reduce(jnp.logical_and, [branch == first for branch in x.branches])
     return jnp.where(agree, first, total), None
+
+
+@method("fisher", base="required", branches=(1, None), check=weights_sum)
+def fisher(
+    t: Tensor,
+    *,
+    importance: Annotated[
+        Sequence[str],
+        About("directory with the model's importances, one for each entry, at least 0", per_model=True, model=True),
+    ],
+    weight: Weight = (1.0,),
+    lambda_: Scale = 1.0,
+    relative: Annotated[bool, About("divide a model's importances by their mean over the tensor")] = True,
+    rebase: Rebase = None,
+) -> Merged:
+    """base + lambda * sum(weight * importance * (model - base)) / sum(weight * importance): Fisher-weighted averaging,
+    arXiv 2111.09832, of the models' changes.
+
+    `bmjax train` with `importances: true` leaves them in DIR/importances (Adam's second moment: an estimate of the
+    Fisher information's diagonal at no cost). Where no model has any importance, the plain weighted mean is taken.
+    """
+    means = t.sums(_importances) / t.size
+    divisors = np.where(means > 0, means, 1.0) if relative else np.ones(t.branches)
+    return t.map(_by_importance, list(np.asarray(weight) / divisors), weight, lambda_)
+
+
+def _importances(x: Block) -> list[Array]:
+    return [jnp.maximum(x.models[f"importance.{b}"], 0.0) for b in range(len(x.branches))]
+
+
+def _by_importance(x: Block, factors: Array, weight: Array, lambda_: Array) -> tuple[Array, None]:
+    parts = [f * i for f, i in zip(factors, _importances(x), strict=True)]
+    changes, divisor = deltas(x), add(parts)
+    some = divisor != 0
+    mean = dot(parts, changes) / jnp.where(some, divisor, 1.0)
+    plain = dot(weight, changes) / jnp.sum(weight)
+    return x.base + lambda_ * jnp.where(some, mean, plain), None
+
+
+@method("passthrough", base="unused", branches=(1, 1))
+def passthrough(
+    t: Tensor, *, scale: Annotated[PerModel, About("factor of the model's values", per_model=True)] = (1.0,)
+) -> Merged:
+    """scale * model: to stack layers, convert a type or rename a step's result, without a change at scale 1."""
+    return t.map(_scaled, scale)
+
+
+def _scaled(x: Block, scale: Array) -> tuple[Array, None]:
+    return scale[0] * x.branches[0], None

@@ -16,11 +16,9 @@ A trailing underscore of a parameter is not part of its recipe name: `lambda_` i
 parameter is a tuple of one, the value for every model: `weight: Weight = (1.0,)`.
 """
 
-import functools
 import inspect
 import math
 import typing
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, Protocol
@@ -28,37 +26,21 @@ from typing import Annotated, Any, Literal, NamedTuple, Protocol
 import numpy as np
 
 from bmjax.config import UserError, nearest
-from bmjax.merge.lazy import Array, jnp, lax
+from bmjax.merge.methods.kernels import Block, Kernel
+
+# A run-time input of kernels that is more than numbers: passes of a `Tensor` return it, later passes take it. Called
+# with a block and the rows of the tensor that the block holds, it gives what a kernel gets.
+Operand = Callable[[Block, Any], Any]
 
 
-class Block(NamedTuple):
-    """Some rows of one tensor in every model: what a kernel sees.
+@dataclass(frozen=True)
+class PerRow:
+    """An operand: an array [..., rows of the tensor, n], of which a kernel gets the rows of its block."""
 
-    Arrays are float32 [rows, columns] in the Hugging Face layout, whose last axis is the row (in_features of a matrix).
-    A vector is one row. There may be more rows than the tensor has: they are 0 in every model, and a kernel gives 0 or
-    false there.
+    array: Any
 
-    base: None for a method without one. branches: the other models. models: those that parameters name, as `rebase`, or
-    as `name.0`, `name.1` where a parameter names one a branch. start: index of the first entry in the flattened tensor,
-    uint32 [2], high and low half.
-    """
-
-    base: Any
-    branches: Sequence[Array]
-    models: Mapping[str, Array]
-    start: Any
-
-
-class Operand(ABC):
-    """A run-time input of kernels that is more than numbers: passes of a `Tensor` return it, later passes take it."""
-
-    @abstractmethod
-    def at(self, x: Block, rows: Any) -> Any:
-        """Return what a kernel gets with the block `x`. rows: which rows of the tensor the block holds."""
-
-
-Masks = Sequence[Array]
-Kernel = Callable[..., Any]
+    def __call__(self, x: Block, rows: Any) -> Any:
+        return rows.of(self.array)
 
 
 class Merged(NamedTuple):
@@ -92,28 +74,19 @@ class Tensor(Protocol):
     rounded_to: str | None
 
     def sums(self, kernel: Kernel, *operands: Any, **static: Any) -> np.ndarray:
-        """Return the sum over all entries of each array of the kernel: float64 [K], rows summed in float32."""
-
-    def counts(self, kernel: Kernel, *operands: Any, **static: Any) -> list[int]:
-        """Return how many entries of each bool array of the kernel are true, exactly."""
+        """Return the sum of each array of the kernel: float64 [K], rows summed in float32. Bools are counted."""
 
     def columns(self, kernel: Kernel, *operands: Any, **static: Any) -> Operand:
         """Return the sum over rows of each array of the kernel, float32 [K, 1, columns]."""
 
-    def rows(self, kernel: Kernel, *operands: Any, reorder: bool = False, **static: Any) -> Operand:
-        """Return what the kernel gives for every row, [..., rows, 1]. Later passes see their rows of it.
+    def rows(self, kernel: Kernel, *operands: Any, reorder: bool = False, **static: Any) -> PerRow:
+        """Return what the kernel gives for every row, [..., rows, 1].
 
         reorder: the kernel's sums may be taken in any order. Twice as fast where rows are long.
         """
 
-    def highest(self, rows: Any, index: int) -> float:
-        """Return the largest number of what `rows` gave at `index` of its first axis."""
-
-    def whole(self, kernel: Kernel, *operands: Any, **static: Any) -> Operand:
-        """Return what the kernel gives for all rows at once, [rows, columns]. Later passes see their rows of it.
-
-        The one pass whose memory grows with the tensor, for what cannot be computed in parts.
-        """
+    def whole(self, kernel: Kernel, *operands: Any, **static: Any) -> PerRow:
+        """Return what the kernel gives for all rows at once, [rows, columns]. Memory grows with the tensor."""
 
     def masks(self, kernel: Kernel, *operands: Any, **static: Any) -> Operand:
         """Return the bool arrays that the kernel gives. Later passes see a list."""
@@ -149,7 +122,7 @@ class About:
 
 @dataclass(frozen=True)
 class Parameter:
-    """One row of a method's parameter table. `argument` is the Python keyword, `kind` the type in a recipe."""
+    """A row of a method's parameter table. `argument` is the Python keyword, `kind` the type in a recipe."""
 
     name: str
     argument: str
@@ -173,15 +146,11 @@ class Parameter:
     def check(self, value: Any) -> Any:
         """Return `value` as this parameter's type. Raises UserError that says what was expected."""
         choices = typing.get_args(self.kind) if typing.get_origin(self.kind) is Literal else ()
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if number and self.about.least <= value <= self.about.most:
-            if self.kind is float:
-                return float(value)
-            if self.kind is int and value == int(value):
-                return int(value)
-        if (self.kind is bool and isinstance(value, bool)) or (choices and value in choices):
-            return value
-        if self.kind is str and isinstance(value, str) and value:
+        if self.kind in (float, int) and isinstance(value, (int, float)) and not isinstance(value, bool):
+            in_range = math.isfinite(value) and self.about.least <= value <= self.about.most
+            if in_range and (self.kind is float or value == int(value)):
+                return self.kind(value)
+        elif value in choices or (self.kind in (bool, str) and isinstance(value, self.kind) and value != ""):
             return value
         hint = nearest(value, choices) if choices and isinstance(value, str) else ""
         raise UserError(f"{self.name}: expected {self.expected}, found {value!r}{hint}")
@@ -218,12 +187,6 @@ class Method:
             hint = nearest(name, [*self.parameters, *WITHOUT_EFFECT])
             raise UserError(f"unknown parameter '{name}' of {self.name}{hint}")
         return self.parameters[name]
-
-    def merge(self, tensor: Tensor, arguments: Mapping[str, Any]) -> Merged:
-        """Make the method's passes over one tensor. arguments: by recipe name, per-model ones as tuples."""
-        # An input that is not finite is an error of the engine's, which names it; not a warning of the arithmetic's.
-        with np.errstate(all="ignore"):
-            return self.function(tensor, **{p.argument: arguments[p.name] for p in self.parameters.values()})
 
 
 METHODS: dict[str, Method] = {}
@@ -270,45 +233,3 @@ PerModel = tuple[float, ...]
 Weight = Annotated[PerModel, About("factor of the model's change", per_model=True)]
 Scale = Annotated[float, About("factor of the summed change")]
 Rebase = Annotated[str | None, About("take each model's change from this model instead of the base", model=True)]
-
-
-def deltas(x: Block) -> list[Array]:
-    """Return the task vector of each branch: its difference from the base, or from `rebase` where a recipe has that."""
-    origin = x.models.get("rebase", x.base)
-    return [branch - origin for branch in x.branches]
-
-
-def add(arrays: Sequence[Array]) -> Array:
-    """Return the sum, taken in order."""
-    return functools.reduce(lambda a, b: a + b, arrays)
-
-
-def moved(x: Block, factors: Array) -> tuple[Array, None]:
-    """Compute base + sum(factor * change). A kernel."""
-    return x.base + add([f * d for f, d in zip(factors, deltas(x), strict=True)]), None
-
-
-def magnitudes(x: Block) -> list[Array]:
-    """Return |change| of every branch."""
-    return [jnp.abs(delta) for delta in deltas(x)]
-
-
-def random_bits(x: Block, key: Array) -> Array:
-    """Return 24 random bits for each entry of a block, as a float32 in [0, 1): a hash of the key and the entry's index.
-
-    key: uint32 [2]. Two rounds of a 32-bit mixing function over index and key: multiply and xor-shift, with constants
-    that Wellons' hash prospector found to have least bias. It takes a fifteenth of the time of `jax.random`.
-    """
-    rows, columns = x.branches[0].shape
-    local = lax.broadcasted_iota(jnp.uint32, (rows, columns), 0) * jnp.uint32(columns)
-    local = local + lax.broadcasted_iota(jnp.uint32, (rows, columns), 1)
-    low = x.start[1] + local
-    high = x.start[0] + (low < local).astype(jnp.uint32)
-    bits = _mix(_mix(low ^ key[0]) + _mix(high ^ key[1]))
-    return (bits >> 8).astype(jnp.int32).astype(jnp.float32) * np.float32(2.0**-24)
-
-
-def _mix(x: Array) -> Array:
-    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
-    return x ^ (x >> 16)

@@ -1,13 +1,14 @@
 """Model stock: how far to go from the base to the mean of the models, from the angle between them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import numpy as np
 
 from bmjax.merge.lazy import Array, jnp
+from bmjax.merge.methods.kernels import Block, add, deltas, dot, moved
 from bmjax.merge.methods.linear import shares, weights_sum
-from bmjax.merge.methods.method import About, Block, Merged, PerModel, Tensor, add, deltas, method, moved
+from bmjax.merge.methods.method import About, Merged, PerModel, Tensor, method
 from bmjax.merge.methods.spherical import products
 
 
@@ -28,20 +29,15 @@ def model_stock(
     spread = sum(share**2 for share in part)
     if filter_wise:
         return t.map(_by_row, part, spread)
-    ratio = _ratio(products(t, "base"), spread)
+    gram = products(t, "base")
+    ratio = float(_projection(np, lambda i, j: gram[i, j], t.branches, spread))
     return t.map(moved, [ratio * share for share in part])
 
 
-def _ratio(gram: np.ndarray, spread: float) -> float:
-    lengths = np.sqrt(np.diag(gram))
-    pairs = [(i, j) for i in range(len(lengths)) for j in range(i + 1, len(lengths))]
-    norms = [lengths[i] * lengths[j] for i, j in pairs]
-    return float(_projection(np, [gram[i, j] for i, j in pairs], norms, spread))
-
-
-def _projection(xp: Any, dots: Sequence[Any], norms: Sequence[Any], spread: Any) -> Any:
-    """Compute the ratio from the products of all pairs of changes and of their lengths. xp: numpy or jax.numpy."""
-    pairs = zip(dots, norms, strict=True)
+def _projection(xp: Any, product: Callable[[int, int], Any], count: int, spread: Any) -> Any:
+    """Compute the ratio. xp: numpy or jax.numpy. product: of two of the `count` changes, by their numbers."""
+    lengths = [xp.sqrt(product(i, i)) for i in range(count)]
+    pairs = [(product(i, j), lengths[i] * lengths[j]) for i in range(count) for j in range(i + 1, count)]
     cosines = [xp.where(n > 0, xp.clip(d / xp.where(n > 0, n, 1.0), -1.0, 1.0), 0.0) for d, n in pairs]
     cosine = add(cosines) / len(cosines)
     divisor = cosine + spread * (1.0 - cosine)
@@ -52,11 +48,7 @@ def _projection(xp: Any, dots: Sequence[Any], norms: Sequence[Any], spread: Any)
 def _by_row(x: Block, part: Array, spread: Array) -> tuple[Array, None]:
     changes = deltas(x)
 
-    def product(a: Array, b: Array) -> Array:
-        return jnp.sum(a * b, axis=-1, keepdims=True)
+    def product(i: int, j: int) -> Array:
+        return jnp.sum(changes[i] * changes[j], axis=-1, keepdims=True)
 
-    lengths = [jnp.sqrt(product(c, c)) for c in changes]
-    pairs = [(i, j) for i in range(len(changes)) for j in range(i + 1, len(changes))]
-    dots = [product(changes[i], changes[j]) for i, j in pairs]
-    ratio = _projection(jnp, dots, [lengths[i] * lengths[j] for i, j in pairs], spread)
-    return x.base + ratio * add([p * c for p, c in zip(part, changes, strict=True)]), None
+    return x.base + _projection(jnp, product, len(changes), spread) * dot(part, changes), None

@@ -3,7 +3,8 @@
 from typing import Annotated
 
 from bmjax.merge.lazy import Array, jnp
-from bmjax.merge.methods.method import About, Block, Merged, Tensor, deltas, method
+from bmjax.merge.methods.kernels import Block, deltas
+from bmjax.merge.methods.method import About, Merged, Tensor, method
 
 
 @method("nearswap", base="required", branches=(1, 1))

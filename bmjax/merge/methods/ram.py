@@ -3,7 +3,8 @@
 from typing import Annotated
 
 from bmjax.merge.lazy import Array, jnp
-from bmjax.merge.methods.method import About, Block, Masks, Merged, Tensor, add, deltas, method
+from bmjax.merge.methods.kernels import Block, Masks, add, add_kept, deltas
+from bmjax.merge.methods.method import About, Merged, Tensor, method
 
 Threshold = Annotated[float, About("a change up to this size is none", least=0)]
 
@@ -24,7 +25,7 @@ def ramplus_tl(
 ) -> Merged:
     """RAM+ (tensor level), arXiv 2601.13572: as ram, but an entry that one model alone changed gets its change times
     1 + r * clip(shared / own, 0, alpha), from how many of the model's changed entries are shared and its own."""
-    counts = t.counts(_changed, epsilon)
+    counts = t.sums(_changed, epsilon)
     pairs = zip(counts[0::2], counts[1::2], strict=True)
     ratios = [shared / max(unshared, epsilon) if shared else 0.0 for shared, unshared in pairs]
     return t.map(_merge, epsilon, [1.0 + r * min(ratio, alpha) for ratio in ratios])
@@ -43,7 +44,5 @@ def _changed(x: Block, epsilon: Array) -> list[Array]:
 
 def _merge(x: Block, epsilon: Array, raised: Array) -> tuple[Array, Masks]:
     masks, copies = _masks(x, epsilon)
-    changes = deltas(x)
-    factors = [jnp.where(copies == 1, f * d, d) for f, d in zip(raised, changes, strict=True)]
-    total = add([jnp.where(k, d, 0.0) for k, d in zip(masks, factors, strict=True)])
-    return x.base + total / jnp.maximum(copies, 1), masks
+    raised_changes = [jnp.where(copies == 1, f * d, d) for f, d in zip(raised, deltas(x), strict=True)]
+    return x.base + add_kept(masks, raised_changes) / jnp.maximum(copies, 1), masks

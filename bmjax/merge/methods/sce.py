@@ -5,7 +5,8 @@ from typing import Annotated
 import numpy as np
 
 from bmjax.merge.lazy import Array, jnp
-from bmjax.merge.methods.method import About, Block, Masks, Merged, Rebase, Tensor, add, deltas, method
+from bmjax.merge.methods.kernels import Block, Masks, add, add_kept, deltas
+from bmjax.merge.methods.method import About, Merged, Rebase, Tensor, method
 
 
 @method("sce", base="required", branches=(1, None))
@@ -25,7 +26,7 @@ def sce(
     """
     limit = 0.0
     if select_topk < 1:
-        (varied,) = t.counts(_varied)
+        (varied,) = t.sums(_varied)
         k = int(select_topk * varied)
         # Compilers round a sum of squares this way or that: a little below, or the last entry itself would be left out.
         limit = float(t.order_statistics(_variance, [[t.size - k]])[0][0]) * (1.0 - 2.0**-20) if k else np.inf
@@ -35,9 +36,7 @@ def sce(
 
 
 def _variance(x: Block) -> list[Array]:
-    """Compute the variance of an entry over the models, times the square of their number.
-
-    It is the sum of (a - b)^2 over all pairs.
+    """Compute the variance of an entry over the models, times the square of their number: (a - b)^2 over all pairs.
 
     Unlike squares of differences from a mean, these are exact for models stored in bfloat16, most of whose entries
     vary exactly as much as many others; rounding must not tell those apart.
@@ -63,6 +62,6 @@ def _erase(x: Block, limit: Array, weight: Array) -> tuple[Array, Masks]:
     changes = _selected(x, limit)
     positive = add(changes) >= 0
     masks = [(change != 0) & ((change > 0) == positive) for change in changes]
-    total = add([jnp.where(k, w * c, 0.0) for k, w, c in zip(masks, weight, changes, strict=True)])
-    divisor = add([jnp.where(k, w, 0.0) for k, w in zip(masks, weight, strict=True)])
+    total = add_kept(masks, [w * c for w, c in zip(weight, changes, strict=True)])
+    divisor = add_kept(masks, weight)
     return x.base + total / jnp.where(divisor > 0, divisor, 1.0), masks

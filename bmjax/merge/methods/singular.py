@@ -8,19 +8,14 @@ from collections.abc import Sequence
 from typing import Annotated
 
 from bmjax.merge.lazy import Array, jnp
-from bmjax.merge.methods.method import About, Block, Merged, Rebase, Scale, Tensor, Weight, add, deltas, method
+from bmjax.merge.methods.kernels import Block, deltas, dot
+from bmjax.merge.methods.method import About, Merged, Rebase, Scale, Tensor, Weight, method
 
 Share = Annotated[float, About("share of the rank that all models together get", least=0, most=1)]
 
 
 @method("isotropic", base="required", branches=(1, None), by_row=True)
-def isotropic(
-    t: Tensor,
-    *,
-    weight: Weight = (1.0,),
-    lambda_: Scale = 1.0,
-    rebase: Rebase = None,
-) -> Merged:
+def isotropic(t: Tensor, *, weight: Weight = (1.0,), lambda_: Scale = 1.0, rebase: Rebase = None) -> Merged:
     """Iso-C, arXiv 2502.04959: of the sum of the changes, sum(weight * (model - base)), all singular values become
     their mean, so that no model's directions outweigh another's. base + lambda * mean singular value * U V^T."""
     if t.vector:
@@ -30,12 +25,7 @@ def isotropic(
 
 @method("tsv", base="required", branches=(1, None), by_row=True)
 def tsv(
-    t: Tensor,
-    *,
-    weight: Weight = (1.0,),
-    rank: Share = 1.0,
-    lambda_: Scale = 1.0,
-    rebase: Rebase = None,
+    t: Tensor, *, weight: Weight = (1.0,), rank: Share = 1.0, lambda_: Scale = 1.0, rebase: Rebase = None
 ) -> Merged:
     """TSV-Merge, arXiv 2412.00081: each change is cut to its largest singular values, rank / number of models of them;
     the models' singular vectors, side by side, are replaced by the nearest orthonormal ones (Procrustes), so that the
@@ -45,16 +35,16 @@ def tsv(
     return t.map(_plus, t.whole(_uncrossed, weight, rank=rank), lambda_)
 
 
-def _added(x: Block, weight: Array, lambda_: Array) -> tuple[Array, None]:
-    return x.base + lambda_ * add([w * d for w, d in zip(weight, deltas(x), strict=True)]), None
-
-
 def _plus(x: Block, change: Array, lambda_: Array) -> tuple[Array, None]:
     return x.base + lambda_ * change, None
 
 
+def _added(x: Block, weight: Array, lambda_: Array) -> tuple[Array, None]:
+    return _plus(x, dot(weight, deltas(x)), lambda_)
+
+
 def _flattened(x: Block, weight: Array) -> Array:
-    change = add([w * d for w, d in zip(weight, deltas(x), strict=True)])
+    change = dot(weight, deltas(x))
     left, values, right = jnp.linalg.svd(change, full_matrices=False)
     # A direction in which nothing changed has no singular vector.
     some = values > values[0] * change.shape[0] * jnp.finfo(jnp.float32).eps

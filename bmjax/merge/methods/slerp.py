@@ -6,18 +6,15 @@ from typing import Annotated, Any
 import numpy as np
 
 from bmjax.merge.lazy import Array, jnp
+from bmjax.merge.methods.kernels import Block
 from bmjax.merge.methods.linear import weights_sum
-from bmjax.merge.methods.method import About, Block, Merged, PerModel, Tensor, method
+from bmjax.merge.methods.method import About, Merged, PerModel, Tensor, method
 
 OPPOSITE = 3.1415  # no arc is the shortest between (nearly) opposite vectors
 
 
 @method("slerp", base="required", branches=(1, 1))
-def slerp(
-    t: Tensor,
-    *,
-    t_: Annotated[float, About("how far from the base (0) to the model (1)")] = 0.5,
-) -> Merged:
+def slerp(t: Tensor, *, t_: Annotated[float, About("how far from the base (0) to the model (1)")] = 0.5) -> Merged:
     """sin((1-t) angle)/sin(angle) * base + sin(t angle)/sin(angle) * model (Shoemake, SIGGRAPH 1985).
 
     The angle is that between the two tensors, taken as vectors, and is computed from the distance of their unit
@@ -25,7 +22,7 @@ def slerp(
     zero, or opposite to the other one, is mixed along the straight line.
     """
     vectors = "base and model"
-    return t.map(_mix, _factors(t.sums(_products, vectors=vectors), t_), vectors=vectors)
+    return t.map(_mix, _arc(np, t.sums(_products, vectors=vectors), t_), vectors=vectors)
 
 
 @method("nuslerp", base="optional", branches=(2, 2), check=weights_sum, by_row=True)
@@ -47,7 +44,7 @@ def nuslerp(
     position = weight[1] / sum(weight)
     vectors = "changes" if t.has_base else "models"
     if nuslerp_flatten:
-        return t.map(_mix, _factors(t.sums(_products, vectors=vectors), position), vectors=vectors)
+        return t.map(_mix, _arc(np, t.sums(_products, vectors=vectors), position), vectors=vectors)
     if t.vector or nuslerp_row_wise != (t.compat == "mergekit"):
         return t.map(_mix_rows, position, vectors=vectors)
     return t.map(_mix_columns, t.columns(_products, vectors=vectors), position, vectors=vectors)
@@ -61,21 +58,15 @@ def _pair(x: Block, vectors: str) -> tuple[Array, Array, Array, Array]:
 
 
 def _products(x: Block, *, vectors: str) -> list[Array]:
-    """Compute u.u, v.v, u.(v - u) and (v - u).(v - u), entry by entry."""
     u, v, difference, _ = _pair(x, vectors)
     return [u**2, v**2, u * difference, difference**2]
 
 
-def _factors(products: np.ndarray, t: float) -> tuple[float, float]:
+def _arc(xp: Any, products: Any, t: Any) -> tuple[Any, Any]:
     """Compute the factors of u (less 1) and of v - u that lead from u to the point at `t` of the arc.
 
-    products: the four sums of `_products`.
+    xp: numpy or jax.numpy. products: the sums u.u, v.v, u.(v - u) and (v - u).(v - u).
     """
-    first, second = _arc(np, products, t)
-    return float(first), float(second)
-
-
-def _arc(xp: Any, products: Any, t: Any) -> tuple[Any, Any]:
     uu, vv, along, dd = products
     some = (uu > 0) & (vv > 0)
     u, v = xp.sqrt(xp.where(some, uu, 1.0)), xp.sqrt(xp.where(some, vv, 1.0))
@@ -84,13 +75,9 @@ def _arc(xp: Any, products: Any, t: Any) -> tuple[Any, Any]:
     chord = xp.sqrt(xp.maximum(dd - longer**2, 0.0) / (u * v))
     angle = 2.0 * xp.arcsin(xp.clip(chord / 2.0, 0.0, 1.0))
     angle = xp.where(some & (angle < OPPOSITE), angle, 0.0)
-    first, second = ((s * _sinc(xp, s * angle) / _sinc(xp, angle)) for s in (1.0 - t, t))
+    # sinc(x / pi) is sin(x) / x, 1 at 0.
+    first, second = (s * xp.sinc(s * angle / math.pi) / xp.sinc(angle / math.pi) for s in (1.0 - t, t))
     return first + second - 1.0, second
-
-
-def _sinc(xp: Any, x: Any) -> Any:
-    """Compute sin(x) / x, 1 at 0."""
-    return xp.sinc(x / math.pi)
 
 
 def _mix(x: Block, factors: Any, *, vectors: str) -> tuple[Array, None]:

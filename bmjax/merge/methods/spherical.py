@@ -11,8 +11,9 @@ import numpy as np
 
 from bmjax.config import UserError
 from bmjax.merge.lazy import Array
+from bmjax.merge.methods.kernels import Block, add, deltas, dot
 from bmjax.merge.methods.linear import weights_sum
-from bmjax.merge.methods.method import About, Block, Merged, PerModel, Tensor, add, deltas, method
+from bmjax.merge.methods.method import About, Merged, PerModel, Tensor, method
 
 Share = Annotated[PerModel, About("how near the result is to the model", per_model=True)]
 
@@ -133,7 +134,7 @@ def _combination(t: Tensor, factors: np.ndarray, against: str) -> Merged:
 def _combine(x: Block, factors: Array, excess: Array, *, against: str) -> tuple[Array, None]:
     vectors = _vectors(x, against)
     if against == "base":
-        return x.base + add([f * v for f, v in zip(factors, vectors, strict=True)]), None
+        return x.base + dot(factors, vectors), None
     # In differences from the first, so that an entry on which all agree loses no bit to the factors' rounding.
     first = vectors[0]
     changes = [f * (v - first) for f, v in zip(factors[1:], vectors[1:], strict=True)]

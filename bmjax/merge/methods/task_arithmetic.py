@@ -9,7 +9,7 @@ and how the kept ones are scaled. Then, for all of them,
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
@@ -17,13 +17,11 @@ import numpy as np
 
 from bmjax.config import UserError
 from bmjax.merge.lazy import Array, jnp
+from bmjax.merge.methods.kernels import Block, Kernel, Masks, add, add_kept, deltas, magnitudes, moved, random_bits
 from bmjax.merge.methods.linear import weights_sum
 from bmjax.merge.methods.method import (
     METHODS,
     About,
-    Block,
-    Kernel,
-    Masks,
     Merged,
     Method,
     Parameter,
@@ -32,12 +30,7 @@ from bmjax.merge.methods.method import (
     Scale,
     Tensor,
     Weight,
-    add,
-    deltas,
-    magnitudes,
-    moved,
     parameters_of,
-    random_bits,
 )
 
 Density = Annotated[PerModel, About("share of the model's changes to keep", per_model=True, least=0, most=1)]
@@ -124,7 +117,8 @@ def merge(
     select: Kernel
     operands: tuple[Any, ...]
     if member.kept == "largest":
-        ranks = [[t.size - k] if k else None for k in _kept_counts(t, density)]
+        # One entry at least is kept, unless the density is 0.
+        ranks = [[t.size - max(1, int(d * t.size))] if d > 0 else None for d in density]
         select, operands = _within, ([(low, math.inf) for low, *_ in _limits(t, ranks)],)
     elif member.kept == "between":
         select, operands = _within, (_range_limits(t, density, gamma),)
@@ -141,7 +135,11 @@ def merge(
     elif member.kept == "random" and t.compat != "mergekit":
         scales = [1.0 / d if d > 0 else 1.0 for d in density]
     else:
-        scales = _norm_ratios(t.sums(_kept_norms, *operands, select=select))
+        # The L1 norm of each change over that of what is kept of it; 1 where either is nothing.
+        norms = t.sums(_kept_norms, *operands, select=select)
+        whole, kept = norms[0::2], norms[1::2]
+        some = (whole > 1e-7) & (kept > 1e-7)
+        scales = list(np.where(some, whole / np.where(some, kept, 1.0), 1.0))
     return t.map(_consensus, weight, scales, lambda_, *operands, select=select, elect=member.elect, normalize=normalize)
 
 
@@ -156,14 +154,12 @@ def _parameters(member: Member) -> dict[str, Parameter]:
         about = About("divide by the sum of the weights that took part in an entry")
         table["normalize"] = replace(table["normalize"], about=about)
     if member.rescale is not None:
-        table["rescale"] = replace(table["rescale"], default=member.rescale)
-        if member.kept == "random":
-            table["rescale"] = replace(table["rescale"], about=About("divide what is kept by the density"))
+        about = About("divide what is kept by the density") if member.kept == "random" else table["rescale"].about
+        table["rescale"] = replace(table["rescale"], default=member.rescale, about=about)
     return table
 
 
 def _check(member: Member, parameters: Mapping[str, Any]) -> None:
-    """Raise UserError where a chance would leave 0 to 1, or weights that the merge divides by sum to 0."""
     if "epsilon" in parameters:
         for d, e in zip(parameters["density"], parameters["epsilon"], strict=True):
             if 0 < d < 1 and not (d - e >= 0 and d + e <= 1):
@@ -175,22 +171,17 @@ def _check(member: Member, parameters: Mapping[str, Any]) -> None:
         weights_sum(parameters)
 
 
-def _register(member: Member) -> None:
-    summary = inspect.cleandoc(member.summary)
-    function: Callable[..., Merged] = functools.partial(merge, member)
-    check, by_row = functools.partial(_check, member), member.kept == "random by rank"
-    METHODS[member.name] = Method(
-        member.name, function, "required", (1, None), _parameters(member), summary, check, by_row
-    )
-
-
 for _member in FAMILY:
-    _register(_member)
-
-
-def _kept_counts(t: Tensor, density: Sequence[float]) -> list[int]:
-    """Return how many entries of each change a density keeps: floor(density * n), at least 1 unless density is 0."""
-    return [max(1, int(d * t.size)) if d > 0 else 0 for d in density]
+    METHODS[_member.name] = Method(
+        _member.name,
+        functools.partial(merge, _member),
+        base="required",
+        branches=(1, None),
+        parameters=_parameters(_member),
+        summary=inspect.cleandoc(_member.summary),
+        check=functools.partial(_check, _member),
+        by_row=_member.kept == "random by rank",
+    )
 
 
 def _limits(t: Tensor, ranks: Sequence[Sequence[int] | None]) -> list[Sequence[float]]:
@@ -216,16 +207,6 @@ def _range_limits(t: Tensor, density: Sequence[float], gamma: Sequence[float]) -
     return [(x[0], math.inf if r and r[1] == n - 1 else x[-1]) for r, x in zip(ranks, limits, strict=True)]
 
 
-def _norm_ratios(norms: np.ndarray) -> list[float]:
-    """Return the L1 norm of each change over that of what is kept of it; 1 where either is nothing.
-
-    norms: from `_kept_norms`, both in turn.
-    """
-    whole, kept = norms[0::2], norms[1::2]
-    some = (whole > 1e-7) & (kept > 1e-7)
-    return list(np.where(some, whole / np.where(some, kept, 1.0), 1.0))
-
-
 # Kernels
 
 
@@ -235,12 +216,10 @@ def _within(x: Block, limits: Array) -> Masks:
 
 
 def _chosen(x: Block, density: Array, keys: Array) -> Masks:
-    """Keep entries at random."""
     return [(random_bits(x, keys[b]) < density[b]) & (d != 0) for b, d in enumerate(deltas(x))]
 
 
 def _stored(x: Block, masks: Masks) -> Masks:
-    """Keep the entries of masks that an earlier pass made."""
     return masks
 
 
@@ -272,7 +251,7 @@ def _of_rank(x: Block, limits: Sequence[Array], density: Array, epsilon: Array, 
 
 
 def _kept_norms(x: Block, *operands: Any, select: Kernel) -> list[Array]:
-    """Return of each change, and of what is kept of it, the terms of the L1 norm."""
+    """Return the terms of the L1 norm of each change, and of what is kept of it."""
     pairs = zip(magnitudes(x), select(x, *operands), strict=True)
     return [norm for m, kept in pairs for norm in (m, jnp.where(kept, m, 0.0))]
 
@@ -287,10 +266,8 @@ def _consensus(
     if elect:
         positive = add(terms) >= 0
         masks = [k & (term != 0) & ((term > 0) == positive) for k, term in zip(masks, terms, strict=True)]
-        terms = [jnp.where(k, term, 0.0) for k, term in zip(masks, terms, strict=True)]
-    total = add(terms)
+    total = add_kept(masks, terms) if elect else add(terms)
     if normalize:
-        took_part = masks if elect else [jnp.bool_(True)] * len(masks)
-        divisor = add([jnp.where(k, w, 0.0) for k, w in zip(took_part, weight, strict=True)])
+        divisor = add_kept(masks if elect else [jnp.bool_(True)] * len(masks), weight)
         total = total / jnp.where(divisor == 0, 1.0, divisor)
     return x.base + lambda_ * total, masks

@@ -19,7 +19,7 @@ from bmjax.calibrate.dispatch import merge
 from bmjax.config import UserError
 from bmjax.io.safetensors import SharedWriter
 from bmjax.merge.__main__ import main
-from bmjax.merge.engine import chunks, files, journal, stream
+from bmjax.merge.engine import chunks, files, stream
 from tests.merge.reference import SMALL, hf_dir, hf_tensors
 
 REPOSITORY = Path(__file__).parents[3]
@@ -465,7 +465,7 @@ def test_a_limit_on_files_changes_nothing(models):
 
 @pytest.mark.parametrize("method", ["linear", "ties", "dare_ties", "della", "arcee_fusion", "sce", "karcher"])
 def test_small_chunks_give_the_same_bytes_in_any_memory(models, monkeypatch, method):
-    for module in (chunks, stream, journal):
+    for module in (chunks, stream):
         monkeypatch.setattr(module, "CHUNK", 512)
     monkeypatch.setattr(chunks, "COLUMNS", 32)
     monkeypatch.setattr(chunks, "SAMPLE", 64)

@@ -70,8 +70,8 @@ def assert_last_bits(merged, whole):
 
 @pytest.mark.parametrize("case", CASES, ids=label)
 def test_files_in_chunks_equal_whole_arrays(case, directories, tmp_path):
-    geometry = chunks.Geometry.of(SHAPE, METHODS[method_of(case)].by_row)
-    assert geometry.count == 8 and geometry.chunk(7).count < geometry.chunk(7).height * geometry.columns
+    cache = chunks.ChunkCache(SHAPE, METHODS[method_of(case)].by_row, pool=None, keep=False)
+    assert len(cache.chunks) == 8 and cache.chunks[7].count < cache.chunks[7].height * cache.columns
     recipe = recipe_of(case, directories)
     models = {name: {"w": w} for name, w in MODELS.items()}
     params, report = merge_trees(recipe, models, [Param(("w",), SHAPE, ("rows", "columns"), "w", "normal")])

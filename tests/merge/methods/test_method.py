@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from bmjax.merge.engine.tensor import keys
-from bmjax.merge.methods.method import Block, random_bits
+from bmjax.merge.methods.kernels import Block, random_bits
 from bmjax.merge.recipe.recipe import read_recipe
 from tests.merge.cases import SHAPE
 from tests.merge.formulas import exact, uniform
