@@ -145,7 +145,7 @@ def _compiled(function: Callable[..., Any], config: ModelConfig, dtype: str) -> 
 
     def compute(params: qwen2.Params, *arrays: jax.Array) -> Any:
         cast = jax.tree.map(lambda a: a.astype(dtype), params)
-        return function(config, cast, *arrays, dtype=jnp.dtype(dtype))
+        return function(qwen2.Qwen2(config, jnp.dtype(dtype)), cast, *arrays)
 
     return jax.jit(compute)
 

@@ -106,11 +106,9 @@ def _grams(config: ModelConfig, dtype: str) -> Any:
             return call(*args, **kwargs)
 
         model = qwen2.Qwen2(config, jnp.dtype(dtype))
-        weights = jax.tree.map(lambda a: a.astype(dtype), qwen2.trunk(params))
+        weights = jax.tree.map(lambda a: a.astype(dtype), params)
         with nn.intercept_methods(add_gram):
-            _, sown = model.apply(
-                {"params": weights}, tokens, segments, qwen2.default_positions(segments), mutable=["grams"]
-            )
+            _, sown = model.apply({"params": weights}, tokens, segments, None, mutable=["grams"])
         return sown["grams"]
 
     return jax.jit(run)
@@ -132,7 +130,7 @@ def squares(config: ModelConfig, params: Tree, batches: Iterator[Batch[jax.Array
 def _squares(config: ModelConfig, dtype: str, remat: Remat) -> Any:
     def nats(params: Tree, batch: Batch[jax.Array]) -> jax.Array:
         weights = jax.tree.map(lambda a: a.astype(dtype), params)
-        return qwen2.loss_sum(config, weights, batch, dtype=jnp.dtype(dtype), remat=remat)[0]
+        return qwen2.loss_sum(qwen2.Qwen2(config, jnp.dtype(dtype), remat), weights, batch)[0]
 
     def run(params: Tree, batch: Batch[jax.Array], total: Tree | None) -> Tree:
         def add_row(carry: Tree, row: Batch[jax.Array]) -> tuple[Tree, None]:

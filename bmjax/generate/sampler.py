@@ -150,7 +150,7 @@ def _compiled(
             slots = cache.next_slot + jnp.arange(tokens_BT.shape[1])
             positions = jnp.maximum(slots[None, :] - pad_B[:, None], 0)
             segments = jnp.ones_like(tokens_BT)
-            out: Any = model.apply({"params": qwen2.trunk(params)}, tokens_BT, segments, positions, cache)
+            out: Any = model.apply({"params": params}, tokens_BT, segments, positions, cache)
             h_BTD, cache = out
             z_BV = jnp.einsum("bd,dv->bv", h_BTD[:, -1], w_DV, preferred_element_type=jnp.float32)
             return z_BV, cache
