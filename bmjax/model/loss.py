@@ -12,20 +12,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 from jax.sharding import PartitionSpec
 
-from bmjax.model.vocabulary_parallel import Layout, layout
+from bmjax.model.embedding import Layout, layout
 from bmjax.parallel.mesh import on_each_device
 
 CHUNK_ELEMENTS = 2**26  # logits held at once: 256 MiB in float32
 GPU_CHUNK_ELEMENTS = 2**27  # products of a GPU are slow where few tokens meet a whole head
-HEAD_AXES = ("embed", "vocab")
 
 
 def next_token_targets(
-    tokens_BT: jax.Array, loss_mask_BT: jax.Array, segment_ids_BT: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
+    tokens_BT: Array, loss_mask_BT: Array, segment_ids_BT: Array | None = None
+) -> tuple[Array, Array]:
     """Return labels [B, T] and float32 weights [B, T] at the position that predicts them.
 
     labels[t] is tokens[t + 1], and its weight mask[t + 1]. A document's first token is never a target: nothing in its
@@ -39,15 +38,16 @@ def next_token_targets(
     return labels, mask
 
 
-def cross_entropy_sum(h_BTD: jax.Array, w_DV: jax.Array, labels_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
-    """Compute the sum of -log p(label) * mask in nats, a float32 scalar; softmax and accumulation are in float32.
+@jax.custom_vjp
+def cross_entropy_sum(h_BTD: Array, w_DV: Array, labels_BT: Array, mask_BT: Array) -> Array:
+    """Compute the sum of -log p(label) * mask (float32) in nats; softmax and accumulation are in float32.
 
     The gradient of the sum is computed together with it, chunk by chunk, and scaled in the backward pass, so
     logits are neither kept nor computed twice. The logits' cotangent is rounded to the dtype of `h`, so that
     the two backward products run in it (float32 operands would be upcast silently). Where logits are too many
     for one chunk, a device's targets are moved to the front of its tokens, and chunks without any target are skipped.
     """
-    return _loss(h_BTD, w_DV, jnp.asarray(labels_BT), jnp.asarray(mask_BT, jnp.float32))
+    return _loss_and_gradients(h_BTD, w_DV, labels_BT, mask_BT, False, False)[0]
 
 
 def _sums_of_chunk(split: Layout, h, w, labels, mask, gradient: bool, train_head: bool) -> Any:
@@ -92,7 +92,7 @@ def _sums_of_device(split: Layout, h, w, labels, mask, gradient: bool, train_hea
     if chunks == 1:
         return _sums_of_chunk(split, h, w, labels, mask, gradient, train_head)
 
-    def add_chunk(sums: Any, chunk: tuple[jax.Array, ...]) -> Any:
+    def add_chunk(sums: Any, chunk: tuple[Array, ...]) -> Any:
         h, labels, mask = chunk
 
         def compute() -> Any:
@@ -101,7 +101,7 @@ def _sums_of_device(split: Layout, h, w, labels, mask, gradient: bool, train_hea
 
         return lax.cond(jnp.any(mask > 0), compute, lambda: (sums, jnp.zeros_like(h) if gradient else None))
 
-    def split_up(x: jax.Array) -> jax.Array:  # [N, ...] -> [chunks, n, ...], targets first, zero-padded
+    def split_up(x: Array) -> Array:  # [N, ...] -> [chunks, n, ...], targets first, zero-padded
         x = jnp.pad(x[order], [(0, -len(x) % chunks)] + [(0, 0)] * (x.ndim - 1))
         return x.reshape(chunks, -1, *x.shape[1:])
 
@@ -111,7 +111,7 @@ def _sums_of_device(split: Layout, h, w, labels, mask, gradient: bool, train_hea
     return sums, dh.reshape(-1, h.shape[1])[jnp.argsort(order)] if gradient else None
 
 
-def _reduce_head_gradient(split: Layout, dw: jax.Array) -> jax.Array:
+def _reduce_head_gradient(split: Layout, dw: Array) -> Array:
     """Sum a head's gradient [D, V/tensor] over the devices with other tokens; each keeps [D/(fsdp context), V/tensor].
 
     Where an axis splits the width and not the tokens, its devices hold the same sum, and each cuts its part out.
@@ -130,7 +130,7 @@ def _reduce_head_gradient(split: Layout, dw: jax.Array) -> jax.Array:
 
 def _loss_and_gradients(h_BTD, w_DV, labels_BT, mask_BT, gradient: bool, train_head: bool) -> Any:
     """Return (loss, dh [B, T, D], dw [D, V] float32), the gradients None where they are not asked for."""
-    split = layout(labels_BT.shape, w_DV.shape, HEAD_AXES)
+    split = layout(labels_BT.shape, w_DV.shape, ("embed", "vocab"))
 
     def local(h, w, labels, mask) -> Any:
         # h [B/(data fsdp), T/context, D], w [D/(fsdp context), V/tensor], labels and mask [B/(data fsdp), T/context]
@@ -150,20 +150,15 @@ def _loss_and_gradients(h_BTD, w_DV, labels_BT, mask_BT, gradient: bool, train_h
     return on_devices(h_BTD, w_DV, labels_BT, mask_BT)
 
 
-@jax.custom_vjp
-def _loss(h_BTD, w_DV, labels_BT, mask_BT) -> jax.Array:
-    return _loss_and_gradients(h_BTD, w_DV, labels_BT, mask_BT, False, False)[0]
-
-
-def _loss_forward(h_BTD: Any, w_DV: Any, labels_BT: Any, mask_BT: Any):
+def _forward(h_BTD: Any, w_DV: Any, labels_BT: Any, mask_BT: Any):
     train_head = w_DV.perturbed  # a frozen head needs no gradient: a third of the products
     loss, dh, dw = _loss_and_gradients(h_BTD.value, w_DV.value, labels_BT.value, mask_BT.value, True, train_head)
     return loss, (dh, dw.astype(w_DV.value.dtype) if train_head else None)
 
 
-def _loss_backward(saved: tuple[jax.Array, jax.Array | None], g: jax.Array):
+def _backward(saved: tuple[Array, Array | None], g: Array):
     dh, dw = saved
     return (dh * g).astype(dh.dtype), None if dw is None else (dw * g).astype(dw.dtype), None, None
 
 
-_loss.defvjp(_loss_forward, _loss_backward, symbolic_zeros=True)
+cross_entropy_sum.defvjp(_forward, _backward, symbolic_zeros=True)
