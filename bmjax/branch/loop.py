@@ -19,7 +19,7 @@ from bmjax.branch.settings import TrainSettings
 from bmjax.branch.step import State, compile_step, memory_line
 from bmjax.config import UserError
 from bmjax.parallel import processes
-from bmjax.parallel.processes import Stop
+from bmjax.parallel.processes import delayed_sigterm
 from bmjax.weights.checkpoint import Checkpoints
 
 
@@ -64,7 +64,7 @@ def loop(run: Run, state: State, begin: Progress, checkpoints: Checkpoints) -> t
         MetricsLog(run, begin.step) if processes.is_main() else contextlib.nullcontext() as metrics_log,
         read_ahead(plan.mesh, loader, begin.step, steps) as batches,
         _Profile(settings, run.output) as profile,
-        Stop() as stop,
+        delayed_sigterm() as ends_after,
     ):
         for step in range(begin.step, steps):
             with profile.step(step + 1):
@@ -77,8 +77,8 @@ def loop(run: Run, state: State, begin: Progress, checkpoints: Checkpoints) -> t
                 pending = (step + 1, rate, tokens, metrics)
                 seen += tokens
             profile.done(step + 1, metrics)
-            stopped = stop.reached(step)
-            if checkpoints.due(step + 1, last=steps) or stopped:
+            stopped = ends_after(step)
+            if (step + 1) % settings.save_every == 0 or step + 1 == steps or stopped:
                 values, pending = settle(), None
                 meta = {"fingerprint": run.fingerprint, "tokens": seen, "values": values}
                 checkpoints.save(step + 1, saved(state), meta)
@@ -87,7 +87,7 @@ def loop(run: Run, state: State, begin: Progress, checkpoints: Checkpoints) -> t
                 run.log(f"SIGTERM: saved after step {step + 1} of {steps}; the same command goes on from there")
                 raise SystemExit(settings.stop_code)
     if not values:  # resumed after the last step: nothing was left to do but the export
-        values = checkpoints.meta(None)["values"]
+        values = checkpoints.meta()["values"]
     return state, {"tokens": seen, "loss": values["loss"], "move": values.get("move")}
 
 

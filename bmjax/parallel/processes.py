@@ -12,10 +12,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 import numpy as np
@@ -36,14 +36,12 @@ def together(
 ) -> Iterator[None]:
     """Join this process with the others of a run while the block runs; entered before JAX makes its first array.
 
-    When a process is silent for too long, every other process stops with a line that names it; when a process leaves by
-    an error, they stop at once. (When process 0 is killed, JAX's runtime ends the others with its message, since they
-    meet at process 0.) Nothing is done without a launcher, or where num_processes is 1. Raises UserError for settings
-    that do not belong together, and when processes do not come.
-
-    coordinator: host:port of process 0. With num_processes and process_id all None: as the launcher says (Cloud TPU and
-    GKE slices, SLURM's srun, Open MPI 4, Kubernetes indexed jobs with the kubernetes package). timeout: seconds until a
-    silent process counts as dead.
+    When a process is silent for `timeout` seconds, every other process stops with a line that names it; when a process
+    leaves by an error, they stop at once. (When process 0 is killed, JAX's runtime ends the others with its message,
+    since they meet at process 0.) coordinator: host:port of process 0. With num_processes and process_id all None: as
+    the launcher says (Cloud TPU and GKE slices, SLURM's srun, Open MPI 4, Kubernetes indexed jobs with the kubernetes
+    package). Nothing is done without a launcher, or where num_processes is 1. Raises UserError for settings that do not
+    belong together, and when processes do not come.
     """
     _connect(coordinator, num_processes, process_id, timeout)
     if jax.process_count() == 1:
@@ -182,31 +180,26 @@ def _watch(timeout: int, beat: float, ended: threading.Event) -> None:
                 os._exit(1)
 
 
-class Stop:
-    """A context in which SIGTERM, which schedulers send, does not end the process; `reached` returns when to end.
+@contextlib.contextmanager
+def delayed_sigterm() -> Iterator[Callable[[int], bool]]:
+    """Keep SIGTERM, which schedulers send, from ending the process while the block runs.
 
-    In a run of several processes JAX's runtime passes a SIGTERM of any process to all of them and picks the step after
-    which they end together.
+    Yields a function of the step that says whether to end after it; all processes call it once a step. In a run of
+    several processes JAX's runtime passes a SIGTERM of any process to all of them and picks the step.
     """
-
-    def __init__(self) -> None:
-        self._signalled = False
-        self._previous: Any = None
-        self._alone = jax.process_count() == 1
-
-    def __enter__(self) -> Self:
-        # Only the main thread may set a signal's handler; with several processes JAX has set it.
-        if self._alone and threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_signalled", True))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
-
-    def reached(self, step: int) -> bool:
-        """Return whether to end after this step. All processes call it once a step."""
-        return self._signalled if self._alone else multihost_utils.reached_preemption_sync_point(step)
+    if jax.process_count() > 1:  # JAX has set the signal's handler
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    signalled = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # only that one may set a handler
+        yield lambda step: False
+        return
+    previous = signal.signal(signal.SIGTERM, lambda *_: signalled.set())
+    try:
+        yield lambda step: signalled.is_set()
+    finally:
+        if previous is not None:  # None: it was not set from Python
+            signal.signal(signal.SIGTERM, previous)
 
 
 def is_main() -> bool:
