@@ -62,10 +62,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if len(self.windows) not in (0, self.num_layers):
             raise UserError(f"{len(self.windows)} layer types for {self.num_layers} layers")
-        if self.num_heads % self.num_kv_heads:
-            raise UserError(
-                f"num_attention_heads {self.num_heads} is not a multiple of num_key_value_heads {self.num_kv_heads}"
-            )
+        heads, kv_heads = self.num_heads, self.num_kv_heads
+        if heads % kv_heads:
+            raise UserError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
 
     @property
     def uses_windows(self) -> bool:
@@ -76,22 +75,19 @@ class ModelConfig:
     def from_hf(cls, config: Mapping[str, Any], source: str = "config.json") -> "ModelConfig":
         """Read the dictionary of a Hugging Face config.json (transformers 4 and 5 spellings).
 
-        source: what errors begin with. Raises UserError for an unknown `model_type`, a missing key, a value of the
-        wrong type, or a rope type that is not supported.
+        Raises UserError, which begins with `source`, where it is not of a model that is supported.
         """
-        model_type = config.get("model_type")
-        if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
-            expected = " or ".join(f"'{name}'" for name in ARCHITECTURES)
-            raise UserError(
-                f"{source}: model_type is {model_type!r}, expected {expected} (Qwen2, Qwen2.5, R1-Distill-Qwen)"
-            )
-        for key in _COUNTS:
-            value = config.get(key)
-            if value is not None and (type(value) is not int or value < 1):
-                raise UserError(f"{source}: {key} is {value!r}, expected a whole number of at least 1")
-        if config.get("hidden_act", "silu") != "silu":
-            raise UserError(f"{source}: hidden_act is {config['hidden_act']!r}, expected 'silu'")
         try:
+            model_type = config.get("model_type")
+            if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
+                expected = " or ".join(f"'{name}'" for name in ARCHITECTURES)
+                raise UserError(f"model_type is {model_type!r}, expected {expected} (Qwen2, Qwen2.5, R1-Distill-Qwen)")
+            for key in _COUNTS:
+                value = config.get(key)
+                if value is not None and (type(value) is not int or value < 1):
+                    raise UserError(f"{key} is {value!r}, expected a whole number of at least 1")
+            if config.get("hidden_act", "silu") != "silu":
+                raise UserError(f"hidden_act is {config['hidden_act']!r}, expected 'silu'")
             heads, layers = int(config["num_attention_heads"]), int(config["num_hidden_layers"])
             hidden, rope = int(config["hidden_size"]), _rope(config)
             # YaRN configs of Qwen2.5 leave max_position_embeddings at the length before scaling.
@@ -151,18 +147,10 @@ def _rope(config: Mapping[str, Any]) -> Rope:
     if kind not in ("yarn", "linear"):
         raise UserError(f"rope type {kind!r} is not supported; 'default', 'linear' and 'yarn' are")
     original = values.get("original_max_position_embeddings") or config.get("max_position_embeddings")
-    return Rope(
-        theta=theta,
-        kind=kind,
-        factor=float(values["factor"]),
-        original_length=int(original) if original else None,
-        attention_factor=values.get("attention_factor"),
-        beta_fast=float(values.get("beta_fast") or 32.0),
-        beta_slow=float(values.get("beta_slow") or 1.0),
-        mscale=values.get("mscale"),
-        mscale_all_dim=values.get("mscale_all_dim"),
-        truncate=bool(values.get("truncate", True)),
-    )
+    options = {key: values.get(key) for key in ("attention_factor", "mscale", "mscale_all_dim")}
+    options |= {key: float(values[key]) for key in ("beta_fast", "beta_slow") if values.get(key)}
+    options["truncate"] = bool(values.get("truncate", True))
+    return Rope(theta, kind, float(values["factor"]), int(original) if original else None, **options)
 
 
 def _windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:

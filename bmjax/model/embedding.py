@@ -2,8 +2,7 @@
 
 A device holds a part of the vocabulary (along `tensor`) and of the width (along `fsdp` and `context`). It looks up its
 part of the width for the tokens of all devices along these axes, and they exchange width for tokens. The backward pass
-goes the other way, so the table's gradient is computed where the table's part is. The loss splits the head by the same
-`layout`.
+goes the other way, so the table's gradient is computed where the table's part is.
 """
 
 from collections.abc import Sequence
@@ -24,11 +23,7 @@ class Layout(NamedTuple):
     matrix: PartitionSpec = PartitionSpec()
     vocab: str | None = None  # the axis that splits the vocabulary
     embed: tuple[str, ...] = ()  # the axes that split the width; some of them may split the tokens, too
-
-    @property
-    def token_axes(self) -> tuple[str, ...]:
-        """All axes that split the tokens."""
-        return split_axes(self.tokens)
+    token_axes: tuple[str, ...] = ()  # all axes that split the tokens
 
 
 def layout(tokens_shape: Sequence[int], matrix_shape: Sequence[int], matrix_axes: Sequence[str]) -> Layout:
@@ -39,10 +34,10 @@ def layout(tokens_shape: Sequence[int], matrix_shape: Sequence[int], matrix_axes
     mesh = mesh_in_scope()
     if mesh is None:
         return Layout()
+    tokens = fitting_spec(mesh, ("batch", "length"), tokens_shape)
     matrix = fitting_spec(mesh, matrix_axes, matrix_shape)
     mesh_axes = dict(zip(matrix_axes, matrix, strict=True))
-    tokens = fitting_spec(mesh, ("batch", "length"), tokens_shape)
-    return Layout(tokens, matrix, mesh_axes["vocab"], split_axes((mesh_axes["embed"],)))
+    return Layout(tokens, matrix, mesh_axes["vocab"], split_axes((mesh_axes["embed"],)), split_axes(tokens))
 
 
 def _width_axes(split: Layout) -> list[tuple[str, int | None]]:
@@ -83,8 +78,7 @@ def _lookup_forward(embedding_VD: Array, tokens_BT: Array):
         # table [V/tensor, D/(fsdp context)], tokens [B/(data fsdp), T/context]
         x = jnp.take(table, _local_rows(split, len(table), tokens), axis=0, mode="fill", fill_value=0)
         # x [B/data, T, D/(fsdp context)], 0 for the tokens of other parts of the vocabulary
-        if split.vocab:
-            x = lax.psum(x, split.vocab)  # exact: all but one summand are 0
+        x = lax.psum(x, split.vocab or ())  # exact: all but one summand are 0
         for axis, dimension in reversed(_width_axes(split)):  # the last axis splits the width most finely
             if dimension is None:
                 x = lax.all_gather(x, axis, axis=2, tiled=True)
@@ -111,8 +105,7 @@ def _lookup_backward(saved: Any, dx_BTD: Array):
                 dx = lax.all_to_all(dx, axis, split_axis=2, concat_axis=dimension, tiled=True)
         # dx [B/data, T, D/(fsdp context)]
         sums = jnp.zeros(table.shape, jnp.float32).at[rows].add(dx.astype(jnp.float32), mode="drop")
-        other_axes = tuple(axis for axis in split.token_axes if axis not in split.embed)
-        return (lax.psum(sums, other_axes) if other_axes else sums).astype(table.dtype)
+        return lax.psum(sums, tuple(axis for axis in split.token_axes if axis not in split.embed)).astype(table.dtype)
 
     in_specs = (split.matrix, split.tokens, PartitionSpec(*split.tokens, None))
     return on_each_device(local, in_specs, split.matrix)(embedding_VD, tokens_BT, dx_BTD), None

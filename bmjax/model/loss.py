@@ -1,6 +1,6 @@
-"""Next-token cross-entropy without keeping the logits. The model, calibration and evaluation call it.
+"""Next-token cross-entropy without keeping the logits.
 
-loss = sum over target tokens / count of target tokens. This module returns the sum and the count; only the training
+loss = sum over target tokens / count of target tokens. This module returns the sum and the weights; only the training
 step divides, once, over all microbatches and devices.
 
 On a mesh every device has its own tokens and, along `tensor`, its own part of the vocabulary. The head is gathered over
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
+from bmjax.model.batch import Batch
 from bmjax.model.embedding import Layout, layout
 from bmjax.parallel.mesh import on_each_device
 
@@ -22,20 +23,16 @@ CHUNK_ELEMENTS = 2**26  # logits held at once: 256 MiB in float32
 GPU_CHUNK_ELEMENTS = 2**27  # products of a GPU are slow where few tokens meet a whole head
 
 
-def next_token_targets(
-    tokens_BT: Array, loss_mask_BT: Array, segment_ids_BT: Array | None = None
-) -> tuple[Array, Array]:
+def next_token_targets(batch: Batch[Array]) -> tuple[Array, Array]:
     """Return labels [B, T] and float32 weights [B, T] at the position that predicts them.
 
     labels[t] is tokens[t + 1], and its weight mask[t + 1]. A document's first token is never a target: nothing in its
     own segment precedes it.
     """
-    labels = jnp.pad(tokens_BT[:, 1:], ((0, 0), (0, 1)))
-    mask = jnp.pad(loss_mask_BT[:, 1:], ((0, 0), (0, 1))).astype(jnp.float32)
-    if segment_ids_BT is not None:
-        following = jnp.pad(segment_ids_BT[:, 1:], ((0, 0), (0, 1)))
-        mask = mask * ((following == segment_ids_BT) & (following > 0))
-    return labels, mask
+    labels, mask, following = (
+        jnp.pad(x[:, 1:], ((0, 0), (0, 1))) for x in (batch.tokens, batch.loss_mask, batch.segment_ids)
+    )
+    return labels, mask.astype(jnp.float32) * ((following == batch.segment_ids) & (following > 0))
 
 
 @jax.custom_vjp
@@ -117,8 +114,7 @@ def _reduce_head_gradient(split: Layout, dw: Array) -> Array:
     Where an axis splits the width and not the tokens, its devices hold the same sum, and each cuts its part out.
     """
     scatter = bool(split.embed) and set(split.embed) <= set(split.token_axes)
-    summed_axes = tuple(axis for axis in split.token_axes if not scatter or axis not in split.embed)
-    dw = lax.psum(dw, summed_axes) if summed_axes else dw
+    dw = lax.psum(dw, tuple(axis for axis in split.token_axes if not scatter or axis not in split.embed))
     if not split.embed:
         return dw
     if scatter:
@@ -139,10 +135,8 @@ def _loss_and_gradients(h_BTD, w_DV, labels_BT, mask_BT, gradient: bool, train_h
         rows = (h.reshape(-1, h.shape[-1]), w, labels.reshape(-1), mask.reshape(-1))
         (loss, dw), dh = _sums_of_device(split, *rows, gradient, train_head)
         if gradient:
-            dh = dh.reshape(h.shape)
-            dh = lax.psum(dh, split.vocab) if split.vocab else dh
-        loss = lax.psum(loss, split.token_axes) if split.token_axes else loss
-        return loss, dh, _reduce_head_gradient(split, dw) if train_head else None
+            dh = lax.psum(dh.reshape(h.shape), split.vocab or ())
+        return lax.psum(loss, split.token_axes), dh, _reduce_head_gradient(split, dw) if train_head else None
 
     h_spec = PartitionSpec(*split.tokens, None)
     out_specs = (PartitionSpec(), h_spec if gradient else None, split.matrix if train_head else None)

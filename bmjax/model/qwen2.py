@@ -241,7 +241,7 @@ def loss_sum(
 ) -> tuple[Array, Array]:
     """Compute the summed next-token loss in nats over a batch's targets, and their number; both float32 scalars."""
     h_BTD, _ = model.apply({"params": params}, batch.tokens, batch.segment_ids, positions_BT)
-    labels, mask = loss.next_token_targets(batch.tokens, batch.loss_mask, batch.segment_ids)
+    labels, mask = loss.next_token_targets(batch)
     w_DV = head_weight(model.config, params).astype(model.dtype)
     return loss.cross_entropy_sum(h_BTD, w_DV, labels, mask), jnp.sum(mask)
 

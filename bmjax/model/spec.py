@@ -1,7 +1,6 @@
 """THE parameter table: every parameter's path, shape, logical axes, initializer, Hugging Face key and layout.
 
-Initialization, sharding, import, export and merging read this table and have none of their own. A new architecture
-gets its rows here: what a model has no row for (a bias, a head), its modules leave out.
+A new architecture gets its rows here: what a model has no row for (a bias, a head), its modules leave out.
 Shapes: V vocabulary, D hidden size, N query heads, K key/value heads, H head size, F feed-forward, L layers.
 """
 
@@ -115,7 +114,7 @@ def unflatten(leaves: Iterable[tuple[tuple[str, ...], Any]]) -> dict[str, Any]:
 
 def pick(params: Any, rows: tuple[Param, ...]) -> dict[str, Any]:
     """Return the nested dictionary of these rows' parameters only."""
-    return unflatten([(row.path, get(params, row.path)) for row in rows])
+    return unflatten((row.path, get(params, row.path)) for row in rows)
 
 
 def join(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
