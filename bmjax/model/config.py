@@ -147,7 +147,7 @@ def _rope(config: Mapping[str, Any]) -> Rope:
     if kind not in ("yarn", "linear"):
         raise UserError(f"rope type {kind!r} is not supported; 'default', 'linear' and 'yarn' are")
     original = values.get("original_max_position_embeddings") or config.get("max_position_embeddings")
-    options = {key: values.get(key) for key in ("attention_factor", "mscale", "mscale_all_dim")}
+    options: dict[str, Any] = {key: values.get(key) for key in ("attention_factor", "mscale", "mscale_all_dim")}
     options |= {key: float(values[key]) for key in ("beta_fast", "beta_slow") if values.get(key)}
     options["truncate"] = bool(values.get("truncate", True))
     return Rope(theta, kind, float(values["factor"]), int(original) if original else None, **options)

@@ -1,7 +1,6 @@
 """Several processes that train as one: how they meet, agree, stop together, and notice a dead one.
 
-All processes run the same program on the same inputs; JAX's runtime (`jax.distributed`) joins their devices. Training
-enters `together`; everything that writes asks `is_main`. In a single process every function here costs nothing.
+All processes run the same program on the same inputs; JAX's runtime (`jax.distributed`) joins their devices.
 """
 
 import atexit
@@ -84,7 +83,7 @@ def _leave(code: int, beat: float) -> None:
     sys.stderr.flush()
     try:
         # Process 0 stays until all have looked: the runtime ends a process that loses it with a stack trace.
-        seconds = TOGETHER if jax.process_index() else TOGETHER + TOGETHER + 2 * beat
+        seconds = TOGETHER if jax.process_index() else 2 * (TOGETHER + beat)
         _client().wait_at_barrier("bmjax/left", int(1000 * seconds))
     except Exception:
         os._exit(code)
@@ -100,21 +99,14 @@ def _connect(coordinator: str | None, num_processes: int | None, process_id: int
     arguments = _launched() if missing else {"cluster_detection_method": "deactivate"}
     if arguments is None:
         return
-    if coordinator is not None and num_processes is not None and process_id is not None:
-        if not coordinator.rpartition(":")[2].isdigit():
-            raise UserError(f"coordinator: '{coordinator}' is not like host:port")
-        if not 0 <= process_id < num_processes:
-            raise UserError(f"process_id: {process_id} is not one of 0 to {num_processes - 1} (num_processes)")
+    if coordinator is not None and not coordinator.rpartition(":")[2].isdigit():
+        raise UserError(f"coordinator: '{coordinator}' is not like host:port")
+    if process_id is not None and num_processes is not None and not 0 <= process_id < num_processes:
+        raise UserError(f"process_id: {process_id} is not one of 0 to {num_processes - 1} (num_processes)")
+    arguments["initialization_timeout"] = max(timeout, 10)
+    arguments["heartbeat_timeout_seconds"] = arguments["shutdown_timeout_seconds"] = timeout + SLACK
     try:
-        jax.distributed.initialize(
-            coordinator_address=coordinator,
-            num_processes=num_processes,
-            process_id=process_id,
-            **arguments,
-            initialization_timeout=max(timeout, 10),
-            heartbeat_timeout_seconds=timeout + SLACK,
-            shutdown_timeout_seconds=timeout + SLACK,
-        )
+        jax.distributed.initialize(coordinator, num_processes, process_id, **arguments)
     except Exception as error:
         no_others = "should be defined" in str(error) or "must be called before" in str(error)
         if missing and no_others and jax.process_count() == 1:
@@ -126,11 +118,11 @@ def _launched() -> dict[str, Any] | None:
     """Return the arguments of `jax.distributed.initialize` that suit the launcher; None when none started us."""
     env = os.environ
     if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in env:
-        arguments: dict[str, Any] = {"cluster_detection_method": "slurm"}
-        if env.get("SLURM_STEP_NUM_NODES") == env["SLURM_STEP_NUM_TASKS"] and "SLURM_GPUS_ON_NODE" in env:
-            # JAX gives a task under SLURM a single GPU; a node's only task gets all of them.
-            arguments["local_device_ids"] = list(range(int(env["SLURM_GPUS_ON_NODE"])))
-        return arguments
+        if env.get("SLURM_STEP_NUM_NODES") != env["SLURM_STEP_NUM_TASKS"] or "SLURM_GPUS_ON_NODE" not in env:
+            return {"cluster_detection_method": "slurm"}
+        # JAX gives a task under SLURM a single GPU; a node's only task gets all of them.
+        gpus = list(range(int(env["SLURM_GPUS_ON_NODE"])))
+        return {"cluster_detection_method": "slurm", "local_device_ids": gpus}
     if int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
         return {"cluster_detection_method": "ompi"}
     # A host of a TPU slice whose software JAX may use.
@@ -151,8 +143,8 @@ def _launched() -> dict[str, Any] | None:
 def _watch(timeout: int, beat: float, ended: threading.Event) -> None:
     """End this process with a line when another process is silent for `timeout` seconds, or has left a reason.
 
-    A collective that waits for a dead process never returns, so a thread watches. Every process writes the
-    time to the runtime's store, which process 0 holds, and looks whether the others' times change.
+    A collective that waits for a dead process never returns, so a thread watches. Every process writes the time to the
+    runtime's store, which process 0 holds, and looks whether the others' times change.
     """
     client = _client()
     process, count = jax.process_index(), jax.process_count()
@@ -207,10 +199,10 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
-def wait_for_all(what: str) -> None:
-    """Wait until every process has made this call. what: a name, the same for all."""
+def wait_for_all(name: str) -> None:
+    """Wait until every process has made this call, with the same name."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
+        multihost_utils.sync_global_devices(name)
 
 
 def mains(value: bool) -> bool:

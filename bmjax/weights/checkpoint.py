@@ -1,8 +1,7 @@
 """Training checkpoints: written by Orbax in the background, the newest few kept, a half-written one never seen.
 
 Orbax writes a step into a temporary directory and renames it when everything is on disk, so a process may die at any
-moment. What it left is removed when the directory is opened again. Training and `bmjax convert` call this module;
-nothing else calls Orbax.
+moment. What it left is removed when the directory is opened again. Nothing else calls Orbax.
 """
 
 import contextlib
@@ -54,11 +53,10 @@ class Checkpoints:
     def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
         """Save `state` (a pytree of jax.Array) and `meta` (JSON) as `step`, a number above all saved before.
 
-        Returns once the arrays are copied, so they may be donated; the files are written in the background.
-        Raises UserError, one line naming the directory, when this or the save before it found the disk full.
+        Returns once the arrays are copied, so they may be donated. Raises UserError when this or the save before it met
+        a full disk.
         """
-        step = operator.index(step)
-        latest = self.latest()
+        step, latest = operator.index(step), self.latest()
         if latest is not None and step <= latest:
             raise ValueError(f"{self.directory}: step {step} is not after the newest checkpoint, {latest}")
         with self._disk_errors():
@@ -84,9 +82,8 @@ class Checkpoints:
             saved = self._checkpointer.metadata(step).custom_metadata
             for name in [*expected, *saved["leaves"]]:
                 stored, wanted = saved["leaves"].get(name, "absent"), expected.get(name, "absent")
-                (dtype, _, shape), (wanted_dtype, _, wanted_shape) = stored.partition(" "), wanted.partition(" ")
-                castable = {dtype, wanted_dtype} <= {"float32", "bfloat16"}  # Orbax casts what it restores
-                if shape != wanted_shape or (dtype != wanted_dtype and not castable):
+                # Orbax casts what it restores.
+                if stored.replace("bfloat16 ", "float32 ") != wanted.replace("bfloat16 ", "float32 "):
                     raise UserError(
                         f"{path}: the checkpoint is of another model or optimizer: {name} is {stored}, expected "
                         f"{wanted}; use another output, or delete the checkpoints"

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bmjax.config import UserError, first_line, read_text
@@ -46,51 +47,43 @@ def load_params(
     directory's, describes.
     """
     checkpoint = open_checkpoint(directory)
-    _check_tensors(checkpoint, config)
+    if fault := _fault(checkpoint, config):
+        raise UserError(f"{checkpoint.directory}: {fault}")
     dtype = None if dtype is None else np.dtype(dtype)
-    return spec.unflatten([(row.path, _load_leaf(checkpoint, row, mesh, dtype)) for row in spec.table(config)])
+    return spec.unflatten((row.path, _load_leaf(checkpoint, row, mesh, dtype)) for row in spec.table(config))
 
 
-def _check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
-    """Raise UserError unless the checkpoint holds exactly the tensors of the table, in shape and in a float type.
+def _fault(checkpoint: Checkpoint, config: ModelConfig) -> str | None:
+    """Return why a checkpoint does not hold exactly the table's tensors, in shape and in a float type; None: it does.
 
     A tied checkpoint may also hold lm_head.weight if it equals the embedding; rotary_emb.inv_freq is ignored.
     """
-    directory, tensors = checkpoint.directory, checkpoint.tensors
+    tensors = checkpoint.tensors
     if config.num_layers > len(tensors):
-        raise UserError(
-            f"{directory}: config.json says {config.num_layers} layers, the files hold {len(tensors)} tensors"
-        )
+        return f"config.json says {config.num_layers} layers, the files hold {len(tensors)} tensors"
     expected = {key: row.hf_shape for row in spec.table(config) for key in row.hf_keys()}
     missing = [name for name in expected if name not in tensors]
     if missing:
         hint = "; config.json has tie_word_embeddings false" if missing == [HEAD] else ""
-        raise UserError(f"{directory}: missing {listing(missing)}{hint}")
+        return f"missing {listing(missing)}{hint}"
     surplus = [name for name in tensors if name not in expected and not name.endswith("rotary_emb.inv_freq")]
     if config.tied and HEAD in surplus:
         if not _head_is_embedding(checkpoint):
-            raise UserError(
-                f"{directory}: config.json has tie_word_embeddings true, but the files hold a {HEAD} "
-                f"that differs from {EMBEDDING}; set tie_word_embeddings to false"
+            return (
+                f"config.json has tie_word_embeddings true, but the files hold a {HEAD} that differs from {EMBEDDING}; "
+                "set tie_word_embeddings to false"
             )
         surplus.remove(HEAD)
     if surplus:
-        raise UserError(
-            f"{directory}: surplus {listing(surplus)} that a {config.model_type} model with this config.json "
-            "does not have"
-        )
-    misshapen, not_float = [], []
-    for name, shape in expected.items():
-        info = tensors[name]
-        if tuple(info.shape) != shape:
-            misshapen.append(f"{name} is {list(info.shape)}, expected {list(shape)}")
-        if info.dtype not in FLOATS:
-            not_float.append(f"{name} is {info.dtype}")
-    if problems := misshapen or not_float:
-        fault = "misshapen" if misshapen else "of a type not supported"
-        advice = "config.json or the file is wrong" if misshapen else "use BF16, F16 or F32"
-        examples = ", ".join([*problems[:3], *["..."] * (len(problems) > 3)])
-        raise UserError(f"{directory}: {len(problems)} {fault}: {examples}; {advice}")
+        return f"surplus {listing(surplus)} that a {config.model_type} model with this config.json does not have"
+    pairs = [(name, tensors[name], list(shape)) for name, shape in expected.items()]
+    misshapen = [f"{name} is {list(i.shape)}, expected {shape}" for name, i, shape in pairs if list(i.shape) != shape]
+    not_float = [f"{name} is {info.dtype}" for name, info, _ in pairs if info.dtype not in FLOATS]
+    problems, kind, advice = misshapen, "misshapen", "config.json or the file is wrong"
+    if not misshapen:
+        problems, kind, advice = not_float, "of a type not supported", "use BF16, F16 or F32"
+    examples = ", ".join([*problems[:3], *["..."] * (len(problems) > 3)])
+    return f"{len(problems)} {kind}: {examples}; {advice}" if problems else None
 
 
 def _head_is_embedding(checkpoint: Checkpoint) -> bool:
@@ -102,7 +95,7 @@ def _head_is_embedding(checkpoint: Checkpoint) -> bool:
     return all(checkpoint.read(EMBEDDING, rows).tobytes() == checkpoint.read(HEAD, rows).tobytes() for rows in blocks)
 
 
-def _load_leaf(checkpoint: Checkpoint, row: Param, mesh: Mesh | None, dtype: np.dtype | None) -> jax.Array:
+def _load_leaf(checkpoint: Checkpoint, row: Param, mesh: Mesh | None, dtype: np.dtype | None) -> Array:
     keys = row.hf_keys()
     stored_as = jnp.result_type(*(checkpoint.tensors[key].numpy_dtype for key in keys))
     leaf_dtype = stored_as if dtype is None else dtype
@@ -129,7 +122,7 @@ def _load_leaf(checkpoint: Checkpoint, row: Param, mesh: Mesh | None, dtype: np.
 
 
 @partial(jax.jit, static_argnames=("dtype", "transposed"))
-def _hf_tensor(leaf: jax.Array, layer: Any, dtype: Any, transposed: bool) -> jax.Array:
+def _hf_tensor(leaf: Array, layer: Any, dtype: Any, transposed: bool) -> Array:
     """Return a tensor in Hugging Face's orientation, as a new array: reading it leaves no host copy on the leaf."""
     part = leaf if layer is None else jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
     return jnp.array(part.T if transposed else part, dtype=dtype, copy=True)
@@ -178,7 +171,7 @@ def save_hf(
     if directory.is_dir() and not (directory / "config.json").exists() and any(directory.iterdir()):
         raise UserError(f"{directory}: exists, is not empty and holds no model; choose another name or empty it")
 
-    def gather(row: Param, layer: int | None, stored_as: np.dtype) -> jax.Array:
+    def gather(row: Param, layer: int | None, stored_as: np.dtype) -> Array:
         # Every process has a part of each tensor, and joins in as the first one gets all parts.
         tensor = _hf_tensor(spec.get(params, row.path), layer, stored_as, row.transposed)
         if tensor.is_fully_addressable:
