@@ -101,7 +101,9 @@ class Model:
     def _arrays(self, tokens: Any, segments: Any, positions: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return tokens, segment ids and positions, checked and on the mesh: int32 [B, T] each."""
         tokens = self._on_mesh(tokens, "tokens")
-        qwen2.check_length(self.config, tokens.shape[1], "tokens")
+        length, limit = tokens.shape[1], self.config.max_length
+        if length > limit:
+            raise UserError(f"tokens: {length} tokens, the model's context holds {limit}; shorten it")
         low, high = (int(jnp.min(tokens)), int(jnp.max(tokens))) if tokens.size else (0, 0)
         if low < 0 or high >= self.config.vocab_size:
             wrong_id = low if low < 0 else high

@@ -142,8 +142,7 @@ def _compiled(
         B, P = prompts_BP.shape
         params = jax.tree.map(lambda a: a.astype(dtype), params)
         w_DV = qwen2.head_weight(config, params)
-        cache = qwen2.empty_cache(config, B, P + new, dtype)
-        cache = cache._replace(valid_BS=jnp.arange(P + new)[None, :] >= pad_B[:, None])
+        cache = qwen2.empty_cache(config, jnp.arange(P + new)[None, :] >= pad_B[:, None], dtype)
         keys_B = jax.vmap(lambda n: jax.random.fold_in(jax.random.key(seed), n))(numbers_B)
 
         def forward(tokens_BT: jax.Array, cache: qwen2.Cache) -> tuple[jax.Array, qwen2.Cache]:

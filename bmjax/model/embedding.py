@@ -47,10 +47,8 @@ def _width_axes(split: Layout) -> list[tuple[str, int | None]]:
 
 
 def _local_rows(split: Layout, size: int, tokens: Array) -> Array:
-    """Return the rows of the local table (of `size` rows) for the tokens that this device looks up.
-
-    Tokens of another device's part of the vocabulary become `size`, one row too far.
-    """
+    # The rows of the local table (of `size` rows) for the tokens that this device looks up; tokens of another device's
+    # part of the vocabulary become `size`, one row too far.
     # tokens [B/(data fsdp), T/context]: those of the devices with other parts of the width are gathered,
     # so that the axes in split.embed no longer split them
     for axis, dimension in _width_axes(split):
@@ -64,10 +62,7 @@ def _local_rows(split: Layout, size: int, tokens: Array) -> Array:
 
 @jax.custom_vjp
 def lookup(embedding_VD: Array, tokens_BT: Array) -> Array:
-    """Return the table's rows of the tokens [B, T, D], in its dtype, on the mesh in scope.
-
-    The gradient is summed in float32.
-    """
+    """Return the table's rows of the tokens [B, T, D], in its dtype. The gradient is summed in float32."""
     return _lookup_forward(embedding_VD, tokens_BT)[0]
 
 

@@ -37,7 +37,7 @@ def next_token_targets(batch: Batch[Array]) -> tuple[Array, Array]:
 
 @jax.custom_vjp
 def cross_entropy_sum(h_BTD: Array, w_DV: Array, labels_BT: Array, mask_BT: Array) -> Array:
-    """Compute the sum of -log p(label) * mask (float32) in nats; softmax and accumulation are in float32.
+    """Compute the sum of -log p(label) * mask in nats, a float32 scalar; softmax and accumulation are in float32.
 
     The gradient of the sum is computed together with it, chunk by chunk, and scaled in the backward pass, so
     logits are neither kept nor computed twice. The logits' cotangent is rounded to the dtype of `h`, so that
@@ -48,10 +48,8 @@ def cross_entropy_sum(h_BTD: Array, w_DV: Array, labels_BT: Array, mask_BT: Arra
 
 
 def _sums_of_chunk(split: Layout, h, w, labels, mask, gradient: bool, train_head: bool) -> Any:
-    """Return ((loss, dw), dh) of a chunk: dw [D, V] float32, and dh [n, D] of the local vocabulary; None if not wanted.
-
-    h [n, D], w [D, V], labels and mask [n].
-    """
+    """Return ((loss, dw), dh) of a chunk: dw [D, V] float32, dh [n, D] of the local vocabulary; None if not wanted."""
+    # h [n, D], w [D, V], labels and mask [n]
     z_NV = jnp.einsum("nd,dv->nv", h, w, preferred_element_type=jnp.float32)
     largest = jnp.max(z_NV, axis=-1, keepdims=True)
     if split.vocab:
@@ -141,7 +139,7 @@ def _loss_and_gradients(h_BTD, w_DV, labels_BT, mask_BT, gradient: bool, train_h
     h_spec = PartitionSpec(*split.tokens, None)
     out_specs = (PartitionSpec(), h_spec if gradient else None, split.matrix if train_head else None)
     on_devices = on_each_device(local, (h_spec, split.matrix, split.tokens, split.tokens), out_specs)
-    return on_devices(h_BTD, w_DV, labels_BT, mask_BT)
+    return on_devices(h_BTD, w_DV, jnp.asarray(labels_BT), jnp.asarray(mask_BT, jnp.float32))
 
 
 def _forward(h_BTD: Any, w_DV: Any, labels_BT: Any, mask_BT: Any):

@@ -14,7 +14,6 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
-from bmjax.config import UserError
 from bmjax.model import loss, ops, rope, spec
 from bmjax.model import remat as checkpointed
 from bmjax.model.attention.dispatch import cached_attention, causal_attention
@@ -30,7 +29,7 @@ NO_WINDOW = 2**30
 
 
 class Cache(NamedTuple):
-    """Keys and values [L, B, K, S, H] each, which slots hold a real token [B, S], and the next free slot (scalar)."""
+    """Keys and values [L, B, K, S, H] each, which slots are for real tokens [B, S], and the next free slot (scalar)."""
 
     kv: tuple[Array, Array]
     valid_BS: Array
@@ -246,14 +245,7 @@ def loss_sum(
     return loss.cross_entropy_sum(h_BTD, w_DV, labels, mask), jnp.sum(mask)
 
 
-def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: Any) -> Cache:
-    """Make a cache of `slots` tokens for `batch` rows, nothing valid yet."""
-    shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
-    kv = (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-    return Cache(kv, jnp.zeros((batch, slots), bool), jnp.int32(0))
-
-
-def check_length(config: ModelConfig, length: int, what: str) -> None:
-    """Raise UserError when `what` is longer than the model's context."""
-    if length > config.max_length:
-        raise UserError(f"{what}: {length} tokens, the model's context holds {config.max_length}; shorten it")
+def empty_cache(config: ModelConfig, valid_BS: Array, dtype: Any) -> Cache:
+    """Make a cache with no token in its slots [B, S] yet; those that are not valid are never looked at."""
+    shape = (config.num_layers, valid_BS.shape[0], config.num_kv_heads, valid_BS.shape[1], config.head_dim)
+    return Cache((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)), valid_BS, jnp.int32(0))

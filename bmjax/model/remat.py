@@ -39,5 +39,4 @@ _POLICIES: dict[str, Any] = {
 
 
 def remat(layer: type[nn.Module], policy: Remat) -> type[nn.Module]:
-    """Return the layer with this policy."""
     return layer if policy == "none" else nn.remat(layer, prevent_cse=False, policy=_POLICIES[policy])

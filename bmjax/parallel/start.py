@@ -1,7 +1,4 @@
-"""Process settings to make before JAX starts: CPU devices, GPU memory, threads, compile cache, malloc.
-
-The commands call it. Each function leaves alone what the user has set by an environment variable.
-"""
+"""Process settings to make before JAX starts. Each leaves alone what the user has set by an environment variable."""
 
 import contextlib
 import ctypes
@@ -29,11 +26,9 @@ def use_cpu_cores() -> None:
     if "host_platform_device_count" in os.environ.get("XLA_FLAGS", "") or "JAX_NUM_CPU_DEVICES" in os.environ:
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
+    with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", 1 << (min(cores, MOST_CPU_DEVICES).bit_length() - 1))
-    except RuntimeError:
-        return
-    _keep_freed_memory()
+        _keep_freed_memory()
 
 
 def use_gpu_memory() -> None:

@@ -1,8 +1,7 @@
 """Causal attention over packed rows: one function for every device, whatever the mesh splits.
 
 A token sees the tokens of its own segment at or before its position in the row, no further back than the sliding
-window. Packed == unpacked, exactly: nothing else enters a token's softmax. The kernels beside it are called from here
-only.
+window. Packed == unpacked, exactly: nothing else enters a token's softmax.
 """
 
 from typing import Any
@@ -31,9 +30,8 @@ def check_backend(name: Backend, platform: str) -> None:
     if platform != needed:
         raise UserError(f"attention: {name} runs on {needed.upper()}s, and there are none; use auto or xla")
     if name == "cudnn" and not gpu.cudnn_runs_here():
-        raise UserError(
-            "attention: cudnn's packed rows need a Hopper or Blackwell GPU (H100, H200, B200); use auto or xla"
-        )
+        cards = "a Hopper or Blackwell GPU (H100, H200, B200)"
+        raise UserError(f"attention: cudnn's packed rows need {cards}; use auto or xla")
 
 
 def backend(options: AttentionOptions, q: Array | jax.ShapeDtypeStruct, windows: bool) -> Backend:

@@ -1,4 +1,4 @@
-"""Causal attention in blocks of queries that skip the masked half: for short rows, in plain XLA. dispatch.py calls it.
+"""Causal attention in blocks of queries that skip the masked half: for short rows, in plain XLA.
 
 The probabilities of the whole row are kept for the backward pass. It is written out (FlashAttention, arXiv 2205.14135,
 section 3.1), so that they are read as few times as possible, and every product takes them untransposed: on a CPU a pass

@@ -3,7 +3,6 @@
 FlashAttention (arXiv 2205.14135) as loops over tiles of queries and of keys. Nothing of the size of T x T is ever
 built. A pair of tiles is visited only where some query sees some key of it, so packed rows of short documents cost
 what their documents cost. The rows of a batch are computed one after another, since their documents differ.
-dispatch.py and context_parallel.py call it.
 Letters: R = G * t rows of one key/value head's G query heads in a tile, H head size, s keys of a tile.
 """
 
