@@ -106,22 +106,6 @@ def _sums_of_device(split: Layout, h, w, labels, mask, gradient: bool, train_hea
     return sums, dh.reshape(-1, h.shape[1])[jnp.argsort(order)] if gradient else None
 
 
-def _reduce_head_gradient(split: Layout, dw: Array) -> Array:
-    """Sum a head's gradient [D, V/tensor] over the devices with other tokens; each keeps [D/(fsdp context), V/tensor].
-
-    Where an axis splits the width and not the tokens, its devices hold the same sum, and each cuts its part out.
-    """
-    scatter = bool(split.embed) and set(split.embed) <= set(split.token_axes)
-    dw = lax.psum(dw, tuple(axis for axis in split.token_axes if not scatter or axis not in split.embed))
-    if not split.embed:
-        return dw
-    if scatter:
-        # The barrier keeps it in the loop over microbatches: XLA fails at moving it out (libtpu 0.0.42).
-        return lax.optimization_barrier(lax.psum_scatter(dw, split.embed, scatter_dimension=0, tiled=True))
-    size = dw.shape[0] // lax.axis_size(split.embed)
-    return lax.dynamic_slice_in_dim(dw, lax.axis_index(split.embed) * size, size)
-
-
 def _loss_and_gradients(h_BTD, w_DV, labels_BT, mask_BT, gradient: bool, train_head: bool) -> Any:
     """Return (loss, dh [B, T, D], dw [D, V] float32), the gradients None where they are not asked for."""
     split = layout(labels_BT.shape, w_DV.shape, ("embed", "vocab"))
@@ -134,7 +118,18 @@ def _loss_and_gradients(h_BTD, w_DV, labels_BT, mask_BT, gradient: bool, train_h
         (loss, dw), dh = _sums_of_device(split, *rows, gradient, train_head)
         if gradient:
             dh = lax.psum(dh.reshape(h.shape), split.vocab or ())
-        return lax.psum(loss, split.token_axes), dh, _reduce_head_gradient(split, dw) if train_head else None
+        if train_head:
+            # Sum dw [D, V/tensor] over the devices with other tokens; each keeps [D/(fsdp context), V/tensor]. Where an
+            # axis splits the width and not the tokens, its devices hold the same sum, and each cuts its part out.
+            scatter = set(split.embed) <= set(split.token_axes)
+            dw = lax.psum(dw, tuple(axis for axis in split.token_axes if not scatter or axis not in split.embed))
+            if split.embed and scatter:
+                # The barrier keeps it in the loop over microbatches: XLA fails at moving it out (libtpu 0.0.42).
+                dw = lax.optimization_barrier(lax.psum_scatter(dw, split.embed, scatter_dimension=0, tiled=True))
+            elif split.embed:
+                size = dw.shape[0] // lax.axis_size(split.embed)
+                dw = lax.dynamic_slice_in_dim(dw, lax.axis_index(split.embed) * size, size)
+        return lax.psum(loss, split.token_axes), dh, dw
 
     h_spec = PartitionSpec(*split.tokens, None)
     out_specs = (PartitionSpec(), h_spec if gradient else None, split.matrix if train_head else None)

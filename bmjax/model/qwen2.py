@@ -222,22 +222,14 @@ def head_weight(config: ModelConfig, params: Params) -> Array:
     return params["embed"]["embedding"].T if config.tied else params["lm_head"]["kernel"]
 
 
-def logits(
-    model: Qwen2,
-    params: Params,
-    tokens_BT: Array,
-    segment_ids_BT: Array | None = None,
-    positions_BT: Array | None = None,
-) -> Array:
+def logits(model: Qwen2, params: Params, tokens_BT: Array, segments_BT: Any = None, positions_BT: Any = None) -> Array:
     """Compute logits [B, T, V] in float32; arguments as of `Qwen2`."""
-    h_BTD, _ = model.apply({"params": params}, tokens_BT, segment_ids_BT, positions_BT)
+    h_BTD, _ = model.apply({"params": params}, tokens_BT, segments_BT, positions_BT)
     w_DV = head_weight(model.config, params).astype(model.dtype)
     return jnp.einsum("btd,dv->btv", h_BTD, w_DV, preferred_element_type=jnp.float32)
 
 
-def loss_sum(
-    model: Qwen2, params: Params, batch: Batch[Array], positions_BT: Array | None = None
-) -> tuple[Array, Array]:
+def loss_sum(model: Qwen2, params: Params, batch: Batch[Array], positions_BT: Any = None) -> tuple[Array, Array]:
     """Compute the summed next-token loss in nats over a batch's targets, and their number; both float32 scalars."""
     h_BTD, _ = model.apply({"params": params}, batch.tokens, batch.segment_ids, positions_BT)
     labels, mask = loss.next_token_targets(batch)

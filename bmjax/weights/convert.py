@@ -20,30 +20,24 @@ PARAMS = "params"  # DST/params/0: an Orbax checkpoint whose only step is 0
 
 
 def convert(source: str, destination: str, to: str) -> None:
-    """Convert a model directory to the form `to`, 'hf' or 'orbax'."""
+    """Convert a model directory (for Orbax also a hub id) to the form `to`, 'hf' or 'orbax'."""
     if to not in ("hf", "orbax"):
         raise UserError(f"to: expected hf or orbax, found '{to}'")
     if Path(destination).exists():
         raise UserError(f"{Path(destination)}: exists already; choose a new directory")
-    (_to_hf if to == "hf" else _to_orbax)(source, destination)
+    if to == "orbax":
+        directory = hub.model_directory(source)
+        config = ModelConfig.from_dir(directory)
+        params = hf.load_params(directory, config, make_mesh())
+        with replacing(Path(destination)) as temporary:
+            for file in directory.iterdir():
+                if file.name in (*hf.TOKENIZER_FILES, "config.json", "generation_config.json"):
+                    shutil.copyfile(file, temporary / file.name)
+            dtypes = {row.name: str(spec.get(params, row.path).dtype) for row in spec.table(config)}
+            with closing(Checkpoints(temporary / PARAMS, keep=1)) as checkpoints:
+                checkpoints.save(0, params, {"dtypes": dtypes})
+        return
 
-
-def _to_orbax(source: str, destination: str) -> None:
-    """Write the parameters of a Hugging Face directory or hub id, in their stored dtype, to DESTINATION/params."""
-    directory = hub.model_directory(source)
-    config = ModelConfig.from_dir(directory)
-    params = hf.load_params(directory, config, make_mesh())
-    with replacing(Path(destination)) as temporary:
-        for file in directory.iterdir():
-            if file.name in (*hf.TOKENIZER_FILES, "config.json", "generation_config.json"):
-                shutil.copyfile(file, temporary / file.name)
-        dtypes = {row.name: str(spec.get(params, row.path).dtype) for row in spec.table(config)}
-        with closing(Checkpoints(temporary / PARAMS, keep=1)) as checkpoints:
-            checkpoints.save(0, params, {"dtypes": dtypes})
-
-
-def _to_hf(source: str, destination: str) -> None:
-    """Write a Hugging Face directory from what `_to_orbax` wrote: safetensors, config and tokenizer."""
     directory = Path(source)
     if not (directory / PARAMS).is_dir():
         ready = directory / "hf"

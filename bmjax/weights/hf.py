@@ -68,7 +68,12 @@ def _fault(checkpoint: Checkpoint, config: ModelConfig) -> str | None:
         return f"missing {listing(missing)}{hint}"
     surplus = [name for name in tensors if name not in expected and not name.endswith("rotary_emb.inv_freq")]
     if config.tied and HEAD in surplus:
-        if not _head_is_embedding(checkpoint):
+        embedding, head = tensors[EMBEDDING], tensors[HEAD]
+        starts = range(0, embedding.shape[0] if embedding.shape else 0, COMPARE_ROWS)
+        blocks = [(slice(start, start + COMPARE_ROWS),) for start in starts]
+        if (embedding.shape, embedding.dtype) != (head.shape, head.dtype) or any(
+            checkpoint.read(EMBEDDING, rows).tobytes() != checkpoint.read(HEAD, rows).tobytes() for rows in blocks
+        ):
             return (
                 f"config.json has tie_word_embeddings true, but the files hold a {HEAD} that differs from {EMBEDDING}; "
                 "set tie_word_embeddings to false"
@@ -84,15 +89,6 @@ def _fault(checkpoint: Checkpoint, config: ModelConfig) -> str | None:
         problems, kind, advice = not_float, "of a type not supported", "use BF16, F16 or F32"
     examples = ", ".join([*problems[:3], *["..."] * (len(problems) > 3)])
     return f"{len(problems)} {kind}: {examples}; {advice}" if problems else None
-
-
-def _head_is_embedding(checkpoint: Checkpoint) -> bool:
-    embedding, head = checkpoint.tensors[EMBEDDING], checkpoint.tensors[HEAD]
-    if (embedding.shape, embedding.dtype) != (head.shape, head.dtype):
-        return False
-    starts = range(0, embedding.shape[0] if embedding.shape else 0, COMPARE_ROWS)
-    blocks = [(slice(start, start + COMPARE_ROWS),) for start in starts]
-    return all(checkpoint.read(EMBEDDING, rows).tobytes() == checkpoint.read(HEAD, rows).tobytes() for rows in blocks)
 
 
 def _load_leaf(checkpoint: Checkpoint, row: Param, mesh: Mesh | None, dtype: np.dtype | None) -> Array:
