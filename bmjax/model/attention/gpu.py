@@ -83,14 +83,14 @@ def tokamax(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array, opt
 
     A packed row is described by the position where each token's document starts: with the causal mask that is exact,
     takes T numbers, and blocks before the start are skipped. Remat cannot save the results, since they have no name:
-    the backward pass runs the kernels again. options.interpret: by tokamax's XLA form, for tests on a CPU.
+    the backward pass runs the kernels again. Without a GPU it is tokamax's XLA form, for tests.
     """
     from absl import flags
     from tokamax._src.ops.attention import api, base
 
     if not flags.FLAGS.is_parsed():  # tokamax would read this program's command line as its own
         flags.FLAGS(["bmjax"])
-    if options.interpret:
+    if (options.platform or jax.default_backend()) != "gpu":
         preferred = ["xla_chunked"]
     else:
         preferred = ["mosaic_gpu", "triton"] if (gpu_capability() or (0, 0)) >= (9, 0) else ["triton"]

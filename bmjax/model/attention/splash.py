@@ -41,7 +41,7 @@ def attention(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array, o
         head_shards=1,
         q_seq_shards=1,
         residual_checkpoint_name=remat.ATTENTION,
-        interpret=options.interpret,
+        interpret=(options.platform or jax.default_backend()) != "tpu",
     )
 
     def row(q_NTH: Array, k_KTH: Array, v_KTH: Array, segments_T: Array) -> Array:
