@@ -41,26 +41,23 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
             raise UserError(f"mesh: unknown axis '{axis}'; the axes are {', '.join(AXES)}")
         if not isinstance(size, int):
             raise UserError(f"mesh: {axis} is {size!r}, expected a whole number")
-    shape = [sizes.get(axis, 1) for axis in AXES]
+    shape, count = [sizes.get(axis, 1) for axis in AXES], len(devices)
     if any(size < 1 and size != -1 for size in shape) or shape.count(-1) > 1:
         raise UserError(f"mesh: sizes {sizes}: each must be at least 1, and at most one may be -1 (the rest)")
-    fixed = math.prod(size for size in shape if size != -1)
     if -1 in shape:
-        if len(devices) % fixed:
-            raise UserError(
-                f"mesh: {len(devices)} devices cannot be divided by {fixed} (the product of the sizes given); "
-                "change one of the sizes"
-            )
-        shape[shape.index(-1)] = len(devices) // fixed
+        fixed = -math.prod(shape)
+        if count % fixed:
+            product = f"{fixed} (the product of the sizes given)"
+            raise UserError(f"mesh: {count} devices cannot be divided by {product}; change one of the sizes")
+        shape[shape.index(-1)] = count // fixed
     used = math.prod(shape)
-    if used > len(devices):
-        raise UserError(f"mesh: sizes {sizes} need {used} devices, there are {len(devices)}; make a size smaller")
+    if used > count:
+        raise UserError(f"mesh: sizes {sizes} need {used} devices, there are {count}; make a size smaller")
     try:
         return Mesh(arrange(shape, devices[:used]), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     except (AssertionError, NotImplementedError, ValueError):
-        raise UserError(
-            f"mesh: sizes {sizes} cannot be laid out on these {len(devices)} devices; use all of them, one size -1"
-        ) from None
+        problem = f"cannot be laid out on these {count} devices; use all of them, one size -1"
+        raise UserError(f"mesh: sizes {sizes} {problem}") from None
 
 
 def slow_groups(devices: Sequence[Any]) -> list[int]:

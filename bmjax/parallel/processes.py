@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax._src.distributed import global_state
 from jax.experimental import multihost_utils
 
 from bmjax.config import UserError, first_line
@@ -26,6 +27,7 @@ SLACK = 60  # seconds that the runtime's watch, which ends with a stack trace, w
 BEAT = 5.0  # seconds between looks at the other processes, at most
 TOGETHER = 5  # seconds within which processes that fail for the same reason have all reported it
 _REASON = "bmjax/alive/reason"
+_RUNTIME: Any = global_state  # its client: a store that process 0 holds, and barriers
 _AGAIN = "the same command on all of them resumes from the newest checkpoint"
 
 
@@ -56,7 +58,7 @@ def together(
         raise
     except BaseException as error:
         with contextlib.suppress(Exception):  # where the watch of the other processes looks for it
-            _client().key_value_set(_REASON, f"{process} stopped: {first_line(error)}")
+            _RUNTIME.client.key_value_set(_REASON, f"{process} stopped: {first_line(error)}")
         atexit.register(_leave, 2 if isinstance(error, UserError | jax.errors.JaxRuntimeError) else 1, beat)
         if isinstance(error, jax.errors.JaxRuntimeError):
             raise UserError(
@@ -65,13 +67,6 @@ def together(
         raise
     finally:
         ended.set()
-
-
-def _client() -> Any:
-    """Return the runtime's client: a store that process 0 holds, and barriers."""
-    from jax._src.distributed import global_state
-
-    return global_state.client
 
 
 def _leave(code: int, beat: float) -> None:
@@ -84,7 +79,7 @@ def _leave(code: int, beat: float) -> None:
     try:
         # Process 0 stays until all have looked: the runtime ends a process that loses it with a stack trace.
         seconds = TOGETHER if jax.process_index() else 2 * (TOGETHER + beat)
-        _client().wait_at_barrier("bmjax/left", int(1000 * seconds))
+        _RUNTIME.client.wait_at_barrier("bmjax/left", int(1000 * seconds))
     except Exception:
         os._exit(code)
 
@@ -146,7 +141,7 @@ def _watch(timeout: int, beat: float, ended: threading.Event) -> None:
     A collective that waits for a dead process never returns, so a thread watches. Every process writes the time to the
     runtime's store, which process 0 holds, and looks whether the others' times change.
     """
-    client = _client()
+    client = _RUNTIME.client
     process, count = jax.process_index(), jax.process_count()
     last_change = {i: ("", time.monotonic()) for i in range(count) if i != process}  # what each wrote, and since when
     while not ended.wait(beat):

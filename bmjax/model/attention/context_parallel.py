@@ -43,19 +43,18 @@ def spread(
     batch, length, heads, _ = q_spec = fitting_spec(mesh, ("batch", "length", "heads", None), q_BTNH.shape)
     tensor = mesh.shape["tensor"] if heads else 1
     context = mesh.shape[AXIS] if length else 1
-    N, K = q_BTNH.shape[2], k_BTKH.shape[2]
+    shares, N, K = tensor * context, q_BTNH.shape[2], k_BTKH.shape[2]
     if exchange == "auto":
         # Repeating a few key/value heads is cheaper than waiting for a ring's slowest device.
-        exchange = "ulysses" if N % (tensor * context) == 0 else "ring"
-    if exchange == "ulysses" and N % (tensor * context):
+        exchange = "ring" if N % shares else "ulysses"
+    elif exchange == "ulysses" and N % shares:
         raise UserError(
-            f"context: ulysses gives each of tensor x context = {tensor * context} devices a share of the heads, and "
-            f"there are {N}; change mesh, or use ring or gather"
+            f"context: ulysses gives each of tensor x context = {shares} devices a share of the heads, and there are "
+            f"{N}; change mesh, or use ring or gather"
         )
 
     # Repeat key/value heads until they divide among the devices.
-    head_shares = tensor * context if exchange == "ulysses" else tensor
-    repeats = math.lcm(K, head_shares) // K
+    repeats = math.lcm(K, shares if exchange == "ulysses" else tensor) // K
     if repeats > 1:
         k_BTKH, v_BTKH = (jnp.repeat(x, repeats, axis=2) for x in (k_BTKH, v_BTKH))
     window = None if window is None else jnp.int32(window)

@@ -81,10 +81,7 @@ def causal_attention(
 def cached_attention(
     q_BTNH: Array, k_BKSH: Array, v_BKSH: Array, valid_BS: Array, start: Array, window: Array | None
 ) -> Array:
-    """Compute attention [B, T, N, H] of T new tokens to the valid slots of a cache, which hold them already.
-
-    start: the first new token's slot.
-    """
+    """Compute attention [B, T, N, H] of T new tokens to a cache's valid slots, which hold them from slot `start` on."""
     B, T, N, H = q_BTNH.shape
     K, S = k_BKSH.shape[1:3]
     allowed_BTS = rows.causal_mask(start, T, S, window) & valid_BS[:, None, :]

@@ -19,7 +19,5 @@ class AttentionOptions(NamedTuple):
 
     backend: Backend = "auto"  # splash: kernels of TPUs; cudnn, tokamax: of GPUs; xla: any device; see dispatch.py
     context: Exchange = "auto"  # of a row that the mesh axis `context` splits, see context_parallel.py
-    platform: str | None = (
-        None  # of the devices; None: JAX's default. Kernels of another are interpreted, for tests
-    )
+    platform: str | None = None  # of the devices; None: JAX's default. Kernels of another are interpreted, for tests
     documents: int = 0
