@@ -12,10 +12,7 @@ A = TypeVar("A", jax.Array, np.ndarray)
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Batch(Generic[A]):
-    """Rows of one or more documents each: three arrays [B, T], in host memory (np.ndarray) or on a mesh (jax.Array).
-
-    Their logical axes are ("batch", "length").
-    """
+    """Rows of one or more documents each: three arrays [B, T], in host memory (np.ndarray) or on a mesh (jax.Array)."""
 
     tokens: A  # int32
     segment_ids: A  # int32, 1.. per document of a row, 0 for padding

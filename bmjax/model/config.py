@@ -73,10 +73,7 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], source: str = "config.json") -> "ModelConfig":
-        """Read the dictionary of a Hugging Face config.json (transformers 4 and 5 spellings).
-
-        Raises UserError, which begins with `source`, where it is not of a model that is supported.
-        """
+        """Read a config.json (transformers 4 and 5 spellings); a UserError begins with `source`."""
         try:
             model_type = config.get("model_type")
             if not isinstance(model_type, str) or model_type not in ARCHITECTURES:

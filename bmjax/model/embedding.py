@@ -27,10 +27,7 @@ class Layout(NamedTuple):
 
 
 def layout(tokens_shape: Sequence[int], matrix_shape: Sequence[int], matrix_axes: Sequence[str]) -> Layout:
-    """Return the layout on the mesh in scope; without a mesh nothing is split.
-
-    matrix_axes: the matrix's logical axes, ("vocab", "embed") of an embedding or ("embed", "vocab") of a head.
-    """
+    """Return the layout on the mesh in scope of an embedding or a head, by its logical axes."""
     mesh = mesh_in_scope()
     if mesh is None:
         return Layout()

@@ -15,17 +15,15 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # Hugging Face 
 
 @dataclass(frozen=True)
 class Param:
-    """One row of the table.
-
-    transposed: the HF tensor is this array's (per layer) transpose, so the HF last axis (in_features, the row a merge
-    normalises along) is the second to last axis here.
-    """
+    """One row of the table."""
 
     path: tuple[str, ...]  # keys in the nested parameter dictionary
     shape: tuple[int, ...]  # of the array there, with the layer axis first where it is stacked over layers
     axes: tuple[str, ...]
     hf_key: str  # name in a Hugging Face checkpoint, with `{layer}` where the array is stacked
     init: str  # 'normal' (standard deviation `initializer_range`), 'zeros' or 'ones'
+    # The HF tensor is this array's (per layer) transpose, so the HF last axis (in_features, the row a merge normalises
+    # along) is the second to last axis here.
     transposed: bool = False
 
     @property

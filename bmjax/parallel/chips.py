@@ -53,10 +53,7 @@ _TOPOLOGY = re.compile(r"(?:(\d+)x)?([a-z0-9]+):(\d+(?:x\d+)*)")
 
 
 def topology_devices(name: str) -> tuple[Chip, list[Any]]:
-    """Return the chip and the devices to compile for, of a slice like v5p:4x4x4 or of several like 2xv5p:4x4x4.
-
-    Raises UserError for a malformed name, a shape that does not exist, or without libtpu.
-    """
+    """Return the chip and the devices to compile for, of a slice like v5p:4x4x4 or of several like 2xv5p:4x4x4."""
     match = _TOPOLOGY.fullmatch(name)
     if match is None or match[1] == "0":
         raise UserError(f"--topology: '{name}' is not like v5p:4x4x4, v6e:16x16 or 2xv5p:4x4x4")

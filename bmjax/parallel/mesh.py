@@ -88,10 +88,7 @@ def arrange(shape: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
 
 
 def fitting_spec(mesh: Mesh | AbstractMesh, axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
-    """Return the mesh axes of an array whose dimensions have these logical names (None: not split).
-
-    A dimension that its mesh axes do not divide stays whole (small models on large meshes).
-    """
+    """Return the mesh axes of these logical axes (None: whole); a dimension that they do not divide stays whole, too."""
     parts = []
     for axis, size in zip(axes, shape, strict=True):
         part = None if axis is None else RULES[axis]

@@ -1,7 +1,4 @@
-"""Several processes that train as one: how they meet, agree, stop together, and notice a dead one.
-
-All processes run the same program on the same inputs; JAX's runtime (`jax.distributed`) joins their devices.
-"""
+"""Several processes that train as one, on the same inputs: how they meet, agree, stop together, notice a dead one."""
 
 import atexit
 import contextlib

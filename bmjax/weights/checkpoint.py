@@ -109,8 +109,7 @@ class Checkpoints:
     def close(self) -> None:
         """Wait for the save under way. No other call may follow."""
         try:
-            with self._disk_errors():
-                self._checkpointer.wait()
+            self.latest()
         finally:
             self._checkpointer.close()
 

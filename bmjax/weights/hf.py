@@ -42,9 +42,8 @@ def load_params(
 ) -> dict[str, Any]:
     """Load the parameters of a directory as the table's nested dictionary of jax.Array.
 
-    Every process reads only the blocks of its devices. mesh: to lay the arrays out on; None: the default device. dtype:
-    of the arrays; None: as stored. Raises UserError when the files do not hold exactly the tensors that `config`, the
-    directory's, describes.
+    Every process reads only the blocks of its devices. mesh None: the default device. dtype None: as stored. Raises
+    UserError when the files do not hold exactly the tensors that `config`, the directory's, describes.
     """
     checkpoint = open_checkpoint(directory)
     if fault := _fault(checkpoint, config):

@@ -31,10 +31,7 @@ Kernel = Callable[..., Array]  # attention of whole rows on one device: q, k, v,
 def spread(
     kernel: Kernel, exchange: Exchange, q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array, window: Any
 ) -> Array:
-    """Compute attention [B, T, N, H] on the mesh in scope.
-
-    Raises UserError where `exchange` is ulysses and the heads do not divide among the devices.
-    """
+    """Compute attention [B, T, N, H] on the mesh in scope; UserError where ulysses cannot share out the heads."""
     mesh = mesh_in_scope()
     if mesh is None:
         return kernel(q_BTNH, k_BTKH, v_BTKH, segments_BT, window)

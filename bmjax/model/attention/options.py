@@ -1,7 +1,4 @@
-"""Names for how attention is computed and what a layer keeps for its backward pass.
-
-Settings read them, so this module must not import JAX.
-"""
+"""Names for how attention is computed and what a layer keeps. Settings read them: this module must not import JAX."""
 
 from typing import Literal, NamedTuple
 

@@ -1,7 +1,4 @@
-"""Attention by the splash kernels of JAX's Pallas library, for TPUs. Called by dispatch.py.
-
-Blocks above the diagonal are skipped at compile time; packed rows are masked by their segment ids inside the kernel.
-"""
+"""Attention by the splash kernels of JAX's Pallas library, for TPUs. Packed rows are masked inside the kernel."""
 
 from typing import Any
 
