@@ -42,8 +42,8 @@ class Context(NamedTuple):
     cos: Array
     sin: Array
     segment_ids_BT: Array
-    valid_BS: Array | None  # this and `start`: of a cache
-    start: Array | None
+    valid_BS: Any  # this and `start`: of a cache, or None
+    start: Any
 
 
 @lru_cache(maxsize=64)

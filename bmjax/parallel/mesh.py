@@ -88,7 +88,7 @@ def arrange(shape: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
 
 
 def fitting_spec(mesh: Mesh | AbstractMesh, axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
-    """Return the mesh axes of these logical axes (None: whole); a dimension that they do not divide stays whole, too."""
+    """Return the mesh axes of these logical axes (None: whole). A dimension that they do not divide stays whole."""
     parts = []
     for axis, size in zip(axes, shape, strict=True):
         part = None if axis is None else RULES[axis]

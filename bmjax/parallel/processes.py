@@ -88,7 +88,7 @@ def _connect(coordinator: str | None, num_processes: int | None, process_id: int
         raise UserError(f"{', '.join(missing)}: missing; coordinator, num_processes and process_id belong together")
     if num_processes == 1 or jax.distributed.is_initialized():
         return
-    arguments = _launched() if missing else {"cluster_detection_method": "deactivate"}
+    arguments: dict[str, Any] | None = _launched() if missing else {"cluster_detection_method": "deactivate"}
     if arguments is None:
         return
     if coordinator is not None and not coordinator.rpartition(":")[2].isdigit():
