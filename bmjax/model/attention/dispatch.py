@@ -17,11 +17,8 @@ from bmjax.model.attention.options import AttentionOptions, Backend
 
 # Kernels of whole rows, and functions that return why these cannot compute them, or None. None of them takes a sliding
 # window that differs by layer. xla, which is not here, computes everything.
-_KERNELS: dict[str, tuple[Any, Any]] = {
-    "splash": (splash.attention, splash.refuses),
-    "cudnn": (gpu.cudnn, gpu.cudnn_refuses),
-    "tokamax": (gpu.tokamax, gpu.tokamax_refuses),
-}
+_KERNELS: dict[str, Any] = {"splash": splash.attention, "cudnn": gpu.cudnn, "tokamax": gpu.tokamax}
+_REFUSALS: dict[str, Any] = {"splash": splash.refuses, "cudnn": gpu.cudnn_refuses, "tokamax": gpu.tokamax_refuses}
 
 
 def check_backend(name: Backend, platform: str) -> None:
@@ -46,7 +43,7 @@ def backend(options: AttentionOptions, q: Array | jax.ShapeDtypeStruct, windows:
         name = "splash" if platform == "tpu" else "cudnn" if platform == "gpu" and gpu.cudnn_runs_here() else "xla"
     if name == "xla":
         return name
-    reason = "knows no sliding window that differs by layer" if windows else _KERNELS[name][1](q, options)
+    reason = "knows no sliding window that differs by layer" if windows else _REFUSALS[name](q, options)
     if reason and not auto:
         raise UserError(f"attention: {name} {reason}; use auto or xla")
     return "xla" if reason else name
@@ -70,7 +67,7 @@ def causal_attention(
 
     def kernel(q, k, v, segments, window) -> Array:
         if name != "xla":
-            return _KERNELS[name][0](q, k, v, segments, options)
+            return _KERNELS[name](q, k, v, segments, options)
         if q.shape[1] <= rows.LONGEST:
             return rows.attention(q, k, v, segments, window)
         return tiles.attention(q, k, v, segments, segments, 0, window)[0]
