@@ -75,9 +75,7 @@ def causal_attention(
     return spread(kernel, options.context, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, window)
 
 
-def cached_attention(
-    q_BTNH: Array, k_BKSH: Array, v_BKSH: Array, valid_BS: Array, start: Array, window: Array | None
-) -> Array:
+def cached_attention(q_BTNH: Array, k_BKSH: Array, v_BKSH: Array, valid_BS: Array, start: Array, window) -> Array:
     """Compute attention [B, T, N, H] of T new tokens to a cache's valid slots, which hold them from slot `start` on."""
     B, T, N, H = q_BTNH.shape
     K, S = k_BKSH.shape[1:3]

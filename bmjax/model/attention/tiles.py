@@ -57,9 +57,7 @@ def _pad(x: Array, axis: int, multiple: int, value: int = 0) -> Array:
     return jnp.pad(x, widths, constant_values=value) if any(after for _, after in widths) else x
 
 
-def visits(
-    tiles: tuple[int, int], q_segments_BT: Array, k_segments_BS: Array, start: Array, window: Array
-) -> tuple[Array, Array]:
+def visits(tiles: tuple[int, int], q_segments_BT: Array, k_segments_BS: Array, start, window) -> tuple[Array, Array]:
     """Return the first tile of keys that each tile of queries has to visit, and the last plus one: int32 [B, tiles]."""
     tile, keys = tiles
     q = q_segments_BT.reshape(len(q_segments_BT), -1, 1, tile)
