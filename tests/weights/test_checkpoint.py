@@ -69,11 +69,11 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
 def test_onto_another_mesh(tmp_path: Path) -> None:
     first, second = make_mesh({"fsdp": 4, "tensor": 2}), make_mesh({"fsdp": 2, "tensor": 2, "data": 2})
     value = np.random.default_rng(0).standard_normal((16, 8)).astype(jnp.bfloat16)
-    state = {"w": jax.device_put(value, sharding(first, ("embed", "mlp"))), "n": jnp.float32(3)}
+    state = {"w": jax.device_put(value, sharding(first, ("embed", "mlp"), (16, 8))), "n": jnp.float32(3)}
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(1, state, {})
-    target = {"w": jax.ShapeDtypeStruct((16, 8), jnp.bfloat16, sharding=sharding(second, ("mlp", "embed"))),
-              "n": jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding(second, ()))}  # fmt: skip
+    target = {"w": jax.ShapeDtypeStruct((16, 8), jnp.bfloat16, sharding=sharding(second, ("mlp", "embed"), (16, 8))),
+              "n": jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding(second, (), ()))}  # fmt: skip
     restored, _ = checkpoints.restore(target)
     checkpoints.close()
     assert restored["w"].sharding == target["w"].sharding

@@ -66,7 +66,8 @@ def visits(tiles: tuple[int, int], q_segments_BT: Array, k_segments_BS: Array, s
     key = keys * jnp.arange(k.shape[2])
     near = (key < first + tile) & (key + keys > first - window + 1)
     # By their smallest and largest segments: exact where documents lie one after another, never too few otherwise.
-    needed = near & (q.min(-1) <= k.max(-1)) & (q.max(-1) >= k.min(-1))
+    together = (q.min(-1) <= k.max(-1)) & (q.max(-1) >= k.min(-1))
+    needed = near & together
     count = k.shape[2]
     low = jnp.argmax(needed, axis=-1)  # 0 where none is needed
     high = count - jnp.argmax(needed[..., ::-1], axis=-1)
