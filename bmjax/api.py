@@ -99,7 +99,9 @@ class Model:
     def _arrays(self, tokens: Any, segments: Any, positions: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return tokens, segment ids and positions, checked and on the mesh: int32 [B, T] each."""
         tokens = self._on_mesh(tokens, "tokens")
-        qwen2.check_length(self.config, tokens.shape[1], "tokens")
+        length, limit = tokens.shape[1], self.config.max_length
+        if length > limit:
+            raise UserError(f"tokens: {length} tokens, the model's context holds {limit}; shorten it")
         low, high = (int(jnp.min(tokens)), int(jnp.max(tokens))) if tokens.size else (0, 0)
         if low < 0 or high >= self.config.vocab_size:
             wrong_id = low if low < 0 else high
@@ -136,7 +138,7 @@ def _compiled(function: Callable[..., Any], config: ModelConfig, dtype: str) -> 
 
     def compute(params: qwen2.Params, *arrays: jax.Array) -> Any:
         cast = jax.tree.map(lambda a: a.astype(dtype), params)
-        return function(config, cast, *arrays, dtype=jnp.dtype(dtype))
+        return function(qwen2.Qwen2(config, jnp.dtype(dtype)), cast, *arrays)
 
     return jax.jit(compute)
 

@@ -16,7 +16,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from bmjax.branch.examples import Dataset
-from bmjax.model.batch import Batch, batch_sharding
+from bmjax.model.batch import Batch
+from bmjax.parallel.mesh import sharding
 
 ROW_MULTIPLE = 64  # unpacked rows are padded to the longest document, rounded up to this
 READ_AHEAD = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)  # the buffer counts batches
@@ -106,7 +107,7 @@ class Loader:
 def load_batch(mesh: Mesh, loader: Loader, step: int) -> Batch[jax.Array]:
     """Return the batch of optimizer step `step` on the mesh; a process lays out the rows of its own devices only."""
     shape = (loader.batch, loader.length)
-    layout = batch_sharding(mesh, *shape)
+    layout = sharding(mesh, ("batch", "length"), shape)
     rows_at = lru_cache(maxsize=None)(lambda start, stop: loader.at(step, range(start, stop)))
 
     def shard(field: str, index: tuple[slice, ...]) -> np.ndarray:

@@ -24,7 +24,7 @@ from bmjax.io.jsonl import JsonLines, read_lines, write_jsonl
 from bmjax.log import Log, progress_bar
 from bmjax.parallel import processes
 from bmjax.parallel.chips import peak_flops
-from bmjax.parallel.processes import Stop
+from bmjax.parallel.processes import delayed_sigterm
 from bmjax.weights.checkpoint import Checkpoints
 from bmjax.weights.student import Student
 
@@ -87,7 +87,7 @@ def loop(run: Run, state: State, begin: int, seen: int, checkpoints: Checkpoints
         metrics_log(run, begin) if processes.is_main() else contextlib.nullcontext() as write_metrics,
         read_ahead(plan.mesh, loader, begin, steps) as batches,
         contextlib.ExitStack() as profile,
-        Stop() as stop,
+        delayed_sigterm() as ends_after,
     ):
         for step in range(begin, steps):
             if step + 1 == max(first_profiled, begin + 1) <= last_profiled:
@@ -105,8 +105,8 @@ def loop(run: Run, state: State, begin: int, seen: int, checkpoints: Checkpoints
             if step + 1 == last_profiled:
                 jax.block_until_ready(metrics)
                 profile.close()
-            stopped = stop.reached(step)
-            if checkpoints.due(step + 1, last=steps) or stopped:
+            stopped = ends_after(step)
+            if (step + 1) % settings.save_every == 0 or step + 1 == steps or stopped:
                 values, pending = settle(), None
                 meta = {"fingerprint": run.fingerprint, "tokens": seen, "values": values}
                 checkpoints.save(step + 1, saved(state), meta)
@@ -115,7 +115,7 @@ def loop(run: Run, state: State, begin: int, seen: int, checkpoints: Checkpoints
                 run.log(f"SIGTERM: saved after step {step + 1} of {steps}; the same command goes on from there")
                 raise SystemExit(settings.stop_code)
     if not values:  # resumed after the last step: nothing was left to do but the export
-        values = checkpoints.meta(None)["values"]
+        values = checkpoints.meta()["values"]
     return state, {"tokens": seen, "loss": values["loss"], "move": values.get("move")}
 
 

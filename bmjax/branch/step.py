@@ -7,7 +7,7 @@ data or files.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from bmjax.branch import optimizer
 from bmjax.model import qwen2, spec
 from bmjax.model.attention.options import AttentionOptions, Remat
-from bmjax.model.batch import Batch, batch_sharding
+from bmjax.model.batch import Batch
 from bmjax.model.config import ModelConfig
 from bmjax.parallel.mesh import sharding
 
@@ -91,7 +91,7 @@ def abstract_state(plan: StepPlan) -> State:
 
 def abstract_arguments(plan: StepPlan, rows: int, length: int) -> tuple[State, Any, Any]:
     """Return shapes, dtypes and shardings of the step's arguments (state, batch, rate) for batches [rows, length]."""
-    layout = batch_sharding(plan.mesh, rows, length)
+    layout = sharding(plan.mesh, ("batch", "length"), (rows, length))
     dtypes = (jnp.int32, jnp.int32, jnp.uint8)
     batch: Any = Batch(*(jax.ShapeDtypeStruct((rows, length), dtype, sharding=layout) for dtype in dtypes))
     return abstract_state(plan), batch, jax.ShapeDtypeStruct((), jnp.float32)
@@ -114,12 +114,12 @@ def make_step(plan: StepPlan) -> Any:
     scalars: loss (nats a target token), targets, grad_norm (before clipping) and move (|delta| / |start|).
     """
     dtype = jnp.dtype(plan.compute_dtype)
-    loss_sum = partial(qwen2.loss_sum, plan.config, dtype=dtype, remat=plan.remat, unroll=plan.unroll)
 
     def nats(trained: Any, frozen: Any, batch: Batch[jax.Array]) -> tuple[jax.Array, jax.Array]:
         # Cast before the layers use them: what is gathered over fsdp is then of the compute dtype.
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), spec.join(trained, frozen))
-        return loss_sum(params, batch, attention_options=plan.attention_options)
+        model = qwen2.Qwen2(plan.config, dtype, plan.remat, plan.unroll, plan.attention_options)
+        return qwen2.loss_sum(model, params, batch)
 
     gradient = jax.value_and_grad(nats, has_aux=True)
 

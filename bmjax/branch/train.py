@@ -89,7 +89,7 @@ def _train(settings: TrainSettings, log: Log, progress: bool) -> dict[str, Any]:
     run = Run(settings, student, loader, plan, steps, expected, log, progress)
     with jax.set_mesh(mesh):
         state = init_state(plan, hf.load_params(student.directory, config, mesh, dtype=np.float32))
-        checkpoints = Checkpoints(output / "checkpoints", settings.keep, settings.save_every, settings.keep_every)
+        checkpoints = Checkpoints(output / "checkpoints", settings.keep, settings.keep_every)
         try:
             state, begin, seen = _resume(run, state, checkpoints)
             state, summary = loop(run, state, begin, seen, checkpoints)
@@ -200,9 +200,9 @@ def _resume(run: Run, state: State, checkpoints: Checkpoints) -> tuple[State, in
     latest = checkpoints.latest()
     if latest is None:
         return state, 0, 0
-    check_same(checkpoints.meta(latest)["fingerprint"], run.fingerprint, checkpoints.directory)
+    check_same(checkpoints.meta()["fingerprint"], run.fingerprint, checkpoints.directory)
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), saved(state))
-    restored, meta = checkpoints.restore(latest, abstract)
+    restored, meta = checkpoints.restore(abstract)
     run.log(f"resuming at step {latest}")
     return state | restored, latest, meta["tokens"]
 

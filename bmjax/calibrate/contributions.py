@@ -104,11 +104,10 @@ def _gram_sums(config: ModelConfig, dtype: str, params: Tree, batch: Batch[jax.A
             module.sow("grams", "input", gram, reduce_fn=lambda old, new: old + new, init_fn=lambda: 0.0)
         return call(*args, **kwargs)
 
-    weights = {"params": jax.tree.map(lambda a: a.astype(dtype), qwen2.trunk(params))}
+    model = qwen2.Qwen2(config, jnp.dtype(dtype))
+    weights = jax.tree.map(lambda a: a.astype(dtype), params)
     with nn.intercept_methods(add_gram):
-        _, sown = qwen2.Qwen2(config, jnp.dtype(dtype)).apply(
-            weights, tokens, segments, qwen2.default_positions(segments), mutable=["grams"]
-        )
+        _, sown = model.apply({"params": weights}, tokens, segments, None, mutable=["grams"])
     return sown["grams"]
 
 
@@ -126,7 +125,7 @@ def _add_squares(
 ) -> Tree:
     def nats(params: Tree, row: Batch[jax.Array]) -> jax.Array:
         weights = jax.tree.map(lambda a: a.astype(dtype), params)
-        return qwen2.loss_sum(config, weights, row, dtype=jnp.dtype(dtype), remat=remat)[0]
+        return qwen2.loss_sum(qwen2.Qwen2(config, jnp.dtype(dtype), remat), weights, row)[0]
 
     def add_row(total: Tree, row: Batch[jax.Array]) -> tuple[Tree, None]:
         gradient = jax.grad(nats)(params, jax.tree.map(lambda array: array[None], row))

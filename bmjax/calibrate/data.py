@@ -13,7 +13,8 @@ from bmjax.config import UserError
 from bmjax.io.rows import read_rows
 from bmjax.merge.recipe.calibration import CalibrationSettings
 from bmjax.merge.recipe.recipe import Step
-from bmjax.model.batch import Batch, place_batch
+from bmjax.model.batch import Batch
+from bmjax.parallel.mesh import sharding
 from bmjax.weights.student import Student
 
 
@@ -45,7 +46,8 @@ class Calibration:
 
     def _place(self, purpose: str, batches: Sequence[Batch[np.ndarray]]) -> Batch[jax.Array]:
         self.tokens[purpose] = self.tokens.get(purpose, 0) + sum(batch.real_tokens for batch in batches)
-        return place_batch(self.mesh, jax.tree.map(lambda *arrays: np.concatenate(arrays), *batches))
+        batch = jax.tree.map(lambda *arrays: np.concatenate(arrays), *batches)
+        return jax.device_put(batch, sharding(self.mesh, ("batch", "length"), batch.tokens.shape))
 
 
 def read(step: Step, p: CalibrationSettings, seed: int, student: Student, mesh: Mesh) -> Calibration:

@@ -57,8 +57,9 @@ def _nats(
 ) -> jax.Array:
     """Return the mean over domains of nats a target token; the batch's rows are those of one domain after another."""
     weights = jax.tree.map(lambda a: a.astype(dtype), params)
-    hidden = qwen2.hidden(config, weights, batch.tokens, batch.segment_ids, dtype=jnp.dtype(dtype), remat=remat)
-    labels, targets = loss.next_token_targets(batch.tokens, batch.loss_mask, batch.segment_ids)
+    model = qwen2.Qwen2(config, jnp.dtype(dtype), remat)
+    hidden: Any = model.apply({"params": weights}, batch.tokens, batch.segment_ids, None)[0]
+    labels, targets = loss.next_token_targets(batch)
     by_domain = targets.reshape(domains, -1)
     counts = jnp.maximum(jnp.sum(by_domain, axis=1, keepdims=True), 1.0)
     shares = (by_domain / counts / domains).reshape(targets.shape)

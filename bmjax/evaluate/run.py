@@ -151,7 +151,7 @@ def _accuracy(
 
 @lru_cache(maxsize=16)
 def _loss_function(config: ModelConfig, dtype: Any) -> Any:
-    return jax.jit(lambda params, batch: qwen2.loss_sum(config, params, batch, dtype=dtype))
+    return jax.jit(lambda params, batch: qwen2.loss_sum(qwen2.Qwen2(config, dtype), params, batch))
 
 
 def _held_out_loss(

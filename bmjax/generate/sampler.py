@@ -134,15 +134,14 @@ def _compiled(
         B, P = prompts_BP.shape
         params = jax.tree.map(lambda a: a.astype(dtype), params)
         w_DV = qwen2.head_weight(config, params)
-        cache = qwen2.empty_cache(config, B, P + new, dtype)
-        cache = cache._replace(valid_BS=jnp.arange(P + new)[None, :] >= pad_B[:, None])
+        cache = qwen2.empty_cache(config, jnp.arange(P + new)[None, :] >= pad_B[:, None], dtype)
         keys_B = jax.vmap(lambda n: jax.random.fold_in(jax.random.key(seed), n))(numbers_B)
 
         def forward(tokens_BT: jax.Array, cache: qwen2.Cache) -> tuple[jax.Array, qwen2.Cache]:
             slots = cache.next_slot + jnp.arange(tokens_BT.shape[1])
             positions = jnp.maximum(slots[None, :] - pad_B[:, None], 0)
             segments = jnp.ones_like(tokens_BT)
-            out: Any = model.apply({"params": qwen2.trunk(params)}, tokens_BT, segments, positions, cache)
+            out: Any = model.apply({"params": params}, tokens_BT, segments, positions, cache)
             h_BTD, cache = out
             z_BV = jnp.einsum("bd,dv->bv", h_BTD[:, -1], w_DV, preferred_element_type=jnp.float32)
             return z_BV, cache

@@ -1,10 +1,11 @@
-"""config.json of a Hugging Face directory, read into the sizes that the architecture needs.
+"""config.json of a Hugging Face directory, read into the sizes that the architecture needs; sizes of published models.
 
-Every other module takes a `ModelConfig`. Nothing else reads model hyperparameters out of config.json. A new
-architecture gets its model_type in ARCHITECTURES here, its rows in spec.py, and its modules in a file beside qwen2.py.
+Nothing else reads model hyperparameters out of config.json. A new architecture gets its model_type in ARCHITECTURES
+here, its rows in spec.py, and its modules in a file beside qwen2.py.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,10 +62,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if len(self.windows) not in (0, self.num_layers):
             raise UserError(f"{len(self.windows)} layer types for {self.num_layers} layers")
-        if self.num_heads % self.num_kv_heads:
-            raise UserError(
-                f"num_attention_heads {self.num_heads} is not a multiple of num_key_value_heads {self.num_kv_heads}"
-            )
+        heads, kv_heads = self.num_heads, self.num_kv_heads
+        if heads % kv_heads:
+            raise UserError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
 
     @property
     def uses_windows(self) -> bool:
@@ -73,24 +73,18 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], source: str = "config.json") -> "ModelConfig":
-        """Read the dictionary of a Hugging Face config.json (transformers 4 and 5 spellings).
-
-        source: what errors begin with. Raises UserError for an unknown `model_type`, a missing key, a value of the
-        wrong type, or a rope type that is not supported.
-        """
-        model_type = config.get("model_type")
-        if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
-            expected = " or ".join(f"'{name}'" for name in ARCHITECTURES)
-            raise UserError(
-                f"{source}: model_type is {model_type!r}, expected {expected} (Qwen2, Qwen2.5, R1-Distill-Qwen)"
-            )
-        for key in _COUNTS:
-            value = config.get(key)
-            if value is not None and (type(value) is not int or value < 1):
-                raise UserError(f"{source}: {key} is {value!r}, expected a whole number of at least 1")
-        if config.get("hidden_act", "silu") != "silu":
-            raise UserError(f"{source}: hidden_act is {config['hidden_act']!r}, expected 'silu'")
+        """Read a config.json (transformers 4 and 5 spellings); a UserError begins with `source`."""
         try:
+            model_type = config.get("model_type")
+            if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
+                expected = " or ".join(f"'{name}'" for name in ARCHITECTURES)
+                raise UserError(f"model_type is {model_type!r}, expected {expected} (Qwen2, Qwen2.5, R1-Distill-Qwen)")
+            for key in _COUNTS:
+                value = config.get(key)
+                if value is not None and (type(value) is not int or value < 1):
+                    raise UserError(f"{key} is {value!r}, expected a whole number of at least 1")
+            if config.get("hidden_act", "silu") != "silu":
+                raise UserError(f"hidden_act is {config['hidden_act']!r}, expected 'silu'")
             heads, layers = int(config["num_attention_heads"]), int(config["num_hidden_layers"])
             hidden, rope = int(config["hidden_size"]), _rope(config)
             # YaRN configs of Qwen2.5 leave max_position_embeddings at the length before scaling.
@@ -150,18 +144,10 @@ def _rope(config: Mapping[str, Any]) -> Rope:
     if kind not in ("yarn", "linear"):
         raise UserError(f"rope type {kind!r} is not supported; 'default', 'linear' and 'yarn' are")
     original = values.get("original_max_position_embeddings") or config.get("max_position_embeddings")
-    return Rope(
-        theta=theta,
-        kind=kind,
-        factor=float(values["factor"]),
-        original_length=int(original) if original else None,
-        attention_factor=values.get("attention_factor"),
-        beta_fast=float(values.get("beta_fast") or 32.0),
-        beta_slow=float(values.get("beta_slow") or 1.0),
-        mscale=values.get("mscale"),
-        mscale_all_dim=values.get("mscale_all_dim"),
-        truncate=bool(values.get("truncate", True)),
-    )
+    options: dict[str, Any] = {key: values.get(key) for key in ("attention_factor", "mscale", "mscale_all_dim")}
+    options |= {key: float(values[key]) for key in ("beta_fast", "beta_slow") if values.get(key)}
+    options["truncate"] = bool(values.get("truncate", True))
+    return Rope(theta, kind, float(values["factor"]), int(original) if original else None, **options)
 
 
 def _windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
@@ -177,3 +163,34 @@ def _windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
         problem = unknown[0] if unknown else f"{len(kinds)} entries for {layers} layers"
         raise UserError(f"layer_types has {problem}; expected sliding_attention or full_attention a layer")
     return tuple(int(window) if kind == "sliding_attention" else None for kind in kinds)
+
+
+# Published models, so that `bmjax plan` needs no file of theirs: billions of parameters -> vocabulary, hidden,
+# intermediate, layers, heads, key/value heads, head size.
+_SIZES = {
+    "0.5": (151_936, 896, 4864, 24, 14, 2, 64),
+    "1.5": (151_936, 1536, 8960, 28, 12, 2, 128),
+    "3": (151_936, 2048, 11_008, 36, 16, 2, 128),
+    "7": (152_064, 3584, 18_944, 28, 28, 4, 128),
+    "14": (152_064, 5120, 13_824, 48, 40, 8, 128),
+    "32": (152_064, 5120, 27_648, 64, 40, 8, 128),
+    "72": (152_064, 8192, 29_568, 80, 64, 8, 128),
+}
+_TIED = ("0.5", "1.5", "3")  # but not the distilled 1.5B, which was made from Qwen2.5-Math
+_SHORT = ("0.5", "3")  # context of 32,768 tokens, as of all -Instruct; the other bases have 131,072
+_DISTILLED = ("1.5", "7", "14", "32")
+_NAME = re.compile(r"(?:(?:deepseek-ai/)?(DeepSeek-R1-Distill-Qwen)-|(?:Qwen/)?Qwen2\.5-)([\d.]+)B(-Instruct)?")
+
+
+def known(name: str) -> ModelConfig | None:
+    """Return the config of DeepSeek-R1-Distill-Qwen-*B or Qwen2.5-*B(-Instruct) by hub id; None for other names."""
+    match = _NAME.fullmatch(name)
+    if match is None or match[2] not in (_DISTILLED if match[1] else _SIZES):
+        return None
+    size, distilled = match[2], bool(match[1])
+    return ModelConfig(
+        *_SIZES[size],
+        max_length=32_768 if match[3] or size in _SHORT else 131_072,
+        tied=size in _TIED and not distilled,
+        rope=Rope(theta=10_000.0 if distilled and size in ("1.5", "7") else 1_000_000.0),
+    )

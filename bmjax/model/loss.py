@@ -1,6 +1,6 @@
-"""Next-token cross-entropy without keeping the logits. The model, calibration and evaluation call it.
+"""Next-token cross-entropy without keeping the logits.
 
-loss = sum over target tokens / count of target tokens. This module returns the sum and the count; only the training
+loss = sum over target tokens / count of target tokens. This module returns the sum and the weights; only the training
 step divides, once, over all microbatches and devices.
 
 On a mesh every device has its own tokens and, along `tensor`, its own part of the vocabulary. The head is gathered over
@@ -12,34 +12,31 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 from jax.sharding import PartitionSpec
 
-from bmjax.model.vocabulary_parallel import Layout, layout
+from bmjax.model.batch import Batch
+from bmjax.model.embedding import Layout, layout
 from bmjax.parallel.mesh import on_each_device
 
 CHUNK_ELEMENTS = 2**26  # logits held at once: 256 MiB in float32
 GPU_CHUNK_ELEMENTS = 2**27  # products of a GPU are slow where few tokens meet a whole head
-HEAD_AXES = ("embed", "vocab")
 
 
-def next_token_targets(
-    tokens_BT: jax.Array, loss_mask_BT: jax.Array, segment_ids_BT: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
+def next_token_targets(batch: Batch[Array]) -> tuple[Array, Array]:
     """Return labels [B, T] and float32 weights [B, T] at the position that predicts them.
 
     labels[t] is tokens[t + 1], and its weight mask[t + 1]. A document's first token is never a target: nothing in its
     own segment precedes it.
     """
-    labels = jnp.pad(tokens_BT[:, 1:], ((0, 0), (0, 1)))
-    mask = jnp.pad(loss_mask_BT[:, 1:], ((0, 0), (0, 1))).astype(jnp.float32)
-    if segment_ids_BT is not None:
-        following = jnp.pad(segment_ids_BT[:, 1:], ((0, 0), (0, 1)))
-        mask = mask * ((following == segment_ids_BT) & (following > 0))
-    return labels, mask
+    labels, mask, following = (
+        jnp.pad(x[:, 1:], ((0, 0), (0, 1))) for x in (batch.tokens, batch.loss_mask, batch.segment_ids)
+    )
+    return labels, mask.astype(jnp.float32) * ((following == batch.segment_ids) & (following > 0))
 
 
-def cross_entropy_sum(h_BTD: jax.Array, w_DV: jax.Array, labels_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
+@jax.custom_vjp
+def cross_entropy_sum(h_BTD: Array, w_DV: Array, labels_BT: Array, mask_BT: Array) -> Array:
     """Compute the sum of -log p(label) * mask in nats, a float32 scalar; softmax and accumulation are in float32.
 
     The gradient of the sum is computed together with it, chunk by chunk, and scaled in the backward pass, so
@@ -47,14 +44,12 @@ def cross_entropy_sum(h_BTD: jax.Array, w_DV: jax.Array, labels_BT: jax.Array, m
     the two backward products run in it (float32 operands would be upcast silently). Where logits are too many
     for one chunk, a device's targets are moved to the front of its tokens, and chunks without any target are skipped.
     """
-    return _loss(h_BTD, w_DV, jnp.asarray(labels_BT), jnp.asarray(mask_BT, jnp.float32))
+    return _loss_and_gradients(h_BTD, w_DV, labels_BT, mask_BT, False, False)[0]
 
 
 def _sums_of_chunk(split: Layout, h, w, labels, mask, gradient: bool, train_head: bool) -> Any:
-    """Return ((loss, dw), dh) of a chunk: dw [D, V] float32, and dh [n, D] of the local vocabulary; None if not wanted.
-
-    h [n, D], w [D, V], labels and mask [n].
-    """
+    """Return ((loss, dw), dh) of a chunk: dw [D, V] float32, dh [n, D] of the local vocabulary; None if not wanted."""
+    # h [n, D], w [D, V], labels and mask [n]
     z_NV = jnp.einsum("nd,dv->nv", h, w, preferred_element_type=jnp.float32)
     largest = jnp.max(z_NV, axis=-1, keepdims=True)
     if split.vocab:
@@ -92,7 +87,7 @@ def _sums_of_device(split: Layout, h, w, labels, mask, gradient: bool, train_hea
     if chunks == 1:
         return _sums_of_chunk(split, h, w, labels, mask, gradient, train_head)
 
-    def add_chunk(sums: Any, chunk: tuple[jax.Array, ...]) -> Any:
+    def add_chunk(sums: Any, chunk: tuple[Array, ...]) -> Any:
         h, labels, mask = chunk
 
         def compute() -> Any:
@@ -101,7 +96,7 @@ def _sums_of_device(split: Layout, h, w, labels, mask, gradient: bool, train_hea
 
         return lax.cond(jnp.any(mask > 0), compute, lambda: (sums, jnp.zeros_like(h) if gradient else None))
 
-    def split_up(x: jax.Array) -> jax.Array:  # [N, ...] -> [chunks, n, ...], targets first, zero-padded
+    def split_up(x: Array) -> Array:  # [N, ...] -> [chunks, n, ...], targets first, zero-padded
         x = jnp.pad(x[order], [(0, -len(x) % chunks)] + [(0, 0)] * (x.ndim - 1))
         return x.reshape(chunks, -1, *x.shape[1:])
 
@@ -111,26 +106,9 @@ def _sums_of_device(split: Layout, h, w, labels, mask, gradient: bool, train_hea
     return sums, dh.reshape(-1, h.shape[1])[jnp.argsort(order)] if gradient else None
 
 
-def _reduce_head_gradient(split: Layout, dw: jax.Array) -> jax.Array:
-    """Sum a head's gradient [D, V/tensor] over the devices with other tokens; each keeps [D/(fsdp context), V/tensor].
-
-    Where an axis splits the width and not the tokens, its devices hold the same sum, and each cuts its part out.
-    """
-    scatter = bool(split.embed) and set(split.embed) <= set(split.token_axes)
-    summed_axes = tuple(axis for axis in split.token_axes if not scatter or axis not in split.embed)
-    dw = lax.psum(dw, summed_axes) if summed_axes else dw
-    if not split.embed:
-        return dw
-    if scatter:
-        # The barrier keeps it in the loop over microbatches: XLA fails at moving it out (libtpu 0.0.42).
-        return lax.optimization_barrier(lax.psum_scatter(dw, split.embed, scatter_dimension=0, tiled=True))
-    size = dw.shape[0] // lax.axis_size(split.embed)
-    return lax.dynamic_slice_in_dim(dw, lax.axis_index(split.embed) * size, size)
-
-
 def _loss_and_gradients(h_BTD, w_DV, labels_BT, mask_BT, gradient: bool, train_head: bool) -> Any:
     """Return (loss, dh [B, T, D], dw [D, V] float32), the gradients None where they are not asked for."""
-    split = layout(labels_BT.shape, w_DV.shape, HEAD_AXES)
+    split = layout(labels_BT.shape, w_DV.shape, ("embed", "vocab"))
 
     def local(h, w, labels, mask) -> Any:
         # h [B/(data fsdp), T/context, D], w [D/(fsdp context), V/tensor], labels and mask [B/(data fsdp), T/context]
@@ -139,31 +117,35 @@ def _loss_and_gradients(h_BTD, w_DV, labels_BT, mask_BT, gradient: bool, train_h
         rows = (h.reshape(-1, h.shape[-1]), w, labels.reshape(-1), mask.reshape(-1))
         (loss, dw), dh = _sums_of_device(split, *rows, gradient, train_head)
         if gradient:
-            dh = dh.reshape(h.shape)
-            dh = lax.psum(dh, split.vocab) if split.vocab else dh
-        loss = lax.psum(loss, split.token_axes) if split.token_axes else loss
-        return loss, dh, _reduce_head_gradient(split, dw) if train_head else None
+            dh = lax.psum(dh.reshape(h.shape), split.vocab or ())
+        if train_head:
+            # Sum dw [D, V/tensor] over the devices with other tokens; each keeps [D/(fsdp context), V/tensor]. Where an
+            # axis splits the width and not the tokens, its devices hold the same sum, and each cuts its part out.
+            scatter = set(split.embed) <= set(split.token_axes)
+            dw = lax.psum(dw, tuple(axis for axis in split.token_axes if not scatter or axis not in split.embed))
+            if split.embed and scatter:
+                # The barrier keeps it in the loop over microbatches: XLA fails at moving it out (libtpu 0.0.42).
+                dw = lax.optimization_barrier(lax.psum_scatter(dw, split.embed, scatter_dimension=0, tiled=True))
+            elif split.embed:
+                size = dw.shape[0] // lax.axis_size(split.embed)
+                dw = lax.dynamic_slice_in_dim(dw, lax.axis_index(split.embed) * size, size)
+        return lax.psum(loss, split.token_axes), dh, dw
 
     h_spec = PartitionSpec(*split.tokens, None)
     out_specs = (PartitionSpec(), h_spec if gradient else None, split.matrix if train_head else None)
     on_devices = on_each_device(local, (h_spec, split.matrix, split.tokens, split.tokens), out_specs)
-    return on_devices(h_BTD, w_DV, labels_BT, mask_BT)
+    return on_devices(h_BTD, w_DV, jnp.asarray(labels_BT), jnp.asarray(mask_BT, jnp.float32))
 
 
-@jax.custom_vjp
-def _loss(h_BTD, w_DV, labels_BT, mask_BT) -> jax.Array:
-    return _loss_and_gradients(h_BTD, w_DV, labels_BT, mask_BT, False, False)[0]
-
-
-def _loss_forward(h_BTD: Any, w_DV: Any, labels_BT: Any, mask_BT: Any):
+def _forward(h_BTD: Any, w_DV: Any, labels_BT: Any, mask_BT: Any):
     train_head = w_DV.perturbed  # a frozen head needs no gradient: a third of the products
     loss, dh, dw = _loss_and_gradients(h_BTD.value, w_DV.value, labels_BT.value, mask_BT.value, True, train_head)
     return loss, (dh, dw.astype(w_DV.value.dtype) if train_head else None)
 
 
-def _loss_backward(saved: tuple[jax.Array, jax.Array | None], g: jax.Array):
+def _backward(saved: tuple[Array, Array | None], g: Array):
     dh, dw = saved
     return (dh * g).astype(dh.dtype), None if dw is None else (dw * g).astype(dw.dtype), None, None
 
 
-_loss.defvjp(_loss_forward, _loss_backward, symbolic_zeros=True)
+cross_entropy_sum.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -1,8 +1,7 @@
 """Qwen2 in Flax linen, used as pure functions over a nested dictionary of parameters.
 
 Shapes, names and initializers come from the parameter table (spec.py), and so does which linear layers have a bias.
-Layers are stacked and scanned over, so the program's size does not grow with depth. Training, generation, calibration
-and the Python interface call the functions below the modules.
+Layers are stacked and scanned over, so the program's size does not grow with depth.
 """
 
 from functools import lru_cache
@@ -11,10 +10,10 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
-from bmjax.config import UserError
 from bmjax.model import loss, ops, rope, spec
 from bmjax.model import remat as checkpointed
 from bmjax.model.attention.dispatch import cached_attention, causal_attention
@@ -30,22 +29,21 @@ NO_WINDOW = 2**30
 
 
 class Cache(NamedTuple):
-    """Keys and values [L, B, K, S, H], which slots hold a real token [B, S], and the next free slot (scalar)."""
+    """Keys and values [L, B, K, S, H] each, which slots are for real tokens [B, S], and the next free slot (scalar)."""
 
-    k: jax.Array
-    v: jax.Array
-    valid_BS: jax.Array
-    next_slot: jax.Array
+    kv: tuple[Array, Array]
+    valid_BS: Array
+    next_slot: Array
 
 
 class Context(NamedTuple):
     """What every layer reads besides the hidden states."""
 
-    cos: jax.Array
-    sin: jax.Array
-    segment_ids_BT: jax.Array
-    valid_BS: jax.Array | None = None
-    start: jax.Array | None = None
+    cos: Array
+    sin: Array
+    segment_ids_BT: Array
+    valid_BS: Any  # this and `start`: of a cache, or None
+    start: Any
 
 
 @lru_cache(maxsize=64)
@@ -53,56 +51,55 @@ def _rows_by_name(config: ModelConfig) -> dict[str, Param]:
     return {row.name: row for row in spec.table(config)}
 
 
-def _initial(row: Param, config: ModelConfig, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+def _initial(row: Param, config: ModelConfig, key: Array, shape: tuple[int, ...]) -> Array:
     if row.init == "normal":
-        return jax.random.normal(key, shape, dtype) * config.initializer_range
-    return jnp.zeros(shape, dtype) if row.init == "zeros" else jnp.ones(shape, dtype)
+        return jax.random.normal(key, shape, jnp.float32) * config.initializer_range
+    return jnp.zeros(shape, jnp.float32) if row.init == "zeros" else jnp.ones(shape, jnp.float32)
 
 
-def _parameter(module: Any, name: str) -> jax.Array:
+class _Module(nn.Module):
+    config: ModelConfig
+
+
+def _parameter(module: _Module, name: str) -> Array:
     """Return a module's parameter `name`: the table's row of that path, or one layer of a stacked row."""
     row = _rows_by_name(module.config)["/".join((*module.path, name))]
     shape = row.shape[1:] if row.stacked else row.shape
-    return module.param(name, lambda key: _initial(row, module.config, key, shape, jnp.float32))
+    return module.param(name, lambda key: _initial(row, module.config, key, shape))
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(_Module):
     """Root-mean-square normalization (arXiv 1910.07467), computed in float32."""
 
-    config: ModelConfig
-
     @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    def __call__(self, x_BTD: Array) -> Array:
         scale = _parameter(self, "scale")
         x = x_BTD.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.config.norm_eps)
         return scale.astype(x_BTD.dtype) * x.astype(x_BTD.dtype)
 
 
-class Linear(nn.Module):
+class Linear(_Module):
     """x @ kernel, plus a bias where the table has a row for it."""
 
-    config: ModelConfig
-
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Array) -> Array:
         y = ops.matmul(x, _parameter(self, "kernel").astype(x.dtype))
         has_bias = "/".join((*self.path, "bias")) in _rows_by_name(self.config)
         return y + _parameter(self, "bias").astype(x.dtype) if has_bias else y
 
 
-class Attention(nn.Module):
+class Attention(_Module):
     """Grouped-query attention with rotary positions: within rows, or of new tokens to a cache."""
 
-    config: ModelConfig
     attention_options: AttentionOptions
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, ctx: Context, window, layer, kv: Any) -> tuple[jax.Array, Any]:
+    def __call__(self, x_BTD: Array, ctx: Context, window, layer, kv: Any) -> tuple[Array, Any]:
         c = self.config
         B, T, _ = x_BTD.shape
 
-        def project(letter: str, heads: int) -> jax.Array:
+        def project(letter: str, heads: int) -> Array:
             y = Linear(c, name=letter)(x_BTD)
             return constrain(y.reshape(B, T, heads, c.head_dim), "batch", "length", "heads", None)
 
@@ -112,7 +109,6 @@ class Attention(nn.Module):
         if kv is None:
             out = causal_attention(q, k, v, ctx.segment_ids_BT, window, self.attention_options)
         else:
-            assert ctx.start is not None and ctx.valid_BS is not None  # they come with the cache
             offsets = (layer, jnp.int32(0), jnp.int32(0), ctx.start, jnp.int32(0))
             kv = tuple(
                 jax.lax.dynamic_update_slice(old, new.astype(old.dtype).swapaxes(1, 2)[None], offsets)
@@ -124,27 +120,24 @@ class Attention(nn.Module):
         return Linear(c, name="o")(out), kv
 
 
-class MLP(nn.Module):
+class MLP(_Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
-    config: ModelConfig
-
     @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    def __call__(self, x_BTD: Array) -> Array:
         gate = Linear(self.config, name="gate")(x_BTD)
         up = Linear(self.config, name="up")(x_BTD)
         h_BTF = constrain(ops.swiglu(gate, up), "batch", "length", "mlp")
         return Linear(self.config, name="down")(h_BTF)
 
 
-class Layer(nn.Module):
+class Layer(_Module):
     """One layer of the scan: attention and MLP, each after a norm and with a residual."""
 
-    config: ModelConfig
     attention_options: AttentionOptions
 
     @nn.compact
-    def __call__(self, carry: tuple[jax.Array, Any], ctx: Context, window, layer) -> tuple[Any, None]:
+    def __call__(self, carry: tuple[Array, Any], ctx: Context, window, layer) -> tuple[Any, None]:
         x_BTD, kv = carry  # the whole cache is carried, so that a step writes its slots in place
         x_BTD = checkpoint_name(x_BTD, checkpointed.LAYER_INPUT)
         normed = RMSNorm(self.config, name="attention_norm")(x_BTD)
@@ -155,14 +148,22 @@ class Layer(nn.Module):
         return (x_BTD, kv), None
 
 
-class Qwen2(nn.Module):
-    """Tokens to final hidden states [B, T, D]; `head_weight` turns those into logits.
+class Embedding(_Module):
+    """The embedding's rows of tokens."""
 
-    dtype: of activations. remat: what layers keep for the backward pass, see `model.remat`. unroll: layers per scan
-    iteration (a small model on a CPU is faster with all of them).
+    @nn.compact
+    def __call__(self, tokens_BT: Array) -> Array:
+        return lookup(_parameter(self, "embedding"), tokens_BT)
+
+
+class Qwen2(_Module):
+    """Tokens to final hidden states [B, T, D] in `dtype`; `head_weight` turns those into logits.
+
+    segment_ids_BT: int32, 1.. per document, 0 for padding; None: a row is one document. positions_BT: int32; None: they
+    count from 0 in every document. remat: what layers keep for the backward pass, see `model.remat`. unroll: layers per
+    scan iteration (a small model on a CPU is faster with all of them). Parameters of the head are not looked at.
     """
 
-    config: ModelConfig
     dtype: Any = jnp.float32
     remat: Remat = "none"
     unroll: int = 1
@@ -170,143 +171,73 @@ class Qwen2(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens_BT: jax.Array, segment_ids_BT: jax.Array, positions_BT: jax.Array, cache: Cache | None = None
-    ) -> tuple[jax.Array, Cache | None]:
+        self, tokens_BT: Array, segment_ids_BT: Array | None, positions_BT: Array | None, cache: Cache | None = None
+    ) -> tuple[Array, Cache | None]:
         c = self.config
-        embedding_VD = _Embedding(c, name="embed")()
-        x_BTD = constrain(lookup(embedding_VD, tokens_BT).astype(self.dtype), "batch", "length", None)
+        if segment_ids_BT is None:
+            segment_ids_BT = jnp.ones_like(tokens_BT)
+        if positions_BT is None:
+            positions_BT = default_positions(segment_ids_BT)
+        x_BTD = constrain(Embedding(c, name="embed")(tokens_BT).astype(self.dtype), "batch", "length", None)
         cos, sin = rope.tables(c.rope, c.head_dim, c.max_length, positions_BT)
         windows = jnp.array([NO_WINDOW if w is None else w for w in c.windows], jnp.int32) if c.uses_windows else None
-        ctx, kv = Context(cos, sin, segment_ids_BT), None
-        if cache is not None:
-            ctx, kv = ctx._replace(valid_BS=cache.valid_BS, start=cache.next_slot), (cache.k, cache.v)
+        kv, *slots = cache or (None, None, None)
+        ctx = Context(cos, sin, segment_ids_BT, *slots)
         # grams: what bmjax.calibrate sows in the linear layers; empty otherwise.
         stack = nn.scan(
             checkpointed.remat(Layer, self.remat),
             variable_axes={"params": 0, "grams": 0},
             split_rngs={"params": True},
             length=c.num_layers,
-            in_axes=(nn.broadcast, 0 if windows is not None else nn.broadcast, 0),
+            in_axes=(nn.broadcast, 0, 0),
             unroll=min(self.unroll, c.num_layers),
         )
         layers = stack(c, self.attention_options, name="layers")
         (x_BTD, kv), _ = layers((x_BTD, kv), ctx, windows, jnp.arange(c.num_layers))
         if cache is not None:
-            cache = cache._replace(k=kv[0], v=kv[1], next_slot=cache.next_slot + tokens_BT.shape[1])
+            cache = Cache(kv, cache.valid_BS, cache.next_slot + tokens_BT.shape[1])
         return RMSNorm(c, name="final_norm")(x_BTD), cache
 
 
-class _Embedding(nn.Module):
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self) -> jax.Array:
-        return _parameter(self, "embedding")
-
-
-def init(config: ModelConfig, seed: int, mesh: Mesh | None = None, dtype: Any = jnp.float32) -> Params:
-    """Draw random parameters as the table says; every leaf is made with its sharding on `mesh`."""
+def init(config: ModelConfig, seed: int, mesh: Mesh | None = None) -> Params:
+    """Draw random float32 parameters as the table says; every leaf is made with its sharding on `mesh`."""
     rows = spec.table(config)
 
-    def build(key: jax.Array) -> list[jax.Array]:
-        keys = list(jax.random.split(key, len(rows)))
-        return [_initial(row, config, key, row.shape, dtype) for row, key in zip(rows, keys, strict=True)]
+    def build(key: Array) -> list[Array]:
+        keys = jax.random.split(key, len(rows))
+        return [_initial(row, config, key, row.shape) for row, key in zip(rows, keys, strict=True)]
 
     shardings = None if mesh is None else [sharding(mesh, row.axes, row.shape) for row in rows]
     leaves = jax.jit(build, out_shardings=shardings)(jax.random.key(seed))
-    return spec.unflatten([(row.path, leaf) for row, leaf in zip(rows, leaves, strict=True)])
+    return spec.unflatten(zip((row.path for row in rows), leaves, strict=True))
 
 
-def default_positions(segment_ids_BT: jax.Array) -> jax.Array:
+def default_positions(segment_ids_BT: Array) -> Array:
     """Count positions 0, 1, 2, ... along each row, int32 [B, T], restarting where the segment id changes."""
     return jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)[None, :] - ops.document_starts(segment_ids_BT)
 
 
-def head_weight(config: ModelConfig, params: Params) -> jax.Array:
+def head_weight(config: ModelConfig, params: Params) -> Array:
     """Return the matrix [D, V] from hidden states to logits: the embedding's transpose when it is tied."""
     return params["embed"]["embedding"].T if config.tied else params["lm_head"]["kernel"]
 
 
-def trunk(params: Params) -> Params:
-    """Return the parameters that the linen module reads: all but the head."""
-    return {key: value for key, value in params.items() if key != "lm_head"}
-
-
-def hidden(
-    config: ModelConfig,
-    params: Params,
-    tokens_BT: jax.Array,
-    segment_ids_BT: jax.Array | None = None,
-    positions_BT: jax.Array | None = None,
-    *,
-    dtype: Any = jnp.float32,
-    remat: Remat = "none",
-    unroll: int = 1,
-    attention_options: AttentionOptions = AttentionOptions(),
-) -> jax.Array:
-    """Compute the final hidden states of every token, [B, T, D] in `dtype`. For the options see `Qwen2`.
-
-    segment_ids_BT: int32, 1.. per document, 0 for padding; None: a row is one document. positions_BT: int32; None: they
-    count from 0 in every document.
-    """
-    if segment_ids_BT is None:
-        segment_ids_BT = jnp.ones_like(tokens_BT)
-    if positions_BT is None:
-        positions_BT = default_positions(segment_ids_BT)
-    model = Qwen2(config, dtype, remat, unroll, attention_options)
-    return model.apply({"params": trunk(params)}, tokens_BT, segment_ids_BT, positions_BT)[0]
-
-
-def logits(
-    config: ModelConfig,
-    params: Params,
-    tokens_BT: jax.Array,
-    segment_ids_BT: jax.Array | None = None,
-    positions_BT: jax.Array | None = None,
-    *,
-    dtype: Any = jnp.float32,
-) -> jax.Array:
-    """Compute logits [B, T, V] in float32; arguments as of `hidden`."""
-    h_BTD = hidden(config, params, tokens_BT, segment_ids_BT, positions_BT, dtype=dtype)
-    w_DV = head_weight(config, params).astype(dtype)
+def logits(model: Qwen2, params: Params, tokens_BT: Array, segments_BT: Any = None, positions_BT: Any = None) -> Array:
+    """Compute logits [B, T, V] in float32; arguments as of `Qwen2`."""
+    h_BTD, _ = model.apply({"params": params}, tokens_BT, segments_BT, positions_BT)
+    w_DV = head_weight(model.config, params).astype(model.dtype)
     return jnp.einsum("btd,dv->btv", h_BTD, w_DV, preferred_element_type=jnp.float32)
 
 
-def loss_sum(
-    config: ModelConfig,
-    params: Params,
-    batch: Batch[jax.Array],
-    positions_BT: jax.Array | None = None,
-    *,
-    dtype: Any = jnp.float32,
-    remat: Remat = "none",
-    unroll: int = 1,
-    attention_options: AttentionOptions = AttentionOptions(),
-) -> tuple[jax.Array, jax.Array]:
+def loss_sum(model: Qwen2, params: Params, batch: Batch[Array], positions_BT: Any = None) -> tuple[Array, Array]:
     """Compute the summed next-token loss in nats over a batch's targets, and their number; both float32 scalars."""
-    h_BTD = hidden(
-        config,
-        params,
-        batch.tokens,
-        batch.segment_ids,
-        positions_BT,
-        dtype=dtype,
-        remat=remat,
-        unroll=unroll,
-        attention_options=attention_options,
-    )
-    labels, mask = loss.next_token_targets(batch.tokens, batch.loss_mask, batch.segment_ids)
-    nats = loss.cross_entropy_sum(h_BTD, head_weight(config, params).astype(dtype), labels, mask)
-    return nats, jnp.sum(mask)
+    h_BTD, _ = model.apply({"params": params}, batch.tokens, batch.segment_ids, positions_BT)
+    labels, mask = loss.next_token_targets(batch)
+    w_DV = head_weight(model.config, params).astype(model.dtype)
+    return loss.cross_entropy_sum(h_BTD, w_DV, labels, mask), jnp.sum(mask)
 
 
-def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: Any) -> Cache:
-    """Make a cache of `slots` tokens for `batch` rows, nothing valid yet."""
-    shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch, slots), bool), jnp.int32(0))
-
-
-def check_length(config: ModelConfig, length: int, what: str) -> None:
-    """Raise UserError when `what` is longer than the model's context."""
-    if length > config.max_length:
-        raise UserError(f"{what}: {length} tokens, the model's context holds {config.max_length}; shorten it")
+def empty_cache(config: ModelConfig, valid_BS: Array, dtype: Any) -> Cache:
+    """Make a cache with no token in its slots [B, S] yet; those that are not valid are never looked at."""
+    shape = (config.num_layers, valid_BS.shape[0], config.num_kv_heads, valid_BS.shape[1], config.head_dim)
+    return Cache((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)), valid_BS, jnp.int32(0))

@@ -19,18 +19,12 @@ ATTENTION = "attention"  # outputs and log-sums of attention kernels
 LAYER_INPUT = "layer_input"
 
 
-def remat(layer: type[nn.Module], policy: Remat) -> type[nn.Module]:
-    """Return the layer with this policy. Raises KeyError for an unknown policy."""
-    return layer if policy == "none" else nn.remat(layer, prevent_cse=False, policy=_POLICIES[policy])
-
-
-def _is_cudnn_result(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Tell cuDNN's kernel by its primitive: it names no result."""
-    return primitive.name == "dot_product_attention_fwd_wrapper"
-
-
 _policies = jax.checkpoint_policies
-_attention = _policies.save_from_both_policies(_policies.save_only_these_names(ATTENTION), _is_cudnn_result)
+_attention = _policies.save_from_both_policies(
+    _policies.save_only_these_names(ATTENTION),
+    # cuDNN's kernel names no result: it is told by its primitive.
+    lambda primitive, *_, **__: primitive.name == "dot_product_attention_fwd_wrapper",
+)
 _POLICIES: dict[str, Any] = {
     "full": None,
     "save_attention": _attention,
@@ -42,3 +36,7 @@ _POLICIES: dict[str, Any] = {
         offload_dst="pinned_host",
     ),
 }
+
+
+def remat(layer: type[nn.Module], policy: Remat) -> type[nn.Module]:
+    return layer if policy == "none" else nn.remat(layer, prevent_cse=False, policy=_POLICIES[policy])

@@ -1,8 +1,6 @@
 """THE parameter table: every parameter's path, shape, logical axes, initializer, Hugging Face key and layout.
 
-Initialization, sharding, import, export and merging read this table and have none of their own. A new architecture
-gets its rows here: what a model has no row for (a bias, a head), its modules leave out.
-Shapes: V vocabulary, D hidden size, N query heads, K key/value heads, H head size, F feed-forward, L layers.
+A new architecture gets its rows here: what a model has no row for (a bias, a head), its modules leave out.
 """
 
 import math
@@ -17,17 +15,15 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # Hugging Face 
 
 @dataclass(frozen=True)
 class Param:
-    """One row of the table.
-
-    transposed: the HF tensor is this array's (per layer) transpose, so the HF last axis (in_features, the row a merge
-    normalises along) is the second to last axis here.
-    """
+    """One row of the table."""
 
     path: tuple[str, ...]  # keys in the nested parameter dictionary
     shape: tuple[int, ...]  # of the array there, with the layer axis first where it is stacked over layers
     axes: tuple[str, ...]
     hf_key: str  # name in a Hugging Face checkpoint, with `{layer}` where the array is stacked
     init: str  # 'normal' (standard deviation `initializer_range`), 'zeros' or 'ones'
+    # The HF tensor is this array's (per layer) transpose, so the HF last axis (in_features, the row a merge normalises
+    # along) is the second to last axis here.
     transposed: bool = False
 
     @property
@@ -56,38 +52,39 @@ class Param:
         return [self.hf_key.format(layer=i) for i in range(self.shape[0])] if self.stacked else [self.hf_key]
 
 
+# Path, logical axes, Hugging Face key.
+_TABLE = (
+    ("embed/embedding", "vocab embed", EMBEDDING),
+    ("layers/attention_norm/scale", "layers norm", "model.layers.{layer}.input_layernorm.weight"),
+    ("layers/attention/q/kernel", "layers embed heads", "model.layers.{layer}.self_attn.q_proj.weight"),
+    ("layers/attention/q/bias", "layers heads", "model.layers.{layer}.self_attn.q_proj.bias"),
+    ("layers/attention/k/kernel", "layers embed kv_heads", "model.layers.{layer}.self_attn.k_proj.weight"),
+    ("layers/attention/k/bias", "layers kv_heads", "model.layers.{layer}.self_attn.k_proj.bias"),
+    ("layers/attention/v/kernel", "layers embed kv_heads", "model.layers.{layer}.self_attn.v_proj.weight"),
+    ("layers/attention/v/bias", "layers kv_heads", "model.layers.{layer}.self_attn.v_proj.bias"),
+    ("layers/attention/o/kernel", "layers heads embed", "model.layers.{layer}.self_attn.o_proj.weight"),
+    ("layers/mlp_norm/scale", "layers norm", "model.layers.{layer}.post_attention_layernorm.weight"),
+    ("layers/mlp/gate/kernel", "layers embed mlp", "model.layers.{layer}.mlp.gate_proj.weight"),
+    ("layers/mlp/up/kernel", "layers embed mlp", "model.layers.{layer}.mlp.up_proj.weight"),
+    ("layers/mlp/down/kernel", "layers mlp embed", "model.layers.{layer}.mlp.down_proj.weight"),
+    ("final_norm/scale", "norm", "model.norm.weight"),
+    ("lm_head/kernel", "embed vocab", HEAD),
+)
+_INITIALIZERS = {"embedding": "normal", "kernel": "normal", "bias": "zeros", "scale": "ones"}
+
+
 def table(c: ModelConfig) -> tuple[Param, ...]:
     """Return a row for every parameter of the model, in the order of a Hugging Face checkpoint."""
-    L, D, F, V = c.num_layers, c.hidden_size, c.intermediate_size, c.vocab_size
-    NH, KH = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-
-    def kernel(path: str, shape: tuple[int, int], axes: tuple[str, str], hf: str) -> Param:
-        keys, hf_key = ("layers", *path.split("/"), "kernel"), f"model.layers.{{layer}}.{hf}.weight"
-        return Param(keys, (L, *shape), ("layers", *axes), hf_key, "normal", transposed=True)
-
-    def vector(path: str, size: int, axis: str, hf: str, init: str) -> Param:
-        return Param(("layers", *path.split("/")), (L, size), ("layers", axis), f"model.layers.{{layer}}.{hf}", init)
-
-    rows = [
-        Param(("embed", "embedding"), (V, D), ("vocab", "embed"), EMBEDDING, "normal"),
-        vector("attention_norm/scale", D, "norm", "input_layernorm.weight", "ones"),
-    ]
-    for letter, size, axis in (("q", NH, "heads"), ("k", KH, "kv_heads"), ("v", KH, "kv_heads")):
-        rows += [
-            kernel(f"attention/{letter}", (D, size), ("embed", axis), f"self_attn.{letter}_proj"),
-            vector(f"attention/{letter}/bias", size, axis, f"self_attn.{letter}_proj.bias", "zeros"),
-        ]
-    rows += [
-        kernel("attention/o", (NH, D), ("heads", "embed"), "self_attn.o_proj"),
-        vector("mlp_norm/scale", D, "norm", "post_attention_layernorm.weight", "ones"),
-        kernel("mlp/gate", (D, F), ("embed", "mlp"), "mlp.gate_proj"),
-        kernel("mlp/up", (D, F), ("embed", "mlp"), "mlp.up_proj"),
-        kernel("mlp/down", (F, D), ("mlp", "embed"), "mlp.down_proj"),
-        Param(("final_norm", "scale"), (D,), ("norm",), "model.norm.weight", "ones"),
-    ]
-    if not c.tied:
-        rows.append(Param(("lm_head", "kernel"), (D, V), ("embed", "vocab"), HEAD, "normal", transposed=True))
-    return tuple(rows)
+    sizes = {
+        "layers": c.num_layers, "vocab": c.vocab_size, "embed": c.hidden_size, "norm": c.hidden_size,
+        "heads": c.num_heads * c.head_dim, "kv_heads": c.num_kv_heads * c.head_dim, "mlp": c.intermediate_size,
+    }  # fmt: skip
+    rows = []
+    for name, logical_axes, hf_key in _TABLE:
+        path, axes = tuple(name.split("/")), tuple(logical_axes.split())
+        shape, kind = tuple(sizes[axis] for axis in axes), path[-1]
+        rows.append(Param(path, shape, axes, hf_key, _INITIALIZERS[kind], transposed=kind == "kernel"))
+    return tuple(rows[:-1] if c.tied else rows)
 
 
 def count(c: ModelConfig) -> int:
@@ -115,7 +112,7 @@ def unflatten(leaves: Iterable[tuple[tuple[str, ...], Any]]) -> dict[str, Any]:
 
 def pick(params: Any, rows: tuple[Param, ...]) -> dict[str, Any]:
     """Return the nested dictionary of these rows' parameters only."""
-    return unflatten([(row.path, get(params, row.path)) for row in rows])
+    return unflatten((row.path, get(params, row.path)) for row in rows)
 
 
 def join(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:

@@ -20,8 +20,8 @@ PEAK_FLOPS = {
 
 def peak_flops(device_kind: str) -> float | None:
     """Return the FLOP/s of a device, or None where they are not known (a CPU)."""
-    peaks = (peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\b{name}(?!\d)", device_kind, re.IGNORECASE))
-    return next(peaks, None)
+    kinds = (name for name in PEAK_FLOPS if re.search(rf"\b{name}(?!\d)", device_kind, re.IGNORECASE))
+    return PEAK_FLOPS.get(next(kinds, ""))
 
 
 def gpu_capability() -> tuple[int, int] | None:
@@ -53,10 +53,7 @@ _TOPOLOGY = re.compile(r"(?:(\d+)x)?([a-z0-9]+):(\d+(?:x\d+)*)")
 
 
 def topology_devices(name: str) -> tuple[Chip, list[Any]]:
-    """Return the chip and the devices to compile for, of a slice like v5p:4x4x4 or of several like 2xv5p:4x4x4.
-
-    It needs libtpu, but no TPU. Raises UserError for a malformed name, a shape that does not exist, or without libtpu.
-    """
+    """Return the chip and the devices to compile for, of a slice like v5p:4x4x4 or of several like 2xv5p:4x4x4."""
     match = _TOPOLOGY.fullmatch(name)
     if match is None or match[1] == "0":
         raise UserError(f"--topology: '{name}' is not like v5p:4x4x4, v6e:16x16 or 2xv5p:4x4x4")

@@ -29,46 +29,39 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 
 
 def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Make a mesh with the axes data, fsdp, context, tensor of these devices (None: all).
+    """Make a mesh of these devices (None: all); UserError for an unknown axis or sizes that do not fit the devices.
 
     sizes: of the axes. Absent axes are 1; at most one may be -1, the devices left over. Without a -1 the product may be
-    smaller than the number of devices: the first ones are used. Raises UserError for an unknown axis or sizes that do
-    not fit the devices.
+    smaller than the number of devices: the first ones are used.
     """
-    devices = list(devices if devices is not None else jax.devices())
+    devices = list(jax.devices() if devices is None else devices)
     sizes = dict(sizes or {})
     for axis, size in sizes.items():
         if axis not in AXES:
             raise UserError(f"mesh: unknown axis '{axis}'; the axes are {', '.join(AXES)}")
         if not isinstance(size, int):
             raise UserError(f"mesh: {axis} is {size!r}, expected a whole number")
-    shape = [sizes.get(axis, 1) for axis in AXES]
+    shape, count = [sizes.get(axis, 1) for axis in AXES], len(devices)
     if any(size < 1 and size != -1 for size in shape) or shape.count(-1) > 1:
         raise UserError(f"mesh: sizes {sizes}: each must be at least 1, and at most one may be -1 (the rest)")
-    fixed = math.prod(size for size in shape if size != -1)
     if -1 in shape:
-        if len(devices) % fixed:
-            raise UserError(
-                f"mesh: {len(devices)} devices cannot be divided by {fixed} (the product of the sizes given); "
-                "change one of the sizes"
-            )
-        shape[shape.index(-1)] = len(devices) // fixed
+        fixed = -math.prod(shape)
+        if count % fixed:
+            product = f"{fixed} (the product of the sizes given)"
+            raise UserError(f"mesh: {count} devices cannot be divided by {product}; change one of the sizes")
+        shape[shape.index(-1)] = count // fixed
     used = math.prod(shape)
-    if used > len(devices):
-        raise UserError(f"mesh: sizes {sizes} need {used} devices, there are {len(devices)}; make a size smaller")
+    if used > count:
+        raise UserError(f"mesh: sizes {sizes} need {used} devices, there are {count}; make a size smaller")
     try:
         return Mesh(arrange(shape, devices[:used]), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     except (AssertionError, NotImplementedError, ValueError):
-        raise UserError(
-            f"mesh: sizes {sizes} cannot be laid out on these {len(devices)} devices; use all of them, one size -1"
-        ) from None
+        problem = f"cannot be laid out on these {count} devices; use all of them, one size -1"
+        raise UserError(f"mesh: sizes {sizes} {problem}") from None
 
 
 def slow_groups(devices: Sequence[Any]) -> list[int]:
-    """Return the number of every device's group: a TPU's slice, a GPU's host; 0 for other devices.
-
-    Links within a group are much faster than those between groups.
-    """
+    """Return the number of every device's group, within which links are fast: a TPU's slice, a GPU's host, else 0."""
     kinds = {"tpu": "slice_index", "gpu": "process_index"}
     return [getattr(device, kinds.get(device.platform, ""), 0) for device in devices]
 
@@ -94,25 +87,18 @@ def arrange(shape: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
     )
 
 
-def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
-    """Return the mesh axes of an array whose dimensions have these logical names (None: not split)."""
-    return PartitionSpec(*(None if axis is None else RULES[axis] for axis in axes))
-
-
 def fitting_spec(mesh: Mesh | AbstractMesh, axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
-    """Return the `partition_spec`, with those dimensions whole that their mesh axes do not divide."""
+    """Return the mesh axes of these logical axes (None: whole). A dimension that they do not divide stays whole."""
     parts = []
-    for size, part in zip(shape, partition_spec(axes), strict=True):
-        parts.append(part if size % math.prod(mesh.shape[name] for name in split_axes((part,))) == 0 else None)
+    for axis, size in zip(axes, shape, strict=True):
+        part = None if axis is None else RULES[axis]
+        parts.append(None if size % math.prod(mesh.shape[name] for name in split_axes((part,))) else part)
     return PartitionSpec(*parts)
 
 
-def sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int] | None = None) -> NamedSharding:
-    """Return the sharding on `mesh` of an array with these logical axes.
-
-    With `shape`, a dimension that its mesh axes do not divide stays whole (small models on large meshes).
-    """
-    return NamedSharding(mesh, partition_spec(axes) if shape is None else fitting_spec(mesh, axes, shape))
+def sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
+    """Return the sharding on `mesh` of an array of this shape with these logical axes, see `fitting_spec`."""
+    return NamedSharding(mesh, fitting_spec(mesh, axes, shape))
 
 
 def split_axes(spec: Iterable[Any]) -> tuple[str, ...]:
@@ -127,10 +113,7 @@ def mesh_in_scope() -> AbstractMesh | None:
 
 
 def on_each_device(local: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """Return `local` as a function of whole arrays: on the mesh in scope each device calls it with its own parts.
-
-    Without a mesh, or on one device, `local` is called with the arrays as they are.
-    """
+    """Return `local` as a function of whole arrays: on the mesh in scope each device calls it with its own parts."""
     if mesh_in_scope() is None:
         return local
     return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)

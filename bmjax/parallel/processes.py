@@ -1,8 +1,4 @@
-"""Several processes that train as one: how they meet, agree, stop together, and notice a dead one.
-
-All processes run the same program on the same inputs; JAX's runtime (`jax.distributed`) joins their devices. Training
-enters `together`; everything that writes asks `is_main`. In a single process every function here costs nothing.
-"""
+"""Several processes that train as one, on the same inputs: how they meet, agree, stop together, notice a dead one."""
 
 import atexit
 import contextlib
@@ -12,13 +8,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 import numpy as np
+from jax._src.distributed import global_state
 from jax.experimental import multihost_utils
 
 from bmjax.config import UserError, first_line
@@ -27,6 +24,7 @@ SLACK = 60  # seconds that the runtime's watch, which ends with a stack trace, w
 BEAT = 5.0  # seconds between looks at the other processes, at most
 TOGETHER = 5  # seconds within which processes that fail for the same reason have all reported it
 _REASON = "bmjax/alive/reason"
+_RUNTIME: Any = global_state  # its client: a store that process 0 holds, and barriers
 _AGAIN = "the same command on all of them resumes from the newest checkpoint"
 
 
@@ -36,14 +34,12 @@ def together(
 ) -> Iterator[None]:
     """Join this process with the others of a run while the block runs; entered before JAX makes its first array.
 
-    When a process is silent for too long, every other process stops with a line that names it; when a process leaves by
-    an error, they stop at once. (When process 0 is killed, JAX's runtime ends the others with its message, since they
-    meet at process 0.) Nothing is done without a launcher, or where num_processes is 1. Raises UserError for settings
-    that do not belong together, and when processes do not come.
-
-    coordinator: host:port of process 0. With num_processes and process_id all None: as the launcher says (Cloud TPU and
-    GKE slices, SLURM's srun, Open MPI 4, Kubernetes indexed jobs with the kubernetes package). timeout: seconds until a
-    silent process counts as dead.
+    When a process is silent for `timeout` seconds, every other process stops with a line that names it; when a process
+    leaves by an error, they stop at once. (When process 0 is killed, JAX's runtime ends the others with its message,
+    since they meet at process 0.) coordinator: host:port of process 0. With num_processes and process_id all None: as
+    the launcher says (Cloud TPU and GKE slices, SLURM's srun, Open MPI 4, Kubernetes indexed jobs with the kubernetes
+    package). Nothing is done without a launcher, or where num_processes is 1. Raises UserError for settings that do not
+    belong together, and when processes do not come.
     """
     _connect(coordinator, num_processes, process_id, timeout)
     if jax.process_count() == 1:
@@ -59,7 +55,7 @@ def together(
         raise
     except BaseException as error:
         with contextlib.suppress(Exception):  # where the watch of the other processes looks for it
-            _client().key_value_set(_REASON, f"{process} stopped: {first_line(error)}")
+            _RUNTIME.client.key_value_set(_REASON, f"{process} stopped: {first_line(error)}")
         atexit.register(_leave, 2 if isinstance(error, UserError | jax.errors.JaxRuntimeError) else 1, beat)
         if isinstance(error, jax.errors.JaxRuntimeError):
             raise UserError(
@@ -68,13 +64,6 @@ def together(
         raise
     finally:
         ended.set()
-
-
-def _client() -> Any:
-    """Return the runtime's client: a store that process 0 holds, and barriers."""
-    from jax._src.distributed import global_state
-
-    return global_state.client
 
 
 def _leave(code: int, beat: float) -> None:
@@ -86,8 +75,8 @@ def _leave(code: int, beat: float) -> None:
     sys.stderr.flush()
     try:
         # Process 0 stays until all have looked: the runtime ends a process that loses it with a stack trace.
-        seconds = TOGETHER if jax.process_index() else TOGETHER + TOGETHER + 2 * beat
-        _client().wait_at_barrier("bmjax/left", int(1000 * seconds))
+        seconds = TOGETHER if jax.process_index() else 2 * (TOGETHER + beat)
+        _RUNTIME.client.wait_at_barrier("bmjax/left", int(1000 * seconds))
     except Exception:
         os._exit(code)
 
@@ -99,24 +88,17 @@ def _connect(coordinator: str | None, num_processes: int | None, process_id: int
         raise UserError(f"{', '.join(missing)}: missing; coordinator, num_processes and process_id belong together")
     if num_processes == 1 or jax.distributed.is_initialized():
         return
-    arguments = _launched() if missing else {"cluster_detection_method": "deactivate"}
+    arguments: dict[str, Any] | None = _launched() if missing else {"cluster_detection_method": "deactivate"}
     if arguments is None:
         return
-    if coordinator is not None and num_processes is not None and process_id is not None:
-        if not coordinator.rpartition(":")[2].isdigit():
-            raise UserError(f"coordinator: '{coordinator}' is not like host:port")
-        if not 0 <= process_id < num_processes:
-            raise UserError(f"process_id: {process_id} is not one of 0 to {num_processes - 1} (num_processes)")
+    if coordinator is not None and not coordinator.rpartition(":")[2].isdigit():
+        raise UserError(f"coordinator: '{coordinator}' is not like host:port")
+    if process_id is not None and num_processes is not None and not 0 <= process_id < num_processes:
+        raise UserError(f"process_id: {process_id} is not one of 0 to {num_processes - 1} (num_processes)")
+    arguments["initialization_timeout"] = max(timeout, 10)
+    arguments["heartbeat_timeout_seconds"] = arguments["shutdown_timeout_seconds"] = timeout + SLACK
     try:
-        jax.distributed.initialize(
-            coordinator_address=coordinator,
-            num_processes=num_processes,
-            process_id=process_id,
-            **arguments,
-            initialization_timeout=max(timeout, 10),
-            heartbeat_timeout_seconds=timeout + SLACK,
-            shutdown_timeout_seconds=timeout + SLACK,
-        )
+        jax.distributed.initialize(coordinator, num_processes, process_id, **arguments)
     except Exception as error:
         no_others = "should be defined" in str(error) or "must be called before" in str(error)
         if missing and no_others and jax.process_count() == 1:
@@ -128,11 +110,11 @@ def _launched() -> dict[str, Any] | None:
     """Return the arguments of `jax.distributed.initialize` that suit the launcher; None when none started us."""
     env = os.environ
     if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in env:
-        arguments: dict[str, Any] = {"cluster_detection_method": "slurm"}
-        if env.get("SLURM_STEP_NUM_NODES") == env["SLURM_STEP_NUM_TASKS"] and "SLURM_GPUS_ON_NODE" in env:
-            # JAX gives a task under SLURM a single GPU; a node's only task gets all of them.
-            arguments["local_device_ids"] = list(range(int(env["SLURM_GPUS_ON_NODE"])))
-        return arguments
+        if env.get("SLURM_STEP_NUM_NODES") != env["SLURM_STEP_NUM_TASKS"] or "SLURM_GPUS_ON_NODE" not in env:
+            return {"cluster_detection_method": "slurm"}
+        # JAX gives a task under SLURM a single GPU; a node's only task gets all of them.
+        gpus = list(range(int(env["SLURM_GPUS_ON_NODE"])))
+        return {"cluster_detection_method": "slurm", "local_device_ids": gpus}
     if int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
         return {"cluster_detection_method": "ompi"}
     # A host of a TPU slice whose software JAX may use.
@@ -153,10 +135,10 @@ def _launched() -> dict[str, Any] | None:
 def _watch(timeout: int, beat: float, ended: threading.Event) -> None:
     """End this process with a line when another process is silent for `timeout` seconds, or has left a reason.
 
-    A collective that waits for a dead process never returns, so a thread watches. Every process writes the
-    time to the runtime's store, which process 0 holds, and looks whether the others' times change.
+    A collective that waits for a dead process never returns, so a thread watches. Every process writes the time to the
+    runtime's store, which process 0 holds, and looks whether the others' times change.
     """
-    client = _client()
+    client = _RUNTIME.client
     process, count = jax.process_index(), jax.process_count()
     last_change = {i: ("", time.monotonic()) for i in range(count) if i != process}  # what each wrote, and since when
     while not ended.wait(beat):
@@ -182,31 +164,26 @@ def _watch(timeout: int, beat: float, ended: threading.Event) -> None:
                 os._exit(1)
 
 
-class Stop:
-    """A context in which SIGTERM, which schedulers send, does not end the process; `reached` returns when to end.
+@contextlib.contextmanager
+def delayed_sigterm() -> Iterator[Callable[[int], bool]]:
+    """Keep SIGTERM, which schedulers send, from ending the process while the block runs.
 
-    In a run of several processes JAX's runtime passes a SIGTERM of any process to all of them and picks the step after
-    which they end together.
+    Yields a function of the step that says whether to end after it; all processes call it once a step. In a run of
+    several processes JAX's runtime passes a SIGTERM of any process to all of them and picks the step.
     """
-
-    def __init__(self) -> None:
-        self._signalled = False
-        self._previous: Any = None
-        self._alone = jax.process_count() == 1
-
-    def __enter__(self) -> Self:
-        # Only the main thread may set a signal's handler; with several processes JAX has set it.
-        if self._alone and threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_signalled", True))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
-
-    def reached(self, step: int) -> bool:
-        """Return whether to end after this step. All processes call it once a step."""
-        return self._signalled if self._alone else multihost_utils.reached_preemption_sync_point(step)
+    if jax.process_count() > 1:  # JAX has set the signal's handler
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    signalled = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # only that one may set a handler
+        yield lambda step: False
+        return
+    previous = signal.signal(signal.SIGTERM, lambda *_: signalled.set())
+    try:
+        yield lambda step: signalled.is_set()
+    finally:
+        if previous is not None:  # None: it was not set from Python
+            signal.signal(signal.SIGTERM, previous)
 
 
 def is_main() -> bool:
@@ -214,10 +191,10 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
-def wait_for_all(what: str) -> None:
-    """Wait until every process has made this call. what: a name, the same for all."""
+def wait_for_all(name: str) -> None:
+    """Wait until every process has made this call, with the same name."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
+        multihost_utils.sync_global_devices(name)
 
 
 def mains(value: bool) -> bool:

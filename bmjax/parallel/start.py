@@ -1,7 +1,4 @@
-"""Process settings to make before JAX starts: CPU devices, GPU memory, threads, compile cache, malloc.
-
-The commands call it. Each function leaves alone what the user has set by an environment variable.
-"""
+"""Process settings to make before JAX starts. Each leaves alone what the user has set by an environment variable."""
 
 import contextlib
 import ctypes
@@ -24,33 +21,24 @@ def use_cpu_cores() -> None:
     """Make one CPU device of each core, up to the largest power of two (at most 8).
 
     Rows spread over devices keep the cores busier than one device whose every operation is cut among threads
-    (a fifth faster for small models). Nothing happens where devices were counted already: by XLA_FLAGS, by
-    JAX_NUM_CPU_DEVICES, or because JAX has started. Accelerators are not touched.
+    (a fifth faster for small models). Nothing happens where JAX has started.
     """
     if "host_platform_device_count" in os.environ.get("XLA_FLAGS", "") or "JAX_NUM_CPU_DEVICES" in os.environ:
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
+    with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", 1 << (min(cores, MOST_CPU_DEVICES).bit_length() - 1))
-    except RuntimeError:
-        return
-    _keep_freed_memory()
+        _keep_freed_memory()
 
 
 def use_gpu_memory() -> None:
-    """Give JAX nearly all of a GPU's memory instead of three quarters: a training has the device for itself.
-
-    To be called before JAX starts.
-    """
+    """Give JAX nearly all of a GPU's memory instead of three quarters: a training has the device for itself."""
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # the older name; JAX refuses both at once
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.95")
 
 
 def use_own_threads() -> None:
-    """Have XLA compute on a CPU in the thread that asks for it, in programs whose threads keep the cores busy.
-
-    To be called before JAX makes its first array.
-    """
+    """Have XLA compute on a CPU in the thread that asks for it, in programs whose threads keep the cores busy."""
     os.environ.setdefault("NPROC", "1")  # the size of XLA's thread pool
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     _keep_freed_memory()
@@ -59,9 +47,8 @@ def use_own_threads() -> None:
 def keep_compiled_programs() -> None:
     """Have JAX keep compiled programs in the user's cache directory for the next process.
 
-    For commands that take seconds, half of which would be compiling. Entries are made for this processor and this
-    version of JAX; a program whose entry cannot be read is compiled again. Nothing happens where
-    JAX_COMPILATION_CACHE_DIR is set (empty: no cache).
+    For commands that take seconds, half of which would be compiling. A program whose entry cannot be read is compiled
+    again. JAX_COMPILATION_CACHE_DIR may be empty: no cache.
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return

@@ -26,8 +26,7 @@ from bmjax.log import Log, silent
 from bmjax.model import spec
 from bmjax.model.attention import rows as short_rows
 from bmjax.model.attention.dispatch import backend
-from bmjax.model.config import ModelConfig
-from bmjax.model.published import known
+from bmjax.model.config import ModelConfig, known
 from bmjax.parallel.chips import Chip, topology_devices
 from bmjax.parallel.mesh import AXES
 from bmjax.plan.hlo import SLICES, Program, totals

@@ -1,8 +1,7 @@
 """Training checkpoints: written by Orbax in the background, the newest few kept, a half-written one never seen.
 
 Orbax writes a step into a temporary directory and renames it when everything is on disk, so a process may die at any
-moment. What it left is removed when the directory is opened again. Training and `bmjax convert` call this module;
-nothing else calls Orbax.
+moment. What it left is removed when the directory is opened again. Nothing else calls Orbax.
 """
 
 import contextlib
@@ -30,13 +29,12 @@ logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathnam
 class Checkpoints:
     """The checkpoints of a training run.
 
-    keep: how many of the newest stay. every: steps between two. keep_every: checkpoints of a multiple of so many steps
-    stay, too. All processes of a run make the same calls. An error of a background save is raised by the next call.
+    keep: how many of the newest stay. keep_every: checkpoints of a multiple of so many steps stay, too. All processes
+    of a run make the same calls. An error of a background save is raised by the next call.
     """
 
-    def __init__(self, directory: str | Path, keep: int, every: int, keep_every: int | None = None) -> None:
+    def __init__(self, directory: str | Path, keep: int, keep_every: int | None = None) -> None:
         self.directory = Path(directory).resolve()
-        self.every = every
         policies = ocp.training.preservation_policies
         preserved = [policies.LatestN(keep), *([policies.EveryNSteps(keep_every)] if keep_every else [])]
         try:
@@ -52,47 +50,40 @@ class Checkpoints:
         except OSError as error:
             raise UserError(f"{self.directory}: cannot hold checkpoints: {error.strerror}") from None
 
-    def due(self, step: int, last: int | None = None) -> bool:
-        """Return whether a run saves after `step` steps: every `every` steps, and at the `last`."""
-        return step % self.every == 0 or step == last
-
     def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
         """Save `state` (a pytree of jax.Array) and `meta` (JSON) as `step`, a number above all saved before.
 
-        Returns once the arrays are copied, so they may be donated; the files are written in the background.
-        Raises UserError, one line naming the directory, when this or the save before it found the disk full.
+        Returns once the arrays are copied, so they may be donated. Raises UserError when this or the save before it met
+        a full disk.
         """
-        step = operator.index(step)
-        latest = self.latest()
+        step, latest = operator.index(step), self.latest()
         if latest is not None and step <= latest:
             raise ValueError(f"{self.directory}: step {step} is not after the newest checkpoint, {latest}")
         with self._disk_errors():
             self._checkpointer.save_async(step, state, custom_metadata={"meta": dict(meta), "leaves": _leaves(state)})
 
     def latest(self) -> int | None:
-        """Return the newest complete step, None when there is none."""
+        """Return the newest complete step, None when there is none. It waits for the save under way."""
         with self._disk_errors():
             self._checkpointer.wait()
         newest = self._checkpointer.latest
         return None if newest is None else int(newest.step)
 
-    def restore(self, step: int | None, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
-        """Read (state, meta) as they were saved with `step`, or the newest for None.
+    def restore(self, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+        """Read (state, meta) of the newest checkpoint.
 
         abstract_state: a pytree of jax.ShapeDtypeStruct with shardings, which may be those of another mesh. A float32
-        leaf may be restored as bfloat16, and the other way round. Raises UserError when there is no such checkpoint,
-        when it is another model's (naming the first leaf that differs) or when it is damaged.
+        leaf may be restored as bfloat16, and the other way round. Raises UserError when there is no checkpoint, when it
+        is another model's (naming the first leaf that differs) or when it is damaged.
         """
-        step = self._existing_step(step)
+        step = self._newest()
         path, expected = self.directory / str(step), _leaves(abstract_state)
         try:
             saved = self._checkpointer.metadata(step).custom_metadata
-            leaves = saved["leaves"]
-            for name in [*expected, *leaves]:
-                stored, wanted = leaves.get(name, "absent"), expected.get(name, "absent")
-                (dtype, _, shape), (wanted_dtype, _, wanted_shape) = stored.partition(" "), wanted.partition(" ")
-                castable = {dtype, wanted_dtype} <= {"float32", "bfloat16"}  # Orbax casts what it restores
-                if shape != wanted_shape or (dtype != wanted_dtype and not castable):
+            for name in [*expected, *saved["leaves"]]:
+                stored, wanted = saved["leaves"].get(name, "absent"), expected.get(name, "absent")
+                # Orbax casts what it restores.
+                if stored.replace("bfloat16 ", "float32 ") != wanted.replace("bfloat16 ", "float32 "):
                     raise UserError(
                         f"{path}: the checkpoint is of another model or optimizer: {name} is {stored}, expected "
                         f"{wanted}; use another output, or delete the checkpoints"
@@ -105,22 +96,20 @@ class Checkpoints:
                 f"{path}: the checkpoint is damaged: {first_line(error)}; delete this directory to use an earlier one"
             ) from None
 
-    def meta(self, step: int | None) -> dict[str, Any]:
-        """Return the `meta` saved with `step`, or with the newest for None; UserError when there is none."""
-        return self._checkpointer.metadata(self._existing_step(step)).custom_metadata["meta"]
+    def meta(self) -> dict[str, Any]:
+        """Return the `meta` of the newest checkpoint; UserError when there is none."""
+        return self._checkpointer.metadata(self._newest()).custom_metadata["meta"]
 
-    def _existing_step(self, step: int | None) -> int:
-        latest = self.latest()  # waits for the save under way, which may be of this step
-        step = latest if step is None else operator.index(step)
-        if step is None or step not in [checkpoint.step for checkpoint in self._checkpointer.checkpoints]:
-            raise UserError(f"{self.directory}: no checkpoint" + ("" if step is None else f" of step {step}"))
+    def _newest(self) -> int:
+        step = self.latest()
+        if step is None:
+            raise UserError(f"{self.directory}: no checkpoint")
         return step
 
     def close(self) -> None:
         """Wait for the save under way. No other call may follow."""
         try:
-            with self._disk_errors():
-                self._checkpointer.wait()
+            self.latest()
         finally:
             self._checkpointer.close()
 

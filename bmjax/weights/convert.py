@@ -1,7 +1,4 @@
-"""A Hugging Face directory <-> an Orbax checkpoint of the parameters, with config and tokenizer beside it.
-
-`bmjax convert` and `bmjax.convert` call it. The parameters keep their stored dtypes.
-"""
+"""A Hugging Face directory <-> an Orbax checkpoint of the parameters in their stored dtypes, and what lies beside."""
 
 import shutil
 from contextlib import closing
@@ -23,40 +20,33 @@ PARAMS = "params"  # DST/params/0: an Orbax checkpoint whose only step is 0
 
 
 def convert(source: str, destination: str, to: str) -> None:
-    """Convert a model directory to the form `to`, 'hf' or 'orbax'."""
-    forms = {"hf": _to_hf, "orbax": _to_orbax}
-    if to not in forms:
+    """Convert a model directory (for Orbax also a hub id) to the form `to`, 'hf' or 'orbax'."""
+    if to not in ("hf", "orbax"):
         raise UserError(f"to: expected hf or orbax, found '{to}'")
     if Path(destination).exists():
         raise UserError(f"{Path(destination)}: exists already; choose a new directory")
-    forms[to](source, destination)
+    if to == "orbax":
+        directory = hub.model_directory(source)
+        config = ModelConfig.from_dir(directory)
+        params = hf.load_params(directory, config, make_mesh())
+        with replacing(Path(destination)) as temporary:
+            for file in directory.iterdir():
+                if file.name in (*hf.TOKENIZER_FILES, "config.json", "generation_config.json"):
+                    shutil.copyfile(file, temporary / file.name)
+            dtypes = {row.name: str(spec.get(params, row.path).dtype) for row in spec.table(config)}
+            with closing(Checkpoints(temporary / PARAMS, keep=1)) as checkpoints:
+                checkpoints.save(0, params, {"dtypes": dtypes})
+        return
 
-
-def _to_orbax(source: str, destination: str) -> None:
-    """Write the parameters of a Hugging Face directory or hub id, in their stored dtype, to DESTINATION/params."""
-    directory = hub.model_directory(source)
-    config = ModelConfig.from_dir(directory)
-    params = hf.load_params(directory, config, make_mesh())
-    with replacing(Path(destination)) as temporary:
-        for file in directory.iterdir():
-            if file.name in (*hf.TOKENIZER_FILES, "config.json", "generation_config.json"):
-                shutil.copyfile(file, temporary / file.name)
-        dtypes = {row.name: str(spec.get(params, row.path).dtype) for row in spec.table(config)}
-        with closing(Checkpoints(temporary / PARAMS, keep=1, every=1)) as checkpoints:
-            checkpoints.save(0, params, {"dtypes": dtypes})
-
-
-def _to_hf(source: str, destination: str) -> None:
-    """Write a Hugging Face directory from what `_to_orbax` wrote: safetensors, config and tokenizer."""
     directory = Path(source)
     if not (directory / PARAMS).is_dir():
         ready = directory / "hf"
         hint = f"; {ready} is a Hugging Face directory already" if (ready / "config.json").is_file() else ""
         raise UserError(f"{directory}: not what `bmjax convert --to orbax` writes (no {PARAMS}/ in it){hint}")
     config, mesh = ModelConfig.from_dir(directory), make_mesh()
-    with closing(Checkpoints(directory / PARAMS, keep=1, every=1)) as checkpoints:
-        dtypes = checkpoints.meta(None)["dtypes"]
+    with closing(Checkpoints(directory / PARAMS, keep=1)) as checkpoints:
+        dtypes = checkpoints.meta()["dtypes"]
         rows = [(row, jnp.dtype(dtypes[row.name]), sharding(mesh, row.axes, row.shape)) for row in spec.table(config)]
         shapes = [(row.path, jax.ShapeDtypeStruct(row.shape, dtype, sharding=layout)) for row, dtype, layout in rows]
-        params = checkpoints.restore(None, spec.unflatten(shapes))[0]
+        params = checkpoints.restore(spec.unflatten(shapes))[0]
     hf.save_hf(destination, params, read_hf_config(directory), side_files=directory)

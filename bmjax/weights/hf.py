@@ -1,15 +1,14 @@
 """A Hugging Face directory <-> the nested parameter dictionary of the table in model/spec.py.
 
 Import reads every device's block straight from the files' byte ranges; export fetches a tensor at a time. So host
-memory never holds the model a second time, only the tensor in hand. student.py opens config and tokenizer through
-here; training, evaluation and the Python interface load and save weights.
+memory never holds the model a second time, only the tensor in hand.
 """
 
 import json
 import math
 import shutil
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, partial
 from itertools import groupby, product
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bmjax.config import UserError, first_line, read_text
@@ -42,66 +42,55 @@ def load_params(
 ) -> dict[str, Any]:
     """Load the parameters of a directory as the table's nested dictionary of jax.Array.
 
-    Every process reads only the blocks of its devices. mesh: the arrays are laid out on it as the table says; None: on
-    the default device. dtype: of the arrays; None: as stored. Raises UserError when the files do not hold exactly the
-    tensors that `config`, the directory's, describes.
+    Every process reads only the blocks of its devices. mesh None: the default device. dtype None: as stored. Raises
+    UserError when the files do not hold exactly the tensors that `config`, the directory's, describes.
     """
     checkpoint = open_checkpoint(directory)
-    _check_tensors(checkpoint, config)
+    if fault := _fault(checkpoint, config):
+        raise UserError(f"{checkpoint.directory}: {fault}")
     dtype = None if dtype is None else np.dtype(dtype)
-    return spec.unflatten([(row.path, _load_leaf(checkpoint, row, mesh, dtype)) for row in spec.table(config)])
+    return spec.unflatten((row.path, _load_leaf(checkpoint, row, mesh, dtype)) for row in spec.table(config))
 
 
-def _check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
-    """Raise UserError unless the checkpoint holds exactly the tensors of the table, in shape and in a float type.
+def _fault(checkpoint: Checkpoint, config: ModelConfig) -> str | None:
+    """Return why a checkpoint does not hold exactly the table's tensors, in shape and in a float type; None: it does.
 
     A tied checkpoint may also hold lm_head.weight if it equals the embedding; rotary_emb.inv_freq is ignored.
     """
-    directory, tensors = checkpoint.directory, checkpoint.tensors
+    tensors = checkpoint.tensors
     if config.num_layers > len(tensors):
-        raise UserError(
-            f"{directory}: config.json says {config.num_layers} layers, the files hold {len(tensors)} tensors"
-        )
+        return f"config.json says {config.num_layers} layers, the files hold {len(tensors)} tensors"
     expected = {key: row.hf_shape for row in spec.table(config) for key in row.hf_keys()}
     missing = [name for name in expected if name not in tensors]
     if missing:
         hint = "; config.json has tie_word_embeddings false" if missing == [HEAD] else ""
-        raise UserError(f"{directory}: missing {listing(missing)}{hint}")
+        return f"missing {listing(missing)}{hint}"
     surplus = [name for name in tensors if name not in expected and not name.endswith("rotary_emb.inv_freq")]
     if config.tied and HEAD in surplus:
-        if not _head_is_embedding(checkpoint):
-            raise UserError(
-                f"{directory}: config.json has tie_word_embeddings true, but the files hold a {HEAD} "
-                f"that differs from {EMBEDDING}; set tie_word_embeddings to false"
+        embedding, head = tensors[EMBEDDING], tensors[HEAD]
+        starts = range(0, embedding.shape[0] if embedding.shape else 0, COMPARE_ROWS)
+        blocks = [(slice(start, start + COMPARE_ROWS),) for start in starts]
+        if (embedding.shape, embedding.dtype) != (head.shape, head.dtype) or any(
+            checkpoint.read(EMBEDDING, rows).tobytes() != checkpoint.read(HEAD, rows).tobytes() for rows in blocks
+        ):
+            return (
+                f"config.json has tie_word_embeddings true, but the files hold a {HEAD} that differs from {EMBEDDING}; "
+                "set tie_word_embeddings to false"
             )
         surplus.remove(HEAD)
     if surplus:
-        raise UserError(
-            f"{directory}: surplus {listing(surplus)} that a {config.model_type} model with this config.json "
-            "does not have"
-        )
-    infos = [(name, tensors[name], list(shape)) for name, shape in expected.items()]
-    misshapen = [f"{name} is {list(i.shape)}, expected {shape}" for name, i, shape in infos if list(i.shape) != shape]
-    not_float = [f"{name} is {i.dtype}" for name, i, _ in infos if i.dtype not in FLOATS]
-    for problems, fault, advice in (
-        (misshapen, "misshapen", "config.json or the file is wrong"),
-        (not_float, "of a type not supported", "use BF16, F16 or F32"),
-    ):
-        if problems:
-            examples = ", ".join([*problems[:3], *["..."] * (len(problems) > 3)])
-            raise UserError(f"{directory}: {len(problems)} {fault}: {examples}; {advice}")
+        return f"surplus {listing(surplus)} that a {config.model_type} model with this config.json does not have"
+    pairs = [(name, tensors[name], list(shape)) for name, shape in expected.items()]
+    misshapen = [f"{name} is {list(i.shape)}, expected {shape}" for name, i, shape in pairs if list(i.shape) != shape]
+    not_float = [f"{name} is {info.dtype}" for name, info, _ in pairs if info.dtype not in FLOATS]
+    problems, kind, advice = misshapen, "misshapen", "config.json or the file is wrong"
+    if not misshapen:
+        problems, kind, advice = not_float, "of a type not supported", "use BF16, F16 or F32"
+    examples = ", ".join([*problems[:3], *["..."] * (len(problems) > 3)])
+    return f"{len(problems)} {kind}: {examples}; {advice}" if problems else None
 
 
-def _head_is_embedding(checkpoint: Checkpoint) -> bool:
-    embedding, head = checkpoint.tensors[EMBEDDING], checkpoint.tensors[HEAD]
-    if (embedding.shape, embedding.dtype) != (head.shape, head.dtype):
-        return False
-    starts = range(0, embedding.shape[0] if embedding.shape else 0, COMPARE_ROWS)
-    blocks = [(slice(start, start + COMPARE_ROWS),) for start in starts]
-    return all(checkpoint.read(EMBEDDING, rows).tobytes() == checkpoint.read(HEAD, rows).tobytes() for rows in blocks)
-
-
-def _load_leaf(checkpoint: Checkpoint, row: Param, mesh: Mesh | None, dtype: np.dtype | None) -> jax.Array:
+def _load_leaf(checkpoint: Checkpoint, row: Param, mesh: Mesh | None, dtype: np.dtype | None) -> Array:
     keys = row.hf_keys()
     stored_as = jnp.result_type(*(checkpoint.tensors[key].numpy_dtype for key in keys))
     leaf_dtype = stored_as if dtype is None else dtype
@@ -128,7 +117,7 @@ def _load_leaf(checkpoint: Checkpoint, row: Param, mesh: Mesh | None, dtype: np.
 
 
 @partial(jax.jit, static_argnames=("dtype", "transposed"))
-def _hf_tensor(leaf: jax.Array, layer: Any, dtype: Any, transposed: bool) -> jax.Array:
+def _hf_tensor(leaf: Array, layer: Any, dtype: Any, transposed: bool) -> Array:
     """Return a tensor in Hugging Face's orientation, as a new array: reading it leaves no host copy on the leaf."""
     part = leaf if layer is None else jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
     return jnp.array(part.T if transposed else part, dtype=dtype, copy=True)
@@ -147,18 +136,12 @@ def save_hf(
 ) -> None:
     """Write a Hugging Face directory that transformers loads, replacing `directory` once all of it is on disk.
 
-    Arguments:
-        params: nested dictionary of arrays, sharded ones too. Where several processes hold them, all make this call.
-        hf_config: the content of config.json; its dtype key is set to the dtype that most numbers are stored in.
-        side_files: a directory whose tokenizer, chat template and generation config are copied.
-        tokenizer: a transformers tokenizer to save instead of the one in `side_files`.
-        dtype: to store all tensors in. None: the dtype of each leaf.
-        shard_bytes: a file ends where the next tensor would take it over this size.
-        eos: end tokens to name in place of those of `hf_config` and of the generation config.
-
-    Raises:
-        UserError: for a directory that holds something else than a model, for a full disk, and for parameters that do
-            not fit the config.
+    hf_config: the content of config.json; its dtype key is set to the dtype that most numbers are stored in.
+    side_files: a directory whose tokenizer, chat template and generation config are copied. tokenizer: a transformers
+    tokenizer to save instead. dtype: to store all tensors in; None: that of each leaf. shard_bytes: a file ends where
+    the next tensor would take it over this size. eos: end tokens to name in place of those of `hf_config` and of the
+    generation config. Where several processes hold the parameters, all make this call. Raises UserError for a directory
+    that holds something else than a model, for a full disk, and for parameters that do not fit the config.
     """
     # Plan the tensors layer by layer, as Hugging Face orders them.
     directory = Path(directory)
@@ -166,17 +149,16 @@ def save_hf(
         hf_config = {**hf_config, "eos_token_id": list(eos)}
     config = ModelConfig.from_hf(hf_config, "config")
     table = spec.table(config)
-    leaves: dict[tuple[str, ...], Any] = {}
     for row in table:
         try:
-            leaves[row.path] = leaf = spec.get(params, row.path)
+            leaf = spec.get(params, row.path)
         except (KeyError, TypeError):
             message = f"parameters: {row.name} is missing; config and parameters belong to different models"
             raise UserError(message) from None
         if tuple(leaf.shape) != row.shape:
             raise UserError(f"parameters: {row.name} is {list(leaf.shape)}, the config says {list(row.shape)}")
     rows = [
-        (row, layer, np.dtype(leaves[row.path].dtype if dtype is None else dtype))
+        (row, layer, np.dtype(spec.get(params, row.path).dtype if dtype is None else dtype))
         for stacked, block in groupby(table, lambda row: row.stacked)
         for layer, row in product(range(config.num_layers) if stacked else [None], block)
     ]
@@ -184,23 +166,23 @@ def save_hf(
     if directory.is_dir() and not (directory / "config.json").exists() and any(directory.iterdir()):
         raise UserError(f"{directory}: exists, is not empty and holds no model; choose another name or empty it")
 
-    def tensors() -> Iterator[Any]:
-        # Every process has a part of each tensor; the first one gets all parts, and the others None.
-        for row, layer, stored_as in rows:
-            tensor = _hf_tensor(leaves[row.path], layer, stored_as, row.transposed)
-            if not tensor.is_fully_addressable:
-                assert isinstance(tensor.sharding, NamedSharding)  # several processes share arrays only on a mesh
-                tensor = jax.block_until_ready(jax.device_put(tensor, tensor.sharding.update(spec=PartitionSpec())))
-            yield jax.device_get(tensor) if is_main() else None
+    def gather(row: Param, layer: int | None, stored_as: np.dtype) -> Array:
+        # Every process has a part of each tensor, and joins in as the first one gets all parts.
+        tensor = _hf_tensor(spec.get(params, row.path), layer, stored_as, row.transposed)
+        if tensor.is_fully_addressable:
+            return tensor
+        assert isinstance(tensor.sharding, NamedSharding)  # several processes share arrays only on a mesh
+        return jax.block_until_ready(jax.device_put(tensor, tensor.sharding.update(spec=PartitionSpec())))
 
     # Write the tensors in the first process.
     if not is_main():
-        deque(tensors(), maxlen=0)
+        for tensor in rows:
+            gather(*tensor)
         return
     with replacing(directory) as temporary:
         with SharedWriter(temporary, plan, shard_bytes) as writer:
-            for (name, _, _), tensor in zip(plan, tensors(), strict=True):
-                writer.write(name, 0, tensor)
+            for (name, _, _), tensor in zip(plan, rows, strict=True):
+                writer.write(name, 0, jax.device_get(gather(*tensor)))
 
         # Write config, tokenizer and the other files beside the weights. transformers 5 writes `dtype`, 4 wrote
         # `torch_dtype`; both read the latter.

@@ -1,8 +1,4 @@
-"""A student opened by name, once: directory, config, tokenizer, chat template and end tokens.
-
-Training, evaluation, planning and the Python interface open models here. Weights are
-read by `bmjax.weights.hf.load_params(student.directory, student.config, ...)`, when they are needed.
-"""
+"""A student opened by name, once: directory, config, tokenizer, chat template and end tokens. hf.py reads weights."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,11 +28,9 @@ class Student:
 def open(name: str | Path, *, template: str | None = None, purpose: str | None = None) -> Student:
     """Open a model by its name; UserError when the model, its config, its tokenizer or the template cannot be had.
 
-    Arguments:
-        name: a directory or a hub id, `id@revision` too.
-        template: chat template: None is the tokenizer's own, else a name in bmjax/chat/templates or a FILE.jinja.
-        purpose: what needs a tokenizer and a chat template, for the error when they are missing ("training"); None:
-            both are optional, and the template is not read.
+    name: a directory or a hub id, `id@revision` too. template: None is the tokenizer's own, else a name in
+    bmjax/chat/templates or a FILE.jinja. purpose: what needs a tokenizer and a template, for the error when they are
+    missing ("training"); None: both are optional, and the template is not read.
     """
     directory = hub.model_directory(name)
     hf_config = read_hf_config(directory)

@@ -118,7 +118,7 @@ def test_unpacked_rows_are_as_long_as_the_longest_document():
 def test_loss_of_packed_rows_is_the_sum_over_documents():
     _, config, params = build("window_some")
     data = dataset(12)
-    loss = jax.jit(lambda batch: qwen2.loss_sum(config, params, batch))
+    loss = jax.jit(lambda batch: qwen2.loss_sum(qwen2.Qwen2(config), params, batch))
 
     def total(packing: bool) -> tuple[float, float]:
         loader = Loader(data, 64, 4, packing, False, 0)

@@ -10,7 +10,7 @@ import torch
 from bmjax.branch.step import StepPlan, init_state, make_step
 from bmjax.model import spec
 from bmjax.model.attention.options import AttentionOptions
-from bmjax.model.batch import Batch, place_batch
+from bmjax.model.batch import Batch
 from bmjax.parallel.mesh import AXES, make_mesh, sharding
 from tests.model.reference import build
 
@@ -48,7 +48,8 @@ def run(plan: StepPlan, params, batch, steps: int = 2):
         state = init_state(plan, placed)
         history = []
         for _ in range(steps):
-            state, metrics = make_step(plan)(state, place_batch(plan.mesh, batch), np.float32(RATE))
+            rows = jax.device_put(batch, sharding(plan.mesh, ("batch", "length"), batch.tokens.shape))
+            state, metrics = make_step(plan)(state, rows, np.float32(RATE))
             history.append({key: float(value) for key, value in metrics.items()})
         return history, jax.tree.map(np.asarray, spec.join(state["params"], state["frozen"]))
 

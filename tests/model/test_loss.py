@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from bmjax.model import loss
+from bmjax.model.batch import Batch
 from bmjax.parallel.mesh import make_mesh
 
 
@@ -94,6 +95,6 @@ def test_a_frozen_head_costs_no_product():
 def test_targets_are_the_next_tokens_of_the_same_document():
     tokens = jnp.array([[5, 6, 7, 8, 9, 0]])
     segments = jnp.array([[1, 1, 2, 2, 2, 0]])
-    labels, mask = loss.next_token_targets(tokens, jnp.array([[1, 1, 1, 0, 1, 1]]), segments)
+    labels, mask = loss.next_token_targets(Batch(tokens, segments, jnp.array([[1, 1, 1, 0, 1, 1]])))
     assert labels.tolist() == [[6, 7, 8, 9, 0, 0]]
     assert mask.tolist() == [[1, 0, 0, 1, 0, 0]]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bmjax.model import qwen2, spec
-from bmjax.model.batch import Batch, place_batch
+from bmjax.model.batch import Batch
 from bmjax.parallel.mesh import make_mesh, sharding
 from tests.model.reference import CONFIGS, build, from_state
 
@@ -42,7 +42,7 @@ def test_logits_of_padded_and_packed_rows(name):
     docs = documents(config)
     with torch.no_grad():
         expected = [hf(torch.tensor(doc)[None]).logits[0].numpy() for doc in docs]
-    logits = jax.jit(lambda t, s: qwen2.logits(config, params, t, s))
+    logits = jax.jit(lambda t, s: qwen2.logits(qwen2.Qwen2(config), params, t, s))
 
     tokens, segments = packed(docs, 80)
     got = np.asarray(logits(tokens, segments))
@@ -83,7 +83,7 @@ def test_loss_and_gradients(name, form):
     loss_mask = lay([m.astype(np.int32) for m in masks], 80)[0]
 
     def mean(params):
-        nats, n = qwen2.loss_sum(config, params, Batch(tokens, segments, loss_mask))
+        nats, n = qwen2.loss_sum(qwen2.Qwen2(config), params, Batch(tokens, segments, loss_mask))
         return nats / n, n
 
     (loss, n), grads = jax.jit(jax.value_and_grad(mean, has_aux=True))(params)
@@ -114,7 +114,7 @@ def test_eight_devices_give_the_numbers_of_a_single_one(name, sizes):
     mask = rng.integers(0, 2, (8, 64)).astype(np.int32)
 
     def mean(params, batch):
-        nats, n = qwen2.loss_sum(config, params, batch)
+        nats, n = qwen2.loss_sum(qwen2.Qwen2(config), params, batch)
         return nats / n
 
     step = jax.jit(jax.value_and_grad(mean))
@@ -126,7 +126,7 @@ def test_eight_devices_give_the_numbers_of_a_single_one(name, sizes):
             for r in spec.table(config)
         ]
     )
-    batch = place_batch(mesh, Batch(tokens, segments, mask))
+    batch = jax.device_put(Batch(tokens, segments, mask), sharding(mesh, ("batch", "length"), tokens.shape))
     with jax.set_mesh(mesh):
         sharded_loss, sharded_grads = jax.jit(jax.value_and_grad(mean))(placed, batch)
     assert abs(float(loss) - float(sharded_loss)) < 1e-5
@@ -141,7 +141,7 @@ def test_remat_and_unrolling_change_nothing(options):
     tokens, segments = packed(documents(config), 80)
 
     def loss(params, **options):
-        return qwen2.loss_sum(config, params, Batch(tokens, segments, segments > 0), **options)[0]
+        return qwen2.loss_sum(qwen2.Qwen2(config, **options), params, Batch(tokens, segments, segments > 0))[0]
 
     value = jax.jit(jax.value_and_grad(loss), static_argnames=("remat", "unroll"))
     plain, grads = value(params)

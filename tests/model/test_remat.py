@@ -22,7 +22,7 @@ def compiled(remat: str):
     tokens = rng.integers(2, 97, (B, T)).astype(np.int32)
     segments = np.sort(rng.integers(1, 4, (B, T)), axis=1).astype(np.int32)
     gradient = jax.value_and_grad(
-        lambda p: qwen2.loss_sum(config, p, Batch(tokens, segments, np.ones_like(tokens)), remat=remat)[0]
+        lambda p: qwen2.loss_sum(qwen2.Qwen2(config, remat=remat), p, Batch(tokens, segments, np.ones_like(tokens)))[0]
     )
     return gradient, jax.jit(gradient).lower(params).compile(), params
 

@@ -3,7 +3,7 @@
 import pytest
 
 from bmjax.model import spec
-from bmjax.model.published import known
+from bmjax.model.config import known
 
 
 @pytest.mark.parametrize(

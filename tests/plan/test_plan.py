@@ -17,9 +17,10 @@ from bmjax.branch.step import init_state, make_step
 from bmjax.cli import main as cli
 from bmjax.config import UserError
 from bmjax.model import qwen2, spec
-from bmjax.model.batch import Batch, place_batch
-from bmjax.model.published import known
+from bmjax.model.batch import Batch
+from bmjax.model.config import known
 from bmjax.parallel.chips import CHIPS, Chip, topology_devices
+from bmjax.parallel.mesh import sharding
 from bmjax.plan import plan
 from bmjax.plan.hlo import Program
 from bmjax.weights import hf
@@ -79,7 +80,8 @@ def test_memory_is_the_programs_own(changes):
             )
             for kind in ("params", "moments", "start")
         }
-        batch = place_batch(mesh, Batch(*(np.zeros((8, 64), dtype) for dtype in (np.int32, np.int32, np.uint8))))
+        batch = Batch(*(np.zeros((8, 64), dtype) for dtype in (np.int32, np.int32, np.uint8)))
+        batch = jax.device_put(batch, sharding(mesh, ("batch", "length"), (8, 64)))
         memory = make_step(step_plan).lower(state, batch, np.float32(0)).compile().memory_analysis()
     parts = pod_plan["gib_per_chip"]
     assert parts["parameters"] * 2**30 == pytest.approx(held["params"] + held["start"], rel=0.05, abs=2**20)

@@ -54,30 +54,27 @@ def steps_in(directory: Path) -> list[str]:
 
 def test_round_trip_is_exact(tmp_path: Path) -> None:
     state = on_device(arrays())
-    checkpoints = Checkpoints(tmp_path / "c", keep=2, every=10)
+    checkpoints = Checkpoints(tmp_path / "c", keep=2)
     assert checkpoints.latest() is None
     checkpoints.save(10, state, META)
     checkpoints.close()
-    again = Checkpoints(tmp_path / "c", keep=2, every=10)
+    again = Checkpoints(tmp_path / "c", keep=2)
     assert again.latest() == 10
-    for step in (None, 10):
-        restored, meta = again.restore(step, abstract(state))
-        assert_exact(restored, arrays())
-        assert meta == META
-    with pytest.raises(UserError, match="no checkpoint of step 20"):
-        again.restore(20, abstract(state))
+    restored, meta = again.restore(abstract(state))
+    assert_exact(restored, arrays())
+    assert meta == again.meta() == META
     again.close()
 
 
 def test_onto_another_mesh(tmp_path: Path) -> None:
     first, second = make_mesh({"fsdp": 4, "tensor": 2}), make_mesh({"fsdp": 2, "tensor": 2, "data": 2})
     value = np.random.default_rng(0).standard_normal((16, 8)).astype(jnp.bfloat16)
-    state = {"w": jax.device_put(value, sharding(first, ("embed", "mlp"))), "n": jnp.float32(3)}
-    checkpoints = Checkpoints(tmp_path, keep=1, every=1)
+    state = {"w": jax.device_put(value, sharding(first, ("embed", "mlp"), (16, 8))), "n": jnp.float32(3)}
+    checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(1, state, {})
-    target = {"w": jax.ShapeDtypeStruct((16, 8), jnp.bfloat16, sharding=sharding(second, ("mlp", "embed"))),
-              "n": jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding(second, ()))}  # fmt: skip
-    restored, _ = checkpoints.restore(None, target)
+    target = {"w": jax.ShapeDtypeStruct((16, 8), jnp.bfloat16, sharding=sharding(second, ("mlp", "embed"), (16, 8))),
+              "n": jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding(second, (), ()))}  # fmt: skip
+    restored, _ = checkpoints.restore(target)
     checkpoints.close()
     assert restored["w"].sharding == target["w"].sharding
     assert_exact(restored, {"w": value, "n": np.float32(3)})
@@ -85,17 +82,17 @@ def test_onto_another_mesh(tmp_path: Path) -> None:
 
 def test_into_another_precision(tmp_path: Path) -> None:
     value = np.random.default_rng(0).standard_normal((16, 8)).astype(np.float32)
-    checkpoints = Checkpoints(tmp_path, keep=1, every=1)
+    checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(1, {"w": jax.device_put(value)}, {})
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    restored, _ = checkpoints.restore(None, {"w": jax.ShapeDtypeStruct((16, 8), jnp.bfloat16, sharding=device)})
+    restored, _ = checkpoints.restore({"w": jax.ShapeDtypeStruct((16, 8), jnp.bfloat16, sharding=device)})
     checkpoints.close()
     assert_exact(restored, {"w": value.astype(jnp.bfloat16)})
 
 
 def test_keeps_multiples_besides_the_last(tmp_path: Path) -> None:
     state = on_device(arrays())
-    checkpoints = Checkpoints(tmp_path, keep=1, every=5, keep_every=10)
+    checkpoints = Checkpoints(tmp_path, keep=1, keep_every=10)
     for step in (5, 10, 15, 20, 25, 30, 35):
         checkpoints.save(step, state, {})
     assert checkpoints.latest() == 35
@@ -105,12 +102,12 @@ def test_keeps_multiples_besides_the_last(tmp_path: Path) -> None:
 
 def test_keeps_the_last(tmp_path: Path) -> None:
     state = on_device(arrays())
-    checkpoints = Checkpoints(tmp_path, keep=2, every=5)
+    checkpoints = Checkpoints(tmp_path, keep=2)
     for step in (5, 10, 15, 17):
         checkpoints.save(step, state, {"step": step})
     assert checkpoints.latest() == 17
     assert steps_in(tmp_path) == ["15", "17"]
-    assert checkpoints.restore(15, abstract(state))[1] == {"step": 15}
+    assert checkpoints.restore(abstract(state))[1] == {"step": 17}
     with pytest.raises(ValueError, match="step 16 is not after the newest checkpoint, 17"):
         checkpoints.save(16, state, {})
     with pytest.raises(TypeError):
@@ -118,36 +115,30 @@ def test_keeps_the_last(tmp_path: Path) -> None:
     checkpoints.close()
 
 
-def test_due() -> None:
-    checkpoints = Checkpoints.__new__(Checkpoints)
-    checkpoints.every = 5
-    assert [step for step in range(1, 13) if checkpoints.due(step, last=12)] == [5, 10, 12]
-
-
 def test_arrays_may_be_donated_after_save(tmp_path: Path) -> None:
     overwrite = jax.jit(lambda state: jax.tree.map(lambda a: a * 0 - 1, state), donate_argnums=0)
     expected = {"x": np.arange(2_000_000, dtype=np.float32)}
-    checkpoints = Checkpoints(tmp_path, keep=1, every=1)
+    checkpoints = Checkpoints(tmp_path, keep=1)
     for step in range(1, 4):
         state = on_device(expected)
         shapes = abstract(state)
         checkpoints.save(step, state, {})
         jax.block_until_ready(overwrite(state))
-        assert_exact(checkpoints.restore(step, shapes)[0], expected)
+        assert_exact(checkpoints.restore(shapes)[0], expected)
     checkpoints.close()
 
 
 def test_leftovers_are_ignored_and_cleared(tmp_path: Path) -> None:
     state = on_device(arrays())
-    checkpoints = Checkpoints(tmp_path, keep=3, every=1)
+    checkpoints = Checkpoints(tmp_path, keep=3)
     checkpoints.save(1, state, {})
     checkpoints.close()
     (tmp_path / "2.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
-    again = Checkpoints(tmp_path, keep=3, every=1)
+    again = Checkpoints(tmp_path, keep=3)
     assert again.latest() == 1
     assert steps_in(tmp_path) == ["1"]
     again.save(2, state, {"two": 2})
-    assert again.restore(None, abstract(state))[1] == {"two": 2}
+    assert again.restore(abstract(state))[1] == {"two": 2}
     again.close()
 
 
@@ -173,26 +164,26 @@ def differing(state: Any) -> dict[str, tuple[Any, str]]:
 
 def test_another_models_checkpoint(tmp_path: Path) -> None:
     state = on_device(arrays())
-    checkpoints = Checkpoints(tmp_path, keep=1, every=1)
+    checkpoints = Checkpoints(tmp_path, keep=1)
     with pytest.raises(UserError, match=r"no checkpoint$"):
-        checkpoints.restore(None, abstract(state))
+        checkpoints.restore(abstract(state))
     checkpoints.save(1, state, {})
     for target, message in differing(state).values():
         with pytest.raises(UserError, match=message) as error:
-            checkpoints.restore(None, target)
+            checkpoints.restore(target)
         assert str(error.value).startswith(str(tmp_path / "1")) and "\n" not in str(error.value)
     checkpoints.close()
 
 
 def test_a_damaged_checkpoint(tmp_path: Path) -> None:
     state = on_device(arrays())
-    checkpoints = Checkpoints(tmp_path, keep=1, every=1)
+    checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(1, state, {})
     assert checkpoints.latest() == 1
     for path in (tmp_path / "1").rglob("d/*"):
         path.write_bytes(path.read_bytes()[:10])
     with pytest.raises(UserError, match=r"1: the checkpoint is damaged: ") as error:
-        checkpoints.restore(1, abstract(state))
+        checkpoints.restore(abstract(state))
     assert "\n" not in str(error.value)
     checkpoints.close()
 
@@ -200,12 +191,12 @@ def test_a_damaged_checkpoint(tmp_path: Path) -> None:
 def test_a_file_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="cannot hold checkpoints"):
-        Checkpoints(tmp_path / "file", keep=1, every=1)
+        Checkpoints(tmp_path / "file", keep=1)
 
 
 def test_small_saves_are_cheap(tmp_path: Path) -> None:
     state = on_device({f"p{i}": np.ones(2**14, np.float32) for i in range(16)})  # 1 MiB
-    checkpoints = Checkpoints(tmp_path, keep=2, every=1)
+    checkpoints = Checkpoints(tmp_path, keep=2)
     seconds = []
     for step in range(1, 6):
         start = time.perf_counter()
@@ -221,7 +212,7 @@ import resource, sys
 import jax.numpy as jnp
 from bmjax.config import UserError
 from bmjax.weights.checkpoint import Checkpoints
-checkpoints = Checkpoints(sys.argv[1], keep=3, every=1)
+checkpoints = Checkpoints(sys.argv[1], keep=3)
 checkpoints.save(1, {"x": jnp.arange(1000.)}, {"n": 1})
 checkpoints.latest()
 if sys.argv[2] == "limit":
@@ -244,9 +235,9 @@ def check_full(directory: Path, kind: str, message: str) -> None:
     ), done.stderr
     assert "Traceback" not in done.stderr
     assert steps_in(directory) == ["1"]
-    checkpoints = Checkpoints(directory, keep=3, every=1)
+    checkpoints = Checkpoints(directory, keep=3)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    state, meta = checkpoints.restore(None, {"x": jax.ShapeDtypeStruct((1000,), jnp.float32, sharding=device)})
+    state, meta = checkpoints.restore({"x": jax.ShapeDtypeStruct((1000,), jnp.float32, sharding=device)})
     checkpoints.close()
     assert meta == {"n": 1}
     assert np.array_equal(state["x"], np.arange(1000, dtype=np.float32))
@@ -272,7 +263,7 @@ KILLED = """
 import sys
 import jax.numpy as jnp
 from bmjax.weights.checkpoint import Checkpoints
-checkpoints = Checkpoints(sys.argv[1], keep=2, every=1)
+checkpoints = Checkpoints(sys.argv[1], keep=2)
 step = checkpoints.latest() or 0
 while True:
     step += 1
@@ -294,10 +285,10 @@ def test_a_kill_never_leaves_a_half(tmp_path: Path) -> None:
                 seen = int(process.stdout.readline())
             time.sleep(rng.uniform(0, 0.2))
             os.kill(process.pid, signal.SIGKILL)
-        checkpoints = Checkpoints(tmp_path, keep=2, every=1)
+        checkpoints = Checkpoints(tmp_path, keep=2)
         latest = checkpoints.latest()
         assert latest is not None and latest >= seen - 1  # a later save began only after the one before was whole
-        state, meta = checkpoints.restore(None, shapes)
+        state, meta = checkpoints.restore(shapes)
         checkpoints.close()
         assert meta == {"step": latest}
         assert np.unique(state["x"]).tolist() == np.unique(state["y"]).tolist() == [latest]

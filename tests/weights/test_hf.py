@@ -471,7 +471,7 @@ print(json.dumps({"held": held, "above": peak() - before - held}))
 @pytest.mark.slow
 def test_loading_15b_takes_at_most_1_gib_extra(tmp_path: Path) -> None:
     """Qwen2.5-1.5B's shape in bfloat16, read onto eight devices in float32, by a process of its own."""
-    from bmjax.model.published import known
+    from bmjax.model.config import known
 
     config = known("Qwen/Qwen2.5-1.5B")
     rng, block = np.random.default_rng(0), np.zeros(0, ml_dtypes.bfloat16)

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 from jax.sharding import PartitionSpec
 
 from bmjax.config import UserError
@@ -25,55 +25,44 @@ from bmjax.model.attention.options import Exchange
 from bmjax.parallel.mesh import fitting_spec, mesh_in_scope, on_each_device
 
 AXIS = "context"
-# Attention of whole rows: q, k, v, segments, window.
-RowsAttention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
+Kernel = Callable[..., Array]  # attention of whole rows on one device: q, k, v, segments, window
 
 
 def spread(
-    whole_rows: RowsAttention,
-    exchange: Exchange,
-    q_BTNH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
-    segments_BT: jax.Array,
-    window: jax.Array | None,
-) -> jax.Array:
-    """Compute attention [B, T, N, H] on the mesh in scope. whole_rows: attention of whole rows on one device.
-
-    Raises UserError where `exchange` is ulysses and the heads do not divide among the devices.
-    """
+    kernel: Kernel, exchange: Exchange, q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array, window: Any
+) -> Array:
+    """Compute attention [B, T, N, H] on the mesh in scope; UserError where ulysses cannot share out the heads."""
     mesh = mesh_in_scope()
     if mesh is None:
-        return whole_rows(q_BTNH, k_BTKH, v_BTKH, segments_BT, window)
+        return kernel(q_BTNH, k_BTKH, v_BTKH, segments_BT, window)
 
     # Choose the exchange.
     batch, length, heads, _ = q_spec = fitting_spec(mesh, ("batch", "length", "heads", None), q_BTNH.shape)
     tensor = mesh.shape["tensor"] if heads else 1
     context = mesh.shape[AXIS] if length else 1
-    N, K = q_BTNH.shape[2], k_BTKH.shape[2]
+    shares, N, K = tensor * context, q_BTNH.shape[2], k_BTKH.shape[2]
     if exchange == "auto":
         # Repeating a few key/value heads is cheaper than waiting for a ring's slowest device.
-        exchange = "ulysses" if N % (tensor * context) == 0 else "ring"
-    if exchange == "ulysses" and N % (tensor * context):
+        exchange = "ring" if N % shares else "ulysses"
+    elif exchange == "ulysses" and N % shares:
         raise UserError(
-            f"context: ulysses gives each of tensor x context = {tensor * context} devices a share of the heads, and "
-            f"there are {N}; change mesh, or use ring or gather"
+            f"context: ulysses gives each of tensor x context = {shares} devices a share of the heads, and there are "
+            f"{N}; change mesh, or use ring or gather"
         )
 
     # Repeat key/value heads until they divide among the devices.
-    head_shares = tensor * context if exchange == "ulysses" else tensor
-    repeats = math.lcm(K, head_shares) // K
+    repeats = math.lcm(K, shares if exchange == "ulysses" else tensor) // K
     if repeats > 1:
         k_BTKH, v_BTKH = (jnp.repeat(x, repeats, axis=2) for x in (k_BTKH, v_BTKH))
+    window = None if window is None else jnp.int32(window)
 
-    def local(q, k, v, segments, window) -> jax.Array:
+    def local(q, k, v, segments, window) -> Array:
         # q [B/(data fsdp), T/context, N/tensor, H], k and v [B/(data fsdp), T/context, K/tensor, H]
         # segments [B/(data fsdp), T/context]
         if context == 1:
-            return whole_rows(q, k, v, segments, window)
-        return _EXCHANGES[exchange](whole_rows, q, k, v, segments, window)
+            return kernel(q, k, v, segments, window)
+        return _EXCHANGES[exchange](kernel, q, k, v, segments, window)
 
-    window = None if window is None else jnp.int32(window)
     in_specs = (q_spec, q_spec, q_spec, PartitionSpec(batch, length), None if window is None else PartitionSpec())
     return on_each_device(local, in_specs, q_spec)(q_BTNH, k_BTKH, v_BTKH, segments_BT, window)
 
@@ -81,36 +70,36 @@ def spread(
 # Below, local shapes leave out the batch and `tensor`, which split every array alike.
 
 
-def _all_tokens(x: jax.Array) -> jax.Array:
+def _all_tokens(x: Array) -> Array:
     return lax.all_gather(x, AXIS, axis=1, tiled=True)  # [B, T/context, ...] -> [B, T, ...]
 
 
-def _ulysses(whole_rows: RowsAttention, q, k, v, segments, window) -> jax.Array:
+def _ulysses(kernel: Kernel, q, k, v, segments, window) -> Array:
     # q [B, T/context, N, H] -> [B, T, N/context, H]; k, v likewise
     q, k, v = (lax.all_to_all(x, AXIS, split_axis=2, concat_axis=1, tiled=True) for x in (q, k, v))
-    out = whole_rows(q, k, v, _all_tokens(segments), window)  # [B, T, N/context, H]
+    out = kernel(q, k, v, _all_tokens(segments), window)  # [B, T, N/context, H]
     return lax.all_to_all(out, AXIS, split_axis=1, concat_axis=2, tiled=True)  # [B, T/context, N, H]
 
 
-def _gather(whole_rows: RowsAttention, q, k, v, segments, window) -> jax.Array:
+def _gather(kernel: Kernel, q, k, v, segments, window) -> Array:
     # q [B, T/context, N, H]; keys and values are gathered to [B, T, K, H]
     start = lax.axis_index(AXIS) * q.shape[1]
     return tiles.attention(q, _all_tokens(k), _all_tokens(v), segments, _all_tokens(segments), start, window)[0]
 
 
-def _ring(whole_rows: RowsAttention, q, k, v, segments, window) -> jax.Array:
+def _ring(kernel: Kernel, q, k, v, segments, window) -> Array:
     # q, out [B, T/context, N, H]; k, v [B, T/context, K, H]; lse [B, T/context, N]; segments [B, T/context]
     devices, device = lax.axis_size(AXIS), lax.axis_index(AXIS)
     to_next = [(i, (i + 1) % devices) for i in range(devices)]
     length = q.shape[1]
 
-    def attend(turn, k, v, k_segments) -> tuple[jax.Array, jax.Array]:
-        """Attend to the keys that are here after `turn` turns: those of the device `turn` steps back."""
+    def attend(turn, k, v, k_segments) -> tuple[Array, Array]:
+        # The keys that are here after `turn` turns are those of the device `turn` steps back.
         start = (device - (device - turn) % devices) * length
         out, lse = tiles.attention(q, k, v, segments, k_segments, start, window)
         return out.astype(jnp.float32), lse
 
-    def advance(carry: Any, turn: jax.Array) -> tuple[Any, None]:
+    def advance(carry: Any, turn: Array) -> tuple[Any, None]:
         out, lse, block = carry
         # Pass keys and values on, attend to those that came, and join the results by their log-sums.
         block = jax.tree.map(lambda x: lax.ppermute(x, AXIS, to_next), block)

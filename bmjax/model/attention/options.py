@@ -1,7 +1,4 @@
-"""Names for how attention is computed and what a layer keeps for its backward pass.
-
-Settings read them, so this module must not import JAX.
-"""
+"""Names for how attention is computed and what a layer keeps. Settings read them: this module must not import JAX."""
 
 from typing import Literal, NamedTuple
 
@@ -13,14 +10,11 @@ Exchange = Literal["auto", "ulysses", "gather", "ring"]
 class AttentionOptions(NamedTuple):
     """How attention is computed. All choices give the same numbers, at other speeds and on other devices.
 
-    backend: splash (Pallas kernels of TPUs), cudnn and tokamax (kernels of GPUs), xla (any device). auto: splash on a
-        TPU and cudnn on a GPU where they can compute the rows, else xla.
     documents: the most documents that a row of the batches holds, padding counted as one. cudnn needs the number, and
-        rows with more documents come out wrong. 0: unknown.
+    rows with more documents come out wrong. 0: unknown.
     """
 
-    backend: Backend = "auto"
+    backend: Backend = "auto"  # splash: kernels of TPUs; cudnn, tokamax: of GPUs; xla: any device; see dispatch.py
     context: Exchange = "auto"  # of a row that the mesh axis `context` splits, see context_parallel.py
-    platform: str | None = None  # of the devices, for auto; None: JAX's default
-    interpret: bool = False  # run kernels without their device, slowly, to test them
+    platform: str | None = None  # of the devices; None: JAX's default. Kernels of another are interpreted, for tests
     documents: int = 0

@@ -1,4 +1,4 @@
-"""Causal attention in blocks of queries that skip the masked half: for short rows, in plain XLA. dispatch.py calls it.
+"""Causal attention in blocks of queries that skip the masked half: for short rows, in plain XLA.
 
 The probabilities of the whole row are kept for the backward pass. It is written out (FlashAttention, arXiv 2205.14135,
 section 3.1), so that they are read as few times as possible, and every product takes them untransposed: on a CPU a pass
@@ -8,6 +8,7 @@ Letters: R = G * T rows of one key/value head's G query heads, H head size, S so
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from bmjax.model import remat
@@ -17,14 +18,14 @@ LONGEST = 1024  # tokens a row
 BLOCK = 128  # of them, as queries at a time
 
 
-def causal_mask(start: jax.Array | int, queries: int, keys: int, window: jax.Array | None) -> jax.Array:
+def causal_mask(start: Array | int, queries: int, keys: int, window: Array | None) -> Array:
     """Return which of a row's first tokens are seen by each of the tokens from `start` on: bool [queries, keys]."""
     q_index, k_index = start + jnp.arange(queries)[:, None], jnp.arange(keys)[None, :]
-    allowed_TS = k_index <= q_index
-    return allowed_TS if window is None else allowed_TS & (q_index - k_index < window)
+    causal_TS = k_index <= q_index
+    return causal_TS if window is None else causal_TS & (q_index - k_index < window)
 
 
-def scores(q_BKRH: jax.Array, k_BKSH: jax.Array, allowed_BTS: jax.Array) -> jax.Array:
+def scores(q_BKRH: Array, k_BKSH: Array, allowed_BTS: Array) -> Array:
     """Compute masked scores, float32 [B, K, R, S], of queries that are scaled already."""
     s = einsum("bkrh,bksh->bkrs", q_BKRH, k_BKSH)
     B, K, R, S = s.shape
@@ -34,17 +35,17 @@ def scores(q_BKRH: jax.Array, k_BKSH: jax.Array, allowed_BTS: jax.Array) -> jax.
 
 
 def blocks(length: int) -> list[tuple[int, int]]:
-    """Return the first token of each block of queries, and the last plus one."""
+    """Return the first token of each block of queries, and the last one plus one."""
     return [(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK)]
 
 
-def _queries(x_BKGTH: jax.Array, start: int, stop: int) -> jax.Array:
+def _queries(x_BKGTH: Array, start: int, stop: int) -> Array:
     B, K, G, _, H = x_BKGTH.shape
     return x_BKGTH[:, :, :, start:stop].reshape(B, K, G * (stop - start), H)
 
 
 @jax.custom_vjp
-def _attention(q_BKGTH, k_BKSH, v_BKSH, segments_BT, window) -> jax.Array:
+def _attention(q_BKGTH, k_BKSH, v_BKSH, segments_BT, window) -> Array:
     return _forward(q_BKGTH, k_BKSH, v_BKSH, segments_BT, window)[0]
 
 
@@ -65,7 +66,7 @@ def _forward(q_BKGTH, k_BKSH, v_BKSH, segments_BT, window):
     return out, (q_BKGTH, k_BKSH, v_BKSH, out, saved)
 
 
-def _backward(residuals, d_out: jax.Array):
+def _backward(residuals, d_out: Array):
     q_BKGTH, k_BKSH, v_BKSH, out, saved = residuals
     B, K, G, T, H = q_BKGTH.shape
     dtype, dq = q_BKGTH.dtype, []
@@ -85,9 +86,9 @@ def _backward(residuals, d_out: jax.Array):
     return dq_BKGTH, dk_BKHS.swapaxes(2, 3).astype(dtype), dv_BKHS.swapaxes(2, 3).astype(dtype), None, None
 
 
-def _add(sum_BKHS: jax.Array, term_BKHS: jax.Array) -> jax.Array:
-    """Add a term that covers the sum's first tokens."""
-    # Written as .at[].add, it makes jaxlib 0.11.2 crash when it compiles for a CPU.
+def _add(sum_BKHS: Array, term_BKHS: Array) -> Array:
+    # The term covers the sum's first tokens. Written as .at[].add, it makes jaxlib 0.11.2 crash when it compiles for a
+    # CPU.
     first = sum_BKHS[..., : term_BKHS.shape[-1]]
     return jax.lax.dynamic_update_slice(sum_BKHS, first + term_BKHS, (0, 0, 0, 0))
 
@@ -95,13 +96,11 @@ def _add(sum_BKHS: jax.Array, term_BKHS: jax.Array) -> jax.Array:
 _attention.defvjp(_forward, _backward)
 
 
-def attention(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array, window: jax.Array | None
-) -> jax.Array:
+def attention(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array, window: Array | None) -> Array:
     """Compute attention [B, T, N, H] of whole rows of at most LONGEST tokens."""
     B, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
     q_BKGTH = (q_BTNH * H**-0.5).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     k_BKSH, v_BKSH = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
-    out = _attention(q_BKGTH, k_BKSH, v_BKSH, segment_ids_BT, window)
+    out = _attention(q_BKGTH, k_BKSH, v_BKSH, segments_BT, window)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)

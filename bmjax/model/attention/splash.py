@@ -1,13 +1,10 @@
-"""Attention by the splash kernels of JAX's Pallas library, for TPUs. Called by dispatch.py.
-
-Blocks above the diagonal are skipped at compile time, and packed rows are masked by their segment ids inside the
-kernel. On other devices the kernels are interpreted, for tests.
-"""
+"""Attention by the splash kernels of JAX's Pallas library, for TPUs. Packed rows are masked inside the kernel."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from bmjax.model import remat
 from bmjax.model.attention.options import AttentionOptions
@@ -16,15 +13,13 @@ LANES = 128
 QUERIES, KEYS = 512, 1024  # of a block, at most
 
 
-def refuses(q: jax.ShapeDtypeStruct | jax.Array, options: AttentionOptions) -> str | None:
+def refuses(q: jax.ShapeDtypeStruct | Array, options: AttentionOptions) -> str | None:
     """Return why these kernels cannot compute rows of queries like `q` [B, T, N, H]; None where they can."""
     length = q.shape[1]
     return None if length % LANES == 0 else f"needs rows of a multiple of {LANES} tokens, not {length}"
 
 
-def attention(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array, options: AttentionOptions
-) -> jax.Array:
+def attention(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array, options: AttentionOptions) -> Array:
     """Compute attention [B, T, N, H] of whole rows."""
     # Not at the top: Pallas takes a fifth of a second to load, which only TPUs need.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
@@ -43,10 +38,10 @@ def attention(
         head_shards=1,
         q_seq_shards=1,
         residual_checkpoint_name=remat.ATTENTION,
-        interpret=options.interpret,
+        interpret=(options.platform or jax.default_backend()) != "tpu",
     )
 
-    def row(q_NTH: jax.Array, k_KTH: jax.Array, v_KTH: jax.Array, segments_T: jax.Array) -> jax.Array:
+    def row(q_NTH: Array, k_KTH: Array, v_KTH: Array, segments_T: Array) -> Array:
         return kernel(q_NTH, k_KTH, v_KTH, kernels.SegmentIds(q=segments_T, kv=segments_T))
 
     # Heads that are smaller than a register's lanes are filled up with zeros.

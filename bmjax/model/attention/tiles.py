@@ -3,7 +3,6 @@
 FlashAttention (arXiv 2205.14135) as loops over tiles of queries and of keys. Nothing of the size of T x T is ever
 built. A pair of tiles is visited only where some query sees some key of it, so packed rows of short documents cost
 what their documents cost. The rows of a batch are computed one after another, since their documents differ.
-dispatch.py and context_parallel.py call it.
 Letters: R = G * t rows of one key/value head's G query heads in a tile, H head size, s keys of a tile.
 """
 
@@ -11,6 +10,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from bmjax.model import remat
@@ -24,14 +24,14 @@ einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def attention(
-    q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    q_segments_BT: jax.Array,
-    k_segments_BS: jax.Array,
-    start: jax.Array | int = 0,
-    window: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    q_segments_BT: Array,
+    k_segments_BS: Array,
+    start: Array | int = 0,
+    window: Array | None = None,
+) -> tuple[Array, Array]:
     """Compute attention [B, T, N, H] in the dtype of `q`, and the log of the softmax's sum, float32 [B, T, N].
 
     A query sees the keys of its int32 segment at or before its position, and within the window. Both results can be
@@ -52,14 +52,12 @@ def attention(
     return out, lse[:, :, :, :T].transpose(0, 3, 1, 2).reshape(B, T, N)
 
 
-def _pad(x: jax.Array, axis: int, multiple: int, value: int = 0) -> jax.Array:
+def _pad(x: Array, axis: int, multiple: int, value: int = 0) -> Array:
     widths = [(0, -size % multiple if i == axis else 0) for i, size in enumerate(x.shape)]
     return jnp.pad(x, widths, constant_values=value) if any(after for _, after in widths) else x
 
 
-def visits(
-    tiles: tuple[int, int], q_segments_BT: jax.Array, k_segments_BS: jax.Array, start: jax.Array, window: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def visits(tiles: tuple[int, int], q_segments_BT: Array, k_segments_BS: Array, start, window) -> tuple[Array, Array]:
     """Return the first tile of keys that each tile of queries has to visit, and the last plus one: int32 [B, tiles]."""
     tile, keys = tiles
     q = q_segments_BT.reshape(len(q_segments_BT), -1, 1, tile)
@@ -71,18 +69,22 @@ def visits(
     together = (q.min(-1) <= k.max(-1)) & (q.max(-1) >= k.min(-1))
     needed = near & together
     count = k.shape[2]
-    low = jnp.argmax(needed, axis=-1)
+    low = jnp.argmax(needed, axis=-1)  # 0 where none is needed
     high = count - jnp.argmax(needed[..., ::-1], axis=-1)
-    any_needed = jnp.any(needed, axis=-1)
-    return jnp.where(any_needed, low, 0).astype(jnp.int32), jnp.where(any_needed, high, 0).astype(jnp.int32)
+    return low.astype(jnp.int32), jnp.where(jnp.any(needed, axis=-1), high, 0).astype(jnp.int32)
 
 
-def _slice(x: jax.Array, b: jax.Array, start: jax.Array, size: int, axis: int) -> jax.Array:
+def _slice(x: Array, b: Array, start: Array, size: int, axis: int) -> Array:
     """Return row b of x, cut to `size` entries from `start` on along `axis`."""
-    starts = [jnp.int32(0)] * x.ndim
-    starts[0], starts[axis] = b, start
+    starts = [b, *(start if i == axis else jnp.int32(0) for i in range(1, x.ndim))]
     sizes = (1, *(size if i == axis else n for i, n in enumerate(x.shape[1:], 1)))
     return jax.lax.dynamic_slice(x, starts, sizes)[0]
+
+
+def _rows_of_tiles(x: Array, B: int) -> Array:
+    # [B * tiles, K, G, queries, ...] -> [B, K, G, T, ...]
+    x = jnp.moveaxis(x.reshape(B, -1, *x.shape[1:]), 1, 3)
+    return x.reshape(*x.shape[:3], -1, *x.shape[5:])
 
 
 def _grid(tiles: tuple[int, int], q_segments, k_segments, start, window):
@@ -94,7 +96,7 @@ def _grid(tiles: tuple[int, int], q_segments, k_segments, start, window):
     low, high = visits(tiles, q_segments, k_segments, start, window)
     index, count = jnp.arange(low.size, dtype=jnp.int32), low.shape[1]
 
-    def scores(q_KRH, k_KsH, b, i, j) -> jax.Array:
+    def scores(q_KRH, k_KsH, b, i, j) -> Array:
         # float32 [K, R, s], of query tile i and key tile j of row b
         query = start + i * queries + jnp.arange(queries)[:, None]
         key = j * keys + jnp.arange(keys)[None, :]
@@ -147,9 +149,7 @@ def _forward(tiles, q_BKGTH, k_BKSH, v_BKSH, q_segments, k_segments, start, wind
 
     # Scan the tiles of queries, and put their results together in the order of the rows.
     _, (out, lse) = jax.lax.scan(tile, None, query_tiles)
-    out = out.reshape(B, -1, K, G, queries, H).transpose(0, 2, 3, 1, 4, 5).reshape(B, K, G, T, H)
-    lse = lse.reshape(B, -1, K, G, queries).transpose(0, 2, 3, 1, 4).reshape(B, K, G, T)
-    out, lse = checkpoint_name(out, remat.ATTENTION), checkpoint_name(lse, remat.ATTENTION)
+    out, lse = (checkpoint_name(_rows_of_tiles(x, B), remat.ATTENTION) for x in (out, lse))
     return (out, lse), (q_BKGTH, k_BKSH, v_BKSH, q_segments, k_segments, start, window, out, lse)
 
 
@@ -193,9 +193,8 @@ def _backward(tiles, saved, cotangents):
     # Keys are the last axis: a CPU's products then take p and ds untransposed.
     zeros = jnp.zeros((B, K, H, k_BKSH.shape[2]), jnp.float32)
     (dk, dv), dq = jax.lax.scan(tile, (zeros, zeros), query_tiles)
-    dk, dv = dk.swapaxes(2, 3), dv.swapaxes(2, 3)
-    dq = dq.reshape(B, -1, K, G, queries, H).transpose(0, 2, 3, 1, 4, 5).reshape(B, K, G, T, H)
-    return dq, dk.astype(k_BKSH.dtype), dv.astype(v_BKSH.dtype), None, None, None, None
+    dk, dv = dk.swapaxes(2, 3).astype(k_BKSH.dtype), dv.swapaxes(2, 3).astype(v_BKSH.dtype)
+    return _rows_of_tiles(dq, B), dk, dv, None, None, None, None
 
 
 _attention.defvjp(_forward, _backward)

@@ -42,7 +42,7 @@ TOKAMAX = pytest.param("tokamax", marks=needs_tokamax)
 def test_heads_in_groups(backend, heads):
     length = 1100 if backend == "xla" else 256
     assert_equal_to_dense(
-        lambda *x: causal_attention(*x, None, AttentionOptions(backend, interpret=True)), packed(1, length, *heads, 16)
+        lambda *x: causal_attention(*x, None, AttentionOptions(backend)), packed(1, length, *heads, 16)
     )
 
 
@@ -62,9 +62,7 @@ def test_meshes(mesh, exchange, kv_heads):
 def test_kernels_on_a_mesh(exchange, backend):
     with jax.set_mesh(make_mesh({"fsdp": 2, "context": 2, "tensor": 2})):
         inputs = packed(2, 256, 8, 2, 16, seed=2)
-        assert_equal_to_dense(
-            lambda *x: causal_attention(*x, None, AttentionOptions(backend, exchange, interpret=True)), inputs
-        )
+        assert_equal_to_dense(lambda *x: causal_attention(*x, None, AttentionOptions(backend, exchange)), inputs)
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
@@ -87,7 +85,7 @@ def test_indivisible_rows_and_heads_stay_whole(shape):
 def test_packed_equals_alone(backend, length):
     """Each document of a row whatever lies around it: nothing of another enters, not a bit."""
     q, k, v, segments, weight = packed(1, length, 4, 2, 16, seed=4)
-    run = value_and_gradients(lambda *x: causal_attention(*x, None, AttentionOptions(backend, interpret=True)))
+    run = value_and_gradients(lambda *x: causal_attention(*x, None, AttentionOptions(backend)))
     whole = run(q, k, v, segments, weight)
     for document in np.unique(segments):
         others = (segments != document)[..., None, None]

@@ -15,7 +15,7 @@ from bmjax.branch.settings import TrainSettings
 from bmjax.branch.train import check
 from bmjax.config import UserError
 from bmjax.model import qwen2
-from bmjax.model.attention import cudnn
+from bmjax.model.attention import gpu
 from bmjax.model.attention.dispatch import backend, causal_attention
 from bmjax.model.attention.options import AttentionOptions
 from bmjax.model.batch import Batch
@@ -116,8 +116,8 @@ def test_a_model_by_cudnn(remat):
 
     def total(options, params):
         batch = Batch(tokens, segments, np.ones_like(tokens))
-        kinds = {"dtype": jnp.bfloat16, "remat": remat, "attention_options": options}
-        return qwen2.loss_sum(config, params, batch, **kinds)[0]
+        model = qwen2.Qwen2(config, jnp.bfloat16, remat, attention_options=options)
+        return qwen2.loss_sum(model, params, batch)[0]
 
     (loss, grads), (want_loss, want) = (
         jax.jit(jax.value_and_grad(partial(total, options)))(params)
@@ -131,13 +131,13 @@ def test_a_model_by_cudnn(remat):
 @needs_gpu
 def test_auto():
     q = jax.ShapeDtypeStruct((1, 1024, 8, 128), jnp.bfloat16)
-    assert backend(AttentionOptions(documents=4), q, False) == ("cudnn" if cudnn.runs_here() else "xla")
+    assert backend(AttentionOptions(documents=4), q, False) == ("cudnn" if gpu.cudnn_runs_here() else "xla")
 
 
 def test_extents():
     """Documents as cuDNN takes them: starts and lengths, -1 for those that are not there; ids in any order."""
     segments = np.array([[1] * 3 + [2] * 4 + [0], [1] * 8, [5, 5, 4, 4, 3, 3, 2, 2]], np.int32)
-    starts, lengths = cudnn.extents(segments, 4)
+    starts, lengths = gpu.extents(segments, 4)
     np.testing.assert_array_equal(starts, [[0, 3, 7, -1], [0, -1, -1, -1], [0, 2, 4, 6]])
     np.testing.assert_array_equal(lengths, [[3, 4, 1, -1], [8, -1, -1, -1], [2, 2, 2, 2]])
 
@@ -170,7 +170,8 @@ def test_cudnn_runs_once_where_its_result_is_kept(remat, monkeypatch):
     def total(params):
         options = AttentionOptions("cudnn", documents=3)
         batch = Batch(tokens, tokens, tokens)
-        return qwen2.loss_sum(config, params, batch, dtype=jnp.bfloat16, remat=remat, attention_options=options)[0]
+        model = qwen2.Qwen2(config, jnp.bfloat16, remat, attention_options=options)
+        return qwen2.loss_sum(model, params, batch)[0]
 
     text = str(jax.make_jaxpr(jax.grad(total))(params))
     assert text.count("dot_product_attention_fwd_wrapper") == (2 if remat == "full" else 1)
