@@ -191,5 +191,7 @@ def test_a_second_run_in_the_same_directory_is_refused(tmp_path, finished):
     directory = finished[0]
     with (directory / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        before = sorted(directory.rglob("*"))
         with pytest.raises(UserError, match="another run is writing"):
-            tiny_run(directory)
+            tiny_run(directory, ["seed=1", "problems.science.count=9"])
+        assert sorted(directory.rglob("*")) == before
