@@ -6,7 +6,7 @@ same way, so that a student of a few hundred thousand parameters can learn them 
 
 import random
 import re
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Container, Sequence
 from typing import Literal
 
 from bmjax.config import UserError, nearest
@@ -17,9 +17,7 @@ __all__ = ["DOMAINS", "Problem", "Solution", "make_problems", "solve", "solve_wi
 
 MAX_PROMPT_CHARACTERS = 1000
 
-_GENERATORS: dict[str, Callable[[int, random.Random], Problem | None]] = {
-    "math": math.generate, "code": code.generate, "science": science.generate,
-}  # fmt: skip
+_GENERATORS = {"math": math.generate, "code": code.generate, "science": science.generate}
 DOMAINS = tuple(_GENERATORS)
 _MAX_FRUITLESS_DRAWS = 10_000
 _SLIPS = ((1, -1, 2, -2, 10, -10), (100, -100, 1000, -1000))
@@ -49,13 +47,13 @@ def make_problems(
     problems: dict[str, Problem] = {}
     fruitless = 0
     while len(problems) < n:
-        problem = _GENERATORS[domain](levels[len(problems) % len(levels)], rng)
-        fruitless += 1
-        if fruitless > _MAX_FRUITLESS_DRAWS:
+        if fruitless == _MAX_FRUITLESS_DRAWS:
             raise UserError(
                 f"{domain}: only {len(problems)} distinct {split} problems of levels {list(levels)} found, "
                 f"{n} asked for; ask for fewer or for more levels"
             )
+        fruitless += 1
+        problem = _GENERATORS[domain](levels[len(problems) % len(levels)], rng)
         if problem is None or problem.prompt in problems or problem.prompt in exclude:
             continue
         if split_of(problem.prompt) == split:
