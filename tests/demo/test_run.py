@@ -166,6 +166,7 @@ def test_killed_runs_end_with_the_scores_of_an_undisturbed_one(tmp_path, kills):
         (["branch.lerning_rate=1"], "learning_rate"),
         (["branch.batch=many"], "branch.batch: expected a whole number"),
         (["problems.math.count=0"], "problems.math.count"),
+        (["problems.math.levels=[4]"], "problems.math.levels.0: expected 1, 2 or 3"),
         (["merges.linear.merge_method=liner"], "linear"),
         (["student=DIR"], "'student'"),
         (["domains.code.branch={stps: 3}"], "stps"),
