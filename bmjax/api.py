@@ -356,6 +356,6 @@ def run(config: Source, output: str | Path | None = None, *overrides: str) -> di
     Returns: what output/report.json holds: models with their scores, stages, versions, config.
     Raises: UserError for settings, data and models that do not fit.
     """
-    from bmjax import pipeline
+    from bmjax.pipeline import phases, settings
 
-    return pipeline.run(pipeline.RunSettings.read(config, overrides), output)
+    return phases.run(settings.RunSettings.read(config, overrides), output)

@@ -19,7 +19,8 @@ from bmjax.config import UserError
 from bmjax.demo.run import run_demo
 from bmjax.io.atomic import write_atomic
 from bmjax.parallel.start import use_cpu_cores
-from bmjax.pipeline import RunSettings, run
+from bmjax.pipeline.phases import run
+from bmjax.pipeline.settings import RunSettings
 
 # Student's t, 97.5% quantile, by degrees of freedom.
 T975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}

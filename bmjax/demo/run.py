@@ -4,7 +4,7 @@ The run gets a config of public keys only: files of rows, a tokenizer's director
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, astuple
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,8 +54,7 @@ def run_demo(
         endpoint = {"base_url": teacher.base_url, "model": MODEL, "extra": {"mistakes": demo.mistakes.model_dump()}}
         values["teacher"] = endpoint | values.get("teacher", {})
         settings = RunSettings.read(values, [o for o in overrides if o not in for_demo])
-        write_inputs(demo, settings.seed, directory, log)
-        return run(settings, directory, log)
+        return run(settings, directory, log, partial(write_inputs, demo, settings.seed, directory, log))
 
 
 def write_inputs(demo: DemoSettings, seed: int, directory: Path, log: Log) -> None:
@@ -83,9 +82,9 @@ def write_problems(domain: str, settings: ProblemSettings, folder: Path, seed: i
     test = make_problems(domain, settings.test, seed, settings.levels, split="test")
     write_jsonl(folder / "problems.jsonl", map(asdict, asked))
     for name, problems in (("backbone", backbone), ("validation", validation), ("test", test)):
-        rows = [
-            {"prompt": problem.prompt, "reference": problem.reference, "reasoning": thoughts, "response": answer}
-            for problem in problems
-            for thoughts, answer in [astuple(solve(problem.prompt))]
-        ]
+        solved = ((problem, solve(problem.prompt)) for problem in problems)
+        rows = (
+            {"prompt": p.prompt, "reference": p.reference, "reasoning": s.reasoning, "response": s.answer}
+            for p, s in solved
+        )
         write_jsonl(folder / f"{name}.jsonl", rows)

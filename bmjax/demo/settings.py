@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from bmjax.config import Settings
 
 Domain = Literal["math", "code", "science"]
+Level = Literal[1, 2, 3]
 
 
 class Mistakes(Settings):
@@ -28,9 +29,9 @@ class ProblemSettings(Settings):
     """How many problems of a domain there are, and how hard."""
 
     count: int = Field(3600, ge=1, description="problems that the teacher answers for the branch")
-    levels: list[int] = Field([1, 2, 3], description="difficulties of those and of the held-out problems")
+    levels: list[Level] = Field([1, 2, 3], min_length=1, description="difficulties of those and of the held-out ones")
     backbone_count: int = Field(1200, ge=1, description="solved problems that the backbone is trained on")
-    backbone_levels: list[int] = Field([1, 2, 3], description="difficulties of those")
+    backbone_levels: list[Level] = Field([1, 2, 3], min_length=1, description="difficulties of those")
     validation: int = Field(300, ge=1, description="held-out problems that choose the merge")
     test: int = Field(600, ge=1, description="held-out problems of the report")
 

@@ -12,12 +12,12 @@ import random
 import re
 import sys
 import threading
-from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Self
+from typing import Any, Literal, Self
 
-from pydantic import ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from bmjax.chat.openai import ChatMessage
 from bmjax.config import first_problem
 from bmjax.demo.problems import solve, solve_with_slip
 from bmjax.demo.settings import Mistakes
@@ -26,27 +26,37 @@ MODEL = "builtin-teacher"
 
 _TOKEN = re.compile(r"\d|[^\W\d]+|[^\w\s]|\n")
 _MAX_BODY_BYTES = 2**22
-_MAX_CHOICES = 64
 
 
-class BadRequest(Exception):
-    """A request the endpoint refuses with HTTP 400."""
+class Request(BaseModel):
+    """What this teacher reads of a chat request. `mistakes` says how often it may go wrong."""
+
+    model_config = ConfigDict(strict=True)
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    seed: int | None = None
+    n: int | None = Field(None, ge=1, le=64)
+    max_tokens: int | None = Field(None, ge=1, validation_alias=AliasChoices("max_tokens", "max_completion_tokens"))
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, ge=0, le=1)
+    stream: Literal[False] | None = None
+    mistakes: Mistakes | None = None
+
+    @property
+    def prompt(self) -> str:
+        """The text of the last message."""
+        return self.messages[-1].content or ""
+
+    @model_validator(mode="after")
+    def _the_user_speaks_last(self) -> Self:
+        if self.messages[-1].role != "user" or self.messages[-1].content is None:
+            raise ValueError("messages: the last one must be {role: user, content: text}")
+        return self
 
 
 def count_tokens(text: str) -> int:
     """Count tokens as this teacher bills them: a digit, a word, a sign or a line end each."""
     return len(_TOKEN.findall(text))
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a chat request asks for: its last user message, how often it may go wrong, and the sampling."""
-
-    prompt: str
-    seed: int
-    choices: int
-    max_tokens: int | None
-    mistakes: Mistakes | None
 
 
 class DemoTeacher:
@@ -68,7 +78,7 @@ class DemoTeacher:
         """Return the address for clients; RuntimeError outside of a `with` block."""
         if self._server is None:
             raise RuntimeError("the demo's teacher serves inside a `with` block only")
-        return f"http://127.0.0.1:{self._server.server_address[1]}/v1"
+        return f"http://127.0.0.1:{self._server.server_port}/v1"
 
     def __enter__(self) -> Self:
         self._server = _Server(self)
@@ -76,9 +86,9 @@ class DemoTeacher:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._server is not None:
-            self._server.shutdown()  # returns once the thread serves no more
-            self._server.server_close()
+        assert self._server is not None
+        self._server.shutdown()  # returns once the thread serves no more
+        self._server.server_close()
         self._server = None
 
     def reply(
@@ -120,13 +130,10 @@ class DemoTeacher:
         return hashlib.sha256(json.dumps([purpose, self.seed, prompt, seed]).encode()).digest()
 
     def complete(self, request: Request) -> dict[str, Any]:
-        """Return the body of a chat completion; BadRequest for what an OpenAI endpoint would refuse."""
-        prompt, seed = request.prompt, request.seed
-        try:
-            seeds = range(seed, seed + request.choices)
-            replies = [self.reply(prompt, number, request.max_tokens, request.mistakes) for number in seeds]
-        except ValueError as error:
-            raise BadRequest(f"the demo's teacher does not know this problem: {error}") from None
+        """Return the body of a chat completion; ValueError as for `reply`."""
+        prompt, seed = request.prompt, request.seed or 0
+        seeds = range(seed, seed + (request.n or 1))
+        replies = [self.reply(prompt, number, request.max_tokens, request.mistakes) for number in seeds]
         asked, told = count_tokens(prompt), sum(count_tokens(content) for content, _ in replies)
         choices = [
             {"index": i, "message": {"role": "assistant", "content": content}, "finish_reason": finish}
@@ -139,41 +146,7 @@ class DemoTeacher:
         }  # fmt: skip
 
 
-def _read_request(request: Any) -> Request:
-    """Check the JSON of a chat request; BadRequest says what is wrong with it."""
-    if not isinstance(request, dict):
-        raise BadRequest("the body must be a JSON object")
-    messages = request.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise BadRequest("messages: expected a non-empty list")
-    last = messages[-1]
-    if not isinstance(last, dict) or last.get("role") != "user" or not isinstance(last.get("content"), str):
-        raise BadRequest("messages: the last one must be {role: user, content: text}")
-    if request.get("stream"):
-        raise BadRequest("stream: not supported")
-    seed = 0 if request.get("seed") is None else request["seed"]
-    choices = 1 if request.get("n") is None else request["n"]
-    max_tokens = request.get("max_tokens", request.get("max_completion_tokens"))
-    if type(seed) is not int:
-        raise BadRequest("seed: expected a whole number")
-    if type(choices) is not int or not 1 <= choices <= _MAX_CHOICES:
-        raise BadRequest(f"n: expected a whole number from 1 to {_MAX_CHOICES}")
-    if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
-        raise BadRequest("max_tokens: expected a whole number from 1")
-    for name, high in (("temperature", 2.0), ("top_p", 1.0)):
-        value = request.get(name)
-        if value is not None and (type(value) not in (int, float) or not 0 <= value <= high):
-            raise BadRequest(f"{name}: expected a number from 0 to {high:g}")
-    try:
-        mistakes = Mistakes.model_validate(request["mistakes"]) if "mistakes" in request else None
-    except ValidationError as error:
-        raise BadRequest(f"mistakes: {first_problem(request['mistakes'], error)}") from None
-    return Request(last["content"], seed, choices, max_tokens, mistakes)
-
-
 class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    block_on_close = False
     request_queue_size = 256
 
     def __init__(self, teacher: DemoTeacher) -> None:
@@ -199,24 +172,30 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         length, teacher = self.headers.get("Content-Length", ""), self.server.teacher
+        if not length.isdigit() or int(length) > _MAX_BODY_BYTES:
+            self.close_connection = True
+            return self._refuse("Content-Length is missing or too large")
+        body = self.rfile.read(int(length))
+        if self.path != "/v1/chat/completions":
+            return self._fail(404, "not_found", f"no such path {self.path}")
         try:
-            if not length.isdigit() or int(length) > _MAX_BODY_BYTES:
-                self.close_connection = True
-                raise BadRequest("Content-Length is missing or too large")
-            body = self.rfile.read(int(length))
-            if self.path != "/v1/chat/completions":
-                self._fail(404, "not_found", f"no such path {self.path}")
-                return
-            request = _read_request(json.loads(body))
-            status = teacher.refuses(request.prompt, request.seed, request.mistakes)
-            if status:
-                self._fail(status, "rate_limit_exceeded" if status == 429 else "server_error", "try again")
-            else:
-                self._send(200, teacher.complete(request))
-        except BadRequest as error:
-            self._fail(400, "invalid_request_error", str(error))
+            values = json.loads(body)
         except (ValueError, RecursionError):
-            self._fail(400, "invalid_request_error", "the body is not JSON")
+            return self._refuse("the body is not JSON")
+        if not isinstance(values, dict):
+            return self._refuse("the body must be a JSON object")
+        try:
+            request = Request.model_validate(values)
+            if status := teacher.refuses(request.prompt, request.seed or 0, request.mistakes):
+                return self._fail(status, "rate_limit_exceeded" if status == 429 else "server_error", "try again")
+            self._send(200, teacher.complete(request))
+        except ValidationError as error:
+            self._refuse(first_problem(Request, error))
+        except ValueError as error:
+            self._refuse(f"the demo's teacher does not know this problem: {error}")
+
+    def _refuse(self, message: str) -> None:
+        self._fail(400, "invalid_request_error", message)
 
     def _fail(self, status: int, kind: str, message: str) -> None:
         self._send(status, {"error": {"message": message, "type": kind, "code": kind}})

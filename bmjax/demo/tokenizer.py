@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from bmjax.chat.reasoning import CLOSE, OPEN
-from bmjax.chat.template import TEMPLATES, messages_of
+from bmjax.chat.template import messages_of, named_template
 from bmjax.io.rows import read_rows
 
 END, START = "<|im_end|>", "<|im_start|>"
@@ -39,5 +39,5 @@ def train_tokenizer(files: Sequence[Path], vocab_size: int) -> Any:
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END, pad_token="<|endoftext|>", additional_special_tokens=[START]
     )
-    fast.chat_template = (TEMPLATES / "chatml.jinja").read_text(encoding="utf-8").rstrip("\n")
+    fast.chat_template = named_template("chatml")
     return fast

@@ -11,37 +11,46 @@ The stages are a list that is built once and run from top to bottom. Only this p
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bmjax.branch.settings import SAME_RESULT, Training, TrainSettings
 from bmjax.branch.train import train
 from bmjax.calibrate import dispatch
-from bmjax.config import UserError
+from bmjax.config import UserError, nearest
 from bmjax.evaluate.run import evaluate
 from bmjax.evaluate.settings import EvalSettings, TaskSettings
 from bmjax.io.atomic import held, replacing, write_atomic
 from bmjax.io.rows import read_rows
 from bmjax.log import Log, write_line
-from bmjax.pipeline import checks, student, traces
-from bmjax.pipeline.choose_merge import choose
-from bmjax.pipeline.results import Model, build_report
-from bmjax.pipeline.rows import HELD_OUT, DomainRows, measures
-from bmjax.pipeline.settings import RunSettings, SourceSettings
-from bmjax.pipeline.stages import Stage, Stages
-from bmjax.report import summary_table, write_report
+from bmjax.merge.recipe.recipe import Recipe, read_recipe
+from bmjax.pipeline import student, traces
+from bmjax.pipeline.results import Model, build_report, choose
+from bmjax.pipeline.rows import DomainRows, measures
+from bmjax.pipeline.settings import RunSettings, as_list
+from bmjax.pipeline.stages import Stage, Stages, file_states
+from bmjax.report.columns import summary_table
+from bmjax.report.page import write_report
 
 UNFINISHED = 75  # the exit code after SIGTERM: a training was saved, and stages are left to do
 
 
-def run(settings: RunSettings, output: str | Path | None = None, log: Log = write_line) -> dict[str, Any]:
+def run(
+    settings: RunSettings,
+    output: str | Path | None = None,
+    log: Log = write_line,
+    prepare: Callable[[], None] | None = None,
+) -> dict[str, Any]:
     """Run, or continue, an experiment.
 
     Arguments:
         settings: the keys of `bmjax run`.
         output: the run's directory; default: the settings'.
         log: gets a line for every stage and remark.
+        prepare: writes files that the settings name, once no other run can write in the directory.
 
     Returns:
         The content of report.json.
@@ -56,6 +65,8 @@ def run(settings: RunSettings, output: str | Path | None = None, log: Log = writ
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory}: is a file, expected a directory for the run")
     with held(directory / ".lock", "another run is writing here"):
+        if prepare is not None:
+            prepare()
         stages = Stages(directory, log)
         experiment = Experiment(settings, directory, log)
         for stage in experiment.stages():
@@ -68,133 +79,114 @@ def run(settings: RunSettings, output: str | Path | None = None, log: Log = writ
     return report
 
 
-@dataclass(frozen=True)
-class Rows:
-    """A file of a domain's rows and the stage that writes it."""
-
-    file: Path
-    stage: str
-
-
 class Experiment:
     """The models of a run and the stages that make and score them."""
 
     def __init__(self, settings: RunSettings, directory: Path, log: Log) -> None:
         self.settings, self.directory, self.log = settings, directory, log
+        self.rows = {name: DomainRows(name, settings, directory / "data" / name, log) for name in settings.domains}
+        self.backbone = self._trained("backbone")
         if settings.student is not None:
             self.backbone = Model("backbone", settings.student, None, None)
-        else:
-            self.backbone = Model("backbone", str(directory / "backbone/hf"), "backbone", "backbone/metrics.jsonl")
         self.branches = {domain: self._trained(f"branch/{domain}") for domain in settings.domains}
         self.mixture = self._trained("mixture")
         self.merges = {
             name: Model(f"merge/{name}", str(directory / "merges" / name / "hf"), f"merge/{name}", None)
             for name in settings.merges
         }
+        self.candidates = [self.backbone, *self.merges.values()]
         self.models = [self.backbone, *self.branches.values(), *self.merges.values(), self.mixture]
-        sources = {"backbone": self.backbone.hf} | {domain: model.hf for domain, model in self.branches.items()}
-        data = {domain: str(self.rows(domain, "train").file) for domain in settings.domains}
-        checks.check_trainings(settings)
-        self.recipes = {name: checks.recipe_of(settings, name, sources, data) for name in settings.merges}
+        student.check_trainings(settings)
+        self.recipes = {name: self._recipe(name) for name in settings.merges}
 
     def _trained(self, name: str) -> Model:
         return Model(name, str(self.directory / name / "hf"), name, f"{name}/metrics.jsonl")
 
+    def _recipe(self, name: str) -> Recipe:
+        """Return a merge's recipe with its sources and, where it looks at data, with rows, seed and template."""
+        settings, keys = self.settings, self.settings.merges[name]
+        sources = {"backbone": self.backbone.hf} | {domain: model.hf for domain, model in self.branches.items()}
+        if "sources" in keys:
+            raise UserError(f"merges.{name}: sources are given by the run (backbone and the domains); remove the key")
+        try:
+            data = {domain: str(rows.file("train")) for domain, rows in self.rows.items()}
+            recipe = read_recipe(keys | {"sources": sources}, data=data)
+        except UserError as error:
+            raise UserError(f"merges.{name}: {str(error).removeprefix('recipe: ')}") from None
+        for model in recipe.inputs:
+            if model not in sources:
+                raise UserError(f"merges.{name}: no model is named '{model}'{nearest(model, list(sources))}")
+        if not recipe.is_calibrated:
+            return recipe
+        steps = list(recipe.steps)
+        for i, step in enumerate(steps):
+            if step.calibration is not None and "template" not in step.calibration.model_fields_set:
+                calibration = step.calibration.model_copy(update={"template": settings.template})
+                steps[i] = replace(step, calibration=calibration)
+        return replace(recipe, steps=tuple(steps), seed=recipe.seed + settings.seed)
+
     def stages(self) -> list[Stage]:
         """Return all stages in the order in which they are run."""
-        domains = self.settings.domains
-        candidates = [self.backbone, *self.merges.values()]
+        settings, domains = self.settings, self.settings.domains
         return [
-            *(self._data(domain) for domain in domains),
-            *(self._teach(domain) for domain in domains if domains[domain].train is None),
-            *(self._new_backbone(training) for training in [self.settings.backbone] if training is not None),
-            *(self._branch(domain) for domain in domains),
-            self._mixture(),
+            *(self._data(rows) for rows in self.rows.values()),
+            *(self._teach(rows) for rows in self.rows.values() if rows.domain.train is None),
+            *(self._new_backbone(training) for training in [settings.backbone] if training is not None),
+            *(self._train(self.branches[name], [name], partial(settings.branch_training, name)) for name in domains),
+            self._train(self.mixture, domains, self._mixture_training),
             *(self._merge(name) for name in self.merges),
-            *(self._score(model, "validation") for model in candidates),
-            self._merged(candidates),
+            *(self._score(model, "validation") for model in self.candidates),
+            self._merged(),
             *(self._score(model, "test") for model in self.models),
         ]
 
-    def rows(self, name: str, split: str) -> Rows:
-        """Return a domain's file for train, backbone, validation or test."""
-        domain = self.settings.domains[name]
-        if split == "backbone" and domain.backbone is None and domain.backbone_rows is None:
-            split = "train"
-        from_source = getattr(domain, split, None) is not None or (split in HELD_OUT and domain.traces is None)
-        from_source |= domain.train is not None
-        file = self.directory / "data" / name / f"{split}.jsonl"
-        return Rows(file, f"data/{name}" if from_source else f"teach/{name}")
-
-    def _files_of(self, stage: str, name: str) -> tuple[str, ...]:
-        """The row files that a stage writes, relative to the run's directory."""
-        rows = [self.rows(name, split) for split in ("train", *HELD_OUT)]
-        if self.backbone.stage is not None:
-            rows.append(self.rows(name, "backbone"))
-        files = {str(row.file.relative_to(self.directory)) for row in rows if row.stage == stage}
-        if stage == f"data/{name}" and self.settings.domains[name].problems is not None:
-            files.add(f"data/{name}/problems.jsonl")
-        return tuple(sorted(files))
-
-    def _domain_rows(self, name: str) -> DomainRows:
-        return DomainRows(name, self.settings, self.directory / "data" / name, self.log)
-
     # Rows
 
-    def _data(self, name: str) -> Stage:
-        domain = self.settings.domains[name]
+    def _data(self, rows: DomainRows) -> Stage:
+        domain, name = rows.domain, f"data/{rows.name}"
+        sources = (domain.problems, domain.train, domain.test, domain.validation, domain.backbone)
 
         def inputs() -> list[Any]:
-            sources = (domain.problems, domain.train, domain.test, domain.validation, domain.backbone)
-            return [
-                domain.model_dump(exclude={"branch", "judge", "traces"}),
-                *map(_source_state, filter(None, sources)),
-            ]
+            keys = domain.model_dump(exclude={"branch", "judge", "traces"})
+            return [keys, *(file_states(as_list(source.data)) for source in sources if source is not None)]
 
-        work = self._domain_rows(name).write_sources
-        return Stage(f"data/{name}", inputs, (), self._files_of(f"data/{name}", name), work)
+        return Stage(name, inputs, (), rows.outputs(name), rows.write_sources)
 
-    def _teach(self, name: str) -> Stage:
-        settings, domain = self.settings, self.settings.domains[name]
-        folder = f"teach/{name}"
+    def _teach(self, rows: DomainRows) -> Stage:
+        settings, domain, name = self.settings, rows.domain, f"teach/{rows.name}"
 
         def inputs() -> list[Any]:
-            files = [] if domain.traces is None else _as_list(domain.traces)
             asked = [] if domain.problems is None else [traces.asking(settings.teacher), settings.teacher.samples]
-            return [
-                asked,
-                domain.judge,
-                settings.select.model_dump(),
-                settings.run_programs,
-                [[file, *_state(Path(file))] for file in files],
-            ]
+            files = file_states(as_list(domain.traces or []))
+            return [asked, domain.judge, settings.select.model_dump(), settings.run_programs, files]
 
-        outputs = [f"{folder}/{file}" for file in ("asked.jsonl", "held_out.jsonl", "selected", "counts.json")]
-        return Stage(
-            folder, inputs, (f"data/{name}",), (*outputs, *self._files_of(folder, name)),
-            lambda: traces.teach(self._domain_rows(name), self.directory / folder),
-        )  # fmt: skip
+        outputs = [f"{name}/{file}" for file in ("asked.jsonl", "held_out.jsonl", "selected", "counts.json")]
+        work = partial(traces.teach, rows, self.directory / name)
+        return Stage(name, inputs, (f"data/{rows.name}",), (*outputs, *rows.outputs(name)), work)
 
     # Trainings
 
-    def _training(self, training: Training, start: str, rows: list[Rows], output: str) -> TrainSettings:
-        changes = {
-            "student": start, "data": [str(part.file) for part in rows], "output": str(self.directory / output),
-            "num_processes": 1, "stop_code": UNFINISHED, "seed": training.seed + self.settings.seed,
-            "template": training.template or self.settings.template,
-        }  # fmt: skip
-        return TrainSettings.model_validate(training.model_dump() | changes)
+    def _train(self, model: Model, domains: Iterable[str], training: Callable[[], Training]) -> Stage:
+        """Return the stage of a training from the backbone; `training` is called when its turn comes."""
+        parts, name = [self.rows[domain] for domain in domains], model.name
+        files = [rows.file("train") for rows in parts]
 
-    def _external(self) -> list[Any]:
-        """What the models depend on from outside: names and states of student, tokenizer and template."""
-        settings = self.settings
-        names = [settings.student, settings.model.tokenizer if settings.model else None, settings.template]
-        return [[name, *_state(Path(name))] for name in names if name is not None]
+        def settings() -> TrainSettings:
+            return self._train_settings(training(), self.backbone.hf, files, name)
+
+        after = (*self.backbone.made_by, *(rows.stage("train") for rows in parts))
+        return Stage(
+            name, lambda: [_deciding(settings()), *self._external()], after, (name,),
+            lambda: train(settings(), self.log),
+        )  # fmt: skip
+
+    def _mixture_training(self) -> Training:
+        return self.settings.mixture_training(sum(model.result()["steps"] for model in self.branches.values()))
 
     def _new_backbone(self, keys: Training) -> Stage:
         settings, start = self.settings, self.directory / "init" / "hf"
-        rows = [self.rows(domain, "backbone") for domain in settings.domains]
-        training = self._training(keys, str(start), rows, "backbone")
+        parts = self.rows.values()
+        training = self._train_settings(keys, str(start), [rows.file("backbone") for rows in parts], "backbone")
         assert settings.model is not None  # the settings hold a model where they hold a backbone
         shape = settings.model
 
@@ -204,53 +196,43 @@ class Experiment:
             train(training, self.log)
 
         inputs = [shape.model_dump(), *self._external(), settings.seed, _deciding(training)]
-        return Stage("backbone", lambda: inputs, tuple(part.stage for part in rows), ("init", "backbone"), work)
+        after = tuple(rows.stage("backbone") for rows in parts)
+        return Stage("backbone", lambda: inputs, after, ("init", "backbone"), work)
 
-    def _branch(self, domain: str) -> Stage:
-        name, rows = self.branches[domain].name, self.rows(domain, "train")
-        training = self._training(self.settings.branch_training(domain), self.backbone.hf, [rows], name)
-        return Stage(
-            name, lambda: [_deciding(training), *self._external()], (*self.backbone.made_by, rows.stage), (name,),
-            lambda: train(training, self.log),
-        )  # fmt: skip
+    def _train_settings(self, training: Training, start: str, files: list[Path], name: str) -> TrainSettings:
+        changes = {
+            "student": start, "data": [str(file) for file in files], "output": str(self.directory / name),
+            "num_processes": 1, "stop_code": UNFINISHED, "seed": training.seed + self.settings.seed,
+            "template": training.template or self.settings.template,
+        }  # fmt: skip
+        return TrainSettings.model_validate(training.model_dump() | changes)
 
-    def _mixture(self) -> Stage:
-        name, rows = self.mixture.name, [self.rows(domain, "train") for domain in self.settings.domains]
-
-        def training() -> TrainSettings:
-            results = [
-                json.loads((Path(model.hf).parent / "result.json").read_text()) for model in self.branches.values()
-            ]
-            keys = self.settings.mixture_training(sum(result["steps"] for result in results))
-            return self._training(keys, self.backbone.hf, rows, name)
-
-        return Stage(
-            name, lambda: [_deciding(training()), *self._external()],
-            (*self.backbone.made_by, *(part.stage for part in rows)), (name,), lambda: train(training(), self.log),
-        )  # fmt: skip
+    def _external(self) -> list[Any]:
+        """What the models depend on from outside: names and states of student, tokenizer and template."""
+        settings = self.settings
+        names = (settings.student, settings.model.tokenizer if settings.model else None, settings.template)
+        return file_states(name for name in names if name is not None)
 
     # Merges and scores
 
     def _merge(self, name: str) -> Stage:
         recipe, output = self.recipes[name], Path(self.merges[name].hf)
-
-        def work() -> None:
-            dispatch.merge(recipe, output, overwrite=True, log=self.log if recipe.is_calibrated else None)
-
+        log = self.log if recipe.is_calibrated else None
         after = (*(model.name for model in self.branches.values()), *self.backbone.made_by)
         inputs = [self.settings.merges[name], *self._external()]
+        work = partial(dispatch.merge, recipe, output, overwrite=True, log=log)
         return Stage(f"merge/{name}", lambda: inputs, after, (f"merges/{name}",), work)
 
     def _score(self, model: Model, split: str) -> Stage:
         settings = self.settings
-        rows = {domain: self.rows(domain, split) for domain in settings.domains}
 
         def work() -> None:
             tasks = {}
-            for domain, part in rows.items():
-                location, first = next(read_rows(part.file))
-                questions, texts = (str(part.file) if kind else None for kind in measures(first, location))
-                tasks[domain] = TaskSettings(questions=questions, traces=texts, judge=settings.domains[domain].judge)
+            for domain, rows in self.rows.items():
+                file = rows.file(split)
+                location, first = next(read_rows(file))
+                questions, texts = (str(file) if measured else None for measured in measures(first, location))
+                tasks[domain] = TaskSettings(questions=questions, traces=texts, judge=rows.domain.judge)
             evaluation = EvalSettings(
                 model=model.hf, tasks=tasks, output=str(self.directory / model.scores(split)), seed=settings.seed,
                 template=settings.template, run_programs=settings.run_programs, **settings.evaluate.model_dump(),
@@ -259,16 +241,15 @@ class Experiment:
 
         judging = [settings.run_programs, [domain.judge for domain in settings.domains.values()]]
         inputs = [settings.evaluate.model_dump(exclude={"mesh", "batch"}), *self._external(), settings.seed, judging]
-        after = (*model.made_by, *(part.stage for part in rows.values()))
+        after = (*model.made_by, *(rows.stage(split) for rows in self.rows.values()))
         return Stage(f"evaluate/{split}/{model.name}", lambda: inputs, after, (model.scores(split),), work)
 
     def winner(self) -> Model:
         """Return the merge that the validation rows choose; their scores must be there."""
-        candidates = {model.name: model for model in (self.backbone, *self.merges.values())}
-        scores = {name: model.read_scores(self.directory, "validation") for name, model in candidates.items()}
-        return candidates[choose(scores, self.settings.choose.by)]
+        scores = {model.name: model.read_scores(self.directory, "validation") for model in self.candidates}
+        return self.merges[choose(scores, self.settings.choose.by).removeprefix("merge/")]
 
-    def _merged(self, candidates: list[Model]) -> Stage:
+    def _merged(self) -> Stage:
         def work() -> None:
             with replacing(self.directory / "merged" / "hf") as temporary:
                 for file in Path(self.winner().hf).iterdir():
@@ -277,26 +258,10 @@ class Experiment:
                     except OSError:
                         shutil.copyfile(file, temporary / file.name)
 
-        after = tuple(f"evaluate/validation/{model.name}" for model in candidates)
+        after = tuple(f"evaluate/validation/{model.name}" for model in self.candidates)
         return Stage("merged", lambda: self.settings.choose.model_dump(), after, ("merged",), work)
 
 
 def _deciding(training: TrainSettings) -> dict[str, Any]:
     """What a training's result depends on, its inputs left out."""
     return training.model_dump(include=training.keys_without(SAME_RESULT))
-
-
-def _source_state(source: SourceSettings) -> list[Any]:
-    """Size and time of the files of a source: a changed file redoes what depends on it."""
-    return [[name, *_state(Path(name))] for name in _as_list(source.data)]
-
-
-def _as_list(value: str | list[str]) -> list[str]:
-    return [value] if isinstance(value, str) else value
-
-
-def _state(path: Path) -> list[Any]:
-    """Size and time of a file, or of the files in a directory; nothing of a name that is neither (a hub id)."""
-    if path.is_dir():
-        return [[file.name, *_state(file)] for file in sorted(path.iterdir()) if file.is_file()]
-    return [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else []

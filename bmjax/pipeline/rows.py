@@ -11,7 +11,7 @@ Rows stream through; only hashes of prompts stay in memory. The stages of bmjax.
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,22 +38,39 @@ class DomainRows:
     run: RunSettings
     folder: Path
     log: Log
+    _measured: dict[str, tuple[bool, bool]] = field(default_factory=dict, init=False)  # by split, from its first row
 
     @property
     def domain(self) -> DomainSettings:
         """The domain's settings."""
         return self.run.domains[self.name]
 
-    def write_sources(self) -> None:
-        """Write what the sources hold: held-out rows, then problems or training rows, then the backbone's rows.
+    def file(self, split: str) -> Path:
+        """Return the file for train, backbone, validation or test; a backbone without its own rows shares train's."""
+        shared = split == "backbone" and self.domain.backbone is None and self.domain.backbone_rows is None
+        return self.folder / f"{'train' if shared else split}.jsonl"
 
-        Raises:
-            UserError: for rows that do not fit, and for a split that stays empty.
-        """
+    def stage(self, split: str) -> str:
+        """Return the name of the stage that writes `file(split)`."""
+        domain, split = self.domain, self.file(split).stem
+        from_source = domain.train is not None or getattr(domain, split) is not None
+        from_source |= split in HELD_OUT and domain.traces is None
+        return f"{'data' if from_source else 'teach'}/{self.name}"
+
+    def outputs(self, stage: str) -> tuple[str, ...]:
+        """Return the files that a stage writes, relative to the run's directory."""
+        splits = ["train", *HELD_OUT, *(["backbone"] if self.run.student is None else [])]
+        files = {self.file(split).name for split in splits if self.stage(split) == stage}
+        if stage == f"data/{self.name}" and self.domain.problems is not None:
+            files.add("problems.jsonl")
+        return tuple(f"data/{self.name}/{file}" for file in sorted(files))
+
+    def write_sources(self) -> None:
+        """Write what the sources hold: held-out rows, then problems or training rows, then the backbone's rows."""
         domain, held_out = self.domain, set[bytes]()
         for split in HELD_OUT:
             if source := getattr(domain, split):
-                write_jsonl(self.folder / f"{split}.jsonl", self._held_out_rows(source, split, held_out))
+                write_jsonl(self.file(split), self._held_out_rows(source, split, held_out))
         if domain.problems is not None:
             self.split(self._problems(domain.problems), "problems", held_out)
         elif domain.train is not None:
@@ -65,7 +82,7 @@ class DomainRows:
                 raise UserError(f"domains.{self.name}.backbone: every row is in validation or test; give other rows")
             if len(kept) < len(rows):
                 self.log(f"data {self.name}: {len(rows) - len(kept)} backbone rows are in validation or test: left out")
-            write_jsonl(self.folder / "backbone.jsonl", kept)
+            write_jsonl(self.file("backbone"), kept)
 
     def split(self, rows: Iterable[SourceRow], rest: str, held_out: set[bytes]) -> None:
         """Write rows to validation.jsonl and test.jsonl by the domain's shares, and the others to `rest`.jsonl.
@@ -80,43 +97,40 @@ class DomainRows:
             shares = {}  # they were taken of the problems
         counts = dict.fromkeys((rest, *shares), 0)
         left_out = {"in validation or test": 0, "asked twice": 0}
-        measured: dict[str, tuple[bool, bool]] = {}
         asked: set[bytes] = set()
         positions = array("d")  # of the rest's rows, for the backbone's share
         with ExitStack() as stack:
-            files = {split: stack.enter_context(replacing_file(self.folder / f"{split}.jsonl")) for split in counts}
+            files = {split: stack.enter_context(replacing_file(self.file(split))) for split in counts}
             for location, identity, row in rows:
-                if digest(identity) in held_out:
+                if (key := digest(identity)) in held_out:
                     left_out["in validation or test"] += 1
                     continue
                 split = next((split for split, share in shares.items() if _position(identity, split) < share), rest)
                 if split == rest:
                     positions.append(_position(identity, "backbone"))
                 else:
-                    questions, _ = self._measured(row, location, split, measured)
-                    if questions and digest(identity) in asked:
+                    questions, _ = self._measures(row, location, split)
+                    if questions and key in asked:
                         left_out["asked twice"] += 1
                         continue
-                    asked.add(digest(identity))
+                    asked.add(key)
                 files[split].write(json_line(row))
                 counts[split] += 1
-            for split, count in counts.items():
-                if not count:
-                    raise UserError(
-                        f"domains.{self.name}: no {split} rows are left; check data, between, limit and the shares"
-                    )
+            if empty := next((split for split, count in counts.items() if not count), None):
+                raise UserError(
+                    f"domains.{self.name}: no {empty} rows are left; check data, between, limit and the shares"
+                )
         if rest == "train" and domain.backbone_rows is not None:
             last = sorted(positions)[min(domain.backbone_rows, len(positions)) - 1]
-            written = zip(read_rows(self.folder / "train.jsonl"), positions, strict=True)
-            write_jsonl(self.folder / "backbone.jsonl", (row for (_, row), position in written if position <= last))
+            written = zip(read_rows(self.file("train")), positions, strict=True)
+            write_jsonl(self.file("backbone"), (row for (_, row), position in written if position <= last))
         reasons = [f"{count} {reason}" for reason, count in left_out.items() if count]
         line = ", ".join(f"{count} {split} rows" for split, count in counts.items())
         self.log(f"data {self.name}: {line}" + (f"; left out: {', '.join(reasons)}" if reasons else ""))
 
     def _held_out_rows(self, source: SourceSettings, split: str, held_out: set[bytes]) -> Iterator[dict[str, Any]]:
-        measured: dict[str, tuple[bool, bool]] = {}
         for location, identity, row in read_source(source, f"domains.{self.name}.{split}"):
-            self._measured(row, location, split, measured)
+            self._measures(row, location, split)
             held_out.add(digest(identity))
             yield row
 
@@ -135,14 +149,12 @@ class DomainRows:
             self.check_reference(reference, location)
             yield location, identity, {"prompt": prompt, "reference": reference}
 
-    def _measured(
-        self, row: Mapping[str, Any], location: str, split: str, measured: dict[str, tuple[bool, bool]]
-    ) -> tuple[bool, bool]:
+    def _measures(self, row: Mapping[str, Any], location: str, split: str) -> tuple[bool, bool]:
         """Return what a held-out row can measure; UserError where the rows of a split differ in that."""
         kinds = measures(row, location)
         if not any(kinds):
             raise UserError(f"{location}: a {split} row needs a prompt and a reference (accuracy) or a response (loss)")
-        if kinds != measured.setdefault(split, kinds):
+        if kinds != self._measured.setdefault(split, kinds):
             raise UserError(f"{location}: the other {split} rows have what this one lacks, or lack what it has: "
                             "a reference (accuracy) or a response (loss)")  # fmt: skip
         if kinds[0]:
@@ -171,15 +183,7 @@ def measures(row: Mapping[str, Any], location: str) -> tuple[bool, bool]:
 
 
 def read_source(source: SourceSettings, key: str) -> Iterator[SourceRow]:
-    """Yield (location, identity, row) of a source's rows.
-
-    Arguments:
-        source: the rows and their templates.
-        key: the setting that holds the source, for errors.
-
-    Raises:
-        UserError: for a field that is missing, and for a source without a row.
-    """
+    """Yield (location, identity, row) of a source's rows; `key` is the setting that holds the source, for errors."""
     count = 0
     for location, fields in read_rows(source.data, f"{key}.data"):
         if not all(low <= _number(fields, name, location) <= high for name, (low, high) in source.between.items()):
@@ -201,10 +205,8 @@ def _filled(source: SourceSettings, fields: Mapping[str, Any], location: str, ke
     lines = {name: "\n".join(map(str, v)) if isinstance(v, list) else v for name, v in fields.items()}
     row: dict[str, Any] = {"prompt": str(fill(source.prompt or "{prompt}", lines, location, f"{key}.prompt"))}
     if isinstance(source.reference, dict):
-        row["reference"] = {
-            name: fill(template, fields, location, f"{key}.reference.{name}")
-            for name, template in source.reference.items()
-        }
+        templates = source.reference.items()
+        row["reference"] = {k: fill(text, fields, location, f"{key}.reference.{k}") for k, text in templates}
     elif source.reference is not None:
         reference = fill(source.reference, fields, location, f"{key}.reference")
         row["reference"] = {"tests": reference} if isinstance(reference, list) else reference

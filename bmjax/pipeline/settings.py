@@ -10,6 +10,11 @@ from bmjax.config import Settings, first_problem
 from bmjax.teach.settings import JudgeName, Selection, TeacherSettings
 
 
+def as_list(value: str | list[str]) -> list[str]:
+    """Return the names of a key that takes one or several."""
+    return [value] if isinstance(value, str) else value
+
+
 class SourceSettings(Settings):
     """Rows of data, and how a prompt, a response and a reference are made of one.
 

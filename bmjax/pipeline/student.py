@@ -1,19 +1,50 @@
-"""A new backbone's starting point: a small Qwen2 with random weights, as a Hugging Face directory."""
+"""The student that a run's trainings start from: whether they fit it, and a new backbone with random weights."""
 
 from pathlib import Path
 from typing import Any
 
+from bmjax.branch.train import check
 from bmjax.chat.template import chat_template
 from bmjax.config import UserError
 from bmjax.io import hub
 from bmjax.model import qwen2
 from bmjax.model.config import ModelConfig
-from bmjax.pipeline.settings import ModelSettings
+from bmjax.pipeline.settings import ModelSettings, RunSettings
 from bmjax.weights import hf
+from bmjax.weights import student as students
 
 
-def open_tokenizer(settings: ModelSettings) -> Any:
-    """Return the tokenizer that the settings name; UserError when it cannot be had."""
+def check_trainings(settings: RunSettings) -> None:
+    """Raise UserError for a training that does not fit the student or the devices."""
+    if settings.model is None:
+        assert settings.student is not None  # the settings hold one of the two
+        config = students.open(settings.student).config
+    else:
+        config = ModelConfig.from_hf(_hf_config(settings.model, _open_tokenizer(settings.model)), "model")
+    trainings = {
+        f"domains.{name}.branch" if domain.branch else "branch": settings.branch_training(name)
+        for name, domain in settings.domains.items()
+    } | {"backbone": settings.backbone, "mixture": settings.mixture_training(1)}
+    for key, training in trainings.items():
+        try:
+            if training is not None:
+                check(training, config)
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from None
+
+
+def create(settings: ModelSettings, directory: Path, seed: int, template: str | None) -> None:
+    """Write a random Qwen2 of these settings and its tokenizer to `directory`, weights in float32."""
+    tokenizer = _open_tokenizer(settings)
+    if template is not None:
+        tokenizer.chat_template = chat_template(tokenizer, template)
+    end_tokens = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    hf_config = _hf_config(settings, tokenizer) | end_tokens
+    params = qwen2.init(ModelConfig.from_hf(hf_config), seed)
+    hf.save_hf(directory, params, hf_config, tokenizer=tokenizer)
+
+
+def _open_tokenizer(settings: ModelSettings) -> Any:
     directory = hub.model_directory(settings.tokenizer, label="model.tokenizer: ", weights=False)
     tokenizer = hf.load_tokenizer(directory)
     if tokenizer is None:
@@ -21,21 +52,10 @@ def open_tokenizer(settings: ModelSettings) -> Any:
     return tokenizer
 
 
-def create(settings: ModelSettings, directory: Path, seed: int, template: str | None) -> None:
-    """Write a random model of these settings and its tokenizer to `directory`, weights in float32."""
-    tokenizer = open_tokenizer(settings)
-    if template is not None:
-        tokenizer.chat_template = chat_template(tokenizer, template)
-    end_tokens = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    hf_config = hf_config_of(settings, len(tokenizer)) | end_tokens
-    params = qwen2.init(ModelConfig.from_hf(hf_config), seed)
-    hf.save_hf(directory, params, hf_config, tokenizer=tokenizer)
-
-
-def hf_config_of(settings: ModelSettings, vocab_size: int) -> dict[str, Any]:
+def _hf_config(settings: ModelSettings, tokenizer: Any) -> dict[str, Any]:
     """Return the new backbone's config.json without its special tokens."""
     return {
-        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": vocab_size,
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": len(tokenizer),
         "hidden_size": settings.hidden_size, "intermediate_size": settings.intermediate_size,
         "num_hidden_layers": settings.num_layers, "num_attention_heads": settings.num_heads,
         "num_key_value_heads": settings.num_kv_heads, "max_position_embeddings": settings.max_length,

@@ -18,9 +18,10 @@ from bmjax.io.atomic import write_atomic
 from bmjax.io.jsonl import write_jsonl
 from bmjax.io.rows import read_rows
 from bmjax.pipeline.rows import HELD_OUT, DomainRows, prompt_of
+from bmjax.pipeline.settings import as_list
 from bmjax.teach.collect import collect, sampling_parameters, wanted_samples
 from bmjax.teach.judges.judge import choose, judge
-from bmjax.teach.record import TRACES, Record, read_records
+from bmjax.teach.record import TRACES, Record, normalise_prompt, read_records
 from bmjax.teach.select import select
 from bmjax.teach.settings import CollectSettings, SelectSettings, TeacherSettings
 
@@ -40,17 +41,14 @@ def teach(rows: DomainRows, folder: Path) -> None:
     Raises:
         UserError: when too many requests fail, and when nothing is left to train on.
     """
-    domain, failed = rows.domain, 0
-    if domain.problems is not None:
-        records, failed = _ask(rows, folder)
-    else:
-        records = _read(rows)
+    domain = rows.domain
+    records, failed = (_read(rows), 0) if domain.problems is None else _ask(rows, folder)
     asked, held_out = folder / "asked.jsonl", folder / "held_out.jsonl"
     write_jsonl(asked, map(vars, records))
 
     # No prompt of a held-out row is trained on, whatever its form.
     splits = [s for s in HELD_OUT if domain.problems is not None or getattr(domain, s) is not None]
-    files = [str(rows.folder / f"{split}.jsonl") for split in splits]
+    files = [rows.file(split) for split in splits]
     write_jsonl(held_out, ({"prompt": prompt_of(row, at)} for at, row in (read_rows(files) if files else ())))
     choice = {"traces": str(asked), "output": str(folder / "selected"), "held_out": str(held_out) if files else []}
     kept = select(SelectSettings.model_validate(rows.run.select.model_dump() | choice), rows.log)[rows.name]
@@ -77,8 +75,27 @@ def _ask(rows: DomainRows, folder: Path) -> tuple[Iterator[Record], int]:
             f"teach/{rows.name}: {counts['failed']} requests failed, see {answers / 'failures.jsonl'}; what was "
             "answered is kept, the same command asks for the rest; failed_share lets a run go on without them"
         )
+    # An answer outlives a change of its problem's reference or judge; its verdict does not.
+    references: dict[str, Any] = {}
+    for _, problem in read_rows(rows.file("problems")):
+        references.setdefault(normalise_prompt(problem["prompt"]), problem["reference"])
     wanted = wanted_samples(settings)
-    return (record for record in read_records(answers / TRACES) if record.id in wanted), counts["failed"]
+
+    def records() -> Iterator[Record]:
+        for record in read_records(answers / TRACES):
+            if record.id in wanted:
+                reference = references[normalise_prompt(record.prompt)]
+                name = rows.domain.judge or choose(reference, rows.name)
+                same_judge = record.verdict_by in (("number", "math-verify") if name == "math" else (name,))
+                yield record if same_judge and record.reference == reference else _judged(rows, record, reference)
+
+    return records(), counts["failed"]
+
+
+def _judged(rows: DomainRows, record: Record, reference: Any) -> Record:
+    name = rows.domain.judge or choose(reference, rows.name)
+    verdict = judge(reference, record.response, name, rows.run.run_programs, record.finish_reason)
+    return replace(record, reference=reference, verdict=verdict.verdict, verdict_by=verdict.judge)
 
 
 def _read(rows: DomainRows) -> Iterator[Record]:
@@ -88,8 +105,7 @@ def _read(rows: DomainRows) -> Iterator[Record]:
     """
     domain, key = rows.domain, f"domains.{rows.name}.traces"
     assert domain.traces is not None  # the settings hold traces where they hold no problems
-    names = [domain.traces] if isinstance(domain.traces, str) else domain.traces
-    data = [str(Path(name) / TRACES) if Path(name).is_dir() else name for name in names]
+    data = [f"{name}/{TRACES}" if Path(name).expanduser().is_dir() else name for name in as_list(domain.traces)]
     labels = {str(row.get("domain")) for _, row in read_rows(data, key)}
     if rows.name not in labels and len(labels) > 1:
         raise UserError(f"{key}: no trace is of domain '{rows.name}'; there are {', '.join(sorted(labels)[:8])}")
@@ -104,7 +120,5 @@ def _read(rows: DomainRows) -> Iterator[Record]:
             raise UserError(f"{location}: not a trace: {error}; rows without an id are 'train' rows") from None
         if record.verdict == "unjudged" and record.reference is not None:
             rows.check_reference(record.reference, location)
-            name = domain.judge or choose(record.reference, rows.name)
-            verdict = judge(record.reference, record.response, name, rows.run.run_programs, record.finish_reason)
-            record = replace(record, verdict=verdict.verdict, verdict_by=verdict.judge)
+            record = _judged(rows, record, record.reference)
         yield record

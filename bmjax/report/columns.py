@@ -3,6 +3,7 @@
 A model may lack a domain, a domain its accuracy or its loss. `report` is report.json's content.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -60,20 +61,6 @@ class Column:
         return f"{text} ±{self.measure.text(self.half(model))}" if model in self.intervals else text
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """One model against another by one measure: the change in each domain that both have, and both means."""
-
-    measure: Measure
-    changes: Mapping[str, float]
-    text: str  # the changes as in a sentence
-    before: float
-    after: float
-    gain: float  # above 0 where the mean became better
-    better: Sequence[str]  # domains
-    unsure: Sequence[str]  # domains whose gain is within its own 95% interval
-
-
 def interval(score: Mapping[str, Any]) -> tuple[float, float] | None:
     """Return the ends of an accuracy's 95% interval as shares of 1, None where it is not known."""
     ends = [end for value in score.get("ci95") or () if (end := number(value)) is not None]
@@ -92,9 +79,10 @@ def columns(models: Mapping[str, Any]) -> list[Column]:
         for domain in domains:
             scores = {name: (entry.get("scores") or {}).get(domain) or {} for name, entry in models.items()}
             values = {name: v for name, score in scores.items() if (v := number(score.get(measure.key))) is not None}
-            ends = {name: interval(scores[name]) for name in values if measure is ACCURACY}
+            known = values if measure is ACCURACY else ()
+            intervals = {name: ends for name in known if (ends := interval(scores[name]))}
             if values:
-                group.append(Column(measure, domain, values, {name: pair for name, pair in ends.items() if pair}))
+                group.append(Column(measure, domain, values, intervals))
         table += group
         if len(group) > 1:
             complete = [name for name in models if all(name in column.values for column in group)]
@@ -103,17 +91,20 @@ def columns(models: Mapping[str, Any]) -> list[Column]:
     return table
 
 
-def compare(table: Sequence[Column], model: str, other: str) -> list[Comparison]:
-    """Compare a model with another by each measure that they have in common, in the domains that both have."""
+def compare(table: Sequence[Column], model: str, other: str) -> list[dict[str, Any]]:
+    """Compare a model with another by each measure that they have in common, in the domains that both have.
+
+    Returns for each measure: changes (by domain), text (the changes as in a sentence), before and after (the means),
+    gain (above 0 where the mean became better), better (domains), unsure (domains whose gain is within its own 95%
+    interval).
+    """
     comparisons = []
     for measure in MEASURES:
         group = [c for c in table if c.measure is measure and not c.mean and {model, other} <= c.values.keys()]
         if not group:
             continue
         changes = {column.title: column.values[model] - column.values[other] for column in group}
-        texts = [f"{domain} {measure.change(change)}" for domain, change in changes.items()]
         before, after = (sum(column.values[name] for column in group) / len(group) for name in (other, model))
-        better = [domain for domain, change in changes.items() if measure.sign * change > 0]
         # The interval of a difference has half the width sqrt(a² + b²) where those of the two values have a and b.
         unsure = [
             column.title
@@ -121,8 +112,12 @@ def compare(table: Sequence[Column], model: str, other: str) -> list[Comparison]
             if {model, other} <= column.intervals.keys()
             and 0 < changes[column.title] < math.hypot(column.half(model), column.half(other))
         ]
-        gain = measure.sign * (after - before)
-        comparisons.append(Comparison(measure, changes, listed(texts), before, after, gain, better, unsure))
+        comparisons.append({
+            "measure": measure, "changes": changes, "before": before, "after": after, "unsure": unsure,
+            "text": listed([f"{domain} {measure.change(change)}" for domain, change in changes.items()]),
+            "gain": measure.sign * (after - before),
+            "better": [domain for domain, change in changes.items() if measure.sign * change > 0],
+        })  # fmt: skip
     return comparisons
 
 
@@ -141,17 +136,11 @@ def headline(report: Mapping[str, Any]) -> list[str]:
 
 
 def summary_table(report: Mapping[str, Any]) -> str:
-    """Return the table models x domains for a terminal of 80 columns: accuracy, held-out loss, the headline.
-
-    `*` marks the best of a column.
-    """
-    models = report["models"]
-    blocks = []
-    for measure in MEASURES:
-        group = [column for column in columns(models) if column.measure is measure]
-        if not group:
-            continue
-        rows = [[measure.title, *(f"{one_line(column.title)} " for column in group), "tokens"]]
+    """Return the table models x domains for a terminal of 80 columns: accuracy, held-out loss, the headline."""
+    models, blocks = report["models"], []
+    for _, same in itertools.groupby(columns(models), lambda column: column.measure):
+        group = list(same)
+        rows = [[group[0].measure.title, *(f"{one_line(column.title)} " for column in group), "tokens"]]
         for model, entry in models.items():
             marked = [column.text(model) + ("*" if column.best(model) else " ") for column in group]
             rows.append([one_line(model), *marked, count(entry.get("tokens"))])

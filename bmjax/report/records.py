@@ -3,6 +3,7 @@
 A missing or broken file is a reason in words and no error: a report of a damaged run is better than none.
 """
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -41,21 +42,15 @@ def read_all(models: Mapping[str, Any], kind: str, read: Callable[[Any], Any]) -
 
 
 def read_curves(directory: Path, path: Any, key: str) -> dict[str, Points]:
-    """Return by key the steps and finite numbers of metrics.jsonl, which has to have `key`.
-
-    Lines cut off by a kill are left out.
-    """
+    """Return by key the steps and finite numbers of metrics.jsonl, which has to have `key`."""
     values: dict[str, list[tuple[float, float]]] = {}
     for line in _read(directory, path).splitlines():
-        try:
+        with contextlib.suppress(ValueError):  # a line cut off by a kill
             entry = json.loads(line)
-        except ValueError:
-            continue
-        if not isinstance(entry, dict) or (step := number(entry.get("step"))) is None:
-            continue
-        for name, value in entry.items():
-            if (finite := number(value)) is not None:
-                values.setdefault(name, []).append((step, finite))
+            if isinstance(entry, dict) and (step := number(entry.get("step"))) is not None:
+                for name, value in entry.items():
+                    if (finite := number(value)) is not None:
+                        values.setdefault(name, []).append((step, finite))
     if key not in values:
         raise UserError(f"{path} has no {key}" if values else f"{path} holds no step")
     return dict(values)

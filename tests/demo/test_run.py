@@ -166,6 +166,7 @@ def test_killed_runs_end_with_the_scores_of_an_undisturbed_one(tmp_path, kills):
         (["branch.lerning_rate=1"], "learning_rate"),
         (["branch.batch=many"], "branch.batch: expected a whole number"),
         (["problems.math.count=0"], "problems.math.count"),
+        (["problems.math.levels=[4]"], "problems.math.levels.0: expected 1, 2 or 3"),
         (["merges.linear.merge_method=liner"], "linear"),
         (["student=DIR"], "'student'"),
         (["domains.code.branch={stps: 3}"], "stps"),
@@ -191,5 +192,7 @@ def test_a_second_run_in_the_same_directory_is_refused(tmp_path, finished):
     directory = finished[0]
     with (directory / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        before = sorted(directory.rglob("*"))
         with pytest.raises(UserError, match="another run is writing"):
-            tiny_run(directory)
+            tiny_run(directory, ["seed=1", "problems.science.count=9"])
+        assert sorted(directory.rglob("*")) == before

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from bmjax.config import UserError
-from bmjax.pipeline import RunSettings, run
+from bmjax.pipeline.phases import run
+from bmjax.pipeline.settings import RunSettings
 from tests.conftest import sums, write_rows, write_student
 from tests.pipeline.endpoint import Endpoint
 

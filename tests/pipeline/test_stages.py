@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bmjax.pipeline.stages import PeakMemory, Stage, Stages
+from bmjax.pipeline.stages import Stage, Stages, file_states, peak_memory, reset_peak_memory
 
 
 def stage(name, value, after, outputs, work):
@@ -62,6 +62,18 @@ def test_a_missing_output_is_made_again(tmp_path):
     assert made == [1, 1]
 
 
+@pytest.mark.parametrize("name", ["~/rows.jsonl", "~/folder"])
+def test_a_changed_file_under_the_home_directory_is_seen(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = tmp_path / ("rows.jsonl" if name.endswith("jsonl") else "folder/config.json")
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("1")
+    before = file_states([name, "org/name"])
+    assert before == file_states([name, "org/name"]) and before[1] == ["org/name"]
+    file.write_text("23")
+    assert file_states([name, "org/name"]) != before
+
+
 def test_time_and_memory_are_measured_and_kept(tmp_path):
     stages = Stages(tmp_path, lambda line: None)
     stages.run(stage("a/b", 1, (), (), lambda: bytearray(50 * 2**20)))
@@ -71,12 +83,11 @@ def test_time_and_memory_are_measured_and_kept(tmp_path):
     assert json.loads((tmp_path / "stages" / "a-b.json").read_text())["seconds"] == stages.measured["a/b"]["seconds"]
 
 
-def test_peak_memory_sees_an_allocation_that_is_gone_at_the_end():
-    with PeakMemory(interval=0.005) as memory:
-        before = memory.mib
-        block = bytearray(b"x") * (200 * 2**20)
-        import time
-
-        time.sleep(0.1)
-        del block
-    assert memory.mib > before + 150
+def test_peak_memory_sees_an_allocation_that_is_gone_and_forgets_it_at_the_reset():
+    reset_peak_memory()
+    before = peak_memory()
+    block = bytearray(b"x") * (200 * 2**20)
+    del block
+    assert peak_memory() > before + 150
+    reset_peak_memory()
+    assert peak_memory() < before + 100

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from bmjax.report import write_report
+from bmjax.report.page import write_report
 from tests.report.synthetic import synthetic_run
 
 

@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from bmjax.report import markdown_table, summary_table
-from bmjax.report.columns import headline
+from bmjax.report.columns import headline, markdown_table, summary_table
 from tests.report.synthetic import DOMAINS
 
 

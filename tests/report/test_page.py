@@ -6,7 +6,8 @@ import re
 import numpy as np
 import pytest
 
-from bmjax.report import markdown_table, summary_table, write_report
+from bmjax.report.columns import markdown_table, summary_table
+from bmjax.report.page import write_report
 from tests.report.page_parser import Page
 from tests.report.synthetic import DOMAINS, synthetic_run
 

@@ -1,11 +1,11 @@
 """What does a small Python program print? The reasoning follows the variables, one assignment or step a line."""
 
 import ast
-import operator
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
-from bmjax.demo.problems.common import OPERATIONS, OPERATORS, Calculator, Problem, Solution
+from bmjax.demo.problems.common import OPERATIONS, SIGNS, Calculator, Problem, Solution
 
 QUESTION = "What does this print?\n"
 LARGEST_RESULT = {1: 20, 2: 30, 3: 50}
@@ -13,9 +13,6 @@ MAX_LOOPS = 20
 
 _VARIABLES = "abcnxyz"
 _WORDS = ("cat", "dog", "book", "tree", "apple", "house", "up", "planet")
-_COMPARISONS: dict[type[ast.cmpop], tuple[str, Callable[[int, int], bool]]] = {
-    ast.Gt: (">", operator.gt), ast.Lt: ("<", operator.lt), ast.Eq: ("==", operator.eq),
-}  # fmt: skip
 
 
 def generate(level: int, rng: random.Random) -> Problem | None:
@@ -75,12 +72,11 @@ def _branch_or_item(draw: _Draw) -> tuple[str, int]:
         comparison = draw.rng.choice("><")
         yes_sign, yes_n, yes_value = draw.step(value, "+-")
         no_sign, no_n, no_value = draw.step(value, "+-")
-        taken = value > limit if comparison == ">" else value < limit
         program = (
             f"{name} = {start} {sign} {n}\nif {name} {comparison} {limit}:\n  {name} {yes_sign}= {yes_n}\n"
             f"else:\n  {name} {no_sign}= {no_n}\nprint({name})"
         )
-        return program, yes_value if taken else no_value
+        return program, yes_value if OPERATIONS[comparison](value, limit) else no_value
     name, other = draw.rng.sample(_VARIABLES, 2)
     if form == "item":
         items, index = [draw.number() for _ in range(3)], draw.rng.randrange(3)
@@ -148,7 +144,7 @@ class _Tracer:
 
     def __init__(self, calculator: Calculator) -> None:
         self.calculator = calculator
-        self.values: dict[str, int | str | list[int]] = {}
+        self.values: dict[str, Any] = {}
         self.lines: list[str] = []
         self.printed: str | None = None
 
@@ -164,70 +160,57 @@ class _Tracer:
         match node:
             case ast.Assign(targets=[ast.Name(id=name)], value=ast.Constant(value=str(text))):
                 self.values[name] = text
-            case ast.Assign(targets=[ast.Name(id=name)], value=ast.List(elts=items)):
-                self.values[name] = [_constant(item) for item in items]
+            case ast.Assign(targets=[ast.Name(id=name)], value=ast.List() as literal):
+                self.values[name] = _numbers(literal)
             case ast.Assign(targets=[ast.Name(id=name)], value=value):
-                self._assign(name, *self._expression(value))
-            case ast.AugAssign(target=ast.Name(id=name), op=op, value=value):
-                self._assign(name, *self._operation(self._number(name), op, self._expression(value)[0]))
+                self._assign(name, value)
+            case ast.AugAssign(target=ast.Name(id=name) as target, op=op, value=value):
+                self._assign(name, ast.BinOp(target, op, value))
             case ast.For(target=ast.Name(id=name), iter=source, body=body, orelse=[]):
                 used = any(isinstance(n, ast.Name) and n.id == name for stmt in body for n in ast.walk(stmt))
-                for item in self._items(source):
+                for item in _items(source):
                     self.values[name] = item
                     if used:
                         self.lines.append(f"{name}={item}")
                     self.run(body)
-            case ast.If(test=ast.Compare(left=left, ops=[op], comparators=[right]), body=body, orelse=orelse):
-                if type(op) not in _COMPARISONS:
-                    raise ValueError("unknown comparison")
-                sign, compare = _COMPARISONS[type(op)]
-                a, b = self._expression(left)[0], self._expression(right)[0]
-                self.lines.append(f"{a}{sign}{b} {compare(a, b)}")
-                self.run(body if compare(a, b) else orelse)
+            case ast.If(test=ast.Compare(left=left, ops=[ast.Gt() | ast.Lt() | ast.Eq() as op], comparators=[right])):
+                a, sign, b = self._expression(left)[0], SIGNS[type(op)], self._expression(right)[0]
+                holds = OPERATIONS[sign](a, b)
+                self.lines.append(f"{a}{sign}{b} {holds}")
+                self.run(node.body if holds else node.orelse)
             case ast.Expr(value=ast.Call(func=ast.Name(id="print"), args=[value], keywords=[])):
                 self.printed = str(self._operand(value))
             case _:
                 raise ValueError(f"{type(node).__name__} is outside the language of these programs")
 
-    def _assign(self, name: str, value: int, line: str) -> None:
-        self.values[name] = value
+    def _assign(self, name: str, node: ast.expr) -> None:
+        self.values[name], line = self._expression(node)
         self.lines.append(f"{name}={line}")
-
-    def _items(self, node: ast.expr) -> list[int]:
-        match node:
-            case ast.Call(func=ast.Name(id="range"), args=[ast.Constant(value=int(count))], keywords=[]):
-                items = list(range(min(count, MAX_LOOPS + 1)))
-            case ast.List(elts=elements):
-                items = [_constant(element) for element in elements]
-            case _:
-                raise ValueError("a loop goes over range(number) or a list of numbers")
-        if len(items) > MAX_LOOPS:
-            raise ValueError("the loop is too long")
-        return items
 
     def _expression(self, node: ast.expr) -> tuple[int, str]:
         """Return a value and its text: `7` for a plain one, `3+4=7` for an operation; inner steps get lines."""
         match node:
-            case ast.Constant():
-                value = _constant(node)
+            case ast.Constant(value=value):
+                pass
             case ast.Name(id=name):
-                value = self._number(name)
+                value = self.values.get(name)
             case ast.Subscript(value=ast.Name(id=name), slice=ast.Constant(value=int(index))):
-                sequence = self.values.get(name)
-                if not isinstance(sequence, list) or not -len(sequence) <= index < len(sequence):
+                items = self.values.get(name)
+                if not isinstance(items, list) or not -len(items) <= index < len(items):
                     raise ValueError(f"{name}[{index}] is not an item of a list of numbers")
-                value = sequence[index]
+                value = items[index]
                 self.lines.append(f"{name}[{index}]={value}")
             case ast.Call(func=ast.Name(id="len"), args=[ast.Name(id=name)], keywords=[]):
-                sequence = self.values.get(name)
-                if not isinstance(sequence, (list, str)):
+                if not isinstance(self.values.get(name), (list, str)):
                     raise ValueError(f"{name} has no length")
-                value = len(sequence)
+                value = len(self.values[name])
                 self.lines.append(f"len({name})={value}")
-            case ast.BinOp(left=left, op=op, right=right):
-                return self._operation(self._operand(left), op, self._operand(right))
+            case ast.BinOp(left=left, op=ast.Add() | ast.Sub() | ast.Mult() as op, right=right):
+                return self.calculator.apply(self._operand(left), SIGNS[type(op)], self._operand(right))
             case _:
                 raise ValueError(f"{type(node).__name__} is outside the language of these programs")
+        if type(value) is not int:
+            raise ValueError(f"{ast.unparse(node)} is not a number here")
         return value, str(value)
 
     def _operand(self, node: ast.expr) -> int:
@@ -237,19 +220,22 @@ class _Tracer:
             self.lines.append(line)
         return value
 
-    def _operation(self, left: int, op: ast.operator, right: int) -> tuple[int, str]:
-        if type(op) not in OPERATORS or isinstance(op, ast.Div):
-            raise ValueError("unknown operator")
-        return self.calculator.apply(left, OPERATORS[type(op)], right)
 
-    def _number(self, name: str) -> int:
-        value = self.values.get(name)
-        if not isinstance(value, int):
-            raise ValueError(f"{name} is not a number here")
-        return value
+def _items(node: ast.expr) -> list[int]:
+    """Return what a loop goes over."""
+    match node:
+        case ast.Call(func=ast.Name(id="range"), args=[ast.Constant(value=int(count))], keywords=[]):
+            items = list(range(min(count, MAX_LOOPS + 1)))
+        case ast.List():
+            items = _numbers(node)
+        case _:
+            raise ValueError("a loop goes over range(number) or a list of numbers")
+    if len(items) > MAX_LOOPS:
+        raise ValueError("the loop is too long")
+    return items
 
 
-def _constant(node: ast.expr) -> int:
-    if isinstance(node, ast.Constant) and type(node.value) is int:
-        return node.value
-    raise ValueError("only whole numbers are known here")
+def _numbers(node: ast.List) -> list[int]:
+    if not all(isinstance(item, ast.Constant) and type(item.value) is int for item in node.elts):
+        raise ValueError("only whole numbers are known here")
+    return ast.literal_eval(node)

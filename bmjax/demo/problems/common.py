@@ -13,8 +13,11 @@ from dataclasses import dataclass
 MAX_VALUE = 10**9
 OPERATIONS: dict[str, Callable[[int, int], int]] = {
     "+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv,
+    ">": operator.gt, "<": operator.lt, "==": operator.eq,
 }  # fmt: skip
-OPERATORS: dict[type[ast.operator], str] = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
+SIGNS: dict[type[ast.AST], str] = {
+    ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.Gt: ">", ast.Lt: "<", ast.Eq: "==",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

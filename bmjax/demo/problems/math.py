@@ -5,7 +5,7 @@ import random
 import re
 from typing import NamedTuple
 
-from bmjax.demo.problems.common import OPERATIONS, OPERATORS, Calculator, Problem, Solution
+from bmjax.demo.problems.common import OPERATIONS, SIGNS, Calculator, Problem, Solution
 
 
 class _Level(NamedTuple):
@@ -24,20 +24,17 @@ LEVELS = {
 
 NAMES = ("Tom", "Ann", "Sam", "Eva", "Max", "Lea")
 THINGS = ("pens", "cups", "eggs", "nuts", "cards", "coins")
+_TIMES = {"doubles them": 2, "triples them": 3}
 _CLAUSES = {
     "+": ("buys {}", "finds {}", "gets {}"),
     "-": ("loses {}", "sells {}", "gives away {}"),
+    "*": tuple(_TIMES),
     "/": ("keeps 1 of {} parts",),
 }
-_TIMES = {"doubles them": 2, "triples them": 3}
+_SIGN_OF_CLAUSE = {clause: sign for sign, clauses in _CLAUSES.items() for clause in clauses}
 
 _EXPRESSION = re.compile(r"Compute ([0-9+\-*/() ]{1,200})\.")
 _WORD = re.compile(r"([A-Z][a-z]+) has (\d{1,6}) ([a-z]+), (.+)\. How many now\?")
-_CLAUSE_PATTERNS = [
-    (re.compile(re.escape(clause).replace(r"\{\}", r"(\d{1,6})")), sign)
-    for sign, clauses in _CLAUSES.items()
-    for clause in clauses
-]
 
 
 def generate(level: int, rng: random.Random) -> Problem | None:
@@ -51,18 +48,15 @@ def generate(level: int, rng: random.Random) -> Problem | None:
     for _ in range(steps):
         sign = rng.choice(rules.signs)
         if sign == "*":
-            clause = rng.choice(tuple(_TIMES))
+            clause = rng.choice(_CLAUSES["*"])
             number = _TIMES[clause]
         elif sign == "/":
-            divisors = _divisors(value)
-            if not divisors:
+            if not (divisors := _divisors(value)):
                 return None
-            number = rng.choice(divisors)
-            clause = _CLAUSES["/"][0].format(number)
+            number, clause = rng.choice(divisors), _CLAUSES["/"][0]
         else:
-            number = rng.randint(1, 9)
-            clause = rng.choice(_CLAUSES[sign]).format(number)
-        text += f", {clause}"
+            number, clause = rng.randint(1, 9), rng.choice(_CLAUSES[sign])
+        text += f", {clause.format(number)}"
         value = OPERATIONS[sign](value, number)
         if not 0 <= value <= rules.largest_result:
             return None
@@ -88,8 +82,7 @@ def _grow(steps: int, rules: _Level, rng: random.Random) -> tuple[str, int, int]
     if sign == "*" and right[2] == 3:
         right = _leaf(rng.randint(2, 9))
     if sign == "/":
-        divisors = _divisors(left[1])
-        if not divisors:
+        if not (divisors := _divisors(left[1])):
             return None
         right = _leaf(rng.choice(divisors))
     # Of a product, one factor is a single digit.
@@ -119,11 +112,11 @@ def solve(prompt: str, calculator: Calculator) -> Solution:
     elif match := _WORD.fullmatch(prompt):
         value = int(match[2])
         for clause in match[4].split(", "):
-            numbers = ((sign, int(m[1])) for pattern, sign in _CLAUSE_PATTERNS if (m := pattern.fullmatch(clause)))
-            step = ("*", _TIMES[clause]) if clause in _TIMES else next(numbers, None)
-            if step is None:
+            sign = _SIGN_OF_CLAUSE.get(re.sub(r"\d+(?! of)", "{}", clause))
+            if sign is None:
                 raise ValueError(f"unknown clause {clause[:40]!r}")
-            value, line = calculator.apply(value, *step)
+            number = _TIMES.get(clause) or int(re.findall(r"\d+", clause)[-1])
+            value, line = calculator.apply(value, sign, number)
             lines.append(line)
     else:
         raise ValueError("not a math prompt")
@@ -133,12 +126,13 @@ def solve(prompt: str, calculator: Calculator) -> Solution:
 
 
 def _evaluate(node: ast.expr, calculator: Calculator, lines: list[str]) -> int:
-    if isinstance(node, ast.Constant) and type(node.value) is int:
-        return node.value
-    if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
-        left = _evaluate(node.left, calculator, lines)
-        right = _evaluate(node.right, calculator, lines)
-        value, line = calculator.apply(left, OPERATORS[type(node.op)], right)
-        lines.append(line)
-        return value
-    raise ValueError("not whole-number arithmetic")
+    match node:
+        case ast.Constant(value=int(value)) if type(value) is int:
+            return value
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in SIGNS:
+            operands = [_evaluate(operand, calculator, lines) for operand in (left, right)]
+            value, line = calculator.apply(operands[0], SIGNS[type(op)], operands[1])
+            lines.append(line)
+            return value
+        case _:
+            raise ValueError("not whole-number arithmetic")

@@ -104,7 +104,6 @@ QUESTIONS: tuple[Question, ...] = (
 )  # fmt: skip
 
 _CHOICES = re.compile(r"(.+)\n(\d{1,9}), (\d{1,9}), (\d{1,9}) or (\d{1,9})\?")
-_OF_LEVEL = {level: [question for question in QUESTIONS if question.level == level] for level in (1, 2, 3)}
 
 
 def _pattern(stem: str) -> re.Pattern[str]:
@@ -117,7 +116,7 @@ _PATTERNS = [(_pattern(question.stem), question.steps) for question in QUESTIONS
 
 def generate(level: int, rng: random.Random) -> Problem | None:
     """Return a multiple-choice question, or None when the numbers do not come out whole and in range."""
-    question = rng.choice(_OF_LEVEL[level])
+    question = rng.choice([question for question in QUESTIONS if question.level == level])
     values = {symbol: rng.choice(numbers) for symbol, numbers in question.numbers.items()}
     stem = question.stem.format(noun=rng.choice(question.nouns.split()), **values)
     for step in question.steps:

@@ -1,6 +1,6 @@
 """The written rule: most domains won, then the mean, then the loss, then the order."""
 
-from bmjax.pipeline.choose_merge import choose
+from bmjax.pipeline.results import choose
 
 
 def table(**models):
