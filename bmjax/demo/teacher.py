@@ -190,7 +190,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._fail(status, "rate_limit_exceeded" if status == 429 else "server_error", "try again")
             self._send(200, teacher.complete(request))
         except ValidationError as error:
-            self._refuse(first_problem(Request, error))
+            self._refuse(first_problem(values, error))
         except ValueError as error:
             self._refuse(f"the demo's teacher does not know this problem: {error}")
 
