@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError, PydanticUndefined
 
 from bmjax.errors import MAX_WORD, UserError, first_line, nearest
@@ -32,8 +32,13 @@ class Settings(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown_keys(cls, values: Any) -> Any:
+        aliases = (field.validation_alias for field in cls.model_fields.values())
+        known = {
+            *cls.model_fields,
+            *(name for alias in aliases if isinstance(alias, AliasChoices) for name in alias.choices),
+        }
         for key in values if isinstance(values, Mapping) else ():
-            if isinstance(key, str) and key not in cls.model_fields:
+            if isinstance(key, str) and key not in known:
                 hint = nearest(key, list(cls.model_fields))
                 raise PydanticCustomError("unknown_key", "unknown key", {"key": key, "hint": hint})
         return values
