@@ -67,10 +67,15 @@ def init_state(
     params_trained = spec.pick(params, trained)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, params_trained)
     # Moments lie as their parameters do; counters are everywhere.
-    moment_shardings = optax.tree.map_params(
-        plan.adamw, lambda _, layout: layout, jax.eval_shape(plan.adamw.init, params_trained), shardings,
-        transform_non_params=lambda _: NamedSharding(plan.mesh, PartitionSpec()),
-    )  # fmt: skip
+    by_path = {jax.tree_util.keystr(path): layout for path, layout in jax.tree_util.tree_leaves_with_path(shardings)}
+    replicated = NamedSharding(plan.mesh, PartitionSpec())
+
+    def layout(path: Any, leaf: Any) -> Any:
+        keys = tuple(key for key in path if isinstance(key, jax.tree_util.DictKey))
+        return by_path.get(jax.tree_util.keystr(keys), replicated) if leaf.ndim else replicated
+
+    shapes = jax.eval_shape(plan.adamw.init, params_trained)
+    moment_shardings = jax.tree_util.tree_map_with_path(layout, shapes)
     moments = run(jax.jit(plan.adamw.init, out_shardings=moment_shardings), params_trained)
     state = {"params": params_trained, "frozen": spec.pick(params, frozen), "moments": moments}
     if plan.track_move:
