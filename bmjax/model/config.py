@@ -1,7 +1,7 @@
 """config.json of a Hugging Face directory, read into the sizes that the architecture needs; sizes of published models.
 
 Nothing else reads model hyperparameters out of config.json. A new architecture gets its model_type in ARCHITECTURES
-here, its rows in spec.py, and its modules in a file beside qwen2.py.
+here, its rows in spec.py and, where it computes differently, its modules in qwen2.py.
 """
 
 import json
