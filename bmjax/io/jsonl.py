@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from bmjax.config import UserError
-from bmjax.io.atomic import lock_file, replacing_file, writable
+from bmjax.io.atomic import lock_file, refuse_url, replacing_file, writable
 
 
 def json_line(values: Mapping[str, Any]) -> bytes:
@@ -38,6 +38,7 @@ class JsonLines:
 
     def __init__(self, path: str | Path, sync_every: int = 256) -> None:
         self.path, self.sync_every, self._unsynced = Path(path), sync_every, 0
+        refuse_url(path)
         with writable(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("ab")
@@ -101,15 +102,18 @@ def read_lines(path: str | Path, growing: bool = True) -> Iterator[tuple[int, An
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                if growing and not line.endswith(b"\n"):
-                    return
-                raise UserError(
-                    f"{path}, line {number}: not valid JSON: {error}; delete this line or mend it"
-                ) from None
-            yield number, value
+        yield from parse_lines(file, path, growing)
+
+
+def parse_lines(lines: Iterable[bytes | str], path: Path, growing: bool = False) -> Iterator[tuple[int, Any]]:
+    """Yield (line number from 1, value) of lines, as `read_lines` does; errors name `path`."""
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            if growing and line[-1:] not in ("\n", b"\n"):
+                return
+            raise UserError(f"{path}, line {number}: not valid JSON: {error}; delete this line or mend it") from None
+        yield number, value

@@ -1,105 +1,199 @@
-"""Rows of data: the only reader of JSON Lines, JSON, Parquet and hub data sets, for every key that takes rows.
+"""Rows of data: the only reader of files and hub data sets, for every key that takes rows.
 
-Files are told apart by their content and read row by row, so that a file need not fit in memory. A row keeps the name
-of its file and its number, which every error about it begins with.
+Files are told apart by their content, whatever they are called, and read row by row, so that none need fit in memory.
+A row keeps the name of its file and its number, which every error about it begins with.
 """
 
 import codecs
+import csv
+import glob
+import gzip
+import io
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from bmjax.config import UserError, first_line, nearest, read_text
 from bmjax.io import hub
-from bmjax.io.jsonl import read_lines
+from bmjax.io.jsonl import parse_lines
+from bmjax.log import Log, write_line
 
 Row = tuple[str, dict[str, Any]]  # ("FILE, row N", the row)
 
+FORMS = "JSON Lines, a JSON array, CSV with a header, Parquet or Arrow; each may be packed by gzip or zstd"
 _FIELD = re.compile(r"\{\{|\}\}|\{(\w+)\}")
 _SPACE = re.compile(r"\s*")
+_COLUMN = re.compile(r"[\w.()/-]+(?: [\w.()/-]+){0,2}")  # a heading, not a sentence
 _CHUNK = 2**20  # how much of a JSON array or of a Parquet column is read at a time
+_HEAD = 2**16  # bytes that tell the form of a file
+_MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+_NOT_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # beside saved data sets
 
 
-def read_rows(data: str | Path | Sequence[str | Path], key: str = "data") -> Iterator[Row]:
+def read_rows(data: str | Path | Sequence[str | Path], key: str = "data", log: Log = write_line) -> Iterator[Row]:
     """Yield (location, row) of every row, file after file.
 
-    data: one or several of: a file of JSON Lines, a JSON array, Parquet; a hub data set `org/name`, `org/name:subset`
-    or `org/name:subset:split` (without a split, `train`). key: the setting that named the data, for errors. UserError
-    for a missing file, a row that is no JSON object, and data without a single row.
+    Arguments:
+        data: one or several of: a file of JSON Lines, a JSON array, CSV with a header, Parquet or Arrow, each also
+            packed by gzip or zstd; a folder or a pattern (`*`, `?`, `**`) of such files, read in the order of their
+            names; a hub data set `org/name`, `org/name:subset` or `org/name:subset:split` (without a split, `train`).
+        key: the setting that named the data, for errors.
+        log: takes a line for what was replaced or left out.
+
+    Raises:
+        UserError: for a missing file, a row that is no JSON object, and data without a single row.
     """
     names = [data] if isinstance(data, (str, Path)) else list(data)
     empty = True
     for name in names:
-        for row in read_source(str(name), key):
+        for row in read_source(str(name), key, log):
             empty = False
             yield row
     if empty:
         raise UserError(f"{key}: {', '.join(map(str, names)) or 'an empty list'}: no rows; expected at least one")
 
 
-def read_source(name: str, key: str = "data", growing: bool = False) -> Iterator[Row]:
-    """Yield (location, row) of one file or hub data set, maybe none.
+def read_source(name: str, key: str = "data", log: Log = write_line, growing: bool = False) -> Iterator[Row]:
+    """Yield (location, row) of what one name means, maybe none; arguments as of `read_rows`.
 
     growing: whether JSON Lines may end in a torn line, which a killed writer left; it is skipped.
     """
+    sources: list[tuple[str, Iterator[tuple[int, Any]]]]
     if hub.is_dataset_id(name):
-        rows: Iterator[tuple[int, Any]] = enumerate(hub.dataset_rows(name, key), 1)
+        sources = [(name, enumerate(hub.dataset_rows(name, key), 1))]
     else:
-        rows = _read_file(Path(name).expanduser(), growing)
-    for number, row in rows:
-        if not isinstance(row, dict):
-            raise UserError(f"{name}, row {number}: expected a JSON object, found {type(row).__name__}")
-        yield f"{name}, row {number}", row
+        # Errors name a file as the user did, and the files of a folder by their paths.
+        label = None if _is_many(name) else name
+        sources = [(label or str(file), _read_file(file, log, growing)) for file in files_of(name, log)]
+    for source, rows in sources:
+        for number, row in rows:
+            if not isinstance(row, dict):
+                raise UserError(f"{source}, row {number}: expected a JSON object, found {type(row).__name__}")
+            yield f"{source}, row {number}", row
 
 
-def _read_file(path: Path, growing: bool) -> Iterator[tuple[int, Any]]:
+def _is_many(name: str) -> bool:
+    path = Path(name).expanduser()
+    return path.is_dir() or (not path.exists() and any(character in name for character in "*?["))
+
+
+def is_here(name: str) -> bool:
+    """Return whether a name means files of this machine that exist, not a hub data set."""
+    path = Path(name).expanduser()
+    return path.exists() or bool(glob.glob(str(path), recursive=True))
+
+
+def files_of(name: str, log: Log = write_line) -> list[Path]:
+    """Return the files that a name means: itself, those of a folder, or those that match a pattern.
+
+    Arguments:
+        name: a file, a folder, or a pattern; `~` is the home directory.
+        log: takes a line for files of a folder that hold no rows.
+
+    Raises:
+        UserError: when there is no such file.
+    """
+    path = Path(name).expanduser()
+    if not _is_many(name):
+        if not path.is_file():
+            read_text(path)  # says what is wrong, and names what is near
+        return [path]
+    if path.is_dir():
+        inside = [file for file in sorted(path.rglob("*"), key=_natural) if file.is_file()]
+        visible = [file for file in inside if not any(p.startswith((".", "_")) for p in file.relative_to(path).parts)]
+        files = [file for file in visible if hub.is_data_file(file) and file.name not in _NOT_ROWS]
+        if left_out := [str(file.relative_to(path)) for file in visible if file not in files]:
+            log(f"{name}: no files of rows, left out: {', '.join(left_out[:5])}{' ...' if left_out[5:] else ''}")
+    else:
+        files = [Path(file) for file in glob.glob(str(path), recursive=True) if Path(file).is_file()]
+        files.sort(key=_natural)
+    if not files:
+        raise UserError(f"{name}: no file of rows {'in it' if path.is_dir() else 'matches'}; expected {FORMS}")
+    return files
+
+
+def _natural(path: Path) -> list[Any]:
+    """Return a key that sorts shard-10 behind shard-9."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(path))]
+
+
+def _read_file(path: Path, log: Log, growing: bool) -> Iterator[tuple[int, Any]]:
     """Yield (number from 1, row); the number of a row of JSON Lines is its line's."""
-    if not path.is_file():
-        read_text(path)  # says what is wrong, and names what is near
     try:
-        with path.open("rb") as file:
-            start = file.read(_CHUNK)
-        if start.startswith(b"PAR1"):
-            yield from _read_parquet(path)
-        elif start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-            yield from _json_array(path)
-        else:
-            yield from read_lines(path, growing)
-    except UnicodeDecodeError:
+        with ExitStack() as stack:
+            file = _unpacked(path, stack)
+            head = file.peek(_HEAD)
+            if head.startswith(b"PAR1"):
+                yield from _read_parquet(path, file)
+            elif head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
+                yield from _read_arrow(path, file, head.startswith(b"ARROW1"))
+            elif head.startswith((b"PK\x03\x04", b"7z\xbc\xaf", b"BZh", b"\xfd7zXZ")) or head[257:262] == b"ustar":
+                raise UserError(f"{path}: an archive; unpack it: expected {FORMS}")
+            else:
+                encoding = next((name for mark, name in _MARKS if head.startswith(mark)), "utf-8")
+                start = head.decode(encoding, "ignore")
+                first = start.lstrip()[:1]
+                is_json = first in ("{", "[", "")
+                text = io.TextIOWrapper(file, encoding=encoding, newline="\n" if is_json else "")
+                if is_json:
+                    rows = (
+                        _json_array(path, text, text.read(_CHUNK)) if first == "[" else parse_lines(text, path, growing)
+                    )
+                    yield from _without_surrogates(path, rows, log)
+                else:
+                    yield from _read_csv(path, text, start)
+    except UnicodeError:
         raise UserError(f"{path}: not UTF-8 text") from None
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: cannot be unpacked: {first_line(error)}") from None
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+        raise UserError(f"{path}: {error.strerror or first_line(error)}") from None
 
 
-def _json_array(path: Path) -> Iterator[tuple[int, Any]]:
-    with path.open(encoding="utf-8-sig", newline="\n") as file:
-        text = file.read(_CHUNK)
-        decoder, number, position, after_row = json.JSONDecoder(), 1, text.index("[") + 1, False
-        while True:
-            position = _skip_space(text, position)
-            if after_row and text.startswith(",", position):
-                position, after_row = _skip_space(text, position + 1), False
-            if text.startswith("]", position) and (after_row or number == 1):
-                rest = text[position + 1 :]
-                while not rest.strip():
-                    if not (rest := file.read(_CHUNK)):
-                        return
-                raise UserError(f"{path}: not valid JSON: text follows the closing bracket")
-            try:
-                if after_row:
-                    raise ValueError("expected a comma or the closing bracket")
-                row, position = decoder.raw_decode(text, position)
-            except (ValueError, RecursionError) as error:
-                # The row may go on behind what was read. Reading as much again keeps the time linear in its length.
-                text, position = text[position:], 0
-                if more := file.read(max(_CHUNK, len(text))):
-                    text += more
-                    continue
-                raise UserError(f"{path}, row {number}: not valid JSON: {error}") from None
-            yield number, row
-            number, after_row = number + 1, True
+def _unpacked(path: Path, stack: ExitStack) -> io.BufferedReader:
+    """Open a file for reading, unpacked where its first bytes are gzip's or zstd's."""
+    file = stack.enter_context(path.open("rb"))
+    head = file.peek(4)
+    if head.startswith(b"\x1f\x8b"):
+        return io.BufferedReader(stack.enter_context(gzip.GzipFile(fileobj=file)), _HEAD)
+    if head.startswith(b"\x28\xb5\x2f\xfd"):
+        import pyarrow
+
+        stream = stack.enter_context(pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), "zstd"))
+        return io.BufferedReader(stream, _HEAD)
+    return file
+
+
+def _json_array(path: Path, file: IO[str], text: str) -> Iterator[tuple[int, Any]]:
+    """Decode a JSON array row by row. `text` begins with the opening bracket; the file holds the rest."""
+    decoder, number, position, after_row = json.JSONDecoder(), 1, text.index("[") + 1, False
+    while True:
+        position = _skip_space(text, position)
+        if after_row and text.startswith(",", position):
+            position, after_row = _skip_space(text, position + 1), False
+        if text.startswith("]", position) and (after_row or number == 1):
+            rest = text[position + 1 :]
+            while not rest.strip():
+                if not (rest := file.read(_CHUNK)):
+                    return
+            raise UserError(f"{path}: not valid JSON: text follows the closing bracket")
+        try:
+            if after_row:
+                raise ValueError("expected a comma or the closing bracket")
+            row, position = decoder.raw_decode(text, position)
+        except (ValueError, RecursionError) as error:
+            # The row may go on behind what was read. Reading as much again keeps the time linear in its length.
+            text, position = text[position:], 0
+            if more := file.read(max(_CHUNK, len(text))):
+                text += more
+                continue
+            raise UserError(f"{path}, row {number}: not valid JSON: {error}") from None
+        yield number, row
+        number, after_row = number + 1, True
 
 
 def _skip_space(text: str, position: int) -> int:
@@ -107,29 +201,110 @@ def _skip_space(text: str, position: int) -> int:
     return match.end() if match else position
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
+def _without_surrogates(path: Path, rows: Iterator[tuple[int, Any]], log: Log) -> Iterator[tuple[int, Any]]:
+    """Replace halves of surrogate pairs, which JSON can escape and no tokenizer can encode, and count the rows."""
+    replaced = 0
+    for number, row in rows:
+        valid = _valid_text(row)
+        replaced += valid != row
+        yield number, valid
+    if replaced:
+        log(f"{path}: {replaced} rows hold halves of surrogate pairs, replaced by U+FFFD")
+
+
+def _valid_text(value: Any) -> Any:
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            value = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return value
+    if isinstance(value, dict):
+        return {_valid_text(key): _valid_text(inner) for key, inner in value.items()}
+    return [_valid_text(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _read_csv(path: Path, file: IO[str], start: str) -> Iterator[tuple[int, Any]]:
+    """Read a table by its header. An empty cell is null. Raises UserError for a text that is no table."""
+    header = start.lstrip("\ufeff").splitlines()[0]
+    delimiter = max(",\t;", key=header.count)
+    columns = next(csv.reader([header], delimiter=delimiter), [])
+    if len({*columns}) < max(2, len(columns)) or not all(_COLUMN.fullmatch(column.strip()) for column in columns):
+        raise UserError(f"{path}: not a form of rows that is known; expected {FORMS}")
+    csv.field_size_limit(sys.maxsize)
+    rows = csv.reader(file, delimiter=delimiter, strict=True)
+    next(rows)
+    try:
+        for number, cells in enumerate(rows, 1):
+            if len(cells) not in (0, len(columns)):
+                raise UserError(f"{path}, row {number}: {len(cells)} cells, the header has {len(columns)}")
+            if cells:
+                yield number, {name.strip(): cell or None for name, cell in zip(columns, cells, strict=True)}
+    except csv.Error as error:
+        raise UserError(f"{path}: not valid CSV: {error}") from None
+
+
+def _read_parquet(path: Path, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
     try:
-        with ParquetFile(path, pre_buffer=False, buffer_size=_CHUNK) as file:
-            rows = (row for batch in file.iter_batches(batch_size=256) for row in batch.to_pylist())
+        with ParquetFile(file, pre_buffer=False, buffer_size=_CHUNK) as table:
+            rows = (row for batch in table.iter_batches(batch_size=256) for row in batch.to_pylist())
             yield from enumerate(rows, 1)
     except (ArrowException, OSError) as error:
         raise UserError(f"{path}: not a readable Parquet file: {first_line(error)}") from None
 
 
+def _read_arrow(path: Path, file: IO[bytes], is_file: bool) -> Iterator[tuple[int, Any]]:
+    """Read Arrow's file form, or its stream form, which data sets are saved in."""
+    from pyarrow import ArrowException, ipc
+
+    try:
+        if is_file:
+            reader = ipc.open_file(file)
+            batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
+        else:
+            batches = iter(ipc.open_stream(file))
+        rows = (
+            row
+            for batch in batches
+            for start in range(0, len(batch), 256)
+            for row in batch[start : start + 256].to_pylist()
+        )
+        yield from enumerate(rows, 1)
+    except ArrowException as error:
+        raise UserError(f"{path}: not a readable Arrow file: {first_line(error)}") from None
+
+
+def mapped(rows: Iterable[Row], templates: Mapping[str, str]) -> Iterator[Row]:
+    """Yield rows with fields that templates make of those of `rows`, see `fill`; without templates, as they are."""
+    for location, row in rows:
+        fields = {key: fill(text, row, location, key) for key, text in templates.items()}
+        yield location, fields or row
+
+
 def fill(template: str, row: Mapping[str, Any], location: str, key: str) -> Any:
     """Put a row's fields into a template: `{question}` stands for a field, `{{` and `}}` for braces.
 
-    A template that is a single lone field gives that field's value as it is. key: the setting that holds the template,
-    for errors.
+    Arguments:
+        template: the text; one that is a single lone field gives that field's value as it is.
+        row, location: the row and where it stands.
+        key: the setting that holds the template, for errors.
+
+    Raises:
+        UserError: when the row has no such field.
     """
     if (lone := _FIELD.fullmatch(template)) and lone[1]:
         return _field(row, lone[1], location, key)
 
     def put(match: re.Match[str]) -> str:
-        return match[0][0] if match[1] is None else str(_field(row, match[1], location, key))
+        if match[1] is None:
+            return match[0][0]
+        value = _field(row, match[1], location, key)
+        if value is None:
+            raise UserError(f"{location}: {key} asks for field '{match[1]}', which is null in this row")
+        return str(value)
 
     return _FIELD.sub(put, template)
 

@@ -1,6 +1,8 @@
 """Rows of every kind of file and of hub data sets: values, names in errors, memory."""
 
+import csv
 import gc
+import gzip
 import json
 import shutil
 import tracemalloc
@@ -134,8 +136,11 @@ def test_what_is_no_file_of_rows_is_named(tmp_path: Path) -> None:
         read(tmp_path / "trian.jsonl")
     with pytest.raises(UserError, match=r"trian.parquet: no such file"):
         read(tmp_path / "trian.parquet")
-    with pytest.raises(UserError, match="is a directory"):
-        read(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty: no file of rows in it; expected JSON Lines"):
+        read(tmp_path / "empty")
+    with pytest.raises(UserError, match=r"x-\*.jsonl: no file of rows matches"):
+        read(tmp_path / "x-*.jsonl")
     (tmp_path / "broken.parquet").write_text("not parquet")
     (tmp_path / "torn.parquet").write_bytes(b"PAR1 and no more")
     (tmp_path / "latin.jsonl").write_bytes(b'{"a": "\xe9"}\n')
@@ -227,3 +232,100 @@ def test_the_hub_is_asked_once_and_not_at_all_when_offline(monkeypatch: pytest.M
     with pytest.raises(UserError, match="the hub cannot be reached"):
         read("org/none")
     assert len(asked) == 1
+
+
+def packed(path: Path, data: bytes) -> Path:
+    """Write bytes, packed as the name's ending says."""
+    if path.suffix == ".zst":
+        import pyarrow
+
+        data = pyarrow.compress(data, "zstd", asbytes=True)
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+def test_every_form_gives_the_same_rows_packed_or_not(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.ipc
+
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+    for name in ("a.jsonl.gz", "b.jsonl.zst", "misnamed.jsonl"):
+        assert read(packed(tmp_path / name, lines)) == ROWS
+    assert read(packed(tmp_path / "c.gz", lines.replace(b"\n", b"\r\n"))) == ROWS
+    assert read(packed(tmp_path / "d.json.gz", json.dumps(ROWS, indent=1).encode())) == ROWS
+    assert read(packed(tmp_path / "parts.gz", lines)) == ROWS
+    (tmp_path / "twice.gz").write_bytes((tmp_path / "a.jsonl.gz").read_bytes() * 2)
+    (tmp_path / "twice.zst").write_bytes((tmp_path / "b.jsonl.zst").read_bytes() * 2)
+    assert read(tmp_path / "twice.gz") == read(tmp_path / "twice.zst") == ROWS * 2
+    for encoding in ("utf-8-sig", "utf-16"):
+        (tmp_path / "marked.jsonl").write_bytes(lines.decode().replace("\n", "\r\n").encode(encoding))
+        assert read(tmp_path / "marked.jsonl") == ROWS
+    table = pyarrow.Table.from_pylist(ROWS)
+    for name, writer in (("f.arrow", pyarrow.ipc.new_file), ("s.arrow", pyarrow.ipc.new_stream)):
+        with writer(tmp_path / name, table.schema) as sink:
+            sink.write_table(table)
+        assert read(tmp_path / name) == ROWS
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("delimiter", [",", "\t", ";"])
+def test_csv_is_read_by_its_header(tmp_path: Path, delimiter: str, encoding: str) -> None:
+    path = tmp_path / "table.data"
+    with path.open("w", newline="", encoding=encoding) as file:
+        csv.writer(file, delimiter=delimiter).writerows(
+            [["prompt", "response", "note"], ['a,\t;b\n"c"', "é" * 200_000, ""]]
+        )
+    assert read(path) == [{"prompt": 'a,\t;b\n"c"', "response": "é" * 200_000, "note": None}]
+    with path.open("a", newline="", encoding=encoding.removesuffix("-sig")) as file:
+        file.write(delimiter.join(["x", "y"]) + "\r\n")
+    if encoding != "utf-16":  # a second byte-order mark would follow
+        with pytest.raises(UserError, match=r"table.data, row 2: 2 cells, the header has 3"):
+            read(path)
+
+
+def test_what_is_no_form_of_rows_lists_the_forms(tmp_path: Path) -> None:
+    for name, content in (
+        ("prose.txt", b"Once upon a time, there was a king.\n"), ("code.py", b"print('hi')\n"),
+        ("a.zip", b"PK\x03\x04rest"), ("a.jsonl.bz2", b"BZh9rest"), ("yaml.jsonl", b"prompt: a\nresponse: b\n"),
+    ):  # fmt: skip
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=rf"{name}: .*expected JSON Lines, a JSON array, CSV") as error:
+            read(tmp_path / name)
+        assert "\n" not in str(error.value)
+    (tmp_path / "torn.gz").write_bytes(gzip.compress(json.dumps(ROWS).encode() * 9)[:-12])
+    with pytest.raises(UserError, match=r"torn.gz"):
+        read(tmp_path / "torn.gz")
+
+
+def test_folders_and_patterns_are_read_in_natural_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "shards"
+    (folder / "more").mkdir(parents=True)
+    for number in (10, 9, 1):
+        write_rows(folder / f"shard-{number}.jsonl", [{"n": number}])
+    packed(folder / "more" / "shard-2.jsonl.gz", b'{"n": 2}\n')
+    for name in ("README.md", ".hidden.jsonl", "dataset_info.json"):
+        (folder / name).write_text("{}")
+    said: list[str] = []
+    rows = list(read_rows(folder, log=said.append))
+    assert [row["n"] for _, row in rows] == [2, 1, 9, 10]
+    assert rows[1][0] == f"{folder / 'shard-1.jsonl'}, row 1"
+    assert said == [f"{folder}: no files of rows, left out: README.md, dataset_info.json"]
+    monkeypatch.chdir(tmp_path)
+    assert [row["n"] for row in read("shards/*.jsonl")] == [1, 9, 10]
+    assert [row["n"] for row in read("shards/**/*.gz", "shards/shard-[19].jsonl")] == [2, 1, 9]
+
+
+def test_a_saved_data_set_is_a_folder_of_rows(tmp_path: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    assert read(tmp_path / "saved") == ROWS
+
+
+def test_halves_of_surrogate_pairs_are_replaced_and_counted(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": "x\\ud83dy", "b": ["\\udc00"]}\n{"a": "\\ud83d\\ude00"}\n{"\\ud800": 1}\n')
+    said: list[str] = []
+    rows = [row for _, row in read_rows(path, log=said.append)]
+    assert rows == [{"a": "x\ufffdy", "b": ["\ufffd"]}, {"a": "\U0001f600"}, {"\ufffd": 1}]
+    assert said == [f"{path}: 2 rows hold halves of surrogate pairs, replaced by U+FFFD"]
