@@ -4,6 +4,7 @@ Every phase declares its settings next to the code that reads them. This module 
 and lists all keys for `--help`. It is also the door to errors.py and safe_yaml.py.
 """
 
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,10 @@ __all__ = [
     "Settings", "UserError", "describe", "first_line", "first_problem", "is_text", "nearest", "parse_yaml_documents",
     "read_text", "read_yaml", "read_yaml_documents",
 ]  # fmt: skip
+
+
+# Keys that hold paths of files that bmjax reads or writes itself.
+_PATH_KEYS = {"output", "student", "data", "model", "traces", "problems", "questions", "held_out", "sources", "train"}
 
 
 class Settings(BaseModel):
@@ -42,6 +47,18 @@ class Settings(BaseModel):
                 hint = nearest(key, list(cls.model_fields))
                 raise PydanticCustomError("unknown_key", "unknown key", {"key": key, "hint": hint})
         return values
+
+    @model_validator(mode="after")
+    def _paths_are_local(self) -> Self:
+        for key in _PATH_KEYS & {*type(self).model_fields}:
+            value = getattr(self, key)
+            for path in value if isinstance(value, (list, tuple)) else [value]:
+                if isinstance(path, str) and (scheme := re.match(r"[a-z][a-z0-9+.-]*://", path, re.IGNORECASE)):
+                    raise ValueError(
+                        f"{key}: '{path}': {scheme[0]} is no file system of this machine; mount it (gcsfuse, s3fs) and "
+                        "give its path there"
+                    )
+        return self
 
     @field_validator("*", mode="wrap")
     @classmethod

@@ -161,3 +161,15 @@ def test_describe_shows_defaults_and_types():
         "source: x text or list or Inner. where from",
     ):  # fmt: skip
         assert part in lines, part
+
+
+@pytest.mark.parametrize("key", ["output", "student", "data"])
+@pytest.mark.parametrize("path", ["gs://bucket/x", "s3://bucket/x", "HDFS://x"])
+def test_paths_of_buckets_are_refused_before_anything_is_read(key, path, tmp_path, monkeypatch):
+    from bmjax.branch.settings import TrainSettings
+
+    monkeypatch.chdir(tmp_path)
+    values = {"student": "missing", "data": ["rows.jsonl"], "output": "run"} | {key: [path] if key == "data" else path}
+    with pytest.raises(UserError, match=rf"{key}: '{path}': .*:// is no file system of this machine; mount it"):
+        TrainSettings.read(values)
+    assert not list(tmp_path.iterdir())

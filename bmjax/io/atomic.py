@@ -6,6 +6,7 @@ Everything that writes a result calls it. After an error nothing of the output i
 import contextlib
 import fcntl
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -13,6 +14,15 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from bmjax.config import UserError
+
+
+def refuse_url(path: str | Path) -> None:
+    """Raise UserError for a path like gs://bucket/x, which would become a folder `gs:` here."""
+    if scheme := re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
+        raise UserError(
+            f"{path}: {scheme[0].rstrip('/')}// is no file system of this machine; mount it (gcsfuse, s3fs) and give its "
+            "path there"
+        )
 
 
 def write_atomic(path: str | Path, data: bytes | str) -> None:
@@ -27,6 +37,7 @@ def replacing_file(path: str | Path) -> Iterator[BinaryIO]:
 
     Makes missing parent directories. UserError, one line naming the file, when it cannot be written.
     """
+    refuse_url(path)
     path = Path(path)
     temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
     with _parents(path, path):
@@ -78,13 +89,24 @@ def held(path: str | Path, holder: str) -> Iterator[None]:
 
     holder: what else holds it, named in the UserError when it is taken ("another run is writing here").
     """
+    refuse_url(path)
     path = Path(path)
+    made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
     with writable(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = path.open("w")
     with lock:
         lock_file(lock, path.parent, holder)
-        yield
+        try:
+            yield
+        except BaseException:
+            # Nothing is left of a directory that was made for the lock alone.
+            if made and [entry.name for entry in path.parent.iterdir()] == [path.name]:
+                path.unlink()
+            for folder in made:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+            raise
 
 
 def lock_file(file: IO[Any], name: Path, holder: str) -> None:
@@ -106,6 +128,7 @@ def replacing(target: str | Path, resume: bool = False) -> Iterator[Path]:
     resume: whether to go on with what a killed or interrupted process wrote, else the directory is empty. It then stays
     after an exception that is neither a UserError nor an OSError, for the next call.
     """
+    refuse_url(target)
     named, target = Path(target), Path(target).resolve()
     if target.exists() and not target.is_dir():
         raise UserError(f"{named}: exists and is not a directory; choose another name")

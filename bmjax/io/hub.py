@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from bmjax.config import UserError, first_line, nearest
+from bmjax.io.model_files import check_files
 
 WEIGHT_FILES = ("*.safetensors",)
 SMALL_FILES = ("*.json", "*.txt", "*.jinja", "tokenizer*")
-DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".ndjson")
+DATA_SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet", ".csv", ".tsv", ".arrow")
+PACKED_SUFFIXES = (".gz", ".zst", ".zstd")
 
 _ID = r"[A-Za-z0-9][\w.-]*(?:/[\w.-]+)?"
 
@@ -43,6 +45,8 @@ def model_directory(
     if directory and not os.path.lexists(name) and os.path.lexists(directory):
         raise UserError(f"{label}{directory} is a directory, which has no revisions; remove @{suffix}")
     if text and path.is_dir():
+        if weights:
+            check_files(path, label)
         return path
     if text and os.path.lexists(path):
         problem = "is a file," if path.exists() else "no such model directory, only a link that leads nowhere;"
@@ -82,11 +86,17 @@ def _snapshot(name: str, revision: str | None, label: str, hint: str, download: 
         raise UserError(f"{label}{spelt}: no such model directory{hint}; {reason}") from None
 
 
+def is_data_file(path: Path) -> bool:
+    """Return whether a path is called as files of rows are, packed ones too."""
+    unpacked = path.with_suffix("") if path.suffix in PACKED_SUFFIXES else path
+    return unpacked.suffix in DATA_SUFFIXES
+
+
 def is_dataset_id(name: str) -> bool:
     """Return whether `name` means a hub data set: no file of that name, and of the form of an id."""
     path = Path(name)
     form = re.fullmatch(rf"{_ID}(?:@[\w./-]+)?(?::[\w.-]*){{0,2}}", name)
-    return form is not None and path.suffix not in DATA_SUFFIXES and not os.path.lexists(path)
+    return form is not None and not is_data_file(path) and not os.path.lexists(path)
 
 
 def dataset_rows(name: str, key: str = "data") -> Iterator[dict[str, Any]]:

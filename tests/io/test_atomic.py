@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bmjax.config import UserError
-from bmjax.io.atomic import replacing, replacing_file, write_atomic
+from bmjax.io.atomic import held, replacing, replacing_file, write_atomic
 
 resuming = functools.partial(replacing, resume=True)
 
@@ -289,3 +289,12 @@ def test_a_replaced_file_is_all_or_nothing(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="cannot write"), replacing_file(tmp_path / "file" / "data.jsonl"):
         pass
+
+
+def test_urls_are_refused_and_no_folder_is_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for url in ("gs://bucket/x", "s3://bucket/x/y", Path("gs://bucket/x")):
+        for opened in (replacing, replacing_file, lambda path: held(path, "another")):
+            with pytest.raises(UserError, match="// is no file system of this machine; mount it"), opened(url):
+                pass
+    assert not list(tmp_path.iterdir())

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bmjax.config import UserError, is_text
+from bmjax.io.atomic import refuse_url
 
 _UNITS = {"B": 1} | {f"{prefix}{kind}": base ** (i + 1)
                      for kind, base in (("B", 1000), ("iB", 1024)) for i, prefix in enumerate("KMGT")}  # fmt: skip
@@ -16,6 +17,7 @@ def check_target(target: Path, inputs: Iterable[Path], overwrite: bool) -> None:
     """Raise a UserError unless `target` may be written: no input, not around or in one, empty unless `overwrite`."""
     if not is_text(str(target)):
         raise UserError(f"{ascii(str(target))[:80]}: its name is no Unicode text; choose another output directory")
+    refuse_url(target)
     try:
         os.stat(target)
     except FileNotFoundError:
