@@ -1,49 +1,19 @@
-"""A row as chat messages, and messages as the text of a chat template.
+"""Messages as the text of a chat template.
 
-Training, evaluation, generation and merging all render through here. Nothing else knows roles, turns or templates.
+Training, evaluation, generation and merging all render through here. Nothing else knows templates; forms.py makes
+messages of rows, marks.py looks at what a template writes around turns.
 """
 
+import contextlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bmjax.chat.reasoning import join_think
 from bmjax.config import UserError, first_line, read_text
 
 TEMPLATES = Path(__file__).parent / "templates"
 TEMPLATE_NAMES = tuple(sorted(path.stem for path in TEMPLATES.glob("*.jinja")))
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-_FORMS = {"messages": ("role", "content"), "conversations": ("from", "value")}  # the keys of a turn
-
-
-def messages_of(row: Mapping[str, Any], location: str) -> list[dict[str, str]]:
-    """Return a row as chat messages, each with `role` and `content`.
-
-    Known forms are `messages`, `conversations` (ShareGPT) and `prompt` with `response`. A record's `reasoning` becomes
-    <think>...</think> before the response, as the teacher wrote it. UserError for a row of another form.
-    """
-    turns: list[tuple[Any, Any]]
-    if form := next((key for key in _FORMS if key in row), None):
-        role, content = _FORMS[form]
-        if not isinstance(row[form], list) or not all(isinstance(turn, Mapping) for turn in row[form]):
-            raise UserError(f"{location}: '{form}' must be a list of turns, each with '{role}' and '{content}'")
-        turns = [(turn.get(role), turn.get(content)) for turn in row[form]]
-    elif "prompt" in row and "response" in row:
-        answer = join_think(row["reasoning"], row["response"]) if row.get("reasoning") else row["response"]
-        turns = [("system", row["system"])] if row.get("system") else []
-        turns += [("user", row["prompt"]), ("assistant", answer)]
-    else:
-        fields = ", ".join(sorted(row)[:8]) or "nothing"
-        raise UserError(f"{location}: expected 'prompt' and 'response', 'messages' or 'conversations'; found {fields}")
-    messages = []
-    for role, content in turns:
-        if not isinstance(role, str) or role not in ROLES or not isinstance(content, str):
-            raise UserError(
-                f"{location}: a turn has role {role!r} and {type(content).__name__} content; "
-                f"expected text by one of {', '.join(ROLES)}"
-            )
-        messages.append({"role": ROLES[role], "content": content})
-    return messages
 
 
 def chat_template(tokenizer: Any, template: str | None) -> str:
@@ -53,7 +23,7 @@ def chat_template(tokenizer: Any, template: str | None) -> str:
         if not text:
             raise UserError(
                 "template: the student's tokenizer has no chat template; "
-                "set template: chatml, deepseek-r1 or FILE.jinja"
+                f"set template: {', '.join(TEMPLATE_NAMES)} or FILE.jinja"
             )
         return text if isinstance(text, str) else text.get("default") or next(iter(text.values()))
     if template in TEMPLATE_NAMES:
@@ -68,28 +38,50 @@ def named_template(name: str) -> str:
     return (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8").rstrip("\n")
 
 
-def render(tokenizer: Any, messages: Sequence[Mapping[str, str]], template: str, location: str, prompt: bool) -> str:
-    """Render a conversation as text. prompt: whether the opening of the assistant's next turn follows."""
+def render(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    template: str,
+    location: str,
+    prompt: bool,
+    tools: list[Any] | None = None,
+) -> str:
+    """Render a conversation as text.
+
+    Arguments:
+        messages: as `bmjax.chat.forms` makes them.
+        location: where they come from, which begins an error.
+        prompt: whether the opening of the assistant's next turn follows.
+        tools: descriptions of functions, for templates that show them.
+    """
+    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": prompt, "chat_template": template}
+    if tools:
+        options["tools"] = tools
     try:
-        return tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=prompt, chat_template=template
-        )
+        return tokenizer.apply_chat_template(list(messages), **options)
     except Exception as error:  # a template is a program; whatever it raises is its author's mistake
-        raise UserError(f"{location}: the chat template cannot render this conversation: {first_line(error)}") from None
+        problem = first_line(error)
+    if any("tool_calls" in message for message in messages):
+        with contextlib.suppress(Exception):  # some templates join a call's arguments to text
+            return tokenizer.apply_chat_template([_arguments_as_text(m) for m in messages], **options)
+    raise UserError(f"{location}: the chat template cannot render this conversation: {problem}")
 
 
-def render_prompt(tokenizer: Any, messages: Sequence[Mapping[str, str]], template: str, location: str) -> str:
+def _arguments_as_text(message: Mapping[str, Any]) -> dict[str, Any]:
+    if "tool_calls" not in message:
+        return dict(message)
+    calls = [dict(call, function=dict(call["function"])) for call in message["tool_calls"]]
+    for call in calls:
+        call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+    return {**message, "tool_calls": calls}
+
+
+def render_prompt(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    template: str,
+    location: str,
+    tools: list[Any] | None = None,
+) -> str:
     """Render the text that a model continues: all turns, then the opening of the assistant's."""
-    return render(tokenizer, messages, template, location, prompt=True)
-
-
-def end_of_turn(tokenizer: Any, template: str) -> int | None:
-    """Return the special token that the template writes after an assistant's turn, or None. A generation ends there."""
-    turns = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": "Answer"}]
-    try:
-        full = render(tokenizer, turns, template, "template", prompt=False)
-    except UserError:  # a template for conversations of another form
-        return None
-    after = tokenizer(full[full.rfind("Answer") + len("Answer") :], add_special_tokens=False)["input_ids"]
-    special = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
-    return next((token for token in after if token in special), None)
+    return render(tokenizer, messages, template, location, prompt=True, tools=tools)

@@ -1,14 +1,10 @@
-"""A row as messages, and messages as text."""
+"""Chat templates by name, and the token that ends a turn."""
 
 import pytest
 
-from bmjax.chat.template import chat_template, end_of_turn, messages_of
+from bmjax.chat.marks import end_of_turn
+from bmjax.chat.template import chat_template
 from bmjax.config import UserError
-
-
-def test_prompt_and_response_are_two_turns():
-    turns = messages_of({"prompt": "Q?", "response": "A.", "reasoning": ""}, "here")
-    assert turns == [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A."}]
 
 
 def test_a_template_by_name_file_or_tokenizer(tokenizer, tmp_path):
