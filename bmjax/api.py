@@ -16,7 +16,9 @@ from jax.sharding import Mesh
 
 from bmjax.branch.examples import tokenize
 from bmjax.calibrate.dispatch import merge
-from bmjax.chat.template import chat_template, end_of_turn, messages_of, render_prompt
+from bmjax.chat.forms import read_conversation
+from bmjax.chat.marks import end_of_turn
+from bmjax.chat.template import chat_template, render_prompt
 from bmjax.config import UserError, nearest
 from bmjax.generate import sampler
 from bmjax.model import qwen2, spec
@@ -26,6 +28,7 @@ from bmjax.parallel.mesh import make_mesh, sharding
 from bmjax.teach.judges.judge import judge
 from bmjax.weights import hf
 from bmjax.weights import student as students
+from bmjax.weights.tokenizer import end_tokens
 
 __all__ = [
     "Model", "collect", "convert", "evaluate", "generate", "judge", "load", "merge", "plan", "run", "save", "select",
@@ -205,7 +208,7 @@ def generate(
     Raises: UserError for a prompt that is empty, of another kind, or longer than the context.
     """
     _check_loaded(model)
-    ends = list(hf.end_tokens(model.directory, model.config, model.tokenizer))
+    ends = list(end_tokens(model.directory, model.config.eos_token_ids, model.tokenizer))
     if isinstance(prompts, str):
         raise UserError("prompts: expected a list of texts or of token lists, found one text")
     if len(prompts) and isinstance(prompts[0], (int, np.integer, Mapping)):
@@ -221,7 +224,7 @@ def generate(
             raise UserError(f"{model.directory}: no tokenizer, so {wanted}; prompt {number} is not")
         if is_chat:
             text = chat_template(model.tokenizer, template)
-            messages = messages_of({"messages": list(tokens)}, f"prompt {number}")
+            messages = read_conversation({"messages": list(tokens)}, f"prompt {number}").messages
             tokens = render_prompt(model.tokenizer, messages, text, f"prompt {number}")
             # A turn of the template may end otherwise than the model's texts.
             end = end_of_turn(model.tokenizer, text)
@@ -333,15 +336,20 @@ def convert(source: str | Path, destination: str | Path, to: str) -> Path:
     """Convert a Hugging Face directory to an Orbax checkpoint of its parameters, or back; `bmjax convert`.
 
     Arguments:
-        source: for to="orbax" a Hugging Face directory or hub id; for to="hf" what to="orbax" has written.
+        source: for to="orbax" a Hugging Face directory or hub id; for to="hf" what to="orbax" has written, a checkpoint
+            of a training (RUN/checkpoints/STEP), or its output RUN for the newest.
         destination: a directory that does not exist. It is returned as a Path.
         to: "hf" or "orbax". Tensors keep their dtype.
 
     Raises: UserError for a wrong source, an existing destination, another `to`.
     """
+    from bmjax.branch.export import checkpoint_of, export_checkpoint
     from bmjax.weights.convert import convert as convert_files
 
-    convert_files(str(source), str(destination), to)
+    if to == "hf" and (checkpoint := checkpoint_of(str(source))) is not None:
+        export_checkpoint(checkpoint, destination)
+    else:
+        convert_files(str(source), str(destination), to)
     return Path(destination)
 
 

@@ -119,7 +119,7 @@ def student(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(student):
-    from bmjax.weights.hf import load_tokenizer
+    from bmjax.weights.tokenizer import load_tokenizer
 
     return load_tokenizer(student)
 
@@ -130,6 +130,6 @@ def qwen2_tokenizer():
     directory = SHARED / "data" / "qwen2_tokenizer"
     if not directory.is_dir():
         pytest.skip(f"{directory} is not here")
-    from bmjax.weights.hf import load_tokenizer
+    from bmjax.weights.tokenizer import load_tokenizer
 
     return load_tokenizer(directory)

@@ -66,7 +66,7 @@ def read(step: Step, p: CalibrationSettings, seed: int, student: Student, mesh: 
             )
         order = np.random.default_rng([seed, 2]).permutation(len(rows))[: max(p.documents, p.held_out + 1)]
         drawn = [rows[i] for i in order]
-        dataset = examples.build_dataset(drawn, student.tokenizer, student.template, p.seq_len, "truncate")
+        dataset = examples.build_dataset(drawn, examples.Encoding(student.tokenizer, student.template, p.seq_len))
         examples.check_vocabulary(dataset, student.config.vocab_size, student.directory)
         judged, learned = dataset.examples[: p.held_out], dataset.examples[p.held_out :]
         by_row = Loader(replace(dataset, examples=judged), p.seq_len, 1, True, False, seed)

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bmjax.chat.forms import read_conversation
 from bmjax.chat.reasoning import CLOSE, OPEN
-from bmjax.chat.template import messages_of, named_template
+from bmjax.chat.template import named_template
 from bmjax.io.rows import read_rows
 
 END, START = "<|im_end|>", "<|im_start|>"
@@ -33,7 +34,7 @@ def train_tokenizer(files: Sequence[Path], vocab_size: int) -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
     rows = read_rows([str(file) for file in files])
-    turns = (turn for location, row in rows for turn in messages_of(row, location))
+    turns = (turn for location, row in rows for turn in read_conversation(row, location).messages)
     tokenizer.train_from_iterator((f"{turn['role']}\n{turn['content']}" for turn in turns), trainer)
     tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in THINK])
     fast = PreTrainedTokenizerFast(

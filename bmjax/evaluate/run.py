@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from bmjax.branch.examples import build_dataset, check_vocabulary
+from bmjax.branch.examples import Encoding, build_dataset, check_vocabulary
 from bmjax.branch.loader import Loader, best_fit, load_batch
 from bmjax.chat.template import render_prompt
 from bmjax.config import UserError
@@ -168,7 +168,7 @@ def _held_out_loss(
             (location, {key: fill(template, row, location, key) for key, template in templates.items()})
             for location, row in rows
         )
-    dataset = build_dataset(rows, student.tokenizer, student.template, seq_len, "truncate")
+    dataset = build_dataset(rows, Encoding(student.tokenizer, student.template, seq_len))
     check_vocabulary(dataset, config.vocab_size, student.directory)
     # A power of two that holds all of a small dataset, so that few rows are empty.
     packed = len(best_fit([len(example.tokens) for example in dataset.examples], seq_len))

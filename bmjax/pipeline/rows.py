@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bmjax.chat.template import messages_of
+from bmjax.chat.forms import read_conversation
 from bmjax.config import UserError
 from bmjax.io.atomic import replacing_file
 from bmjax.io.jsonl import json_line, write_jsonl
@@ -179,7 +179,7 @@ def measures(row: Mapping[str, Any], location: str) -> tuple[bool, bool]:
     question = isinstance(row.get("prompt"), str) and row.get("reference") is not None
     if not {"response", "messages", "conversations"} & row.keys() or row.get("response", "") is None:
         return question, False
-    return question, any(turn["role"] == "assistant" for turn in messages_of(row, location))
+    return question, any(read_conversation(row, location).targets)
 
 
 def read_source(source: SourceSettings, key: str) -> Iterator[SourceRow]:
@@ -219,7 +219,7 @@ def prompt_of(row: Mapping[str, Any], location: str) -> str:
     """Return what a row asks: its prompt, or all turns before the last of the assistant."""
     if isinstance(row.get("prompt"), str):
         return row["prompt"]
-    turns = messages_of(row, location)
+    turns = read_conversation(row, location).messages
     last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=len(turns))
     return "\n".join(turn["content"] for turn in turns[:last])
 

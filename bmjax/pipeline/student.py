@@ -12,6 +12,7 @@ from bmjax.model.config import ModelConfig
 from bmjax.pipeline.settings import ModelSettings, RunSettings
 from bmjax.weights import hf
 from bmjax.weights import student as students
+from bmjax.weights.tokenizer import load_tokenizer
 
 
 def check_trainings(settings: RunSettings) -> None:
@@ -46,7 +47,7 @@ def create(settings: ModelSettings, directory: Path, seed: int, template: str | 
 
 def _open_tokenizer(settings: ModelSettings) -> Any:
     directory = hub.model_directory(settings.tokenizer, label="model.tokenizer: ", weights=False)
-    tokenizer = hf.load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory)
     if tokenizer is None:
         raise UserError(f"model.tokenizer: {directory}: no tokenizer files (tokenizer.json or vocab.json)")
     return tokenizer

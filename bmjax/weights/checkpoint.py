@@ -135,6 +135,29 @@ class Checkpoints:
                 shutil.rmtree(path, ignore_errors=True)
 
 
+def load_part(path: Path, abstract_state: Any) -> Any:
+    """Read some arrays of a complete checkpoint, changing nothing there; a training may be writing beside it.
+
+    abstract_state: a pytree of jax.ShapeDtypeStruct with shardings, a part of what was saved. UserError for a
+    checkpoint that is damaged or does not hold them.
+    """
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    try:
+        with context:
+            return ocp.load(path, abstract_state)
+    except Exception as error:
+        raise UserError(f"{path}: not a checkpoint of this student, or damaged: {first_line(error)}") from None
+
+
+def meta_of(path: Path) -> dict[str, Any]:
+    """Return the `meta` saved with a checkpoint, changing nothing there; UserError when there is none."""
+    try:
+        return ocp.metadata(path).custom_metadata["meta"]
+    except Exception as error:
+        raise UserError(f"{path}: not a checkpoint of a training: {first_line(error)}") from None
+
+
 def _leaves(tree: Any) -> dict[str, str]:
     """Return the dtype and shape of every leaf, such as `float32 [3, 4]`, by its path, such as `a/b/0`."""
     return {

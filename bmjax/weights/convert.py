@@ -15,6 +15,7 @@ from bmjax.model.config import ModelConfig, read_hf_config
 from bmjax.parallel.mesh import make_mesh, sharding
 from bmjax.weights import hf
 from bmjax.weights.checkpoint import Checkpoints
+from bmjax.weights.tokenizer import TOKENIZER_FILES
 
 PARAMS = "params"  # DST/params/0: an Orbax checkpoint whose only step is 0
 
@@ -31,7 +32,7 @@ def convert(source: str, destination: str, to: str) -> None:
         params = hf.load_params(directory, config, make_mesh())
         with replacing(Path(destination)) as temporary:
             for file in directory.iterdir():
-                if file.name in (*hf.TOKENIZER_FILES, "config.json", "generation_config.json"):
+                if file.name in (*TOKENIZER_FILES, "config.json", "generation_config.json"):
                     shutil.copyfile(file, temporary / file.name)
             dtypes = {row.name: str(spec.get(params, row.path).dtype) for row in spec.table(config)}
             with closing(Checkpoints(temporary / PARAMS, keep=1)) as checkpoints:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, partial
 from itertools import groupby, product
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -20,20 +21,20 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from bmjax.config import UserError, first_line, read_text
+from bmjax.config import UserError, read_text
 from bmjax.io.atomic import replacing
+from bmjax.io.model_files import quantization
 from bmjax.io.safetensors import DTYPES, Checkpoint, SharedWriter, listing, open_checkpoint
 from bmjax.model import spec
 from bmjax.model.config import ARCHITECTURES, ModelConfig
 from bmjax.model.spec import EMBEDDING, HEAD, Param
 from bmjax.parallel.mesh import sharding
 from bmjax.parallel.processes import is_main
+from bmjax.weights.tokenizer import portable_config, write_json, write_tokenizer
 
 FLOATS = ("BF16", "F16", "F32")
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model",
-    "added_tokens.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
+SCALES = "_scale_inv"  # what blockwise FP8 adds to a weight's name, for the scales of its blocks
+FP8_BLOCK = 128  # rows and columns of a block, as DeepSeek-V3 has them
 COMPARE_ROWS = 4096
 
 
@@ -65,7 +66,9 @@ def _fault(checkpoint: Checkpoint, config: ModelConfig) -> str | None:
     if missing:
         hint = "; config.json has tie_word_embeddings false" if missing == [HEAD] else ""
         return f"missing {listing(missing)}{hint}"
+    scaled = {name for name in expected if tensors[name].dtype == "F8_E4M3" and name + SCALES in tensors}
     surplus = [name for name in tensors if name not in expected and not name.endswith("rotary_emb.inv_freq")]
+    surplus = [name for name in surplus if name.removesuffix(SCALES) not in scaled]
     if config.tied and HEAD in surplus:
         embedding, head = tensors[EMBEDDING], tensors[HEAD]
         starts = range(0, embedding.shape[0] if embedding.shape else 0, COMPARE_ROWS)
@@ -78,11 +81,15 @@ def _fault(checkpoint: Checkpoint, config: ModelConfig) -> str | None:
                 "set tie_word_embeddings to false"
             )
         surplus.remove(HEAD)
+    if scheme := quantization({}, surplus):
+        return f"the weights are quantized ({scheme}); expected {', '.join(FLOATS)}, or FP8 with scales of blocks"
     if surplus:
         return f"surplus {listing(surplus)} that a {config.model_type} model with this config.json does not have"
     pairs = [(name, tensors[name], list(shape)) for name, shape in expected.items()]
     misshapen = [f"{name} is {list(i.shape)}, expected {shape}" for name, i, shape in pairs if list(i.shape) != shape]
-    not_float = [f"{name} is {info.dtype}" for name, info, _ in pairs if info.dtype not in FLOATS]
+    not_float = [
+        f"{name} is {info.dtype}" for name, info, _ in pairs if info.dtype not in FLOATS and name not in scaled
+    ]
     problems, kind, advice = misshapen, "misshapen", "config.json or the file is wrong"
     if not misshapen:
         problems, kind, advice = not_float, "of a type not supported", "use BF16, F16 or F32"
@@ -92,7 +99,7 @@ def _fault(checkpoint: Checkpoint, config: ModelConfig) -> str | None:
 
 def _load_leaf(checkpoint: Checkpoint, row: Param, mesh: Mesh | None, dtype: np.dtype | None) -> Array:
     keys = row.hf_keys()
-    stored_as = jnp.result_type(*(checkpoint.tensors[key].numpy_dtype for key in keys))
+    stored_as = jnp.result_type(*(_float_dtype(checkpoint, key) for key in keys))
     leaf_dtype = stored_as if dtype is None else dtype
 
     @cache  # devices that hold the same block share one reading of it
@@ -102,7 +109,7 @@ def _load_leaf(checkpoint: Checkpoint, row: Param, mesh: Mesh | None, dtype: np.
         out = np.empty([stop - start for start, stop in bounds], leaf_dtype)
         layers = keys[slice(*bounds[0])] if row.stacked else keys
         for layer, key in zip(out if row.stacked else [out], layers, strict=True):
-            tensor = checkpoint.read(key, inner[::-1] if row.transposed else inner)
+            tensor = _read(checkpoint, key, inner[::-1] if row.transposed else inner)
             with np.errstate(invalid="ignore", over="ignore"):  # casting keeps NaN and infinity, which is no error
                 layer[...] = tensor.T if row.transposed else tensor
         return out
@@ -114,6 +121,58 @@ def _load_leaf(checkpoint: Checkpoint, row: Param, mesh: Mesh | None, dtype: np.
     if mesh is None:
         return jax.device_put(block((slice(None),) * len(row.shape)))
     return jax.make_array_from_callback(row.shape, sharding(mesh, row.axes, row.shape), block)
+
+
+def _float_dtype(checkpoint: Checkpoint, key: str) -> Any:
+    """Return the dtype that a tensor has once it is read: its own, or bfloat16 of FP8."""
+    info = checkpoint.tensors[key]
+    return jnp.bfloat16 if info.dtype == "F8_E4M3" else info.numpy_dtype
+
+
+def _read(checkpoint: Checkpoint, key: str, part: tuple[slice, ...]) -> np.ndarray:
+    """Read a part of a tensor. Blockwise FP8 is multiplied by the scales of its blocks, in float32."""
+    tensor = checkpoint.read(key, part)
+    if checkpoint.tensors[key].dtype != "F8_E4M3":
+        return tensor
+    scales = checkpoint.read(key + SCALES).astype(np.float32)
+    rows, columns = (
+        np.arange(size)[piece] // FP8_BLOCK for size, piece in zip(checkpoint.tensors[key].shape, part, strict=True)
+    )
+    return tensor.astype(np.float32) * scales[np.ix_(rows, columns)]
+
+
+def start_added_tokens(
+    params: dict[str, Any], added: Mapping[str, int], end: str | None, end_tokens: Sequence[int]
+) -> dict[str, Any]:
+    """Give the rows of added tokens a start to learn from.
+
+    The rows of embedding and head that no token used hold anything. The token that ends a turn starts as the model's
+    own end token, all others as the mean of the tokens before them.
+
+    Arguments:
+        params: of the model; given up.
+        added: id of each added token. They follow all others.
+        end: the one of them that ends a turn, if it is among them.
+        end_tokens: those of the model before.
+    """
+    first = min(added.values())
+    copied = {added[end]: end_tokens[0]} if end is not None and end in added and end_tokens else {}
+    ids = np.array(list(added.values()), np.int32)
+
+    def start(rows_VD: jax.Array) -> jax.Array:
+        mean_D = rows_VD[:first].astype(jnp.float32).mean(0).astype(rows_VD.dtype)
+        rows_VD = rows_VD.at[ids].set(mean_D)
+        for token, model_token in copied.items():
+            rows_VD = rows_VD.at[token].set(rows_VD[model_token])
+        return rows_VD
+
+    embedding = params["embed"]["embedding"]
+    params = {**params, "embed": {"embedding": jax.jit(start, out_shardings=embedding.sharding)(embedding)}}
+    if "lm_head" in params:
+        head = params["lm_head"]["kernel"]
+        kernel = jax.jit(lambda kernel_DV: start(kernel_DV.T).T, out_shardings=head.sharding)(head)
+        params["lm_head"] = {"kernel": kernel}
+    return params
 
 
 @partial(jax.jit, static_argnames=("dtype", "transposed"))
@@ -130,18 +189,22 @@ def save_hf(
     *,
     side_files: Path | None = None,
     tokenizer: Any = None,
+    template: str | None = None,
+    added: Mapping[str, int] = MappingProxyType({}),
+    end: str | None = None,
     dtype: Any = None,
     shard_bytes: float = 5e9,
     eos: Sequence[int] | None = None,
 ) -> None:
     """Write a Hugging Face directory that transformers loads, replacing `directory` once all of it is on disk.
 
-    hf_config: the content of config.json; its dtype key is set to the dtype that most numbers are stored in.
-    side_files: a directory whose tokenizer, chat template and generation config are copied. tokenizer: a transformers
-    tokenizer to save instead. dtype: to store all tensors in; None: that of each leaf. shard_bytes: a file ends where
-    the next tensor would take it over this size. eos: end tokens to name in place of those of `hf_config` and of the
-    generation config. Where several processes hold the parameters, all make this call. Raises UserError for a directory
-    that holds something else than a model, for a full disk, and for parameters that do not fit the config.
+    hf_config: the content of config.json; its dtype keys are set to the dtype that most numbers are stored in.
+    side_files: a directory whose tokenizer, chat template and generation config are copied as they stand. tokenizer,
+    template, added, end: see `bmjax.weights.tokenizer.write_tokenizer`. dtype: to store all tensors in; None: that of
+    each leaf. shard_bytes: a file ends where the next tensor would take it over this size. eos: end tokens to name in
+    place of those of `hf_config` and of the generation config. Where several processes hold the parameters, all make
+    this call. Raises UserError for a directory that holds something else than a model, for a full disk, and for
+    parameters that do not fit the config.
     """
     # Plan the tensors layer by layer, as Hugging Face orders them.
     directory = Path(directory)
@@ -184,16 +247,20 @@ def save_hf(
             for (name, _, _), tensor in zip(plan, rows, strict=True):
                 writer.write(name, 0, jax.device_get(gather(*tensor)))
 
-        # Write config, tokenizer and the other files beside the weights. transformers 5 writes `dtype`, 4 wrote
-        # `torch_dtype`; both read the latter.
+        # Write config, tokenizer and generation config beside the weights.
         most = _most((stored_as.name, math.prod(shape)) for _, stored_as, shape in plan)
-        values = {"architectures": [ARCHITECTURES[config.model_type]], **hf_config}
-        keys = [key for key in ("dtype", "torch_dtype") if key in values] or ["torch_dtype"]
-        _write_json(temporary / "config.json", values | dict.fromkeys(keys, most))
-        _write_side_files(temporary, hf_config, side_files, tokenizer)
+        values = {"architectures": [ARCHITECTURES[config.model_type]], **portable_config(hf_config)}
+        write_json(temporary / "config.json", values | {"dtype": most, "torch_dtype": most})
+        if side_files is not None or tokenizer is not None:
+            write_tokenizer(temporary, side_files, tokenizer, template, added, end)
+        path = temporary / "generation_config.json"
+        if side_files is not None and (side_files / path.name).is_file():
+            shutil.copyfile(side_files / path.name, path)
+        else:
+            ids = {key: hf_config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+            write_json(path, {key: value for key, value in ids.items() if value is not None})
         if eos is not None:
-            path = temporary / "generation_config.json"
-            _write_json(path, json.loads(read_text(path)) | {"eos_token_id": list(eos)})
+            write_json(path, json.loads(read_text(path)) | {"eos_token_id": list(eos)})
 
 
 def _most(sizes: Iterable[tuple[str, int]]) -> str:
@@ -204,66 +271,10 @@ def _most(sizes: Iterable[tuple[str, int]]) -> str:
     return sums.most_common(1)[0][0]
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _write_side_files(target: Path, hf_config: Mapping[str, Any], source: Path | None, tokenizer: Any) -> None:
-    generation_config, tokenizer_config = target / "generation_config.json", target / "tokenizer_config.json"
-    if source is not None:
-        for name in (generation_config.name, *(TOKENIZER_FILES if tokenizer is None else ())):
-            if (Path(source) / name).is_file():
-                shutil.copyfile(Path(source) / name, target / name)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(str(target))
-        values = json.loads(read_text(tokenizer_config)) if tokenizer_config.is_file() else {}
-        # transformers 5 names its general class TokenizersBackend, which 4 does not know; both know the old name.
-        if values.get("tokenizer_class") == "TokenizersBackend":
-            _write_json(tokenizer_config, values | {"tokenizer_class": "PreTrainedTokenizerFast"})
-    if not generation_config.exists():
-        ids = {key: hf_config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        _write_json(generation_config, {key: value for key, value in ids.items() if value is not None})
-
-
 def stored_dtype(directory: str | Path) -> np.dtype:
-    """Return the dtype that most of a directory's parameters are stored in."""
+    """Return the dtype that most of a directory's parameters are stored in; bfloat16 for FP8."""
     tensors = open_checkpoint(directory).tensors.values()
     if not tensors:
         raise UserError(f"{directory}: the weights hold no tensor")
-    return DTYPES[_most((info.dtype, info.nbytes // info.numpy_dtype.itemsize) for info in tensors)]
-
-
-def load_tokenizer(directory: str | Path) -> Any:
-    """Load the fast tokenizer of a directory; None when it has no tokenizer files. Never runs code from there.
-
-    tokenizer.json is read as it is. transformers' AutoTokenizer is only for directories without it: for some
-    architectures it replaces the splitting and normalizing that tokenizer.json says.
-    """
-    directory = Path(directory)
-    files = {name for name in TOKENIZER_FILES if (directory / name).is_file()}
-    if not (files & {"tokenizer.json", "tokenizer.model", "vocab.txt"} or {"vocab.json", "merges.txt"} <= files):
-        return None
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    try:
-        if "tokenizer.json" in files:
-            return PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
-        return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
-    except Exception as error:
-        raise UserError(f"{directory}: the tokenizer cannot be loaded: {first_line(error)}") from None
-
-
-def end_tokens(directory: str | Path, config: ModelConfig, tokenizer: Any = None) -> tuple[int, ...]:
-    """Return the token ids that end a generation: of generation_config.json, of the config, of the tokenizer."""
-    path = Path(directory) / "generation_config.json"
-    try:
-        stored: Any = json.loads(read_text(path)).get("eos_token_id") if path.exists() else None
-    except (ValueError, AttributeError):
-        raise UserError(f"{path}: expected a JSON object") from None
-    ids = [] if stored is None else list(stored) if isinstance(stored, list) else [stored]
-    if not all(type(token) is int for token in ids):
-        raise UserError(f"{path}: eos_token_id is {stored!r}, expected a token id or a list of them")
-    ids += config.eos_token_ids
-    if tokenizer is not None and tokenizer.eos_token_id is not None:
-        ids.append(int(tokenizer.eos_token_id))
-    return tuple(dict.fromkeys(ids))
+    most = _most((info.dtype, info.nbytes // info.numpy_dtype.itemsize) for info in tensors)
+    return DTYPES["BF16" if most == "F8_E4M3" else most]  # FP8 is dequantized

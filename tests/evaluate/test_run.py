@@ -204,7 +204,7 @@ def test_rows_are_read_by_templates(student, tokenizer, tmp_path, monkeypatch):
     ({"questions": "F"}, [{"prompt": "Q " * 300, "reference": "1"}], r"row 1: \d+ tokens, the model's context"),
     ({"questions": "F"}, [{"prompt": "Q", "reference": ["1"]}], r"row 1: reference: found a list"),
     ({"questions": "F"}, [], "no rows; expected at least one"),
-    ({"traces": "F"}, [{"prompt": "Q"}], r"row 1: expected 'prompt' and 'response'"),
+    ({"traces": "F"}, [{"prompt": "Q"}], r"row 1: expected messages"),
     ({}, [], r"tasks.math: give questions \(for accuracy\), traces"),
 ])  # fmt: skip
 def test_mistakes_are_one_line_that_names_the_row(student, tmp_path, task, rows, problem):

@@ -22,6 +22,7 @@ from bmjax.model import spec
 from bmjax.model.config import ModelConfig, read_hf_config
 from bmjax.parallel.mesh import make_mesh, sharding
 from bmjax.weights import hf
+from bmjax.weights.tokenizer import end_tokens, load_tokenizer
 from tests.model.reference import BASE, from_state
 
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -375,16 +376,15 @@ def test_side_files_are_copied(tmp_path: Path) -> None:
     (tmp_path / "in" / "README.md").write_text("not copied")
     params, config = load(tmp_path / "in"), read_hf_config(tmp_path / "in")
     hf.save_hf(tmp_path / "out", params, config, side_files=tmp_path / "in")
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
+    for name in ("tokenizer.json", "generation_config.json", "chat_template.jinja"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "in" / name).read_bytes()
     assert not (tmp_path / "out" / "README.md").exists()
-    tokenizer = hf.load_tokenizer(tmp_path / "out")
+    tokenizer = load_tokenizer(tmp_path / "out")
     assert tokenizer("hello world")["input_ids"] == [3, 4]
-    assert hf.end_tokens(tmp_path / "out", ModelConfig.from_dir(tmp_path / "out"), tokenizer) == (1, 7)
+    assert end_tokens(tmp_path / "out", ModelConfig.from_dir(tmp_path / "out").eos_token_ids, tokenizer) == (1, 7)
 
-    tokenizer.chat_template = "{{ 'other' }}"
-    hf.save_hf(tmp_path / "out", params, config, side_files=tmp_path / "in", tokenizer=tokenizer)
-    again = hf.load_tokenizer(tmp_path / "out")
+    hf.save_hf(tmp_path / "out", params, config, side_files=tmp_path / "in", template="{{ 'other' }}")
+    again = load_tokenizer(tmp_path / "out")
     assert again.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False) == "other"
     assert again("hello world")["input_ids"] == [3, 4]
     tokenizer_config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
@@ -400,7 +400,7 @@ def test_a_generation_config_is_written_always(tmp_path: Path) -> None:
         "pad_token_id": 0,
     }
     assert transformers.GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == 1
-    assert hf.load_tokenizer(tmp_path / "out") is None
+    assert load_tokenizer(tmp_path / "out") is None
 
 
 def test_an_export_may_replace_its_own_source(tmp_path: Path) -> None:
@@ -409,33 +409,33 @@ def test_an_export_may_replace_its_own_source(tmp_path: Path) -> None:
     hf.save_hf(tmp_path / "in", load(tmp_path / "in"), read_hf_config(tmp_path / "in"), side_files=tmp_path / "in")
     exported = safetensors.numpy.load_file(tmp_path / "in" / "model.safetensors")
     assert all(exported[key].tobytes() == value.tobytes() for key, value in tensors.items())
-    assert hf.load_tokenizer(tmp_path / "in") is not None
+    assert load_tokenizer(tmp_path / "in") is not None
 
 
 def test_the_real_tokenizer(qwen2_tokenizer: Path, tmp_path: Path) -> None:
-    tokenizer = hf.load_tokenizer(qwen2_tokenizer)
+    tokenizer = load_tokenizer(qwen2_tokenizer)
     ids = tokenizer("Hello, world! 12 + 34")["input_ids"]
     assert tokenizer.decode(ids) == "Hello, world! 12 + 34"
     assert ids[:4] == [9707, 11, 1879, 0]  # as Qwen2's published tokenizer gives
     assert tokenizer.eos_token_id == 151645 and tokenizer.is_fast
     tokenizer.save_pretrained(tmp_path)
-    assert hf.load_tokenizer(tmp_path)("It's 1234 für <|im_end|>")["input_ids"] == tokenizer(
+    assert load_tokenizer(tmp_path)("It's 1234 für <|im_end|>")["input_ids"] == tokenizer(
         "It's 1234 für <|im_end|>")["input_ids"]  # fmt: skip
     config = ModelConfig.from_dir(qwen2_tokenizer)
-    assert hf.end_tokens(qwen2_tokenizer, config, tokenizer) == (151645, 151643)
+    assert end_tokens(qwen2_tokenizer, config.eos_token_ids, tokenizer) == (151645, 151643)
 
 
 def test_bad_tokenizers_and_generation_configs(tmp_path: Path) -> None:
     raw_checkpoint(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="the tokenizer cannot be loaded") as error:
-        hf.load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path)
     assert "\n" not in str(error.value)
     config = ModelConfig.from_dir(tmp_path)
     for text in ("[]", "{", '{"eos_token_id": "x"}', '{"eos_token_id": [true]}'):
         (tmp_path / "generation_config.json").write_text(text)
         with pytest.raises(UserError, match=r"generation_config.json: "):
-            hf.end_tokens(tmp_path, config)
+            end_tokens(tmp_path, config.eos_token_ids)
 
 
 def test_a_tokenizer_with_code_is_refused(tmp_path: Path) -> None:
@@ -446,7 +446,7 @@ def test_a_tokenizer_with_code_is_refused(tmp_path: Path) -> None:
     (tmp_path / "code.py").write_text("open('ran', 'w')\nclass Config: pass\nclass Mine: pass\n")
     small_tokenizer().backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
     try:
-        assert isinstance(hf.load_tokenizer(tmp_path), transformers.PreTrainedTokenizerBase)
+        assert isinstance(load_tokenizer(tmp_path), transformers.PreTrainedTokenizerBase)
     except UserError as error:
         assert "\n" not in str(error)
     assert not Path("ran").exists()

@@ -66,7 +66,7 @@ def test_a_tokenizer_without_a_template(directory: Path) -> None:
     tokenizer.chat_template = None
     (directory / "chat_template.jinja").unlink(missing_ok=True)
     tokenizer.save_pretrained(directory)
-    with pytest.raises(UserError, match="the student's tokenizer has no chat template; set template: chatml"):
+    with pytest.raises(UserError, match="the student's tokenizer has no chat template; set template: alpaca, chatml"):
         students.open(directory, purpose="training")
     assert students.open(directory, template="chatml", purpose="training").template == CHATML
 

@@ -26,7 +26,7 @@ from bmjax.merge.report.card import write_card
 from bmjax.merge.report.statistics import merge_report, report, source_entry
 from bmjax.model.config import read_hf_config
 from bmjax.version import __version__
-from bmjax.weights.hf import TOKENIZER_FILES
+from bmjax.weights.tokenizer import TOKENIZER_FILES
 
 SIDE_FILES = (
     "config.json", "generation_config.json", *TOKENIZER_FILES, "preprocessor_config.json", "processor_config.json",

@@ -17,6 +17,7 @@ import numpy as np
 from bmjax.config import UserError, first_line
 from bmjax.merge.plan.layout import Layout
 from bmjax.merge.recipe.tokenizer import TokenizerSettings, read_object
+from bmjax.weights.tokenizer import TOKENIZER_FILES, load_tokenizer
 
 MAX_ROWS = 2**24  # of tokens; an array as long is made for every model
 MAX_TOKENIZER_BYTES = 2**28  # the largest have 40 million
@@ -63,8 +64,6 @@ class Vocabulary:
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer's files in place of those in `folder`."""
-        from bmjax.weights.hf import TOKENIZER_FILES  # loads jax, which a check does not need
-
         for name in TOKENIZER_FILES:
             (folder / name).unlink(missing_ok=True)
         for name in (*TOKENIZER_FILES, "generation_config.json"):
@@ -94,8 +93,6 @@ def _load(directory: Path) -> Any:
     """Return the backend tokenizer of a directory."""
     path = directory / "tokenizer.json"
     if not path.is_file():
-        from bmjax.weights.hf import load_tokenizer
-
         tokenizer = load_tokenizer(directory)
         if tokenizer is None:
             raise UserError(f"{directory}: has no tokenizer; expected tokenizer.json")
