@@ -3,6 +3,7 @@
 import hashlib
 from pathlib import Path
 
+from bmjax.branch.optimizer import warmup_steps
 from bmjax.branch.settings import MAY_CHANGE, SAME_RESULT, TrainSettings
 from bmjax.config import UserError
 
@@ -31,12 +32,29 @@ def student_digest(student: Path) -> str:
     return digest.hexdigest()
 
 
-def check_same(stored: dict[str, str], expected: dict[str, str], directory: Path) -> None:
-    """Raise UserError, naming the key, where the fingerprint stored in `directory` is not the expected one."""
-    for key, value in expected.items():
-        if stored.get(key) != value:
-            detail = "its contents differ" if key in ("data", "student") else f"it had {stored.get(key)}, now {value}"
-            raise UserError(
-                f"{directory}: the checkpoint belongs to another run: {key}: {detail}; "
-                "use another output, or delete the checkpoints to start anew"
+def check_same(stored: dict[str, str], expected: dict[str, str], settings: TrainSettings, directory: Path) -> None:
+    """Raise UserError, naming the key, where the fingerprint stored in `directory` is not the expected one.
+
+    More steps than there were are allowed where the steps before them would have been the same: with a constant
+    schedule and a warm-up of the same length.
+    """
+    # A key of a later version was at its default.
+    differing = {key: value for key, value in expected.items() if stored.get(key, value) != value}
+    differing.pop("epochs", None)  # the number of steps says it
+    warm_steps = warmup_steps(int(stored["steps"]), float(stored["warmup"]))
+    if warm_steps == warmup_steps(int(expected["steps"]), settings.warmup):
+        differing.pop("warmup", None)
+    for key, value in differing.items():
+        detail = "its contents differ" if key in ("data", "student") else f"it had {stored[key]}, now {value}"
+        if key == "steps" and int(stored[key]) < int(value):
+            if settings.schedule == "constant" and warm_steps == warmup_steps(int(value), settings.warmup):
+                continue
+            detail += (
+                f"; schedule: {settings.schedule} ended there, only constant goes on"
+                if settings.schedule != "constant"
+                else f", and warmup: {settings.warmup:g} is a share of them; set warmup: {warm_steps} (steps) to go on"
             )
+        raise UserError(
+            f"{directory}: the checkpoint belongs to another run: {key}: {detail}; "
+            "use another output, or delete the checkpoints to start anew"
+        )

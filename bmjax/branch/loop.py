@@ -16,12 +16,14 @@ import jax
 import numpy as np
 
 from bmjax.branch import optimizer
+from bmjax.branch.export import export_model
 from bmjax.branch.loader import Loader, read_ahead
 from bmjax.branch.settings import TrainSettings
 from bmjax.branch.step import State, StepPlan, compile_step, flops_per_token, memory_line
 from bmjax.config import UserError
 from bmjax.io.jsonl import JsonLines, read_lines, write_jsonl
 from bmjax.log import Log, progress_bar
+from bmjax.model import spec
 from bmjax.parallel import processes
 from bmjax.parallel.chips import peak_flops
 from bmjax.parallel.processes import delayed_sigterm
@@ -65,6 +67,9 @@ def loop(run: Run, state: State, begin: int, seen: int, checkpoints: Checkpoints
         run.log(memory_line(step_function, state, plan.mesh.local_devices[0]))
     # The first process writes DIR/profile, an XProf trace of profile_steps.
     first_profiled, last_profiled = (settings.profile_steps or (0, 0)) if processes.is_main() else (0, 0)
+    described = settings.model_dump(mode="json", exclude_defaults=True)  # for whoever exports a checkpoint
+    if Path(settings.student).expanduser().is_dir():
+        described["student"] = str(run.student.directory.resolve())
     values: dict[str, float] = {}
     pending: tuple[Any, ...] | None = None
 
@@ -77,7 +82,8 @@ def loop(run: Run, state: State, begin: int, seen: int, checkpoints: Checkpoints
             if not math.isfinite(numbers[key]):
                 raise UserError(
                     f"step {number}: the {key} is {numbers[key]}; stopped, the checkpoints before it are kept in "
-                    f"{run.output / 'checkpoints'}; lower learning_rate or look at the data"
+                    f"{run.output / 'checkpoints'}, and `bmjax convert` exports them; lower learning_rate or look at "
+                    "the data"
                 )
         if write_metrics:
             write_metrics(number, rate, tokens, numbers)
@@ -108,8 +114,11 @@ def loop(run: Run, state: State, begin: int, seen: int, checkpoints: Checkpoints
             stopped = ends_after(step)
             if (step + 1) % settings.save_every == 0 or step + 1 == steps or stopped:
                 values, pending = settle(), None
-                meta = {"fingerprint": run.fingerprint, "tokens": seen, "values": values}
+                meta = {"fingerprint": run.fingerprint, "tokens": seen, "values": values, "settings": described}
                 checkpoints.save(step + 1, saved(state), meta)
+            if settings.export_every and (step + 1) % settings.export_every == 0 and step + 1 < steps:
+                params = spec.join(state["params"], state["frozen"])
+                export_model(run.output / "exports" / str(step + 1), params, settings, run.student)
             if stopped and step + 1 < steps:
                 checkpoints.latest()  # waits until it is whole
                 run.log(f"SIGTERM: saved after step {step + 1} of {steps}; the same command goes on from there")

@@ -18,12 +18,14 @@ from bmjax.model.spec import Param
 MOMENTS = ("mu", "nu")  # of optax's Adam
 
 
-def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup: float) -> float:
-    """Return the rate of step `step`, from 0: up linearly from 0 during the warm-up, then as `schedule` says.
+def warmup_steps(steps: int, warmup: float) -> int:
+    """Return the steps of the warm-up; warmup: below 1 a share of `steps`, rounded up; from 1 on a number of steps."""
+    return math.ceil(steps * warmup) if warmup < 1 else round(warmup)
 
-    warmup: below 1 a share of `steps`, rounded up; from 1 on a number of steps.
-    """
-    warm_steps = math.ceil(steps * warmup) if warmup < 1 else round(warmup)
+
+def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup: float) -> float:
+    """Return the rate of step `step`, from 0: up linearly from 0 during the warm-up, then as `schedule` says."""
+    warm_steps = warmup_steps(steps, warmup)
     if step < warm_steps:
         return peak * step / max(1, warm_steps)
     progress = (step - warm_steps) / max(1, steps - warm_steps)

@@ -8,10 +8,13 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
+from bmjax.chat.forms import Turns
+from bmjax.chat.template import TEMPLATE_NAMES
 from bmjax.config import Settings
 from bmjax.model.attention.options import Backend, Exchange, Remat
 
 MeshSizes = dict[str, int]
+MarkRule = Literal["add", "refuse"]
 Dtype = Literal["bfloat16", "float32"]
 T = TypeVar("T")
 
@@ -47,8 +50,15 @@ class Training(Settings):
         "truncate", description="rows over seq_len tokens; counted in the log"
     )
     template: str | None = Field(
-        None, description="chat template: null for the student's own, chatml, deepseek-r1, or FILE.jinja"
+        None, description=f"chat template: null for the student's own, {', '.join(TEMPLATE_NAMES)}, or FILE.jinja"
     )
+    marks: MarkRule = Field(
+        "add",
+        description="marks of the template that are no tokens of the student: add: in free rows of its vocabulary, "
+        "exported with the model; refuse: say which templates fit",
+    )
+    turns: Turns = Field("all", description="answers of a conversation that are learned: all, or the last one")
+    ignore: list[str] = Field([], description="keys of rows and turns to read as if they were absent")
     compute_dtype: MayChange[Dtype] = Field("bfloat16", description="of activations and products; weights stay float32")
     remat: SameResult[Remat] = Field(
         "full",
@@ -77,6 +87,9 @@ class Training(Settings):
     save_every: SameResult[int] = Field(200, ge=1, description="steps between checkpoints")
     keep: SameResult[int] = Field(3, ge=1, description="newest checkpoints kept")
     keep_every: SameResult[int | None] = Field(None, ge=1, description="also keep checkpoints at multiples of this")
+    export_every: SameResult[int | None] = Field(
+        None, ge=1, description="steps between models written on the way, to DIR/exports/STEP"
+    )
     export_dtype: MayChange[Literal["bfloat16", "float16", "float32"] | None] = Field(
         None, description="of hf/; null: as the student was stored"
     )
@@ -125,8 +138,16 @@ class TrainSettings(Training):
 
     student: SameResult[str] = Field(description="Hugging Face directory or hub id of the model to start from")
     data: SameResult[str | list[str]] = Field(
-        description="JSON Lines or Parquet file(s), or a hub dataset (org/name:subset:split); "
-        "rows with prompt and response (or messages, conversations)"
+        description="file(s), folders or patterns of rows (JSON Lines, JSON, CSV, Parquet, Arrow; gzip, zstd), or a "
+        "hub dataset (org/name:subset:split); rows with messages, conversations, prompt and response, ..."
+    )
+    prompt: SameResult[str | None] = Field(
+        None, description="for rows of other columns: what is asked, e.g. '{question}'"
+    )
+    response: SameResult[str | None] = Field(None, description="the answer, with `prompt`, e.g. '{answer}'")
+    system: SameResult[str | None] = Field(None, description="the system prompt, with `prompt`: a text or '{COLUMN}'")
+    reasoning: SameResult[str | None] = Field(
+        None, description="the answer's reasoning, with `prompt`, e.g. '{thoughts}'"
     )
     output: SameResult[str] = Field(description="of checkpoints/, hf/, metrics.jsonl; all processes see the same")
     coordinator: SameResult[str | None] = Field(
@@ -141,3 +162,17 @@ class TrainSettings(Training):
     peer_timeout: SameResult[int] = Field(
         120, ge=5, description="seconds until a process that is not heard of is taken for dead, and all others stop"
     )
+
+    @model_validator(mode="after")
+    def _mapping(self) -> Self:
+        if (self.prompt is None) != (self.response is None):
+            raise ValueError("'prompt' and 'response' map columns together: give both, or neither")
+        if self.prompt is None and (self.system is not None or self.reasoning is not None):
+            raise ValueError("'system' and 'reasoning' go with 'prompt' and 'response', which are missing")
+        return self
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The templates that make a row of other columns a prompt and its response; empty: rows are as they are."""
+        keys = ("system", "prompt", "reasoning", "response")
+        return {key: value for key in keys if (value := getattr(self, key)) is not None}

@@ -14,14 +14,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 from bmjax.branch import examples, optimizer
+from bmjax.branch.examples import Encoding
+from bmjax.branch.export import export_model, load_start, open_student
 from bmjax.branch.fingerprint import check_same, fingerprint
 from bmjax.branch.loader import Loader
 from bmjax.branch.loop import Run, import_wandb, loop, saved
 from bmjax.branch.settings import Training, TrainSettings
 from bmjax.branch.step import State, StepPlan, init_state
 from bmjax.config import UserError
-from bmjax.io.atomic import write_atomic
-from bmjax.io.rows import read_rows
+from bmjax.io.atomic import held, write_atomic
+from bmjax.io.rows import mapped, read_rows
 from bmjax.log import Log, silent, write_line
 from bmjax.model import spec
 from bmjax.model.attention.dispatch import check_backend
@@ -30,7 +32,6 @@ from bmjax.model.config import ModelConfig
 from bmjax.parallel import processes
 from bmjax.parallel.mesh import make_mesh
 from bmjax.weights import hf
-from bmjax.weights import student as students
 from bmjax.weights.checkpoint import Checkpoints
 from bmjax.weights.student import Student
 
@@ -48,15 +49,18 @@ def train(settings: TrainSettings, log: Log = write_line, progress: bool = True)
         progress: show a bar on a terminal.
 
     Returns:
-        The summary, also written to DIR/result.json: hf (path), steps, tokens (real ones seen), loss (nats a target
-        token of the last step), move (|delta|/|student|, or None) and fingerprint.
+        The summary, also written to DIR/result.json: hf (path, there relative to DIR), steps, tokens (real ones seen),
+        loss (nats a target token of the last step), move (|delta|/|student|, or None) and fingerprint.
 
     Raises:
         UserError: for inputs that do not fit together.
         SystemExit: after SIGTERM, with a checkpoint written.
     """
     with processes.together(settings.coordinator, settings.num_processes, settings.process_id, settings.peer_timeout):
-        return _train(settings, log if processes.is_main() else silent, progress)
+        if not processes.is_main():
+            return _train(settings, silent, progress)
+        with held(Path(settings.output) / ".lock", "another training is writing here"):
+            return _train(settings, log, progress)
 
 
 def _train(settings: TrainSettings, log: Log, progress: bool) -> dict[str, Any]:
@@ -72,23 +76,27 @@ def _train(settings: TrainSettings, log: Log, progress: bool) -> dict[str, Any]:
     processes.check_agreement({key: str(value) for key, value in shared.items()} | expected)
 
     # A training that is done only says so.
-    summary = _finished(output, expected, settings.importances) if processes.is_main() else None
+    summary = _finished(output, expected, settings) if processes.is_main() else None
     if processes.mains(summary is not None):
         summary = summary or json.loads((output / "result.json").read_text())
         log(f"{output}: already trained, {summary['steps']} steps")
-        return summary
+        return summary | {"hf": str(output / "hf")}
 
     # Train, from the newest checkpoint on.
     data = loader.dataset
+    for line in (_marks_line(student), *data.remarks):
+        log(line)
     cut = f", {data.truncated} truncated, {data.dropped} dropped" if data.truncated + data.dropped else ""
     log(
         f"{output.name}: {len(data.examples)} documents, {data.tokens:,} tokens in {len(loader.rows)} rows of "
         f"{loader.length} ({loader.fill:.1%} filled){cut}; {spec.count(config):,} parameters, {steps} steps"
     )
+    if remark := _rate_line(settings, steps):
+        log(remark)
     plan = step_plan(settings, config, mesh, loader.documents)
     run = Run(settings, student, loader, plan, steps, expected, log, progress)
     with jax.set_mesh(mesh):
-        state = init_state(plan, hf.load_params(student.directory, config, mesh, dtype=np.float32))
+        state = init_state(plan, load_start(student, mesh))
         checkpoints = Checkpoints(output / "checkpoints", settings.keep, settings.keep_every)
         try:
             state, begin, seen = _resume(run, state, checkpoints)
@@ -97,16 +105,11 @@ def _train(settings: TrainSettings, log: Log, progress: bool) -> dict[str, Any]:
             checkpoints.close()
         # Write the model. result.json comes last: it marks the training as done.
         _export(run, state)
-    result = {"hf": str(output / "hf"), "steps": steps, "fingerprint": expected, **summary}
+    result = {"hf": "hf", "steps": steps, "fingerprint": expected, **summary}
     if processes.is_main():
         write_atomic(output / "result.json", json.dumps(result, indent=1))
     log(f"{output / 'hf'}: written, loss {summary['loss']:.4f} after {steps} steps and {summary['tokens']:,} tokens")
-    return result
-
-
-def open_student(settings: TrainSettings) -> Student:
-    """Open the student of a training, with the chat template that it is trained with."""
-    return students.open(settings.student, template=settings.template, purpose="training")
+    return result | {"hf": str(output / "hf")}
 
 
 def check(settings: Training, config: ModelConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -152,10 +155,41 @@ def check(settings: Training, config: ModelConfig, devices: Sequence[Any] | None
 def load_data(settings: TrainSettings, student: Student) -> Loader:
     """Read and tokenize the rows of a training; UserError for what cannot be trained on."""
     assert student.template is not None  # the student was opened for training
-    rows = list(read_rows(settings.data))
-    dataset = examples.build_dataset(rows, student.tokenizer, student.template, settings.seq_len, settings.overlong)
+    rows = mapped(read_rows(settings.data), settings.columns)
+    encoding = Encoding(
+        student.tokenizer, student.template, settings.seq_len, settings.overlong, settings.turns, settings.ignore,
+        student.end_tokens,
+    )  # fmt: skip
+    dataset = examples.build_dataset(rows, encoding)
     examples.check_vocabulary(dataset, student.config.vocab_size, student.directory)
     return Loader(dataset, settings.seq_len, settings.batch, settings.packing, settings.shuffle, settings.seed)
+
+
+def _marks_line(student: Student) -> str:
+    """Say which tokens end a turn, and which were added."""
+    assert student.marks is not None  # the student was opened for training
+    names = student.tokenizer.convert_ids_to_tokens(list(student.end_tokens))
+    line = f"an answer ends with {student.marks.end}; a generation ends at {', '.join(map(str, names))}"
+    rows = ", ".join(f"{text} ({token})" for text, token in student.added.items())
+    return f"{line}; new tokens in free rows of the vocabulary: {rows}" if rows else line
+
+
+def _rate_line(settings: TrainSettings, steps: int) -> str | None:
+    """Say where the learning rate stays zero, or never reaches its peak; None where it does."""
+    peak = settings.learning_rate
+    rates = (optimizer.learning_rate(s, steps, peak, settings.schedule, settings.warmup) for s in range(steps))
+    highest = max(rates)
+    if highest == 0:
+        return (
+            f"the learning rate is 0 in {'the only step' if steps == 1 else f'all {steps} steps'} (learning_rate "
+            f"{peak:g}, warmup {settings.warmup:g}): nothing will be learned; give more steps, or warmup: 0"
+        )
+    if highest < 0.99 * peak:
+        return (
+            f"the learning rate reaches {highest:.3g} of {peak:g} in {steps} steps (warmup {settings.warmup:g}, "
+            f"schedule {settings.schedule}); give more steps, or a shorter warmup"
+        )
+    return None
 
 
 def total_steps(settings: TrainSettings, loader: Loader) -> int:
@@ -184,15 +218,15 @@ def step_plan(settings: Training, config: ModelConfig, mesh: Mesh, documents: in
     )  # fmt: skip
 
 
-def _finished(output: Path, expected: dict[str, str], importances: bool) -> dict[str, Any] | None:
+def _finished(output: Path, expected: dict[str, str], settings: TrainSettings) -> dict[str, Any] | None:
     """Return the summary of a training that is done, with everything written that is asked for; else None."""
     path = output / "result.json"
-    exports = [output / "hf"] + ([output / "importances"] if importances else [])
+    exports = [output / "hf"] + ([output / "importances"] if settings.importances else [])
     if not path.exists() or not all((directory / "config.json").exists() for directory in exports):
         return None
     result = json.loads(path.read_text())
-    check_same(result["fingerprint"], expected, output)
-    return result
+    check_same(result["fingerprint"], expected, settings, output)
+    return result if result["fingerprint"]["steps"] == expected["steps"] else None
 
 
 def _resume(run: Run, state: State, checkpoints: Checkpoints) -> tuple[State, int, int]:
@@ -200,7 +234,7 @@ def _resume(run: Run, state: State, checkpoints: Checkpoints) -> tuple[State, in
     latest = checkpoints.latest()
     if latest is None:
         return state, 0, 0
-    check_same(checkpoints.meta()["fingerprint"], run.fingerprint, checkpoints.directory)
+    check_same(checkpoints.meta()["fingerprint"], run.fingerprint, run.settings, checkpoints.directory)
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), saved(state))
     restored, meta = checkpoints.restore(abstract)
     run.log(f"resuming at step {latest}")
@@ -208,18 +242,10 @@ def _resume(run: Run, state: State, checkpoints: Checkpoints) -> tuple[State, in
 
 
 def _export(run: Run, state: State) -> None:
-    """Write DIR/hf, the weights in export_dtype or as the student stores them, and DIR/importances if asked for."""
-    settings, student = run.settings, run.student
+    """Write DIR/hf, and DIR/importances if asked for."""
     params = spec.join(state["params"], state["frozen"])
-    # The template is part of the branch: it is served with the one that it was trained with.
-    tokenizer = None if settings.template is None else student.tokenizer
-    if tokenizer is not None:
-        tokenizer.chat_template = student.template
-    hf.save_hf(
-        run.output / "hf", params, student.hf_config, side_files=student.directory, tokenizer=tokenizer,
-        dtype=np.dtype(settings.export_dtype) if settings.export_dtype else hf.stored_dtype(student.directory),
-        eos=student.end_tokens if student.end_tokens != student.stored_end_tokens else None,
-    )  # fmt: skip
-    if settings.importances:
-        importances = optimizer.importances(state["moments"], state["frozen"], settings.beta2)
-        hf.save_hf(run.output / "importances", importances, student.hf_config, dtype=np.dtype(np.float32))
+    export_model(run.output / "hf", params, run.settings, run.student)
+    if run.settings.importances:
+        importances = optimizer.importances(state["moments"], state["frozen"], run.settings.beta2)
+        directory = run.output / "importances"
+        hf.save_hf(directory, importances, run.student.hf_config, dtype=np.dtype(np.float32))

@@ -163,7 +163,7 @@ def _methods_text() -> str:
 
 
 def _convert(options: Namespace) -> None:
-    from bmjax.weights.convert import convert
+    from bmjax.api import convert
 
     convert(options.src, options.dst, options.to)
     print(f"{options.dst}: written")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bmjax.branch.examples import Dataset, build_dataset, tokenize
+from bmjax.branch.examples import Dataset, Encoding, build_dataset, tokenize
 from bmjax.chat.template import chat_template, render_prompt
 from bmjax.config import UserError
 from bmjax.io.rows import read_rows
@@ -41,7 +41,7 @@ def deepseek_tokenizer(tokenizer):
 def build(tokenizer, *rows, template: str | None = "chatml", seq_len: int = 4096, overlong: str = "error") -> Dataset:
     numbered = [(f"rows, row {i}", row) for i, row in enumerate(rows, 1)]
     text = template if template and "{" in template else chat_template(tokenizer, template)
-    return build_dataset(numbered, tokenizer, text, seq_len, overlong)
+    return build_dataset(numbered, Encoding(tokenizer, text, seq_len, overlong))
 
 
 def segments(tokenizer, example) -> list[tuple[str, int]]:
@@ -195,9 +195,9 @@ def plain_tokenizer():
 
 @pytest.mark.parametrize("batch_characters", [1, 1000, 2**20])
 @pytest.mark.parametrize("seq_len, overlong, digest, cut, left_out", [
-    (4096, "error", "c86146a37ffdfba10adcf1583ed1eddb1b4ec0e6a47af34d2e8f30a0681866fd", 0, 0),
-    (150, "truncate", "1356c2f1fc537fe5375bee4b0c1b8735286db84f48f4af96ba8fe28282ea5777", 2, 0),
-    (150, "drop", "1315139fb7289d80d030ff09ee2cce5c442ec39f08c456cea5b1024a04df1b26", 0, 2),
+    (4096, "error", "6f6b5a915b287d165f97a16efb70596bdb56edc2f9f38f7719f89ac0a1094940", 0, 0),
+    (150, "truncate", "358f35723a4e2432462a9c1d096189a5c85e2bc6beef3637f4e974f18bb58f19", 2, 0),
+    (150, "drop", "5145898aa16f6b216c765bf9078fa5839bb46ddaac138ab85963a984256cadd8", 0, 2),
 ])  # fmt: skip
 def test_digests_of_existing_checkpoints_hold(monkeypatch, batch_characters, seq_len, overlong, digest, cut, left_out):
     monkeypatch.setattr("bmjax.branch.examples._BATCH_CHARACTERS", batch_characters)
@@ -219,13 +219,13 @@ def test_rows_are_read_a_batch_at_a_time(tokenizer, monkeypatch):
             alive[0] -= 1
 
     rows = ((f"rows, row {n}", Row(row)) for n, row in enumerate(sums(300), 1))
-    dataset = build_dataset(rows, tokenizer, chat_template(tokenizer, None), 256, "error")
+    dataset = build_dataset(rows, Encoding(tokenizer, chat_template(tokenizer, None), 256, "error"))
     assert len(dataset.examples) == 300 and alive[1] < 30
     with pytest.raises(UserError, match="no rows to tokenize"):
-        build_dataset([], tokenizer, chat_template(tokenizer, None), 256, "error")
+        build_dataset([], Encoding(tokenizer, chat_template(tokenizer, None), 256, "error"))
 
 
-def test_the_digest_changes_with_rows_and_template(tokenizer):
+def test_the_digest_changes_with_the_rows(tokenizer):
     first = build(tokenizer, {"prompt": "Q", "response": "A"})
     assert first.digest == build(tokenizer, {"prompt": "Q", "response": "A"}).digest
     assert first.digest != build(tokenizer, {"prompt": "Q", "response": "B"}).digest
@@ -238,19 +238,19 @@ def test_the_digest_changes_with_rows_and_template(tokenizer):
     ('{"prompt": "Q", "response": "A"}\n{"prompt": \n', r"rows.jsonl, line 2: not valid JSON"),
     ("[" * 100_000, r"rows.jsonl, row 1: not valid JSON"),
     ('["Q", "A"]\n', r"rows.jsonl, row 1: expected a JSON object, found str"),
-    ('{"question": "Q", "answer": "A"}\n', r"row 1: expected 'prompt' and 'response'.*found answer, question"),
-    ('{"prompt": "Q", "response": null}\n', r"row 1: a turn has role 'assistant' and NoneType content"),
+    ('{"question": "Q", "answer": "A"}\n', r"row 1: expected messages.*found answer, question"),
+    ('{"prompt": "Q", "response": null}\n', r"row 1: expected messages, .*found prompt, response"),
     ('{"messages": "hello"}\n', r"row 1: 'messages' must be a list of turns"),
     ('{"messages": ["hello"]}\n', r"row 1: 'messages' must be a list of turns"),
-    ('{"conversations": null}\n', r"row 1: 'conversations' must be a list of turns"),
-    ('{"messages": [{"role": ["user"], "content": "Q"}]}\n', r"row 1: a turn has role \['user'\]"),
-    ('{"messages": [{"role": "tool", "content": "Q"}]}\n', r"row 1: a turn has role 'tool'"),
+    ('{"conversations": null}\n', r"row 1: expected messages, .*found conversations"),
+    ('{"messages": [{"role": ["user"], "content": "Q"}]}\n', r"row 1: messages, turn 1: the role is \['user'\]"),
+    ('{"messages": [{"role": "tool", "content": "Q"}]}\n', r"row 1: no target token"),
 ])  # fmt: skip
 def test_bad_files_are_one_line_that_names_the_row(tmp_path, tokenizer, text, problem):
     file = tmp_path / "rows.jsonl"
     file.write_text(text)
     with pytest.raises(UserError, match=problem) as error:
-        build_dataset(read_rows(str(file)), tokenizer, chat_template(tokenizer, None), 64, "error")
+        build_dataset(read_rows(str(file)), Encoding(tokenizer, chat_template(tokenizer, None), 64, "error"))
     assert str(file) in str(error.value) and "\n" not in str(error.value)
 
 

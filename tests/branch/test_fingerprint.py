@@ -7,13 +7,14 @@ from tests.conftest import write_student
 # Every key that the weights depend on. A key that is new in the settings fails here until someone has decided.
 DECISIVE = {
     "seed", "seq_len", "batch", "steps", "epochs", "learning_rate", "schedule", "warmup", "beta1", "beta2", "eps",
-    "weight_decay", "clip", "packing", "shuffle", "overlong", "template", "freeze", "track_move",
+    "weight_decay", "clip", "packing", "shuffle", "overlong", "template", "marks", "turns", "ignore", "freeze",
+    "track_move",
 }  # fmt: skip
 MAY_DIFFER = {"compute_dtype", "moments_dtype", "export_dtype", "importances"}
 INCIDENTAL = {
     "output", "student", "data", "save_every", "keep", "keep_every", "log_every", "wandb", "profile_steps", "mesh",
     "accumulate", "remat", "attention", "context_parallel", "coordinator", "num_processes", "process_id",
-    "peer_timeout", "stop_code",
+    "peer_timeout", "stop_code", "export_every", "prompt", "response", "system", "reasoning",  # these four: by the data
 }  # fmt: skip
 
 

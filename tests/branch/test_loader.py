@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from bmjax.branch import loader as module
-from bmjax.branch.examples import Dataset, Example, build_dataset
+from bmjax.branch.examples import Dataset, Encoding, Example, build_dataset
 from bmjax.branch.loader import Loader, load_batch, read_ahead
 from bmjax.chat.template import chat_template
 from bmjax.model import qwen2
@@ -29,7 +29,7 @@ def dataset(count: int = 37, seed: int = 0, top: int = 40, vocab: int = 97) -> D
         tokens[:2] = number // 10 + 2, number % 10 + 2
         mask = (np.arange(length) >= length // 2).astype(np.uint8)
         examples.append(Example(tokens, mask))
-    return Dataset(tuple(examples), 0, 0, "digest")
+    return Dataset(tuple(examples), 0, 0, "digest", sum(len(e.tokens) for e in examples), vocab - 1)
 
 
 def documents(batch) -> list[tuple[int, list[int], list[int]]]:
@@ -69,7 +69,7 @@ def test_rows_of_gsm8k_are_98_percent_full(qwen2_tokenizer):
     file = SHARED / "data" / "gsm8k" / "train.jsonl"
     problems = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     turns = [("", {"prompt": problem["question"], "response": problem["answer"]}) for problem in problems]
-    data = build_dataset(turns, qwen2_tokenizer, chat_template(qwen2_tokenizer, "chatml"), 2048, "error")
+    data = build_dataset(turns, Encoding(qwen2_tokenizer, chat_template(qwen2_tokenizer, "chatml"), 2048, "error"))
     loader = Loader(data, 2048, 8, packing=True, shuffle=True, seed=0)
     assert len(data.examples) == 7473 and sum(len(row) for row in loader.rows) == 7473
     assert loader.fill >= 0.98
@@ -185,7 +185,8 @@ def test_batches_are_laid_out_ahead_while_the_first_is_used(monkeypatch):
 @pytest.mark.parametrize("error", [None, ValueError, SystemExit])
 def test_reading_threads_end_with_the_block(error):
     loader = Loader(dataset(), 64, 4, True, True, seed=3)
-    before = len(reading_threads())
+    wait_until(lambda: not reading_threads())  # those of the test before
+    before = 0
     try:
         with read_ahead(make_mesh({}), loader, 0, 100) as batches:
             next(batches)

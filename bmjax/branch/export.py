@@ -1,0 +1,84 @@
+"""What a training writes for others to read: Hugging Face directories, at its end, on the way, or of any checkpoint.
+
+The loop and `train` export the state at hand; `bmjax convert` exports a checkpoint that was kept.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from bmjax.branch.optimizer import split_frozen
+from bmjax.branch.settings import TrainSettings
+from bmjax.config import UserError
+from bmjax.model import spec
+from bmjax.parallel.mesh import make_mesh, sharding
+from bmjax.weights import hf
+from bmjax.weights import student as students
+from bmjax.weights.checkpoint import load_part, meta_of
+from bmjax.weights.student import Student
+
+
+def open_student(settings: TrainSettings) -> Student:
+    """Open the student of a training, with the chat template that it is trained with."""
+    return students.open(settings.student, template=settings.template, purpose="training", marks=settings.marks)
+
+
+def load_start(student: Student, mesh: Any) -> dict[str, Any]:
+    """Load a student's parameters as a training begins with them, float32 on the mesh, added tokens included."""
+    params = hf.load_params(student.directory, student.config, mesh, dtype=np.float32)
+    if not student.added:
+        return params
+    end = student.marks.end if student.marks else None
+    return hf.start_added_tokens(params, student.added, end, student.stored_end_tokens)
+
+
+def export_model(directory: Path, params: Any, settings: TrainSettings, student: Student) -> None:
+    """Write parameters as the model of a training: weights in export_dtype, or as the student stores them."""
+    hf.save_hf(
+        directory, params, student.hf_config, side_files=student.directory, tokenizer=student.tokenizer,
+        # The template is part of the branch: it is served with the one that it was trained with.
+        template=student.template if settings.template is not None else None,
+        added=student.added, end=student.marks.end if student.marks else None,
+        dtype=np.dtype(settings.export_dtype) if settings.export_dtype else hf.stored_dtype(student.directory),
+        eos=student.end_tokens if student.end_tokens != student.stored_end_tokens else None,
+    )  # fmt: skip
+
+
+def checkpoint_of(source: str) -> Path | None:
+    """Return the checkpoint that a path means, itself or the newest of a training's output; None for other paths."""
+    path = Path(source).expanduser().resolve()
+    if path.parent.name == "checkpoints" and path.name.isdigit() and path.is_dir():
+        return path
+    folder = path if path.name == "checkpoints" else path / "checkpoints"
+    steps = [int(entry.name) for entry in folder.glob("*") if entry.name.isdigit()] if folder.is_dir() else []
+    return folder / str(max(steps)) if steps else None
+
+
+def export_checkpoint(checkpoint: Path, destination: str | Path) -> None:
+    """Write the model that a training had at a checkpoint. The student that it began with must still be there.
+
+    Raises:
+        UserError: for a destination that exists, and a checkpoint that does not say what it is of.
+    """
+    if Path(destination).exists():
+        raise UserError(f"{destination}: exists already; choose a new directory")
+    stored = meta_of(checkpoint).get("settings")
+    if stored is None:
+        raise UserError(
+            f"{checkpoint}: an earlier version of bmjax wrote it and did not keep the settings; run its training "
+            "again, which exports the newest one"
+        )
+    settings = TrainSettings.read(stored)
+    student, mesh = open_student(settings), make_mesh()
+    trained, frozen = split_frozen(spec.table(student.config), settings.freeze)
+    shapes = spec.unflatten(
+        (row.path, jax.ShapeDtypeStruct(row.shape, np.float32, sharding=sharding(mesh, row.axes, row.shape)))
+        for row in trained
+    )
+    with jax.set_mesh(mesh):
+        params = load_part(checkpoint, {"params": shapes})["params"]
+        if frozen:
+            params = spec.join(params, spec.pick(load_start(student, mesh), frozen))
+        export_model(Path(destination), params, settings, student)
