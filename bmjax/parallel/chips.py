@@ -9,7 +9,8 @@ from typing import Any
 
 import jax
 
-from bmjax.config import UserError, first_line, nearest
+from bmjax.config import UserError, first_line
+from bmjax.parallel.topology import parse_topology
 
 # Dense bf16 peak of one device, FLOP/s, from the makers' data sheets, by a part of jax's `device_kind`.
 PEAK_FLOPS = {
@@ -49,17 +50,11 @@ CHIPS = {
     "v5p": Chip(95.74, PEAK_FLOPS["v5p"], 2.77e12, 540e9, 6.25e9, 4.20),
     "v6e": Chip(31.25, PEAK_FLOPS["v6e"], 1.64e12, 360e9, 12.5e9, 2.70),
 }
-_TOPOLOGY = re.compile(r"(?:(\d+)x)?([a-z0-9]+):(\d+(?:x\d+)*)")
 
 
 def topology_devices(name: str) -> tuple[Chip, list[Any]]:
-    """Return the chip and the devices to compile for, of a slice like v5p:4x4x4 or of several like 2xv5p:4x4x4."""
-    match = _TOPOLOGY.fullmatch(name)
-    if match is None or match[1] == "0":
-        raise UserError(f"--topology: '{name}' is not like v5p:4x4x4, v6e:16x16 or 2xv5p:4x4x4")
-    slices, kind, shape = int(match[1] or 1), match[2], match[3]
-    if kind not in CHIPS:
-        raise UserError(f"--topology: unknown chip '{kind}'{nearest(kind, list(CHIPS))}; known: {', '.join(CHIPS)}")
+    """Return the chip and the devices to compile for, of a slice by its name, see `parse_topology`."""
+    slices, kind, shape = parse_topology(name)
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             "--topology: planning for TPUs needs their compiler; pip install 'bmjax[tpu]' (no TPU is needed)"

@@ -19,9 +19,9 @@ import jax
 from bmjax.branch import train as training
 from bmjax.branch.settings import TrainSettings
 from bmjax.branch.step import GIB, StepPlan, abstract_arguments, flops_per_token, make_step, program_bytes, state_bytes
-from bmjax.chat.template import chat_template
 from bmjax.config import UserError, first_line
 from bmjax.io import hub
+from bmjax.io.rows import is_here
 from bmjax.log import Log, silent
 from bmjax.model import spec
 from bmjax.model.attention import rows as short_rows
@@ -30,7 +30,7 @@ from bmjax.model.config import ModelConfig, known
 from bmjax.parallel.chips import Chip, topology_devices
 from bmjax.parallel.mesh import AXES
 from bmjax.plan.hlo import SLICES, Program, totals
-from bmjax.weights import student as students
+from bmjax.weights.tokenizer import has_tokenizer
 
 MOST_MESHES = 6  # that a search compiles
 KINDS = ("parameters", "optimizer", "gradients", "temporaries")
@@ -64,10 +64,10 @@ def plan_training(
     Raises:
         UserError: an unknown topology, or settings that cannot be trained with as they stand.
     """
+    chip, devices = topology_devices(topology)
     config = student_config(settings.student)
     steps = training_steps(settings)
     log(f"compiling the training step for {topology} ...")
-    chip, devices = topology_devices(topology)
     if try_meshes:
         return search(settings, config, topology, chip, devices, log) | {"steps": steps}
     return plan(settings, config, topology, chip, devices) | {"steps": steps}
@@ -77,13 +77,11 @@ def training_steps(settings: TrainSettings) -> int | None:
     """Return the optimizer steps of a training; None where they follow from data, or a student, that is not here."""
     if settings.steps is not None:
         return settings.steps
-    files = [settings.data] if isinstance(settings.data, str) else settings.data
-    if not all(Path(file).expanduser().is_file() for file in files) or not Path(settings.student).expanduser().is_dir():
+    names = [settings.data] if isinstance(settings.data, str) else settings.data
+    directory = Path(settings.student).expanduser()
+    if not all(is_here(name) for name in names) or not has_tokenizer(directory):
         return None
-    student = students.open(settings.student)
-    if student.tokenizer is None:
-        return None
-    student = dataclasses.replace(student, template=chat_template(student.tokenizer, settings.template))
+    student = training.open_student(settings)
     return training.total_steps(settings, training.load_data(settings, student))
 
 

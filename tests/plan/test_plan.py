@@ -23,7 +23,7 @@ from bmjax.parallel.chips import CHIPS, Chip, topology_devices
 from bmjax.parallel.mesh import sharding
 from bmjax.plan import plan
 from bmjax.plan.hlo import Program
-from bmjax.weights import hf
+from bmjax.weights import student as students
 from tests.model.reference import build
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -53,8 +53,8 @@ def test_steps_of_a_plan_are_those_of_the_training(student, train_file, monkeypa
 
 
 def test_steps_of_a_plan_open_the_tokenizer_once(student, train_file, monkeypatch):
-    opened, load = [], hf.load_tokenizer
-    monkeypatch.setattr(hf, "load_tokenizer", lambda directory: opened.append(directory) or load(directory))
+    opened, load = [], students.load_tokenizer
+    monkeypatch.setattr(students, "load_tokenizer", lambda directory: opened.append(directory) or load(directory))
     chosen = settings(student=str(student), data=str(train_file), seq_len=128, steps=None, epochs=1)
     assert plan.training_steps(chosen) and len(opened) == 1
 
