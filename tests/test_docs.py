@@ -1,11 +1,14 @@
 """README and docs: short enough, every link leads somewhere, every file and command that they name exists."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
+from bmjax.chat.forms import read_conversation
 from bmjax.cli.commands import COMMANDS
+from bmjax.io.model_files import QUANTIZED_TENSORS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -51,3 +54,32 @@ def test_architecture_names_every_folder():
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     for folder in sorted(path.parent.name for path in (ROOT / "bmjax").glob("*/__init__.py")):
         assert f"`{folder}/`" in text, folder
+
+
+def table_after(marker: str) -> list[list[str]]:
+    """The cells of the table that follows a comment in docs/training.md, without its header."""
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8").split(marker, 1)[1]
+    lines = text.split("\n\n", 1)[0].strip().splitlines()[1:]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[2:]]
+
+
+@pytest.mark.parametrize("marker", ["<!-- forms of rows", "<!-- parts of rows"])
+def test_rows_of_the_tables_are_read_as_they_say(marker):
+    rows = table_after(marker)
+    assert len(rows) >= 6
+    for cells in rows:
+        conversation = read_conversation(json.loads(cells[1].strip("`")), cells[0])
+        assert any(conversation.targets) and conversation.messages[-1]["content"].endswith("4")
+        texts = " ".join(message["content"] for message in conversation.messages)
+        assert ("<think>" in texts) == ("reasoning" in cells[0])
+        assert (conversation.messages[0]["role"] == "system") == (cells[0] == "system prompt")
+        assert (conversation.tools is not None) == (cells[0] == "tools")
+
+
+def test_the_table_of_students_names_every_scheme_that_is_refused():
+    text = " ".join(cell for cells in table_after("<!-- forms of students") for cell in cells)
+    for scheme in ("bitsandbytes", "GPTQ", "AWQ", "FP8", "LoRA", "GGUF", "pickled"):
+        assert scheme in text
+    assert set(re.findall(r"GPTQ|AWQ|bitsandbytes|FP8", " ".join(QUANTIZED_TENSORS.values()))) <= set(
+        re.findall(r"\w+", text)
+    )
