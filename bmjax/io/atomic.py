@@ -20,8 +20,8 @@ def refuse_url(path: str | Path) -> None:
     """Raise UserError for a path like gs://bucket/x, which would become a folder `gs:` here."""
     if scheme := re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
         raise UserError(
-            f"{path}: {scheme[0].rstrip('/')}// is no file system of this machine; mount it (gcsfuse, s3fs) and give its "
-            "path there"
+            f"{path}: {scheme[0].rstrip('/')}// is no file system of this machine; mount it (gcsfuse, s3fs) and give "
+            "its path there"
         )
 
 
