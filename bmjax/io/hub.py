@@ -64,7 +64,10 @@ def model_directory(
         hint = f"; known here: {', '.join(known)}" if known else "; a hub id looks like org/name"
     if not re.fullmatch(_ID, text):
         raise UserError(f"{label}{text or repr(text)}: no such model directory{hint}")
-    return _snapshot(text, revision, label, hint, download, weights)
+    snapshot = _snapshot(text, revision, label, hint, download, weights)
+    if weights:
+        check_files(snapshot, label)
+    return snapshot
 
 
 def _snapshot(name: str, revision: str | None, label: str, hint: str, download: bool, weights: bool) -> Path:
@@ -105,6 +108,18 @@ def dataset_rows(name: str, key: str = "data") -> Iterator[dict[str, Any]]:
     name: `org/name`, `org/name:subset` or `org/name:subset:split`, with `@revision` after the id; without a split,
     `train`. key: the setting that named it, for errors.
     """
+    yield from _load_dataset(name, key)
+
+
+def dataset_files(name: str) -> list[Path]:
+    """Return the files in the cache of `datasets` that hold a hub data set; none where it cannot be had."""
+    try:
+        return [Path(file["filename"]) for file in getattr(_load_dataset(name, "data"), "cache_files", ())]
+    except UserError:
+        return []
+
+
+def _load_dataset(name: str, key: str) -> Any:
     import datasets
 
     identity, _, rest = name.partition(":")
@@ -126,7 +141,7 @@ def dataset_rows(name: str, key: str = "data") -> Iterator[dict[str, Any]]:
         datasets.logging.set_verbosity(verbosity)
     if offline and revision and not all(revision in file["filename"] for file in rows.cache_files):
         raise UserError(f"{key}: {name}: the hub cannot be reached, and the cached copy is not known to be @{revision}")
-    yield from rows
+    return rows
 
 
 def _hub_answers() -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from bmjax.config import UserError
 
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
 # Ends of tensor names that only a quantized model has.
 QUANTIZED_TENSORS = {
     ".qweight": "GPTQ or AWQ", ".qzeros": "GPTQ or AWQ", ".absmax": "bitsandbytes", ".SCB": "bitsandbytes",
@@ -44,13 +44,15 @@ def check_files(directory: Path, label: str = "") -> None:
         )
     if pickles := sorted(path.name for pattern in PICKLES for path in directory.glob(pattern)):
         raise UserError(
-            f"{label}{directory}: the weights are pickled ({pickles[0]}), which can run code when they are read; "
-            "expected safetensors: load the model once with transformers and save_pretrained it"
+            f"{label}{directory}: the weights are pickled ({pickles[0]}): pickle weights are refused, they can run "
+            "code when they are read; expected safetensors: load the model with transformers and save_pretrained it"
         )
 
 
 def _is_adapter(directory: Path) -> bool:
-    return (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file()
+    if not (directory / "adapter_config.json").is_file():
+        return False
+    return all(path.name.startswith("adapter") for path in directory.glob("*.safetensors"))
 
 
 def quantization(config: Mapping[str, Any], tensors: Iterable[str] = ()) -> str | None:
@@ -63,8 +65,10 @@ def quantization(config: Mapping[str, Any], tensors: Iterable[str] = ()) -> str 
     settings = config.get("quantization_config") or config.get("compression_config")
     if isinstance(settings, Mapping):
         method = str(settings.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in settings else "unknown"))
-        if method == "fp8" and settings.get("weight_block_size"):
-            return "fp8 blockwise"
+        if method == "fp8" and (block := settings.get("weight_block_size")):
+            return "fp8 blockwise" if list(block) == [128, 128] else f"fp8 in blocks of {block}"
+        if method == "bitsandbytes" and not (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
+            return None
         bits = settings.get("bits") or (
             4 if settings.get("load_in_4bit") else 8 if settings.get("load_in_8bit") else None
         )

@@ -12,6 +12,7 @@ import io
 import json
 import re
 import sys
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,18 +21,21 @@ from typing import IO, Any
 from bmjax.config import UserError, first_line, nearest, read_text
 from bmjax.io import hub
 from bmjax.io.jsonl import parse_lines
-from bmjax.log import Log, write_line
+from bmjax.log import Log, silent, write_line
 
 Row = tuple[str, dict[str, Any]]  # ("FILE, row N", the row)
 
 FORMS = "JSON Lines, a JSON array, CSV with a header, Parquet or Arrow; each may be packed by gzip or zstd"
-_FIELD = re.compile(r"\{\{|\}\}|\{(\w+)\}")
+_FIELD = re.compile(r"\{\{|\}\}|\{(\w+)\}|\{([^{}]+)\}")
 _SPACE = re.compile(r"\s*")
 _COLUMN = re.compile(r"[\w.()/-]+(?: [\w.()/-]+){0,2}")  # a heading, not a sentence
 _CHUNK = 2**20  # how much of a JSON array or of a Parquet column is read at a time
 _HEAD = 2**16  # bytes that tell the form of a file
 _MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
-_NOT_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # beside saved data sets
+_NOT_ROWS = re.compile(
+    r"(?:dataset_infos?|dataset_dict|state)\.json|cache-[0-9a-f]+.*\.arrow"
+)  # beside saved data sets
+_SPLIT = re.compile(r"(?:^|[/_.-])(train|test|validation|valid|dev|eval)(?=[/_.-])")
 
 
 def read_rows(data: str | Path | Sequence[str | Path], key: str = "data", log: Log = write_line) -> Iterator[Row]:
@@ -87,6 +91,17 @@ def is_here(name: str) -> bool:
     return path.exists() or bool(glob.glob(str(path), recursive=True))
 
 
+def states(names: Iterable[str]) -> list[list[Any]]:
+    """Return [path, bytes, time of the last change] of every file that names of data mean; also of a hub data set's."""
+    files = []
+    for name in names:
+        if hub.is_dataset_id(name):
+            files += hub.dataset_files(name)
+        elif is_here(name):
+            files += files_of(name, silent)
+    return [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
+
+
 def files_of(name: str, log: Log = write_line) -> list[Path]:
     """Return the files that a name means: itself, those of a folder, or those that match a pattern.
 
@@ -105,9 +120,15 @@ def files_of(name: str, log: Log = write_line) -> list[Path]:
     if path.is_dir():
         inside = [file for file in sorted(path.rglob("*"), key=_natural) if file.is_file()]
         visible = [file for file in inside if not any(p.startswith((".", "_")) for p in file.relative_to(path).parts)]
-        files = [file for file in visible if hub.is_data_file(file) and file.name not in _NOT_ROWS]
+        files = [file for file in visible if hub.is_data_file(file) and not _NOT_ROWS.fullmatch(file.name)]
+        # Of a folder with splits, as data sets are saved and published, the rows to train on.
+        splits = {file: _SPLIT.search(str(file.relative_to(path))) for file in files}
+        if len({split[1] for split in splits.values() if split}) > 1 and any(
+            s and s[1] == "train" for s in splits.values()
+        ):
+            files = [file for file, split in splits.items() if split and split[1] == "train"]
         if left_out := [str(file.relative_to(path)) for file in visible if file not in files]:
-            log(f"{name}: no files of rows, left out: {', '.join(left_out[:5])}{' ...' if left_out[5:] else ''}")
+            log(f"{name}: left out, not rows to train on: {', '.join(left_out[:5])}{' ...' if left_out[5:] else ''}")
     else:
         files = [Path(file) for file in glob.glob(str(path), recursive=True) if Path(file).is_file()]
         files.sort(key=_natural)
@@ -131,27 +152,37 @@ def _read_file(path: Path, log: Log, growing: bool) -> Iterator[tuple[int, Any]]
                 yield from _read_parquet(path, file)
             elif head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
                 yield from _read_arrow(path, file, head.startswith(b"ARROW1"))
+            elif head.startswith(b"version https://git-lfs"):
+                raise UserError(f"{path}: a pointer of Git LFS, not the file; fetch it: git lfs pull")
             elif head.startswith((b"PK\x03\x04", b"7z\xbc\xaf", b"BZh", b"\xfd7zXZ")) or head[257:262] == b"ustar":
                 raise UserError(f"{path}: an archive; unpack it: expected {FORMS}")
             else:
                 encoding = next((name for mark, name in _MARKS if head.startswith(mark)), "utf-8")
                 start = head.decode(encoding, "ignore")
                 first = start.lstrip()[:1]
-                is_json = first in ("{", "[", "")
-                text = io.TextIOWrapper(file, encoding=encoding, newline="\n" if is_json else "")
-                if is_json:
-                    rows = (
-                        _json_array(path, text, text.read(_CHUNK)) if first == "[" else parse_lines(text, path, growing)
-                    )
-                    yield from _without_surrogates(path, rows, log)
+                if start.lstrip().partition("\n")[0].strip() == "{":
+                    raise UserError(f"{path}: a JSON object over several lines; expected {FORMS}")
+                text = io.TextIOWrapper(file, encoding=encoding, newline="\n" if first in ("{", "[", "") else "")
+                if first == "[":
+                    yield from _without_surrogates(path, _json_array(path, text, text.read(_CHUNK)), log)
+                elif first in ("{", ""):
+                    # Lines of bytes: a writer may have been killed within a character of the last one.
+                    lines = text if encoding == "utf-16" else _bytes_after_mark(text.detach())
+                    yield from _without_surrogates(path, parse_lines(lines, path, growing), log)
                 else:
                     yield from _read_csv(path, text, start)
     except UnicodeError:
         raise UserError(f"{path}: not UTF-8 text") from None
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path}: cannot be unpacked: {first_line(error)}") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or first_line(error)}") from None
+
+
+def _bytes_after_mark(file: IO[bytes]) -> Iterator[bytes]:
+    """Yield the lines of a file, the first without a byte-order mark."""
+    for number, line in enumerate(file):
+        yield line.removeprefix(codecs.BOM_UTF8) if number == 0 else line
 
 
 def _unpacked(path: Path, stack: ExitStack) -> io.BufferedReader:
@@ -226,20 +257,23 @@ def _valid_text(value: Any) -> Any:
 
 def _read_csv(path: Path, file: IO[str], start: str) -> Iterator[tuple[int, Any]]:
     """Read a table by its header. An empty cell is null. Raises UserError for a text that is no table."""
-    header = start.lstrip("\ufeff").splitlines()[0]
+    is_named = {".csv", ".tsv"} & {*path.suffixes}
+    header = start.lstrip("\ufeff").lstrip("\r\n").splitlines()[0]
     delimiter = max(",\t;", key=header.count)
-    columns = next(csv.reader([header], delimiter=delimiter), [])
-    if len({*columns}) < max(2, len(columns)) or not all(_COLUMN.fullmatch(column.strip()) for column in columns):
+    columns = [column.strip() for column in next(csv.reader([header], delimiter=delimiter), [])]
+    names = [column for column in columns if column]  # pandas leaves the name of its index empty
+    is_table = len({*names}) == len(names) >= 1 if is_named else len({*names}) == len(columns) >= 2
+    if not is_table or not (is_named or all(map(_COLUMN.fullmatch, columns))):
         raise UserError(f"{path}: not a form of rows that is known; expected {FORMS}")
     csv.field_size_limit(sys.maxsize)
-    rows = csv.reader(file, delimiter=delimiter, strict=True)
+    # Quotes within a cell are text where tabs part the cells.
+    rows = filter(None, csv.reader(file, delimiter=delimiter, strict=delimiter != "\t"))
     next(rows)
     try:
         for number, cells in enumerate(rows, 1):
-            if len(cells) not in (0, len(columns)):
+            if len(cells) != len(columns):
                 raise UserError(f"{path}, row {number}: {len(cells)} cells, the header has {len(columns)}")
-            if cells:
-                yield number, {name.strip(): cell or None for name, cell in zip(columns, cells, strict=True)}
+            yield number, {name: cell or None for name, cell in zip(columns, cells, strict=True) if name}
     except csv.Error as error:
         raise UserError(f"{path}: not valid CSV: {error}") from None
 
@@ -295,15 +329,18 @@ def fill(template: str, row: Mapping[str, Any], location: str, key: str) -> Any:
     Raises:
         UserError: when the row has no such field.
     """
-    if (lone := _FIELD.fullmatch(template)) and lone[1]:
+    if lone := re.fullmatch(r"\{([^{}]+)\}", template):  # any column, whatever its name
         return _field(row, lone[1], location, key)
 
     def put(match: re.Match[str]) -> str:
-        if match[1] is None:
+        name = match[1] or match[2]
+        if name is None:
             return match[0][0]
-        value = _field(row, match[1], location, key)
+        if match[1] is None and name not in row:  # braces of LaTeX or code
+            return match[0]
+        value = _field(row, name, location, key)
         if value is None:
-            raise UserError(f"{location}: {key} asks for field '{match[1]}', which is null in this row")
+            raise UserError(f"{location}: {key} asks for field '{name}', which is null in this row")
         return str(value)
 
     return _FIELD.sub(put, template)

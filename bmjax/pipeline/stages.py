@@ -5,6 +5,7 @@ it is written when the stage ends; another, when it starts, tells a killed stage
 """
 
 import contextlib
+import glob
 import hashlib
 import json
 import shutil
@@ -79,14 +80,19 @@ def _read(marker: Path) -> dict[str, Any]:
 
 def file_states(names: Iterable[str]) -> list[list[Any]]:
     """Return names with the state of what they name, for a stage's inputs: a changed file redoes what depends on it."""
-    return [[name, *_state(Path(name).expanduser())] for name in names]
+    return [[name, *_state(name)] for name in names]
 
 
-def _state(path: Path) -> list[Any]:
-    """Size and time of a file, or of the files in a directory; nothing of a name that is neither (a hub id)."""
+def _state(name: str) -> list[Any]:
+    """Size and time of a file, or of all files in a directory or of a pattern; nothing of other names (a hub id)."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return [path.stat().st_size, path.stat().st_mtime_ns]
     if path.is_dir():
-        return [[file.name, *_state(file)] for file in sorted(path.iterdir()) if file.is_file()]
-    return [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else []
+        files = [(str(file.relative_to(path)), file) for file in path.rglob("*")]
+    else:
+        files = [(file, Path(file)) for file in glob.glob(str(path), recursive=True)]
+    return [[label, file.stat().st_size, file.stat().st_mtime_ns] for label, file in sorted(files) if file.is_file()]
 
 
 def reset_peak_memory() -> None:

@@ -309,7 +309,7 @@ def test_folders_and_patterns_are_read_in_natural_order(tmp_path: Path, monkeypa
     rows = list(read_rows(folder, log=said.append))
     assert [row["n"] for _, row in rows] == [2, 1, 9, 10]
     assert rows[1][0] == f"{folder / 'shard-1.jsonl'}, row 1"
-    assert said == [f"{folder}: no files of rows, left out: README.md, dataset_info.json"]
+    assert said == [f"{folder}: left out, not rows to train on: README.md, dataset_info.json"]
     monkeypatch.chdir(tmp_path)
     assert [row["n"] for row in read("shards/*.jsonl")] == [1, 9, 10]
     assert [row["n"] for row in read("shards/**/*.gz", "shards/shard-[19].jsonl")] == [2, 1, 9]
@@ -329,3 +329,51 @@ def test_halves_of_surrogate_pairs_are_replaced_and_counted(tmp_path: Path) -> N
     rows = [row for _, row in read_rows(path, log=said.append)]
     assert rows == [{"a": "x\ufffdy", "b": ["\ufffd"]}, {"a": "\U0001f600"}, {"\ufffd": 1}]
     assert said == [f"{path}: 2 rows hold halves of surrogate pairs, replaced by U+FFFD"]
+
+
+def test_a_folder_with_splits_gives_the_rows_to_train_on(tmp_path: Path) -> None:
+    import datasets
+
+    (tmp_path / "data").mkdir()
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"):
+        write_rows(tmp_path / "data" / f"{name}.jsonl", [{"name": name}])
+    said: list[str] = []
+    rows = [row["name"] for _, row in read_rows(tmp_path / "data", log=said.append)]
+    assert rows == ["train-00000-of-00002", "train-00001-of-00002"] and "test-00000-of-00001.jsonl" in said[0]
+    parts = {"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS[:1])}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    (tmp_path / "saved" / "train" / "cache-0123abcd.arrow").write_bytes(b"ARROW1")
+    assert read(tmp_path / "saved") == ROWS
+
+
+@pytest.mark.parametrize("text", [
+    ",prompt,response\n0,Q,A\n", "\nprompt,response\nQ,A\n", "prompt\tresponse\nQ\tA\n", "prompt;response\nQ;A\n",
+])  # fmt: skip
+def test_tables_as_programs_write_them(tmp_path: Path, text: str) -> None:
+    (tmp_path / "rows.csv").write_text(text)
+    assert read(tmp_path / "rows.csv") == [{"prompt": "Q", "response": "A"}]
+
+
+def test_a_table_named_so_may_have_any_headings(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text('What is asked in words?,The answer\n"a ""b""",c\n')
+    assert read(tmp_path / "rows.csv") == [{"What is asked in words?": 'a "b"', "The answer": "c"}]
+    (tmp_path / "rows.tsv").write_text('q\ta\n"Start" of it\tx "y"\n')
+    assert read(tmp_path / "rows.tsv") == [{"q": "Start of it", "a": 'x "y"'}]
+    row = {"What is asked in words?": "Q", "n": 3}
+    assert fill("{What is asked in words?}", row, "f:1", "prompt") == "Q"
+    assert fill("Q: {What is asked in words?} {x y}", row, "f:1", "prompt") == "Q: Q {x y}"
+    with pytest.raises(UserError, match="asks for field 'Question text'"):
+        fill("{Question text}", row, "f:1", "prompt")
+    with pytest.raises(UserError, match="field 'n', which is null"):
+        fill("a {n}", {"n": None}, "f:1", "prompt")
+
+
+def test_what_is_not_the_rows_themselves_is_said(tmp_path: Path) -> None:
+    for name, content, problem in (
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS, not the file"),
+        ("b.json", b'{\n  "prompt": "Q"\n}\n', "a JSON object over several lines"),
+        ("c.jsonl.gz", gzip.compress(b"x" * 10_000)[:40] + b"broken" * 9, "c.jsonl.gz"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=problem):
+            read(tmp_path / name)

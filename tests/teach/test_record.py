@@ -1,6 +1,7 @@
 import dataclasses
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,8 @@ def test_records_survive_the_round_trip(tmp_path: Path) -> None:
     with JsonLines(path) as store:
         for trace in written:
             store.append(vars(trace))
+    # Half of a surrogate pair is no text that a tokenizer knows; it is replaced on reading.
+    written[3] = replace(written[3], response=written[3].response.replace("\ud800", "\ufffd"))
     assert list(read_records(path)) == written
     assert ids_present(path) == {"id0", "id1", "id2", "id3"}
     assert ids_present(tmp_path / "none.jsonl") == set()

@@ -1,8 +1,9 @@
 import json
 
 import pytest
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from transformers.utils.chat_template_utils import render_jinja_template
 
+from bmjax.chat.template import TEMPLATE_NAMES
 from bmjax.config import UserError
 from bmjax.merge.recipe.tokenizer import chat_template, write_chat_template
 
@@ -16,6 +17,8 @@ MESSAGES = [
 RENDERED = {
     "chatml": "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nA<|im_end|>\n<|im_start|>assistant\nB<|im_end|>\n"
     "<|im_start|>user\nC<|im_end|>\n<|im_start|>assistant\n",
+    "qwen": "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nA<|im_end|>\n<|im_start|>assistant\nB<|im_end|>\n"
+    "<|im_start|>user\nC<|im_end|>\n<|im_start|>assistant\n",
     "deepseek-r1": "<s>S<｜User｜>A<｜Assistant｜>B<｜end▁of▁sentence｜><｜User｜>C<｜Assistant｜>",
     "llama3": "<s><|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
     "A<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nB<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nC"
@@ -28,10 +31,13 @@ RENDERED = {
 
 @pytest.mark.parametrize("name", RENDERED)
 def test_named_templates(name):
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(chat_template(name))
-    text = template.render(messages=MESSAGES, add_generation_prompt=True, bos_token="<s>", eos_token="</s>")
+    marks = {"bos_token": "<s>", "eos_token": "</s>", "add_generation_prompt": True}
+    [text], _ = render_jinja_template([MESSAGES], chat_template=chat_template(name), **marks)
     assert text == RENDERED[name]
+
+
+def test_every_named_template_is_tested():
+    assert set(RENDERED) == set(TEMPLATE_NAMES)
 
 
 def test_the_template_replaces_what_the_tokenizer_has(tmp_path):
