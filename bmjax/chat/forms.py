@@ -22,23 +22,31 @@ ANSWERS = ("response", "completion", "output")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 SYSTEM = ("system", "system_prompt")
 # Keys of a row that bmjax reads or has to refuse; all others describe the row (ids, sources, scores) and stay unread.
-TEXT_KEYS = (*CHATS, *QUESTIONS, "input", *ANSWERS, *SYSTEM, *REASONING)
+TEXT_KEYS = (*CHATS, *QUESTIONS, "input", "context", *ANSWERS, *SYSTEM, *REASONING)
 UNSUPPORTED = {
     "images": "bmjax trains on text alone", "videos": "bmjax trains on text alone",
-    "audios": "bmjax trains on text alone", "functions": "describe functions under 'tools'",
+    "audios": "bmjax trains on text alone", "image": "bmjax trains on text alone",
+    "video": "bmjax trains on text alone", "audio": "bmjax trains on text alone",
+    "documents": "write them into the prompt", "chat_template_kwargs": "write the template's choice into FILE.jinja",
+    "functions": "describe functions under 'tools'",
     "weight": "rows cannot be weighted, only turns, by 0 or 1", "train": "give it in the turns",
 }  # fmt: skip
 
 ROLES = {
     "user": "user", "human": "user", "prompter": "user",
-    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant",
+    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant", "ai": "assistant",
+    "model": "assistant", "bot": "assistant",
     "system": "system", "developer": "system",
     "tool": "tool", "function": "tool", "observation": "tool", "function_response": "tool", "ipython": "tool",
     "function_call": "assistant",
 }  # fmt: skip
 TURN_KEYS = ("role", "from", "content", "value", *REASONING, "tool_calls", "function_call", "tool_call_id", "name",
              "weight", "train")  # fmt: skip
-TURN_LABELS = ("id", "index", "timestamp", "created_at")  # they describe a turn and say nothing of its text
+# They describe a turn and say nothing of its text.
+TURN_LABELS = ("id", "index", "timestamp", "created_at", "turn_identifier", "language", "toxic", "redacted", "country",
+               "state", "hashed_ip", "header", "markdown", "info")  # fmt: skip
+# Values of a column called `reasoning` that say whether the model thinks, not what.
+REASONING_SWITCHES = ("on", "off", "true", "false", "yes", "no", "none", "low", "medium", "high")
 
 KNOWN_FORMS = (
     "messages, conversations or conversation (a list of turns), prompt with response or completion, or instruction "
@@ -102,9 +110,15 @@ class _Reader:
         for key, advice in UNSUPPORTED.items():
             if fields.get(key) not in (None, [], 1, True):
                 raise self._error(f"'{key}' would be lost; {advice}, or name the key in 'ignore'")
+        if fields.get("label") is False:
+            raise self._error("'label' is false: a rejected answer, which cannot be learned; remove such rows")
+        for key in REASONING:
+            if str(fields.get(key, "")).strip().lower() in REASONING_SWITCHES:
+                del fields[key]
 
         # The turns, from the first form that the row has: a chat, or a question.
-        chat = next((key for key in CHATS if key in fields), None)
+        chat = next((key for key in CHATS if fields.get(key)), None)
+        fields = {key: value for key, value in fields.items() if value or key not in CHATS}
         question = next((key for key in QUESTIONS if key in fields), None)
         answer = next((key for key in ANSWERS if key in fields), None)
         if chat is not None:
@@ -120,6 +134,8 @@ class _Reader:
         conversation = self._add_system(fields, conversation)
         conversation = self._add_reasoning(fields, conversation)
         self._check_carried(fields, conversation)
+        if fields.get("history") and (chat is not None or not isinstance(fields.get(question or "", ""), str)):
+            raise self._error("'history' would be lost beside a list of turns; put it in, or name it in 'ignore'")
 
         # Which turns are learned.
         remarks = []
@@ -141,7 +157,8 @@ class _Reader:
         return UserError(f"{self.location}: {text}")
 
     def _present(self, mapping: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in mapping.items() if value is not None and key not in self.ignore}
+        # NaN is what pandas writes for a cell without a value.
+        return {k: v for k, v in mapping.items() if v is not None and v == v and k not in self.ignore}
 
     def _question(self, fields: Mapping[str, Any], key: str) -> list[_Turn]:
         """Read what is asked: a text, TRL's list of messages, or an instruction with its input and history."""
@@ -149,14 +166,18 @@ class _Reader:
         if key == "prompt" and not isinstance(value, str):
             return [_Turn(turn.message, False) for turn in self._turns(value, key)]
         turns: list[_Turn] = []
-        if key == "instruction":
-            for pair in fields.get("history", ()):
-                if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-                    raise self._error("'history' must be a list of pairs, a question and an answer each")
-                turns += [_Turn(self._message("user", pair[0], "history"), False),
-                          _Turn(self._message("assistant", pair[1], "history"), True)]  # fmt: skip
-            value = "\n".join(self._text(fields[part], part) for part in (key, "input") if fields.get(part, "") != "")
-        return [*turns, _Turn(self._message("user", value, key), False)]
+        history = fields.get("history") or ()
+        if isinstance(history, str):
+            history = self._json(history, "history")
+        if not isinstance(history, (list, tuple)) or not all(
+            isinstance(p, (list, tuple)) and len(p) == 2 for p in history
+        ):
+            raise self._error("'history' must be a list of pairs, a question and an answer each")
+        for asked, answered in history:
+            turns += [_Turn(self._message("user", asked, "history"), False),
+                      _Turn(self._message("assistant", answered, "history"), True)]  # fmt: skip
+        parts = [self._text(fields[part], part) for part in (key, "input", "context") if fields.get(part, "") != ""]
+        return [*turns, _Turn(self._message("user", "\n".join(parts), key), False)]
 
     def _answer(self, fields: Mapping[str, Any], key: str) -> list[_Turn]:
         value = fields[key]
@@ -181,12 +202,13 @@ class _Reader:
     def _turn(self, raw: Mapping[str, Any], label: str) -> _Turn:
         """Read a turn. Its own keys decide, whatever the column is called."""
         turn = self._present(raw)
-        for key in turn:
-            if key not in TURN_KEYS and key not in TURN_LABELS:
-                raise self._error(
-                    f"{label}: '{key}' is not known and would be lost{nearest(key, TURN_KEYS)}; remove it, or name it "
-                    "in 'ignore'"
-                )
+        unknown = [key for key in turn if key not in (*TURN_KEYS, *TURN_LABELS) and turn[key] not in ("", [], {})]
+        if unknown:
+            names = ", ".join(repr(key) for key in unknown)
+            hint = nearest(unknown[0], TURN_KEYS) if len(unknown) == 1 else ""
+            verb = "is" if len(unknown) == 1 else "are"
+            raise self._error(f"{label}: {names} {verb} not known and would be lost{hint}; remove it, or read it as "
+                              f"absent: ignore: [{', '.join(unknown)}]")  # fmt: skip
         name = self._either(turn, ("role", "from"), label)
         role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
         if role is None:
@@ -195,7 +217,8 @@ class _Reader:
         content = self._either(turn, ("content", "value"), label)
         if name == "function_call":  # the whole turn is a call
             turn, content = {**turn, "function_call": content}, None
-        if role == "tool" and isinstance(content, Mapping):  # a result that is data goes on as JSON
+        is_data = isinstance(content, Mapping) or (isinstance(content, list) and not all(map(_is_part, content)))
+        if role == "tool" and is_data:  # a result that is data goes on as JSON
             content = json.dumps(content, ensure_ascii=False)
         calls = self._calls(turn, label)
         if content is None and not calls:
@@ -215,6 +238,8 @@ class _Reader:
     def _is_target(self, turn: Mapping[str, Any], role: str, label: str) -> bool:
         flags = {key: turn[key] for key in ("weight", "train") if key in turn}
         for key, flag in flags.items():
+            if isinstance(flag, str):
+                flag = flags[key] = {"0": 0, "1": 1, "false": 0, "true": 1}.get(flag.strip().lower(), flag)
             if flag not in (0, 1):
                 raise self._error(f"{label}: {key}: {flag!r}; expected 0 or 1 (false or true)")
             if flag and role != "assistant":
@@ -238,9 +263,8 @@ class _Reader:
             if isinstance(part, str):
                 part = {"type": "text", "text": part}
             fields = self._present(part) if isinstance(part, Mapping) else {}
-            kind = {"output_text": "text", "input_text": "text", "reasoning": "thinking"}.get(
-                fields.get("type", "text"), fields.get("type", "text")
-            )
+            kind = str(fields.get("type", "text"))
+            kind = {"output_text": "text", "input_text": "text", "reasoning": "thinking"}.get(kind, kind)
             text = next((fields[key] for key in ("text", "thinking", "reasoning") if key in fields), None)
             if kind not in texts or not isinstance(text, str):
                 raise self._error(f"{label}: a part of the content is of type {kind!r}; expected parts of type text")
@@ -251,6 +275,8 @@ class _Reader:
         if isinstance(value, list):
             text, thoughts = self._content(value, label)
             return self._think(thoughts, text, label)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return str(value)
         if not isinstance(value, str):
             raise self._error(f"{label}: expected text, found {type(value).__name__}")
         return value
@@ -269,15 +295,16 @@ class _Reader:
 
     def _calls(self, turn: Mapping[str, Any], label: str) -> list[Message]:
         """Return the calls of tools in the form of chat templates, arguments as dictionaries."""
-        calls = turn.get("tool_calls", [])
-        calls = self._json(calls, label) if isinstance(calls, str) else calls
-        if "function_call" in turn:
-            call = turn["function_call"]
-            calls = [*calls, self._json(call, label) if isinstance(call, str) else call]
+        calls: list[Any] = []
+        for key in ("tool_calls", "function_call"):
+            value = turn.get(key) or []
+            value = self._json(value, f"{label}: {key}") if isinstance(value, str) else value
+            calls += value if isinstance(value, list) else [value]
         tidy = []
         for call in calls:
-            call = without_nulls(call)
+            call = without_nulls(self._json(call, f"{label}: tool_calls") if isinstance(call, str) else call)
             function = call.get("function", call) if isinstance(call, Mapping) else {}
+            function = function if isinstance(function, Mapping) else {}
             arguments = function.get("arguments", {})
             if isinstance(arguments, str):
                 arguments = self._json(arguments, f"{label}: arguments of a tool call") if arguments.strip() else {}
@@ -293,8 +320,8 @@ class _Reader:
         tools = fields.get("tools")
         if isinstance(tools, str):
             tools = self._json(tools, "tools") if tools.strip() else []
-        elif tools is not None:
-            tools = without_nulls(tools)
+        elif isinstance(tools, list):
+            tools = [self._json(tool, "tools") if isinstance(tool, str) else without_nulls(tool) for tool in tools]
         if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
             raise self._error("'tools' must be a list of descriptions of functions")
         return tools or None
@@ -306,6 +333,8 @@ class _Reader:
             return conversation
         message = self._message("system", text, str(key))
         if conversation and conversation[0].message["role"] == "system":
+            if not conversation[0].message["content"].strip():
+                return [_Turn(message, False), *conversation[1:]]
             if conversation[0].message["content"].strip() != message["content"].strip():
                 raise self._error(f"'{key}' and the system turn of the conversation differ; remove one of them")
             return conversation
@@ -332,6 +361,8 @@ class _Reader:
             else:
                 texts = [self._text(fields[key], key)]
             if not all(any(" ".join(text.split()) in content for content in contents) for text in texts):
+                if key in REASONING and not any(turn.message["role"] == "assistant" for turn in conversation):
+                    raise self._error(f"'{key}' belongs to an answer, and the row has none; known forms: {KNOWN_FORMS}")
                 raise self._error(
                     f"'{key}' is not part of the conversation that the other keys make, and would be lost; "
                     "remove it, or name it in 'ignore'"
@@ -352,6 +383,10 @@ class _Reader:
             return json.loads(text)
         except (ValueError, RecursionError) as error:
             raise self._error(f"{label}: not valid JSON: {error}") from None
+
+
+def _is_part(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, Mapping) and "type" in value)
 
 
 def without_nulls(value: Any) -> Any:

@@ -42,6 +42,12 @@ def chat(row, **options):
         {"messages": QA, "conversations": None, "prompt": None, "tools": None, "system": None},
         {"messages": QA, "prompt": "Q?", "prompt_id": "x", "source": "web", "score": 0.5},
         {"messages": QA, "conversations": SHAREGPT},
+        {"messages": [], "conversations": None, "prompt": "Q?", "response": "A."},
+        {"instruction": "Q?", "input": float("nan"), "output": "A."},
+        {"messages": QA, "reasoning": "off", "label": 0},
+        {"messages": [{**QA[0], "toxic": False, "language": "English", "annotations": []}, {**QA[1], "refusal": ""}]},
+        {"messages": [QA[0], {**QA[1], "weight": "1", "tool_calls": ""}]},
+        {"conversations": [SHAREGPT[0], {"from": "bard", "value": "A."}]},
         {"messages": [{**turn, "weight": None, "name": None, "tool_calls": None, "id": 3} for turn in QA]},
         {
             "messages": [
@@ -88,6 +94,31 @@ def test_the_system_prompt_goes_first_and_once(row):
 )  # fmt: skip
 def test_reasoning_becomes_a_think_block(row):
     assert chat(row) == ([("user", "Q?"), ("assistant", THOUGHT)], [THOUGHT])
+
+
+def test_numbers_input_and_context_become_text():
+    assert chat({"prompt": "1 + 3?", "response": 4})[1] == ["4"]
+    for key in ("input", "context"):
+        row = {"instruction": "Sum up.", key: "A long text.", "response" if key == "context" else "output": "A."}
+        assert chat(row)[0][0] == ("user", "Sum up.\nA long text.")
+
+
+def test_an_empty_system_turn_gives_way_to_the_column():
+    row = {"system": "S", "messages": [{"role": "system", "content": " "}, *QA]}
+    assert chat(row)[0] == [("system", "S"), ("user", "Q?"), ("assistant", "A.")]
+
+
+def test_several_calls_in_any_spelling():
+    calls = [{"name": "add", "arguments": {"a": 1}}, {"name": "sub", "arguments": "{}"}]
+    for turn in (
+        {"from": "function_call", "value": json.dumps(calls)},
+        {"role": "assistant", "tool_calls": [json.dumps(call) for call in calls]},
+        {"role": "assistant", "tool_calls": json.dumps(calls)},
+    ):
+        message = read_conversation({"messages": [QA[0], turn, QA[1]]}, "here").messages[1]
+        assert [call["function"]["name"] for call in message["tool_calls"]] == ["add", "sub"]
+    data = {"role": "tool", "content": [{"a": 1}]}
+    assert read_conversation({"messages": [*QA, data, QA[1]]}, "here").messages[2]["content"] == '[{"a": 1}]'
 
 
 def test_context_turns_are_not_learned():
@@ -161,7 +192,7 @@ def test_functions_of_sharegpt_become_tool_calls():
         ({"messages": [{"role": "user", "content": None}]}, "messages, turn 1: no content"),
         ({"messages": [{"role": "narrator", "content": "x"}]}, "turn 1: the role is 'narrator', expected one of"),
         ({"messages": [{"content": "x"}]}, "messages, turn 1: the role is None"),
-        ({"messages": [{"role": "user", "content": 3}]}, "messages, turn 1: expected text, found int"),
+        ({"messages": [{"role": "user", "content": True}]}, "messages, turn 1: expected text, found bool"),
         ({"messages": [{"role": "user", "content": "x", "from": "gpt"}]}, "'role' and 'from' differ"),
         ({"messages": [{**QA[0], "wieght": 0}, QA[1]]}, "turn 1: 'wieght' is not known .*did you mean 'weight'"),
         ({"messages": [QA[0], {**QA[1], "masked": True}]}, "turn 2: 'masked' is not known and would be lost"),
@@ -180,7 +211,17 @@ def test_functions_of_sharegpt_become_tool_calls():
         ({"prompt": "Q?", "response": "A.", "output": "B."}, "'output' is not part of the conversation"),
         ({"prompt": "Q?", "response": "A.", "images": ["x.png"]}, "'images' would be lost; bmjax trains on text alone"),
         ({"prompt": "Q?", "response": "A.", "weight": 0.2}, "'weight' would be lost; rows cannot be weighted"),
-        ({"prompt": "Q?", "response": 42}, "response: expected text, found int"),
+        ({"prompt": "Q?", "response": False}, "response: expected text, found bool"),
+        ({"prompt": "Q?", "completion": "A.", "label": False}, "'label' is false: a rejected answer"),
+        ({"messages": QA, "context": "lost"}, "'context' is not part"),
+        ({"messages": QA, "history": [["a", "b"]]}, "'history' would be lost"),
+        ({"prompt": "Q?", "response": "A.", "documents": [{"text": "x"}]}, "'documents' would be lost"),
+        ({"messages": QA[:1], "reasoning": "hm"}, "'reasoning' belongs to an answer, and the row has none"),
+        ({"instruction": "Q", "output": "A", "history": 5}, "'history' must be a list of pairs"),
+        ({"messages": [{**QA[0], "flag": 1, "other": 2}, QA[1]]}, r"'flag', 'other' are .*ignore: \[flag, other\]"),
+        ({"messages": [QA[0], {"role": "assistant", "tool_calls": 5}]}, "a tool call needs a function"),
+        ({"messages": [QA[0], {"role": "assistant", "tool_calls": [{"function": "f"}]}]}, "a tool call needs"),
+        ({"messages": [{"role": "user", "content": [{"type": ["x"]}]}, QA[1]]}, "a part of the content is of type"),
         ({"messages": QA, "tools": "{"}, "tools: not valid JSON"),
         ({"messages": QA, "tools": {"a": 1}}, "'tools' must be a list"),
         ({"messages": [QA[0], {"role": "assistant", "tool_calls": [{"id": 1}]}]}, "a tool call needs a function"),
