@@ -40,6 +40,12 @@ def optimized(request):
     jax.config.update("jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    """Keep tokenized data out of the user's cache directory."""
+    os.environ["BMJAX_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 def write_rows(path: Path, rows) -> Path:
     """A JSON Lines file."""
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

@@ -18,7 +18,7 @@ import numpy as np
 
 from bmjax.chat.forms import Conversation, Message, Turns, read_conversation
 from bmjax.chat.marks import end_of_turn
-from bmjax.chat.reasoning import answer_of
+from bmjax.chat.reasoning import answer_of, has_tags, split_think
 from bmjax.chat.template import render, render_prompt
 from bmjax.config import UserError
 from bmjax.io.rows import Row, read_rows
@@ -121,7 +121,7 @@ def documents(rows: Iterable[Row], encoding: Encoding, tally: Tally) -> Iterator
         UserError: for a row of unknown form, without a target token, or too long, and when no row is left.
     """
     seq_len = encoding.seq_len
-    location = None
+    location = first_without = None
     for location, tokens, mask in _tokenized(rows, encoding, tally):
         if len(tokens) > seq_len:
             if encoding.overlong == "error":
@@ -140,7 +140,9 @@ def documents(rows: Iterable[Row], encoding: Encoding, tally: Tally) -> Iterator
                     f"{location}: the prompt alone has {mask.argmax()} tokens, seq_len is {seq_len}: "
                     "no target token is left; raise seq_len or set overlong: drop"
                 )
-            raise UserError(f"{location}: no target token: the assistant's turn is missing, empty or not to be learned")
+            first_without = first_without or location
+            tally.remark("no answer to learn (missing, empty, or context): left out", location)
+            continue
         example = Example(tokens[:seq_len].copy(), mask[:seq_len].copy())
         tally.digest.update(example.tokens.tobytes() + example.loss_mask.tobytes())
         tally.documents += 1
@@ -149,6 +151,10 @@ def documents(rows: Iterable[Row], encoding: Encoding, tally: Tally) -> Iterator
         yield example
     if location is None:
         raise UserError("no rows to tokenize; expected at least one")
+    if not tally.documents and first_without is not None:
+        raise UserError(
+            f"{first_without}: no target token: the assistant's turn is missing, empty or not to be learned"
+        )
     if not tally.documents:
         raise UserError(f"{location}: all {tally.dropped} rows are over seq_len {seq_len} tokens; raise seq_len")
 
@@ -269,13 +275,15 @@ def _pieces(
                     f"{location}: the chat template does not show 'tools' to the model (function {name!r}); set a "
                     "template that does, or name the key in 'ignore'"
                 )
+        # Templates put their own white space between the reasoning and the answer.
         content = messages[index]["content"].strip()
+        parts = split_think(content) if has_tags(content) else ("", content)
         calls = [call["function"]["name"] for call in messages[index].get("tool_calls", ())]
-        kept = all(full.count(text) > prompt.count(text) for text in (content, *calls) if text)
+        kept = all(full.count(text) > prompt.count(text) for text in (*parts, *calls) if text)
         if not kept or not full.startswith(prompt) or not prompt.startswith(done):
             raise UserError(
                 f"{location}: the chat template drops or rewrites part of the conversation, so it cannot be trained "
-                "on; set template: chatml or deepseek-r1, or a FILE.jinja that keeps every turn"
+                "on; set template: chatml or deepseek-r1, turns: last, or a FILE.jinja that keeps every turn"
             )
         target = full[len(prompt) :]
         if target.rstrip().endswith(ends):

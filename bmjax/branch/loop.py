@@ -70,6 +70,8 @@ def loop(run: Run, state: State, begin: int, seen: int, checkpoints: Checkpoints
     described = settings.model_dump(mode="json", exclude_defaults=True)  # for whoever exports a checkpoint
     if Path(settings.student).expanduser().is_dir():
         described["student"] = str(run.student.directory.resolve())
+    if (settings.template or "").endswith(".jinja"):
+        described["template"] = str(Path(settings.template or "").resolve())
     values: dict[str, float] = {}
     pending: tuple[Any, ...] | None = None
 

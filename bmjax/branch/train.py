@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from bmjax.branch import examples, optimizer
+from bmjax.branch import cache, examples, optimizer
 from bmjax.branch.examples import Encoding
 from bmjax.branch.export import export_model, load_start, open_student
 from bmjax.branch.fingerprint import check_same, fingerprint
@@ -23,7 +23,6 @@ from bmjax.branch.settings import Training, TrainSettings
 from bmjax.branch.step import State, StepPlan, init_state
 from bmjax.config import UserError
 from bmjax.io.atomic import held, write_atomic
-from bmjax.io.rows import mapped, read_rows
 from bmjax.log import Log, silent, write_line
 from bmjax.model import spec
 from bmjax.model.attention.dispatch import check_backend
@@ -69,7 +68,7 @@ def _train(settings: TrainSettings, log: Log, progress: bool) -> dict[str, Any]:
     student = open_student(settings)
     config = student.config
     mesh = check(settings, config)
-    loader = load_data(settings, student)
+    loader = load_data(settings, student, log)
     steps = total_steps(settings, loader)
     expected = fingerprint(settings, student.directory, loader.dataset.digest, steps)
     shared = settings.model_dump(exclude={"process_id", "student", "data"})
@@ -83,14 +82,8 @@ def _train(settings: TrainSettings, log: Log, progress: bool) -> dict[str, Any]:
         return summary | {"hf": str(output / "hf")}
 
     # Train, from the newest checkpoint on.
-    data = loader.dataset
-    for line in (_marks_line(student), *data.remarks):
+    for line in (_data_line(settings, loader, student, steps), _marks_line(student), *loader.dataset.remarks):
         log(line)
-    cut = f", {data.truncated} truncated, {data.dropped} dropped" if data.truncated + data.dropped else ""
-    log(
-        f"{output.name}: {len(data.examples)} documents, {data.tokens:,} tokens in {len(loader.rows)} rows of "
-        f"{loader.length} ({loader.fill:.1%} filled){cut}; {spec.count(config):,} parameters, {steps} steps"
-    )
     if remark := _rate_line(settings, steps):
         log(remark)
     plan = step_plan(settings, config, mesh, loader.documents)
@@ -110,6 +103,23 @@ def _train(settings: TrainSettings, log: Log, progress: bool) -> dict[str, Any]:
         write_atomic(output / "result.json", json.dumps(result, indent=1))
     log(f"{output / 'hf'}: written, loss {summary['loss']:.4f} after {steps} steps and {summary['tokens']:,} tokens")
     return result | {"hf": str(output / "hf")}
+
+
+def describe(settings: TrainSettings) -> list[str]:
+    """Return what a training would do, in lines: its data, rows and steps, and which marks end a turn.
+
+    It tokenizes the data and reads no weights. Raises UserError for what `train` would refuse.
+    """
+    student = open_student(settings)
+    mesh = check(settings, student.config)
+    loader = load_data(settings, student, write_line)
+    steps = total_steps(settings, loader)
+    lines = [_data_line(settings, loader, student, steps), _marks_line(student), *loader.dataset.remarks]
+    lines += [remark for remark in [_rate_line(settings, steps)] if remark]
+    axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
+    tokens = loader.dataset.tokens * steps / loader.steps_per_epoch
+    return [*lines, f"{steps} steps of {settings.batch} rows, {steps / loader.steps_per_epoch:.2f} epochs, about "
+            f"{tokens:,.0f} tokens, on {axes}"]  # fmt: skip
 
 
 def check(settings: Training, config: ModelConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -152,17 +162,26 @@ def check(settings: Training, config: ModelConfig, devices: Sequence[Any] | None
     return mesh
 
 
-def load_data(settings: TrainSettings, student: Student) -> Loader:
+def load_data(settings: TrainSettings, student: Student, log: Log = silent) -> Loader:
     """Read and tokenize the rows of a training; UserError for what cannot be trained on."""
     assert student.template is not None  # the student was opened for training
-    rows = mapped(read_rows(settings.data), settings.columns)
     encoding = Encoding(
         student.tokenizer, student.template, settings.seq_len, settings.overlong, settings.turns, settings.ignore,
         student.end_tokens,
     )  # fmt: skip
-    dataset = examples.build_dataset(rows, encoding)
+    dataset = cache.load(settings.data, settings.columns, encoding, log)
     examples.check_vocabulary(dataset, student.config.vocab_size, student.directory)
     return Loader(dataset, settings.seq_len, settings.batch, settings.packing, settings.shuffle, settings.seed)
+
+
+def _data_line(settings: TrainSettings, loader: Loader, student: Student, steps: int) -> str:
+    data = loader.dataset
+    cut = f", {data.truncated} truncated, {data.dropped} dropped" if data.truncated + data.dropped else ""
+    rows = f"{len(loader.rows)} rows of {loader.length} ({loader.fill:.1%} filled)"
+    return (
+        f"{Path(settings.output).name}: {len(data.examples)} documents, {data.tokens:,} tokens in {rows}{cut}; "
+        f"{spec.count(student.config):,} parameters, {steps} steps"
+    )
 
 
 def _marks_line(student: Student) -> str:

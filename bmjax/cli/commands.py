@@ -59,10 +59,28 @@ def _select(options: Namespace) -> None:
 
 
 def _train(options: Namespace) -> None:
-    from bmjax.branch.train import train
+    from bmjax.branch.train import describe, train
 
     _use_machine()
-    train(options.settings)
+    if options.check:
+        print(*describe(options.settings), sep="\n")
+    else:
+        train(options.settings)
+
+
+def _cache(options: Namespace) -> None:
+    from bmjax.branch.cache import caches, folder
+
+    entries = caches()
+    for cache in entries:
+        age = f"used {(time.time() - cache.used) / 86400:.0f} days ago"
+        removed = options.all or (options.clear and cache.is_dead)
+        state = "removed" if removed else "its data changed or are gone" if cache.is_dead else "in use"
+        print(f"{cache.path}: {cache.size / 1e9:.2f} GB of {', '.join(cache.data)}, {age}; {state}")
+        if removed:
+            cache.remove()
+    if not entries:
+        print(f"{folder()}: nothing is cached")
 
 
 def _eval(options: Namespace) -> None:
@@ -190,7 +208,12 @@ _ROWS = (
     Command("select", "keep the traces worth training on, and say why the others were dropped", _select,
         settings="bmjax.teach.settings:SelectSettings", stopped="stopped; the same command begins again"),
     Command("train", "fine-tune a student on a dataset (a branch, the mixture, a backbone)", _train,
-        settings=_TRAINING),
+        settings=_TRAINING,
+        options=(Option("--check", action="store_true", help="say documents, tokens, rows and steps; do not train"),)),
+    Command("cache", "list the tokenized data on disk, and clear what is of no use", _cache, words=(), overrides=False,
+        options=(
+            Option("--clear", action="store_true", help="remove those whose data have changed or are gone"),
+            Option("--all", action="store_true", help="remove all of them"))),
     Command("plan", "compile a training for TPUs that are not there: does it fit, how fast at most", _plan,
         settings=_TRAINING, stopped="stopped; nothing was written",
         options=(

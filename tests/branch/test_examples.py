@@ -1,5 +1,7 @@
 """The loss mask is 1 on what the assistant wrote and its end token, for every template and every form of row."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -113,14 +115,19 @@ def test_a_record_and_sharegpt_and_messages_say_the_same(tokenizer):
 @pytest.mark.parametrize("row", [
     {"messages": [{"role": "user", "content": "only a question"}]},
     {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": ""}], "note": "no answer text"},
+    {"conversations": [{"from": "gpt", "value": "an answer to nothing"}]},
+    {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A", "weight": 0}]},
 ])  # fmt: skip
-def test_a_row_without_a_target_is_an_error_that_names_it(tokenizer, row):
+def test_a_row_without_a_target_is_left_out_and_counted(tokenizer, row):
     keeps_no_end = (
         "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
-    with pytest.raises(UserError, match=r"^rows, row 2: no target token"):
-        build(tokenizer, {"prompt": "Q", "response": "A"}, row, template=keeps_no_end)
+    dataset = build(tokenizer, {"prompt": "Q", "response": "A"}, row, template=keeps_no_end)
+    assert len(dataset.examples) == 1
+    assert any(re.match(r"1 rows: no answer to learn .*left out \(first: rows, row 2\)", r) for r in dataset.remarks)
+    with pytest.raises(UserError, match=r"^rows, row 1: no target token"):
+        build(tokenizer, row, template=keeps_no_end)
 
 
 def test_without_any_assistant_turn_the_first_row_is_named(tokenizer):
