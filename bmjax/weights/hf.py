@@ -81,6 +81,11 @@ def _fault(checkpoint: Checkpoint, config: ModelConfig) -> str | None:
                 "set tie_word_embeddings to false"
             )
         surplus.remove(HEAD)
+    for name in scaled:
+        shape = [-(-size // FP8_BLOCK) for size in tensors[name].shape]
+        if list(tensors[name + SCALES].shape) != shape:
+            stored = list(tensors[name + SCALES].shape)
+            return f"{name + SCALES} is {stored}, expected {shape}: a scale for every {FP8_BLOCK} x {FP8_BLOCK} entries"
     if scheme := quantization({}, surplus):
         return f"the weights are quantized ({scheme}); expected {', '.join(FLOATS)}, or FP8 with scales of blocks"
     if surplus:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bmjax.chat.marks import Marks, add_marks, end_of_turn, fitting_templates, marks_of, missing
-from bmjax.chat.template import chat_template
+from bmjax.chat.template import chat_template, render
 from bmjax.config import UserError
 from bmjax.io import hub
 from bmjax.io.model_files import quantization
@@ -63,21 +63,27 @@ def open(
         raise UserError(f"{directory}: no tokenizer files (tokenizer.json or vocab.json); {purpose} needs a tokenizer")
     text = chat_template(tokenizer, template)
     written = marks_of(tokenizer, text)
-    added = {} if marks is None else _known_marks(tokenizer, written, template, marks, config.vocab_size)
+    added = {} if marks is None else _known_marks(tokenizer, written, template, text, marks, config.vocab_size)
     end = end_of_turn(tokenizer, text)
     ends = stored if end is None or end in stored else (*stored, end)
     return Student(directory, hf_config, config, tokenizer, text, stored, ends, written, added)
 
 
-def _known_marks(tokenizer: Any, marks: Marks, template: str | None, rule: str, vocab_size: int) -> dict[str, int]:
+def _known_marks(
+    tokenizer: Any, marks: Marks, template: str | None, text: str, rule: str, vocab_size: int
+) -> dict[str, int]:
     """Make every mark one token, or refuse the template; returns the ids of the tokens that were added."""
     label = f"template: {template or 'of the student'}"
     unknown = missing(tokenizer, marks)
+    if template is None:  # the student has learned its own template's other marks as it reads them
+        unknown = [mark for mark in unknown if mark == marks.end]
     if marks.end is not None and not unknown:
         return {}
     fitting = fitting_templates(tokenizer)
     advice = f"set template: {' or '.join(fitting) or 'a FILE.jinja whose marks are tokens'}"
     if marks.end is None:
+        turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+        render(tokenizer, turns, text, label, prompt=False)  # a template that cannot be rendered says so itself
         raise UserError(
             f"{label}: nothing that ends a turn follows an answer, so a model trained on it would never stop; {advice}"
         )

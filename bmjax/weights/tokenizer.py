@@ -82,6 +82,8 @@ def write_tokenizer(
     # transformers 5 names its general class TokenizersBackend and lists extra_special_tokens; 4 knows neither.
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        # 4's general class gives token_type_ids unless told otherwise, which a decoder refuses to generate from.
+        config.setdefault("model_input_names", ["input_ids", "attention_mask"])
     if isinstance(config.get("extra_special_tokens"), list):
         listed = config.get("additional_special_tokens") or []
         config["additional_special_tokens"] = list(dict.fromkeys([*listed, *config.pop("extra_special_tokens")]))
