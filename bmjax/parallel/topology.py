@@ -8,7 +8,14 @@ from bmjax.config import UserError, nearest
 # Kinds of chips that XLA's compiler plans for, with the other names that Google gives them.
 KINDS = {"v4": "v4", "v5e": "v5e", "v5litepod": "v5e", "v5lite": "v5e", "v5p": "v5p", "v6e": "v6e"}
 _IRONWOOD = "TPU7x (Ironwood)"
-NOT_PLANNED = {"v2": "TPU v2", "v3": "TPU v3", "tpu7x": _IRONWOOD, "tpu7": _IRONWOOD, "v7x": _IRONWOOD}
+NOT_PLANNED = {
+    "v2": "TPU v2",
+    "v3": "TPU v3",
+    "tpu7x": _IRONWOOD,
+    "tpu7": _IRONWOOD,
+    "v7x": _IRONWOOD,
+    "ironwood": _IRONWOOD,
+}
 # Google counts the cores of these in a slice's name, two a chip; of all others the chips.
 CORES_A_CHIP = {"v4": 2, "v5p": 2}
 SHAPES_2D = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -16,8 +23,10 @@ SHAPES_3D = (
     "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x12", "8x8x16", "8x16x16", "16x16x16",
     "16x16x24",
 )  # fmt: skip
-_GPU = re.compile(r"(?:nvidia-?)?(?:[ahblv]\d{2,4}|gh200|gb200|rtx\w*|mi\d{3}\w*|gpu)\b.*")
-_NAME = re.compile(r"(?:(\d+)x)?([a-z0-9]+?)(?::(\d+(?:x\d+)*)|-(\d+))")
+_GPU = re.compile(
+    r"(?:\d+x)?(?:nvidia|tesla|gpu|rtx|gtx|mi\d{3}|gh200|gb200|[ahb]\d{2,3}|l4|l40s?|t4|p100|v100)(?![a-z]).*|[ag]\d-.*"
+)
+_NAME = re.compile(r"(?:(\d+)x)?([a-z0-9]+?)(?::(\d+(?:x\d+)*)|-(\d+x\d+(?:x\d+)?)|-(\d+))")
 
 
 def parse_topology(name: str) -> tuple[int, str, str]:
@@ -28,10 +37,10 @@ def parse_topology(name: str) -> tuple[int, str, str]:
     Raises:
         UserError: for a name of another form, a size that Google does not sell, and chips that cannot be planned for.
     """
-    text = name.strip().lower()
+    text = name.strip().lower().removeprefix("tpu-")
     match = _NAME.fullmatch(text)
     kind = match[2] if match else re.split(r"[:-]", text)[0]
-    if _GPU.fullmatch(kind):
+    if _GPU.fullmatch(text):
         raise UserError(
             f"--topology: {name}: GPUs cannot be planned for: XLA compiles for a GPU only where one is; train a few "
             "steps there, whose log says the memory"
@@ -46,14 +55,14 @@ def parse_topology(name: str) -> tuple[int, str, str]:
         )
     if kind not in KINDS:
         raise UserError(f"--topology: unknown chip '{kind}'{nearest(kind, list(KINDS))}")
-    kind, shape = KINDS[kind], match[3]
+    kind, shape = KINDS[kind], match[3] or match[4]
     if shape is None:
         cores = CORES_A_CHIP.get(kind, 1)
         sizes = {cores * math.prod(map(int, s.split("x"))): s for s in (SHAPES_3D if cores == 2 else SHAPES_2D)}
-        if int(match[4]) not in sizes:
+        if int(match[5]) not in sizes:
             raise UserError(
                 f"--topology: {name}: Google has no slice of that size; {match[2]}- "
                 f"{', '.join(map(str, sizes))}, or name a shape: {kind}:{shape or sizes[max(sizes)]}"
             )
-        shape = sizes[int(match[4])]
+        shape = sizes[int(match[5])]
     return int(match[1] or 1), kind, shape

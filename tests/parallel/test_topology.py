@@ -19,6 +19,7 @@ from bmjax.parallel.topology import parse_topology
         ("v5litepod-16", (1, "v5e", "4x4")),
         ("v5e-16", (1, "v5e", "4x4")),
         ("v6e-8", (1, "v6e", "2x4")),
+        ("tpu-v6e-16x16", (1, "v6e", "16x16")),
         ("V6E-256", (1, "v6e", "16x16")),
         ("4xv6e-256", (4, "v6e", "16x16")),
     ],
@@ -30,6 +31,11 @@ def test_a_slice_by_shape_and_by_googles_name(name, parsed):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        ("8xh100", "GPUs cannot be planned for"),
+        ("a3-highgpu-8g", "GPUs cannot be planned for"),
+        ("l40s", "GPUs cannot be planned for"),
+        ("NVIDIA-H100-80GB", "GPUs cannot be planned for"),
+        ("ironwood", "Ironwood"),
         ("h100:8", "h100:8: GPUs cannot be planned for"),
         ("H200-8", "GPUs cannot be planned for"),
         ("a100", "GPUs cannot be planned for"),
