@@ -1,17 +1,22 @@
-"""Exports read by transformers 4 and 5, each in an environment of its own: equal tokens, templates and logits."""
+"""Exports as others read them: transformers 4 and 5, each in an environment of its own, and llama.cpp's converter."""
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import transformers
+from tokenizers import Tokenizer
 
 from bmjax.branch.settings import TrainSettings
 from bmjax.branch.train import train
-from tests.branch.test_stopping import ROWS, branch, deepseek_student  # noqa: F401
+from bmjax.chat.template import named_template
+from tests.branch.test_stopping import DEEPSEEK, ROWS, branch, deepseek_student  # noqa: F401
 from tests.conftest import write_rows, write_student
 
 VERSIONS = {4: "4.57.6", 5: None}  # None: the one that is installed
@@ -41,16 +46,8 @@ def packages(tmp_path_factory) -> dict[int, str]:
     for major, version in VERSIONS.items():
         folder = tmp_path_factory.mktemp(f"transformers{major}")
         if version is not None:
-            install = [
-                sys.executable,
-                "-m",
-                "pip",
-                "install",
-                "-q",
-                "--target",
-                str(folder),
-                f"transformers=={version}",
-            ]
+            wanted = [f"transformers=={version}", "sentencepiece"]  # the latter for llama.cpp's converter
+            install = [sys.executable, "-m", "pip", "install", "-q", "--target", str(folder), *wanted]
             if subprocess.run(install, capture_output=True).returncode:
                 pytest.skip(f"transformers {version} cannot be installed here")
         paths[major] = str(folder)
@@ -101,3 +98,51 @@ def test_transformers_4_and_5_read_an_export_alike(case, packages, tmp_path, req
     np.testing.assert_allclose(results[4]["logits"], results[5]["logits"], atol=1e-4)
     if case == "added marks":
         assert results[4]["answer"] == "ccc<|im_end|>"
+
+
+@pytest.fixture(scope="module")
+def llama_cpp(tmp_path_factory) -> Path:
+    """llama.cpp's converter, from the source of a package that ships it."""
+    folder = tmp_path_factory.mktemp("llama_cpp")
+    arguments = [
+        "-q",
+        "--no-binary",
+        "llama-cpp-python",
+        "--no-deps",
+        "--dest",
+        str(folder),
+        "llama-cpp-python==0.3.36",
+    ]
+    if subprocess.run([sys.executable, "-m", "pip", "download", *arguments], capture_output=True).returncode:
+        pytest.skip("the source of llama-cpp-python cannot be had here")
+    with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
+        wanted = [m for m in archive if re.search(r"llama\.cpp/(convert_hf|conversion/|gguf-py/)", m.name)]
+        archive.extractall(folder, wanted, filter="data")
+    return next(folder.glob("*/vendor/llama.cpp"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("marks", ["qwen", "deepseek"])
+@pytest.mark.parametrize("template", [None, "qwen"])
+def test_llama_cpp_converts_an_export(marks, template, qwen2_tokenizer, llama_cpp, packages, tmp_path):
+    tokenizer = qwen2_tokenizer
+    if marks == "deepseek":  # the same pieces of text under R1-Distill's marks
+        names = dict(zip(("<|endoftext|>", "<|im_start|>", "<|im_end|>"), DEEPSEEK, strict=False))
+        values = json.loads(tokenizer.backend_tokenizer.to_str())
+        values["added_tokens"] = [{**t, "content": names[t["content"]]} for t in values["added_tokens"]]
+        tokenizer = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer.from_str(json.dumps(values)), eos_token=DEEPSEEK[0], pad_token=DEEPSEEK[0],
+            additional_special_tokens=DEEPSEEK[1:3],
+        )  # fmt: skip
+        tokenizer.chat_template = named_template("deepseek-r1")
+    student = write_student(tmp_path / "student", vocab_size=152_064, eos_token_id=tokenizer.eos_token_id)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"):
+        (student / name).unlink(missing_ok=True)
+    tokenizer.save_pretrained(student)
+    directory = export(student, tmp_path, template=template)
+    environment = {**os.environ, "PYTHONPATH": f"{packages[4]}:{llama_cpp / 'gguf-py'}", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "convert_hf_to_gguf.py", str(directory), "--outfile", str(tmp_path / "x.gguf")]
+    result = subprocess.run(command, cwd=llama_cpp, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0 and (tmp_path / "x.gguf").stat().st_size > 2e7, result.stderr[-2000:]
+    end = {"qwen": 151645, "deepseek": 151647 if template else 151643}[marks]
+    assert f"Setting special token type eos to {end}" in result.stderr + result.stdout
