@@ -71,7 +71,7 @@ class Tally:
     dropped: int = 0
     top_token: int = -1
     remarks: dict[str, tuple[int, str]] = field(default_factory=dict)  # text: (rows, location of the first)
-    digest: Any = field(default_factory=hashlib.sha256)  # of tokens and masks
+    digest: Any = field(default_factory=hashlib.sha256)  # of template, tokens and masks
 
     def remark(self, text: str, location: str) -> None:
         """Count a remark about a row."""
@@ -87,7 +87,7 @@ class Tally:
 class Dataset:
     """Tokenized documents and what was said of their rows.
 
-    truncated, dropped: rows that were cut or left out for their length. digest: of tokens and masks. remarks: lines
+    truncated, dropped: rows that were cut or left out for their length. digest: of template, tokens and masks. remarks: lines
     for the log. top_token: the largest id.
     """
 
@@ -121,6 +121,7 @@ def documents(rows: Iterable[Row], encoding: Encoding, tally: Tally) -> Iterator
         UserError: for a row of unknown form, without a target token, or too long, and when no row is left.
     """
     seq_len = encoding.seq_len
+    tally.digest.update(encoding.template.encode())
     location = first_without = None
     for location, tokens, mask in _tokenized(rows, encoding, tally):
         if len(tokens) > seq_len:
