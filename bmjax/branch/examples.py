@@ -87,8 +87,8 @@ class Tally:
 class Dataset:
     """Tokenized documents and what was said of their rows.
 
-    truncated, dropped: rows that were cut or left out for their length. digest: of template, tokens and masks. remarks: lines
-    for the log. top_token: the largest id.
+    truncated, dropped: rows that were cut or left out for their length. digest: of template, tokens and masks.
+    remarks: lines for the log. top_token: the largest id.
     """
 
     examples: Sequence[Example]
