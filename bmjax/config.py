@@ -27,6 +27,14 @@ __all__ = [
 _PATH_KEYS = {"output", "student", "data", "model", "traces", "problems", "questions", "held_out", "sources", "train"}
 
 
+def bucket_advice(path: str | Path) -> str | None:
+    """Return what to do about a path like gs://bucket/x, which would become a folder `gs:` here; None for others."""
+    scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path))  # pathlib leaves a single slash
+    if scheme is None:
+        return None
+    return f"{scheme[0]}/ is no file system of this machine; mount it (gcsfuse, s3fs) and give its path there"
+
+
 class Settings(BaseModel):
     """Frozen settings: an unknown key is refused with the nearest known one, a wrong type with the key's name."""
 
@@ -53,11 +61,8 @@ class Settings(BaseModel):
         for key in _PATH_KEYS & {*type(self).model_fields}:
             value = getattr(self, key)
             for path in value if isinstance(value, (list, tuple)) else [value]:
-                if isinstance(path, str) and (scheme := re.match(r"[a-z][a-z0-9+.-]*://", path, re.IGNORECASE)):
-                    raise ValueError(
-                        f"{key}: '{path}': {scheme[0]} is no file system of this machine; mount it (gcsfuse, s3fs) and "
-                        "give its path there"
-                    )
+                if isinstance(path, str) and (advice := bucket_advice(path)):
+                    raise ValueError(f"{key}: '{path}': {advice}")
         return self
 
     @field_validator("*", mode="wrap")

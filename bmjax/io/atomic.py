@@ -6,23 +6,19 @@ Everything that writes a result calls it. After an error nothing of the output i
 import contextlib
 import fcntl
 import os
-import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from bmjax.config import UserError
+from bmjax.config import UserError, bucket_advice
 
 
 def refuse_url(path: str | Path) -> None:
     """Raise UserError for a path like gs://bucket/x, which would become a folder `gs:` here."""
-    if scheme := re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
-        raise UserError(
-            f"{path}: {scheme[0].rstrip('/')}// is no file system of this machine; mount it (gcsfuse, s3fs) and give "
-            "its path there"
-        )
+    if advice := bucket_advice(path):
+        raise UserError(f"{path}: {advice}")
 
 
 def write_atomic(path: str | Path, data: bytes | str) -> None:
