@@ -8,6 +8,7 @@ Heavy libraries are imported when a function is first used.
 """
 
 import importlib
+import logging
 import sys
 import types
 from typing import TYPE_CHECKING, Any
@@ -15,15 +16,34 @@ from typing import TYPE_CHECKING, Any
 from bmjax.version import __version__
 
 if TYPE_CHECKING:
-    from bmjax.api import Model, collect, convert, evaluate, generate, load, merge, plan, run, save, select, train
+    from bmjax.api import (
+        Model,
+        collect,
+        convert,
+        evaluate,
+        generate,
+        load,
+        merge,
+        plan,
+        rejudge,
+        run,
+        save,
+        select,
+        train,
+    )
     from bmjax.branch.examples import tokenize
     from bmjax.errors import UserError
     from bmjax.teach.judges.judge import judge
 
 __all__ = [
     "Model", "UserError", "__version__", "collect", "convert", "evaluate", "generate", "judge", "load", "merge", "plan",
-    "run", "save", "select", "tokenize", "train",
+    "rejudge", "run", "save", "select", "tokenize", "train",
 ]  # fmt: skip
+# transformers warns that PyTorch is missing. bmjax does without it, and its users need not read of it.
+logging.getLogger("transformers").addFilter(lambda record: "PyTorch was not found" not in record.getMessage())
+
+# Names that need less than all of bmjax.api: merging works without the extras.
+_MODULES = {"UserError": "bmjax.errors", "merge": "bmjax.calibrate.dispatch", "judge": "bmjax.teach.judges.judge"}
 
 
 class _Package(types.ModuleType):
@@ -35,8 +55,12 @@ class _Package(types.ModuleType):
 
     def __getattr__(self, name: str) -> Any:
         if name in __all__:
-            source = "bmjax.errors" if name == "UserError" else "bmjax.api"
-            return getattr(importlib.import_module(source), name)
+            try:
+                return getattr(importlib.import_module(_MODULES.get(name, "bmjax.api")), name)
+            except ModuleNotFoundError as error:
+                from bmjax.errors import missing_package
+
+                raise missing_package(error) or error from None
         raise AttributeError(f"module 'bmjax' has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -1,10 +1,11 @@
-"""What a user's mistake looks like: the exception, the disk errors among them, and hints at the nearest known word.
+"""What a user's mistake looks like: the exception, disk errors, packages that are missing, the nearest known word.
 
 Every module may import this one; it imports nothing heavy, so that a command can fail fast.
 """
 
 import difflib
 import errno
+import re
 from collections.abc import Sequence
 
 MAX_LINE = 1000  # characters of an error
@@ -29,6 +30,20 @@ DISK_ERRORS = (
 )  # fmt: skip
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def disk_problem(error: OSError) -> str:
+    """Return what a disk refused, in the system's words, and what helps against it."""
+    problem = error.strerror or first_line(error)
+    if error.errno in _FULL:
+        return f"{problem}; free some space, or write to another place"
+    if error.errno in _FORBIDDEN:
+        return f"{problem}; get the right to it, or choose another place"
+    return problem
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, to be quoted in ours; the error's type where it is empty."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -42,3 +57,38 @@ def nearest(word: str, known: Sequence[str]) -> str:
     if near:
         return f"; did you mean '{near[0]}'?"
     return f"; known here: {', '.join(sorted(known))}" if known else ""
+
+
+def demo_hint(path: object) -> str:
+    """Return who makes a file of the demo's run that configs and examples name; nothing for other paths."""
+    return "; ./scripts/demo makes it" if "runs/demo" in str(path).replace("\\", "/") else ""
+
+
+# Where a module is not called as the package that brings it.
+_PACKAGES = {"orbax": "orbax-checkpoint", "markdown-it": "markdown-it-py"}
+_REQUIREMENT = re.compile(r"""([\w.-]+).*;.*\bextra == ["']([\w-]+)["']""")
+
+
+def install(*extras: str) -> str:
+    """Return the command that installs an extra. bmjax is in no registry: the command is for a clone of it."""
+    return f"run pip install '.[{','.join(extras)}]' in bmjax's clone"
+
+
+def missing_package(error: ModuleNotFoundError) -> UserError | None:
+    """Return the line for a package that is not installed and comes with an extra of bmjax; None for other modules."""
+    import importlib.metadata  # takes 30 ms, which no start has to pay
+
+    module = (error.name or "").partition(".")[0]
+    package = module.replace("_", "-")
+    package = _PACKAGES.get(package, package)
+    try:
+        requirements = importlib.metadata.requires("bmjax") or []
+    except importlib.metadata.PackageNotFoundError:  # a source tree that is not installed
+        requirements = []
+    matches = [match for text in requirements if (match := _REQUIREMENT.match(text))]
+    extras = {extra for name, extra in (match.groups() for match in matches) if name.replace("_", "-") == package}
+    extra = next((name for name in ("train", "teach", "report", "serve") if name in extras), None)
+    extra = extra or min(extras, default=None)
+    if extra is None:
+        return None
+    return UserError(f"this needs the package {package}, which is not installed; {install(extra)} (or '.[all]')")
