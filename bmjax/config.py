@@ -4,7 +4,6 @@ Every phase declares its settings next to the code that reads them. This module 
 and lists all keys for `--help`. It is also the door to errors.py and safe_yaml.py.
 """
 
-import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -15,24 +14,17 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, ValidationError, field
 from pydantic_core import PydanticCustomError, PydanticUndefined
 
 from bmjax.errors import MAX_WORD, UserError, first_line, nearest
-from bmjax.safe_yaml import is_text, parse_yaml_documents, read_text, read_yaml, read_yaml_documents
+from bmjax.safe_yaml import aliased_keys, is_text, parse_yaml_documents, read_text, read_yaml, read_yaml_documents
+from bmjax.urls import url_problem
 
 __all__ = [
-    "Settings", "UserError", "describe", "first_line", "first_problem", "is_text", "nearest", "parse_yaml_documents",
-    "read_text", "read_yaml", "read_yaml_documents",
+    "Settings", "UserError", "aliased_keys", "describe", "first_line", "first_problem", "is_text",
+    "nearest", "parse_yaml_documents", "read_text", "read_yaml", "read_yaml_documents", "type_name", "with_overrides",
 ]  # fmt: skip
 
 
-# Keys that hold paths of files that bmjax reads or writes itself.
+# Keys that hold paths of files that bmjax reads or writes itself, on this machine or in a bucket.
 _PATH_KEYS = {"output", "student", "data", "model", "traces", "problems", "questions", "held_out", "sources", "train"}
-
-
-def bucket_advice(path: str | Path) -> str | None:
-    """Return what to do about a path like gs://bucket/x, which would become a folder `gs:` here; None for others."""
-    scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path))  # pathlib leaves a single slash
-    if scheme is None:
-        return None
-    return f"{scheme[0]}/ is no file system of this machine; mount it (gcsfuse, s3fs) and give its path there"
 
 
 class Settings(BaseModel):
@@ -57,12 +49,12 @@ class Settings(BaseModel):
         return values
 
     @model_validator(mode="after")
-    def _paths_are_local(self) -> Self:
+    def _schemes_are_known(self) -> Self:
         for key in _PATH_KEYS & {*type(self).model_fields}:
             value = getattr(self, key)
             for path in value if isinstance(value, (list, tuple)) else [value]:
-                if isinstance(path, str) and (advice := bucket_advice(path)):
-                    raise ValueError(f"{key}: '{path}': {advice}")
+                if isinstance(path, str) and (problem := url_problem(path)):
+                    raise ValueError(f"{key}: '{path}': {problem}")
         return self
 
     @field_validator("*", mode="wrap")
@@ -83,16 +75,38 @@ class Settings(BaseModel):
         name, values = ("settings", source) if isinstance(source, Mapping) else (str(source), read_yaml(source))
         if not isinstance(values, Mapping):
             raise UserError(f"{name}: expected `key: value` lines at the top, found {_value_text(values)}")
-        for override in overrides:
-            key, sign, text = override.partition("=")
-            if not sign or not key.strip() or not is_text(key):
-                raise UserError(f"'{override[:MAX_WORD]}': expected key=value or key.sub=value")
-            parsed = parse_yaml_documents(text, f"override '{override[:MAX_WORD]}'") or [None]
-            values = _changed(values, key.strip().split("."), parsed[0])
+        values = with_overrides(cls, values, overrides)
         try:
             return cls.model_validate(values)
         except ValidationError as error:
             raise UserError(f"{name}: {first_problem(values, error)}") from None
+
+
+def with_overrides(cls: type[Settings], values: Any, overrides: Sequence[str]) -> Any:
+    """Return the values of a config after the `key.sub=value` overrides in order; UserError for another form."""
+    for override in overrides:
+        key, sign, text = override.partition("=")
+        if not sign or not key.strip() or not is_text(key):
+            raise UserError(f"'{override[:MAX_WORD]}': expected key=value or key.sub=value")
+        keys = key.strip().split(".")
+        if text.startswith("{") and _takes_text(cls, keys):
+            parsed: list[Any] = [text]  # a template, which YAML would take for a block
+        else:
+            parsed = parse_yaml_documents(text, f"override '{override[:MAX_WORD]}'") or [None]
+        values = _changed(values, keys, parsed[0])
+    return values
+
+
+def _takes_text(cls: type[Settings], keys: Sequence[str]) -> bool:
+    """Return whether the setting at a path of keys is text and nothing else but null."""
+    for key in keys[:-1]:
+        field = cls.model_fields.get(key)
+        block = None if field is None else _block_type(field.annotation)
+        if block is None:
+            return False
+        cls = block
+    field = cls.model_fields.get(keys[-1])
+    return field is not None and field.annotation in (str, str | None)
 
 
 def _changed(values: Any, keys: Sequence[str], value: Any) -> Any:
@@ -142,12 +156,15 @@ def first_problem(values: Any, error: ValidationError) -> str:
     wrong = _value_text(problem["input"])
     if kind == "invalid_key" or problem["loc"][-1:] == ("[key]",):
         return f"{dotted}: expected a name as key, found {wrong}"
+    space = "; write a space after the colon" if problem["input"] is None and ":" in keys[-1] else ""
     *most, last = dict.fromkeys(_expected(p) for p in same_root if _keys(p, values) == keys)
-    return f"{dotted}: expected {', '.join(most)}{' or ' * bool(most)}{last}, found {wrong}"
+    return f"{dotted}: expected {', '.join(most)}{' or ' * bool(most)}{last}, found {wrong}{space}"
 
 
 def _expected(problem: Any) -> str:
     kind, _, fault = problem["type"].partition("_")
+    if problem["type"] in ("too_short", "string_too_short") and problem["ctx"]["min_length"] == 1:
+        return "text that is not empty" if isinstance(problem["input"], str) else "at least one entry"
     if kind in _EXPECTED and fault in ("type", "attributes_type", "parsing", "from_float"):
         return _EXPECTED[kind]
     text = (problem["msg"][0].lower() + problem["msg"][1:]).removeprefix("input should be ")
@@ -177,13 +194,16 @@ _TYPE_NAMES = {
 }  # fmt: skip
 
 
-def _type_name(annotation: Any) -> str:
+def type_name(annotation: Any) -> str:
+    """Return what a type annotation accepts, in words."""
     origin, arguments = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
     if origin is typing.Literal:
         return "|".join(str(a) for a in arguments)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(_type_name(a) for a in arguments)
-    return _type_name(arguments[0]) if origin is typing.Annotated else _TYPE_NAMES.get(origin) or origin.__name__
+        return " or ".join(type_name(a) for a in arguments)
+    if isinstance(origin, type) and issubclass(origin, Settings):
+        return "block"
+    return type_name(arguments[0]) if origin is typing.Annotated else _TYPE_NAMES.get(origin) or origin.__name__
 
 
 def _block_type(annotation: Any) -> type[Settings] | None:
@@ -205,7 +225,7 @@ def describe(cls: type[Settings], prefix: str = "") -> list[str]:
         else:
             text = "" if isinstance(default, Settings) else str(default)
         key = f"{prefix}{name}: {text}".rstrip()
-        lines.append(f"  {key:<44} {_type_name(field.annotation)}. {field.description or ''}")
+        lines.append(f"  {key:<44} {type_name(field.annotation)}. {field.description or ''}")
         if block := _block_type(field.annotation):
             infix = f"{name}.NAME." if typing.get_origin(field.annotation) is dict else f"{name}."
             lines += describe(block, prefix + infix)

@@ -5,12 +5,13 @@ Settings and recipes are read through this module. It knows nothing of their key
 
 import difflib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from bmjax.errors import UserError, first_line
+from bmjax.errors import UserError, demo_hint, first_line
 
 MAX_NODES = 100_000
 MAX_CHARACTERS = 256 * 1024  # a second or two of parsing; what is larger is not a config
@@ -26,7 +27,18 @@ def is_text(value: str) -> bool:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, which also reads `1e-5` as the number it is."""
+    """PyYAML's safe loader, which also reads `1e-5` as the number it is, and knows what aliases stand for."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.aliased: set[int] = set()  # ids of the nodes
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        is_alias = self.check_event(yaml.AliasEvent)
+        node = super().compose_node(parent, index)
+        if is_alias:
+            self.aliased.add(id(node))
+        return node
 
 
 _Loader.add_implicit_resolver(
@@ -107,7 +119,7 @@ def read_text(path: str | Path, limit: int | None = None) -> str:
             if path.is_symlink():
                 raise UserError(f"{path}: no such file, only a link that leads nowhere")
             near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")], n=1)
-            hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+            hint = demo_hint(path) or (f"; did you mean {path.parent / near[0]}?" if near else "")
             raise UserError(f"{path}: no such file{hint}")
         if not path.is_file():
             raise UserError(f"{path}: not a regular file")
@@ -125,6 +137,24 @@ def read_text(path: str | Path, limit: int | None = None) -> str:
 def read_yaml_documents(path: str | Path) -> list[Any]:
     """Return all YAML documents of a file as plain Python values."""
     return parse_yaml_documents(read_text(path, MAX_CHARACTERS), str(path))
+
+
+def aliased_keys(path: str | Path) -> list[set[str]]:
+    """Return of each YAML document of a valid file the keys at its top whose value holds what an alias stands for."""
+    loader, keys = _Loader(read_text(path, MAX_CHARACTERS)), list[set[str]]()
+    while loader.check_node() and (node := loader.get_node()):
+        pairs = node.value if isinstance(node, yaml.MappingNode) else ()
+        keys.append({key.value for key, value in pairs if any(id(n) in loader.aliased for n in _nodes(value))})
+    return keys
+
+
+def _nodes(node: yaml.Node) -> Iterator[yaml.Node]:
+    """Yield a node and those in it, each once for every alias."""
+    yield node
+    children = node.value if isinstance(node, yaml.CollectionNode) else ()
+    for child in children:
+        for part in child if isinstance(child, tuple) else (child,):
+            yield from _nodes(part)
 
 
 def read_yaml(path: str | Path) -> Any:

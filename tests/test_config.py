@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from bmjax.branch.settings import TrainSettings
 from bmjax.config import Settings, UserError, describe, parse_yaml_documents
 from bmjax.evaluate.settings import EvalSettings
+from bmjax.generate.settings import ChatSettings, ServeSettings
 from bmjax.pipeline.settings import RunSettings
 from bmjax.teach.settings import CollectSettings, SelectSettings
 
@@ -107,6 +108,21 @@ def test_overrides_come_after_the_file_in_order(tmp_path):
         settings.tasks["new"].names == ["p", "q/*"] and settings.maybe == Inner(rate=1.0) and settings.source == "a=b"
     )
     assert Outer.read({"steps": 1, "maybe": {}}, ["maybe="]).maybe is None
+    assert Outer.read({"steps": 1}, ["maybe={rate: 1}"]).maybe == Inner(rate=1.0)
+
+
+def test_an_override_of_a_text_may_begin_with_a_brace():
+    class Templates(Settings):
+        prompt: str
+        system: str | None = None
+
+    class WithTemplates(Settings):
+        rows: Templates | None = None
+
+    assert Templates.read({}, ["prompt={q}"]).prompt == "{q}"
+    assert WithTemplates.read({}, ["rows.prompt={a} and {b}", "rows.system={c}"]).rows == Templates(
+        prompt="{a} and {b}", system="{c}"
+    )
 
 
 @pytest.mark.parametrize("override, line", [
@@ -144,7 +160,10 @@ def keys_of(cls, prefix=""):
                 yield from keys_of(inner, prefix + name + (".NAME." if text.startswith("dict") else "."))
 
 
-@pytest.mark.parametrize("cls", [Outer, TrainSettings, EvalSettings, CollectSettings, SelectSettings, RunSettings])
+@pytest.mark.parametrize(
+    "cls",
+    [Outer, TrainSettings, EvalSettings, CollectSettings, SelectSettings, RunSettings, ServeSettings, ChatSettings],
+)
 def test_describe_has_a_line_for_every_key(cls):
     lines = describe(cls)
     keys = [line.split(":")[0].strip() for line in lines]
@@ -157,19 +176,19 @@ def test_describe_shows_defaults_and_types():
     lines = "\n".join(" ".join(line.split()) for line in describe(Outer))
     for part in (
         "steps: (required) whole number. how many", "kind: a a|b. which", "flag: false true|false. whether",
-        "inner.rate: 0.5 number. a share", "maybe: null Inner or null. or nothing", "tasks.NAME.names: [] list. names",
-        "source: x text or list or Inner. where from",
+        "inner.rate: 0.5 number. a share", "maybe: null block or null. or nothing", "tasks.NAME.names: [] list. names",
+        "source: x text or list or block. where from",
     ):  # fmt: skip
         assert part in lines, part
 
 
 @pytest.mark.parametrize("key", ["output", "student", "data"])
-@pytest.mark.parametrize("path", ["gs://bucket/x", "s3://bucket/x", "HDFS://x"])
-def test_paths_of_buckets_are_refused_before_anything_is_read(key, path, tmp_path, monkeypatch):
+@pytest.mark.parametrize("path", ["gss://bucket/x", "s4://bucket/x", "Bucket:/x"])
+def test_unknown_schemes_are_refused_before_anything_is_read(key, path, tmp_path, monkeypatch):
     from bmjax.branch.settings import TrainSettings
 
     monkeypatch.chdir(tmp_path)
     values = {"student": "missing", "data": ["rows.jsonl"], "output": "run"} | {key: [path] if key == "data" else path}
-    with pytest.raises(UserError, match=rf"{key}: '{path}': .*:// is no file system of this machine; mount it"):
+    with pytest.raises(UserError, match=rf"{key}: '{path}': no file system has the scheme"):
         TrainSettings.read(values)
     assert not list(tmp_path.iterdir())

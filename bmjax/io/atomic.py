@@ -12,13 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from bmjax.config import UserError, bucket_advice
-
-
-def refuse_url(path: str | Path) -> None:
-    """Raise UserError for a path like gs://bucket/x, which would become a folder `gs:` here."""
-    if advice := bucket_advice(path):
-        raise UserError(f"{path}: {advice}")
+from bmjax.config import UserError
+from bmjax.errors import disk_problem
+from bmjax.io import bucket, bucket_lock
+from bmjax.log import write_line
+from bmjax.urls import url_of
 
 
 def write_atomic(path: str | Path, data: bytes | str) -> None:
@@ -31,9 +29,15 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
 def replacing_file(path: str | Path) -> Iterator[BinaryIO]:
     """Open a file to write that becomes `path` when the block ends well, and vanishes when it does not.
 
-    Makes missing parent directories. UserError, one line naming the file, when it cannot be written.
+    path: of this machine, or a URL of a bucket. Makes missing parent directories. UserError, one line naming the file,
+    when it cannot be written.
     """
-    refuse_url(path)
+    if url := url_of(path):
+        bucket.check_scheme(url)
+        with replacing_file(bucket.mirror(url)) as file:
+            yield file
+        bucket.send(bucket.mirror(url), url)
+        return
     path = Path(path)
     temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
     with _parents(path, path):
@@ -65,8 +69,7 @@ def _parents(path: Path, named: Path) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 parent.rmdir()
         if isinstance(error, OSError):
-            problem = error.strerror or error
-            raise UserError(f"{named}: cannot write: {problem}; nothing was changed") from None
+            raise UserError(f"{named}: cannot write: {disk_problem(error)}; nothing was changed") from None
         raise
 
 
@@ -76,7 +79,7 @@ def writable(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+        raise UserError(f"{path}: cannot be written: {disk_problem(error)}") from None
 
 
 @contextlib.contextmanager
@@ -85,12 +88,16 @@ def held(path: str | Path, holder: str) -> Iterator[None]:
 
     holder: what else holds it, named in the UserError when it is taken ("another run is writing here").
     """
-    refuse_url(path)
+    if url := url_of(path):
+        bucket.check_scheme(url)
+        with held(bucket.mirror(url), holder), bucket_lock.held(url, holder):
+            yield
+        return
     path = Path(path)
     made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
     with writable(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = path.open("w")
+        lock = path.open("a")  # what its last holder wrote into it stays
     with lock:
         lock_file(lock, path.parent, holder)
         try:
@@ -123,8 +130,21 @@ def replacing(target: str | Path, resume: bool = False) -> Iterator[Path]:
 
     resume: whether to go on with what a killed or interrupted process wrote, else the directory is empty. It then stays
     after an exception that is neither a UserError nor an OSError, for the next call.
+
+    target: of this machine, or a URL of a bucket: then the directory is made here and sent when it is whole.
     """
-    refuse_url(target)
+    if url := url_of(target):
+        bucket.check_scheme(url)
+        copy = bucket.mirror(url)
+        with replacing(copy, resume) as folder:
+            yield folder
+        write_line(f"{url}: sending ...")
+        try:
+            bucket.send_folder(copy, url)
+        except UserError as error:
+            raise UserError(f"{error}; what was to be sent is whole in {copy}") from None
+        shutil.rmtree(copy, ignore_errors=True)
+        return
     named, target = Path(target), Path(target).resolve()
     if target.exists() and not target.is_dir():
         raise UserError(f"{named}: exists and is not a directory; choose another name")

@@ -5,6 +5,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
 QUANTIZED_TENSORS = {
     ".qweight": "GPTQ or AWQ", ".qzeros": "GPTQ or AWQ", ".absmax": "bitsandbytes", ".SCB": "bitsandbytes",
     ".weight_packed": "compressed-tensors", ".weight_scale": "FP8 with a scale a tensor or row",
-    ".weight_scale_inv": "FP8 blockwise",
+    ".weight_scale_inv": "FP8 blockwise", "proj_blocks": "MXFP4",
 }  # fmt: skip
 
 
@@ -35,17 +36,29 @@ def check_files(directory: Path, label: str = "") -> None:
             base = None
         raise UserError(
             f"{label}{directory}: an adapter (LoRA) of {base or 'a model it does not name'}, no model of its own; "
-            "merge it into that model first (peft: merge_and_unload, save_pretrained) and name the result"
+            f"merge it into that model first (in a recipe, write MODEL+{directory}) and name the result"
         )
-    if ggufs := sorted(path.name for path in directory.glob("*.gguf")):
+    check_names([path.name for path in directory.glob("*")], str(directory), label)
+
+
+def check_names(names: Iterable[str], shown: str, label: str = "") -> None:
+    """Raise UserError where a model's files, by their names, are weights in another form than safetensors.
+
+    Arguments:
+        names: of its files, none of which is safetensors.
+        shown: the model's name or directory, for the error.
+        label: what the error begins with.
+    """
+    names = sorted(names)
+    if ggufs := [name for name in names if name.endswith(".gguf")]:
         raise UserError(
-            f"{label}{directory}: the weights are GGUF ({ggufs[0]}), which llama.cpp reads; expected safetensors: name "
-            "the model that it was made from"
+            f"{label}{shown}: the weights are GGUF ({ggufs[0]}), which llama.cpp reads; expected safetensors: name the "
+            "model that it was made from"
         )
-    if pickles := sorted(path.name for pattern in PICKLES for path in directory.glob(pattern)):
+    if pickles := [name for name in names if any(fnmatchcase(name, pattern) for pattern in PICKLES)]:
         raise UserError(
-            f"{label}{directory}: the weights are pickled ({pickles[0]}): pickle weights are refused, they can run "
-            "code when they are read; expected safetensors: load the model with transformers and save_pretrained it"
+            f"{label}{shown}: the weights are pickled ({pickles[0]}): pickle weights are refused, they can run code "
+            "when they are read; expected safetensors: load the model with transformers and save_pretrained it"
         )
 
 
@@ -73,4 +86,6 @@ def quantization(config: Mapping[str, Any], tensors: Iterable[str] = ()) -> str 
             4 if settings.get("load_in_4bit") else 8 if settings.get("load_in_8bit") else None
         )
         return f"{method} {bits} bit" if bits else method
+    if isinstance(settings := config.get("quantization"), Mapping) and "bits" in settings:  # of MLX
+        return f"mlx {settings['bits']} bit"
     return next((scheme for name in tensors for end, scheme in QUANTIZED_TENSORS.items() if name.endswith(end)), None)

@@ -6,13 +6,13 @@ beyond the file. Weights in pickle are refused.
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
 import re
 import stat
-import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -22,6 +22,7 @@ import numpy as np
 
 from bmjax.config import UserError, first_line, is_text, read_text
 from bmjax.io.atomic import write_atomic
+from bmjax.io.open_files import OpenFiles
 
 DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
@@ -30,20 +31,39 @@ DTYPES: dict[str, np.dtype] = {
     "F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "F64": np.dtype("<f8"), "C64": np.dtype("<c8"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz), "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu), "F4": np.dtype(ml_dtypes.float4_e2m1fn),
+    "F6_E2M3": np.dtype(ml_dtypes.float6_e2m3fn), "F6_E3M2": np.dtype(ml_dtypes.float6_e3m2fn),
 }  # fmt: skip
+# Types that files pack and numpy does not: they are copied, byte by byte, and never read as numbers.
+PACKED_BITS = {DTYPES["F4"]: 4, DTYPES["F6_E2M3"]: 6, DTYPES["F6_E3M2"]: 6}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 MAX_INDEX_CHARACTERS = 2**25  # that of 90,000 tensors has 9 million
 MAX_DIMENSIONS = 32
 BOUNCE_BYTES = 16 * 2**20
+_LFS = b"version https://git-lfs"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 Plan = Sequence[tuple[str, np.dtype, tuple[int, ...]]]
 
 
+def byte_count(dtype: np.dtype, shape: Sequence[int]) -> int:
+    """Return how many bytes a tensor takes in a file, rounded up where its type is packed."""
+    return -(-math.prod(shape) * PACKED_BITS.get(dtype, 8 * dtype.itemsize) // 8)
+
+
+def units(dtype: np.dtype, shape: Sequence[int]) -> tuple[np.dtype, int]:
+    """Return in what a tensor can be copied, and how many of it there are: its entries, or bytes of a packed type."""
+    return (np.dtype(np.uint8), byte_count(dtype, shape)) if dtype in PACKED_BITS else (dtype, math.prod(shape))
+
+
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor's bytes: `start` is the absolute offset in `file`, `dtype` the format's name for it."""
+    """A tensor's bytes: `start` is the absolute offset in `file`, `dtype` the format's name for it.
+
+    Tensors that are computed as they are read (io/tensor_forms.py) are subclasses with a `fill` of their own.
+    """
 
     name: str
     file: Path
@@ -56,6 +76,20 @@ class TensorInfo:
     def numpy_dtype(self) -> np.dtype:
         return DTYPES[self.dtype]
 
+    @property
+    def kept_dtype(self) -> str:
+        """The type that a result takes from this tensor where nothing else is asked for."""
+        return self.dtype
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every file that is read for it."""
+        return (self.file,)
+
+    def fill(self, reader: "Reader", start: int, out: np.ndarray) -> None:
+        """Fill `out`, of the tensor's dtype (uint8 for a packed one), with what follows its flat index `start`."""
+        reader.read_bytes(self.file, self.start + start * out.itemsize, out)
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -63,6 +97,7 @@ class Checkpoint:
 
     directory: Path
     tensors: dict[str, TensorInfo]
+    notes: tuple[str, ...] = ()  # on weights beside those, which are not read
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         """Read a tensor, or the block of it that `index` selects, in its stored dtype (bf16 as ml_dtypes.bfloat16).
@@ -71,6 +106,8 @@ class Checkpoint:
         (first dimension) that it selects are read.
         """
         info = self.tensors[name]
+        if info.numpy_dtype in PACKED_BITS:
+            raise UserError(f"{info.file}: tensor {_short(name)}: {info.dtype} is packed; it can only be copied")
         index = index + (slice(None),) * (len(info.shape) - len(index))
         bounds = [part.indices(size) for part, size in zip(index, info.shape, strict=True)]
         if any(step != 1 for _, _, step in bounds):
@@ -95,7 +132,10 @@ class Checkpoint:
 
 
 def open_checkpoint(directory: str | Path) -> Checkpoint:
-    """Open the checkpoint of a Hugging Face directory: model.safetensors, or the shards that its index names.
+    """Open the checkpoint of a Hugging Face directory: the shards that its index names, else model.safetensors.
+
+    Other weights there are not read; the checkpoint's `notes` name them. An index that speaks of files none of which
+    is there was left behind when its shards became model.safetensors, so it is noted, too.
 
     Raises UserError, one line naming the file, for anything missing, truncated, inconsistent or unsafe.
     """
@@ -103,10 +143,18 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     if not directory.is_dir():
         raise UserError(f"{directory}: {'not a' if directory.exists() else 'no such'} directory")
     # Links that lead nowhere are there, too.
-    if os.path.lexists(directory / SINGLE):
-        return Checkpoint(directory, read_header(directory / SINGLE))
-    if os.path.lexists(directory / INDEX):
-        return Checkpoint(directory, _read_shards(directory))
+    has_single, has_index = (os.path.lexists(directory / name) for name in (SINGLE, INDEX))
+    if has_index:
+        mapping = _read_index(directory / INDEX)
+        if not has_single or any(os.path.lexists(directory / file) for file in mapping.values()):
+            tensors, notes = _read_shards(directory, mapping)
+            return Checkpoint(
+                directory, tensors, (*notes, *_strays(directory, set(mapping.values()), f"{INDEX} names others"))
+            )
+    if has_single:
+        left_behind = [f"{INDEX} names files that are not there; {SINGLE} is read"] if has_index else []
+        notes = [*left_behind, *_strays(directory, {SINGLE}, f"{SINGLE} is, and no index names them")]
+        return Checkpoint(directory, read_header(directory / SINGLE), tuple(notes))
     names = sorted(path.name for path in directory.iterdir())
     shards = [name for name in names if name.endswith(".safetensors")]
     pickles = [name for name in names if re.search(r"\.(bin|pt|pth|ckpt|pkl)(\.index\.json)?$", name)]
@@ -117,8 +165,16 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     raise UserError(f"{directory}: no weights, expected {SINGLE} or {INDEX}")
 
 
-def _read_shards(directory: Path) -> dict[str, TensorInfo]:
-    path = directory / INDEX
+def _strays(directory: Path, read: set[str], reason: str) -> Iterator[str]:
+    """Yield a line on the weights of a directory that are not among those that are read."""
+    strays = sorted(path.name for path in directory.glob("*.safetensors") if path.name not in read)
+    if strays:
+        shown = ", ".join(_short(name)[1:-1] for name in strays[:3]) + (", ..." if strays[3:] else "")
+        yield f"{shown}: {len(strays)} more file{'s' * (len(strays) > 1)} of weights, not read: {reason}"
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Return the file of every tensor that an index names."""
     try:
         index = json.loads(read_text(path, MAX_INDEX_CHARACTERS), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
@@ -126,30 +182,40 @@ def _read_shards(directory: Path) -> dict[str, TensorInfo]:
     mapping = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(mapping, dict) or not mapping:
         raise UserError(f"{path}: 'weight_map' must map tensor names to files, found {_short(mapping)}")
-    by_file: dict[str, set[str]] = {}
     for name, file in mapping.items():
         if not isinstance(file, str) or not file or file in (".", "..") or re.search(r"[/\\\0\ud800-\udfff]", file):
             raise UserError(
                 f"{path}: tensor {_short(name)} is said to be in {_short(file)}; "
                 "expected the name of a file in the same directory"
             )
+    return mapping
+
+
+def _read_shards(directory: Path, mapping: dict[str, str]) -> tuple[dict[str, TensorInfo], list[str]]:
+    """Return the tensors of an index, each from the file that it names, and notes on files that hold it once more."""
+    by_file: dict[str, set[str]] = {}
+    for name, file in mapping.items():
         by_file.setdefault(file, set()).add(name)
     tensors: dict[str, TensorInfo] = {}
+    notes = []
     for file, named in sorted(by_file.items()):
         in_file = read_header(directory / file)
         if absent := sorted(named - in_file.keys()):
             raise UserError(f"{directory / file}: lacks {listing(absent)} that {INDEX} says it holds")
-        if surplus := sorted(in_file.keys() - named):
+        if surplus := sorted(in_file.keys() - mapping.keys()):
             raise UserError(f"{directory / file}: holds {listing(surplus)} that {INDEX} does not place there")
-        tensors.update(in_file)
-    return tensors
+        if overlaid := sorted(in_file.keys() - named):
+            notes.append(f"{file}: holds {listing(overlaid)} that {INDEX} places in other files; those are read")
+        tensors |= {name: info for name, info in in_file.items() if name in named}
+    return tensors, notes
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Return the tensors of a file in the order of their bytes. UserError unless header and file agree exactly."""
-    with contextlib.closing(Reader()) as reader:
-        fd = reader.descriptor(path)
+    with contextlib.closing(Reader()) as reader, reader.files.use(path) as fd:
         size = os.fstat(fd).st_size
+        if os.pread(fd, len(_LFS), 0) == _LFS:
+            raise UserError(f"{path}: a pointer of Git LFS, not the file itself; run `git lfs pull` in its directory")
         if size < 8:
             raise UserError(f"{path}: {size} bytes, too short for a safetensors file; it was cut off")
         length = int.from_bytes(os.pread(fd, 8, 0), "little")
@@ -196,7 +262,7 @@ def _tensor(path: Path, name: str, entry: Any, data: int) -> TensorInfo:
         raise UserError(f"{label}: shape {_short(shape)}, expected at most {MAX_DIMENSIONS} whole numbers >= 0")
     if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise UserError(f"{label}: data_offsets {_short(offsets)}, expected [start, end]")
-    nbytes = math.prod(shape) * DTYPES[dtype].itemsize
+    nbytes = byte_count(DTYPES[dtype], shape)
     if offsets[1] - offsets[0] != nbytes:
         raise UserError(f"{label}: {offsets[1] - offsets[0]} bytes, but {dtype} {_short(shape)} takes {_short(nbytes)}")
     return TensorInfo(name, path, dtype, tuple(shape), data + offsets[0], nbytes)
@@ -243,43 +309,43 @@ def _read_into(fd: int, out: np.ndarray, offset: int, path: Path) -> None:
         raise UserError(f"{path}: cannot read: {error.strerror}") from None
 
 
+def _open_regular(path: Path) -> int:
+    """Open a regular file for reading; symbolic links are followed."""
+    try:
+        # Without O_NONBLOCK, opening a named pipe would wait for its writer.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise UserError(f"{path}: cannot open: {error.strerror}") from None
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise UserError(f"{path}: not a regular file")
+    return fd
+
+
 class Reader:
-    """Reads parts of tensors from any thread; files stay open until `close`."""
+    """Reads parts of tensors from any thread; as many files stay open until `close` as the system allows."""
 
     def __init__(self) -> None:
-        self._fds: dict[Path, int] = {}
-        self._lock = threading.Lock()
-
-    def descriptor(self, path: Path) -> int:
-        """Return the descriptor of a regular file, opened once; symbolic links are followed."""
-        with self._lock:
-            if path not in self._fds:
-                try:
-                    # Without O_NONBLOCK, opening a named pipe would wait for its writer.
-                    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-                except OSError as error:
-                    raise UserError(f"{path}: cannot open: {error.strerror}") from None
-                if not stat.S_ISREG(os.fstat(fd).st_mode):
-                    os.close(fd)
-                    raise UserError(f"{path}: not a regular file")
-                self._fds[path] = fd
-            return self._fds[path]
+        self.files = OpenFiles(_open_regular)
 
     def read(self, info: TensorInfo, start: int, out: np.ndarray) -> None:
         """Fill `out`, of the tensor's dtype, with its entries from flat index `start` on."""
-        _read_into(self.descriptor(info.file), out, info.start + start * info.numpy_dtype.itemsize, info.file)
+        info.fill(self, start, out)
 
-    def advise(self, info: TensorInfo) -> None:
-        """Have the system read a tensor's first part ahead."""
+    def read_bytes(self, path: Path, offset: int, out: np.ndarray) -> None:
+        """Fill `out` with the bytes of a file from `offset` on."""
+        with self.files.use(path) as fd:
+            _read_into(fd, out, offset, path)
+
+    def advise(self, info: TensorInfo, start: int, nbytes: int) -> None:
+        """Have the system read bytes of a tensor ahead."""
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(
-                self.descriptor(info.file), info.start, min(info.nbytes, BOUNCE_BYTES), os.POSIX_FADV_WILLNEED
-            )
+            with self.files.use(info.file) as fd:
+                os.posix_fadvise(fd, info.start + start, nbytes, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
         """Close all files; a later read opens them again."""
-        while self._fds:
-            os.close(self._fds.popitem()[1])
+        self.files.close()
 
 
 class SharedWriter:
@@ -293,9 +359,9 @@ class SharedWriter:
 
     def __init__(self, directory: str | Path, plan: Plan, shard_bytes: float = 5e9) -> None:
         self.directory = Path(directory)
-        self._extents: dict[str, tuple[int, int, int]] = {}  # descriptor, offset and bytes of every tensor
-        self._fds: list[int] = []
-        sizes = {name: math.prod(shape) * dtype.itemsize for name, dtype, shape in plan}
+        self._extents: dict[str, tuple[Path, int, int]] = {}  # file, offset and bytes of every tensor
+        self._open, self._closed = OpenFiles(self._reopen), False
+        sizes = {name: byte_count(dtype, shape) for name, dtype, shape in plan}
         if len(sizes) != len(plan):
             raise ValueError("the plan names a tensor twice")
 
@@ -321,27 +387,32 @@ class SharedWriter:
             self.close()
             raise
 
+    def _reopen(self, path: Path) -> int:
+        if self._closed:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+
     def _begin(self, path: Path, tensors: Plan) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         # Widest first, as the safetensors library does: every tensor stays aligned to its own item size.
         for name, dtype, shape in sorted(tensors, key=lambda row: -row[1].itemsize):
-            start, end = end, end + math.prod(shape) * dtype.itemsize
+            start, end = end, end + byte_count(dtype, shape)
             header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         data = 8 + len(text)
 
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        self._fds.append(fd)
-        if os.fstat(fd).st_size != data + end:
-            os.ftruncate(fd, 0)
-            allocate = getattr(os, "posix_fallocate", lambda fd, _, size: os.ftruncate(fd, size))
-            allocate(fd, 0, data + end)
-        _write_at(fd, memoryview(len(text).to_bytes(8, "little") + text), 0)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
+        with self._open.use(path) as fd:
+            if os.fstat(fd).st_size != data + end:
+                os.ftruncate(fd, 0)
+                allocate = getattr(os, "posix_fallocate", lambda fd, _, size: os.ftruncate(fd, size))
+                allocate(fd, 0, data + end)
+            _write_at(fd, memoryview(len(text).to_bytes(8, "little") + text), 0)
         for name, _, _ in tensors:
             start, end = header[name]["data_offsets"]
-            self._extents[name] = fd, data + start, end - start
+            self._extents[name] = path, data + start, end - start
 
     def __enter__(self) -> "SharedWriter":
         return self
@@ -353,24 +424,28 @@ class SharedWriter:
 
     def write(self, name: str, start: int, data: np.ndarray) -> None:
         """Write the bytes of `data` from byte `start` of a tensor on."""
-        fd, offset, size = self._extents[name]
+        path, offset, size = self._extents[name]
         if start + data.nbytes > size:
             raise ValueError(f"{name}: bytes {start} to {start + data.nbytes}, the tensor has {size}")
-        _write_at(fd, _bytes_of(data), offset + start)
+        with self._open.use(path) as fd:
+            _write_at(fd, _bytes_of(data), offset + start)
 
     def read(self, name: str, start: int, out: np.ndarray) -> None:
         """Fill `out` with what was written from byte `start` of a tensor on."""
-        fd, offset, _ = self._extents[name]
-        _read_into(fd, out, offset + start, self.directory)
+        path, offset, _ = self._extents[name]
+        with self._open.use(path) as fd:
+            _read_into(fd, out, offset + start, path)
 
     def flush(self, name: str) -> None:
         """Put the file that holds a tensor on disk as far as it is written."""
-        os.fdatasync(self._extents[name][0])
+        with self._open.use(self._extents[name][0]) as fd:
+            os.fdatasync(fd)
 
     def finish(self) -> None:
         """Put the files on disk and write the index of several files; everything is written."""
-        for fd in self._fds:
-            os.fsync(fd)
+        for path in self.files:
+            with self._open.use(path) as fd:
+                os.fsync(fd)
         self.close()
         if len(self.files) > 1:
             total = sum(size for _, _, size in self._extents.values())
@@ -378,9 +453,9 @@ class SharedWriter:
             write_atomic(self.directory / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
     def close(self) -> None:
-        """Close the files as they are."""
-        while self._fds:
-            os.close(self._fds.pop())
+        """Close the files as they are, for good."""
+        self._closed = True
+        self._open.close()
 
 
 def _write_at(fd: int, view: memoryview, offset: int) -> None:

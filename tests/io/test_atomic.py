@@ -291,10 +291,11 @@ def test_a_replaced_file_is_all_or_nothing(tmp_path):
         pass
 
 
-def test_urls_are_refused_and_no_folder_is_made(tmp_path, monkeypatch):
+def test_unknown_schemes_are_refused_and_no_folder_is_made(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for url in ("gs://bucket/x", "s3://bucket/x/y", Path("gs://bucket/x")):
+    monkeypatch.setenv("BMJAX_CACHE", str(tmp_path.parent / "cache"))
+    for url in ("gss://bucket/x", "s4://bucket/x/y", Path("gss://bucket/x")):
         for opened in (replacing, replacing_file, lambda path: held(path, "another")):
-            with pytest.raises(UserError, match="// is no file system of this machine; mount it"), opened(url):
+            with pytest.raises(UserError, match="no file system has the scheme"), opened(url):
                 pass
     assert not list(tmp_path.iterdir())

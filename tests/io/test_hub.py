@@ -1,10 +1,13 @@
 """Names of models and data sets: directories first, then the hub; what errors say."""
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
 import pytest
+from huggingface_hub import errors
 
 from bmjax.config import UserError
 from bmjax.io import hub
@@ -58,7 +61,7 @@ def test_directories_come_first(workplace: Path, asked: list) -> None:
         ("file", "^file: is a file, expected a model directory or a hub id like org/name$"),
         ("models/student@main", "^models/student is a directory, which has no revisions; remove @main$"),
         ("a/b/c@main", "a hub model's revision is given as org/name@revision$"),
-        ("org/name+adapter", "LoRA adapters"),
+        ("org/name+adapter", "a LoRA adapter"),
         ("x" * 5000, "the name is too long$"),
     ],
 )
@@ -81,15 +84,101 @@ def test_names_that_mean_no_model(asked: list, name: str, message: str) -> None:
 def test_ids_go_to_the_hub(workplace: Path, asked: list, name: str, identity: str, revision: str | None) -> None:
     """With and without an owner and a revision; a directory with the owner's name hides nothing."""
     assert hub.model_directory(name) == workplace / "snapshot"
-    ((asked_name, options),) = asked
-    assert asked_name == identity and options["revision"] == revision
-    assert "*.safetensors" in options["allow_patterns"]
-    assert not any("bin" in pattern or pattern == "*" for pattern in options["allow_patterns"])
+    assert [name for name, _ in asked] == [identity] * 2
+    assert [options["revision"] for _, options in asked] == [revision] * 2
+
+
+class Repository(Hub):
+    """A repository of the hub, of which what the patterns let through lands in the directory."""
+
+    def __init__(self, directory: Path, files: dict[str, str]) -> None:
+        super().__init__(directory)
+        self.files = files
+
+    def snapshot_download(self, name: str, **options: Any) -> str:
+        from huggingface_hub.utils import filter_repo_objects
+
+        patterns = {key: options.get(key) for key in ("allow_patterns", "ignore_patterns")}
+        for file in filter_repo_objects(self.files, **patterns):
+            path = self.directory / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(self.files[file])
+        return super().snapshot_download(name, **options)
+
+
+SMALL = ["config.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja", "modeling_own.py", "LICENSE",
+         "README.md", "NOTICE", "1_Pooling/config.json", "2_Dense/model.safetensors",
+         "additional_chat_templates/tools.jinja"]  # fmt: skip
+NEEDLESS = ["consolidated.safetensors", "original/consolidated.00.pth", "original/params.json", "pytorch_model.bin",
+            "onnx/model.onnx", "onnx/config.json", "checkpoint-100/model.safetensors", "model.gguf",
+            "checkpoint-100/trainer_state.json", "trainer_state.json", "variants/model.safetensors"]  # fmt: skip
+SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+WEIGHT_MAP = json.dumps({"weight_map": dict(zip("ab", SHARDS, strict=True))})
+
+
+def fetched(directory: Path) -> set[str]:
+    return {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {"model.safetensors": ""},
+        {"model.safetensors.index.json": WEIGHT_MAP, SHARDS[0]: "", SHARDS[1]: ""},
+        {"adapter_config.json": "{}", "adapter_model.safetensors": ""},
+    ],
+    ids=["one file", "shards", "adapter"],
+)
+def test_only_what_is_needed_is_fetched(workplace: Path, monkeypatch: pytest.MonkeyPatch, weights: dict) -> None:
+    repository = Repository(workplace / "fetched", dict.fromkeys([*SMALL, *NEEDLESS], "") | weights)
+    if "adapter_config.json" in weights:
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", repository.snapshot_download)
+        with pytest.raises(UserError, match=r"an adapter \(LoRA\)"):
+            hub.model_directory("org/name")
+    else:
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", repository.snapshot_download)
+        assert hub.model_directory("org/name") == workplace / "fetched"
+    assert fetched(workplace / "fetched") == {*SMALL, *weights}
+
+
+def test_a_stray_file_beside_shards_is_not_fetched(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = {"model.safetensors.index.json": WEIGHT_MAP, SHARDS[0]: "", SHARDS[1]: ""}
+    repository = Repository(workplace / "fetched", weights | {"model.safetensors": ""})
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", repository.snapshot_download)
+    hub.model_directory("org/name")
+    assert fetched(workplace / "fetched") == weights.keys()
+
+
+def test_of_an_adapter_only_the_adapter_is_fetched(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = ["adapter_config.json", "adapter_model.safetensors", "README.md", "training_args.bin", "optimizer.pt"]
+    repository = Repository(workplace / "fetched", dict.fromkeys(files, ""))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", repository.snapshot_download)
+    assert hub.adapter_directory("org/adapter@v2") == workplace / "fetched"
+    assert repository.asked[0][1]["revision"] == "v2" and fetched(workplace / "fetched") == set(files[:3])
+    with pytest.raises(UserError, match="no such adapter directory"):
+        hub.adapter_directory("./nowhere")
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("org/name+org/adapter@v2", ("org/name", "org/adapter@v2")), ("org/name", ("org/name", None)),
+        ("models/student+x", ("models/student", "x")), ("with+plus", ("with+plus", None)),
+        ("with+plus+x", ("with+plus", "x")), ("+x", ("+x", None)), ("x+", ("x+", None)),
+        ("gs://b/m+models/student", ("gs://b/m", "models/student")), ("x+gs://b/l", ("x", "gs://b/l")),
+        ("gs://b/m+n+s3://b/l", ("gs://b/m+n", "s3://b/l")),
+    ],
+)  # fmt: skip
+def test_names_of_adapters(workplace: Path, name: str, parts: tuple[str, str | None]) -> None:
+    (workplace / "with+plus").mkdir()
+    assert hub.split_adapter(name) == parts
 
 
 def test_without_weights_no_weights_are_fetched(asked: list) -> None:
     hub.model_directory("org/name", weights=False)
-    assert "*.safetensors" not in asked[0][1]["allow_patterns"] and "*.json" in asked[0][1]["allow_patterns"]
+    ((_, options),) = asked
+    assert not any("safetensors" in pattern for pattern in options["allow_patterns"])
+    assert "*.json" in options["allow_patterns"]
 
 
 def test_what_the_hub_says_is_told_in_one_line(asked: list) -> None:
@@ -99,6 +188,65 @@ def test_what_the_hub_says_is_told_in_one_line(asked: list) -> None:
         "model 'math': org/absent@v2: no such model directory; a hub id looks like org/name; "
         "the Hugging Face Hub did not give it, either: 404 Client Error"
     )
+
+
+REASONS = {
+    "gated": (errors.GatedRepoError, "it is gated; accept its terms at .*/org/name, then run `hf auth login`"),
+    "private or misspelt": (errors.RepositoryNotFoundError, "no model of that name, or a private one; .*hf auth login"),
+    "no such revision": (errors.RevisionNotFoundError, "its model has no revision 'v2'"),
+}
+
+
+@pytest.mark.parametrize("kind", REASONS)
+def test_why_the_hub_gives_nothing_and_what_helps(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    error, message = REASONS[kind]
+
+    def fail(name: str, **options: Any) -> str:
+        raise error("401 Client Error. (Request ID: Root=1-x)", response=SimpleNamespace(headers={}, request=None))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(UserError, match=message):
+        hub.model_directory("org/name@v2")
+
+
+@pytest.mark.parametrize(
+    ("file", "message"), [("model.Q4_K_M.gguf", "org/name: the weights are GGUF"), ("pytorch_model.bin", "are pickled")]
+)
+def test_weights_on_the_hub_in_another_form_are_named(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, file: str, message: str
+) -> None:
+    repository = Repository(workplace / "fetched", {"config.json": "{}", file: ""})
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", repository.snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda name, revision: ["config.json", file])
+    with pytest.raises(UserError, match=message):
+        hub.model_directory("org/name")
+    assert fetched(workplace / "fetched") == {"config.json"}
+
+
+def test_a_copy_without_needless_files_is_here(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str, **options: Any) -> str:
+        error = OSError("incomplete")
+        error.snapshot_path = str(workplace / "models/student")
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    assert hub.model_directory("org/name", download=False) == workplace / "models/student"
+    with pytest.raises(UserError, match="did not give it"):
+        hub.model_directory("org/name")
+
+
+def test_an_id_with_a_slash_behind_it(workplace: Path, asked: list) -> None:
+    assert hub.model_directory("org/name/") == workplace / "snapshot"
+    assert {name for name, _ in asked} == {"org/name"}
+
+
+def test_the_commit_of_a_copy(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = "0123456789" * 4
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **more: f"/cache/{name}/snapshots/{commit}")
+    assert hub.pinned("org/name") == hub.pinned("org/name@main") == f"org/name@{commit}"
+    assert hub.pinned("gpt2") == f"gpt2@{commit}"
+    for name in ("models/student", "./x", "gs://b/m", "/no/such"):
+        assert hub.pinned(name) == name
 
 
 def test_a_misspelt_directory_gets_a_hint(asked: list, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,3 +67,16 @@ def test_lines_with_their_numbers_without_blank_and_torn_ones(tmp_path: Path) ->
         next(lines)
     with pytest.raises(UserError, match="no such file"):
         list(read_lines(tmp_path / "none.jsonl"))
+
+
+def test_a_file_that_was_replaced_while_its_lock_was_waited_for_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "lines.jsonl"
+    path.write_text("")
+
+    def replaced(*_):
+        (tmp_path / "new").write_text('{"n": 0}\n')
+        (tmp_path / "new").rename(path)
+
+    monkeypatch.setattr("bmjax.io.jsonl.lock_file", replaced)
+    with pytest.raises(UserError, match="another process has replaced it"):
+        JsonLines(path)

@@ -13,7 +13,7 @@ import pytest
 
 from bmjax.config import UserError
 from bmjax.io import hub
-from bmjax.io.rows import fill, read_rows
+from bmjax.io.rows import fill, mapped, read_rows, shared_fields
 from tests.conftest import write_rows
 
 ROWS = [{"prompt": "Q\u2028?", "response": "A"}, {"prompt": "R", "response": "B"}]
@@ -35,8 +35,44 @@ def test_fields_braces_and_whole_values() -> None:
     row = {"q": "1 + 1", "n": 3, "tests": {"tests": [1]}}
     assert fill("Solve {q} in \\boxed{{}}, {n} times", row, "f:1", "prompt") == "Solve 1 + 1 in \\boxed{}, 3 times"
     assert fill("{tests}", row, "f:1", "reference") == {"tests": [1]}
-    assert fill("{} {a-b} {q.__class__}", row, "f:1", "prompt") == "{} {a-b} {q.__class__}"
+    assert fill("f() {} {{a-b}} \\frac{{1}}{{{n}}}", row, "f:1", "prompt") == "f() {} {a-b} \\frac{1}{3}"
     assert fill("{q}{q}", {"q": "{q}"}, "f:1", "prompt") == "{q}{q}"
+
+
+def test_dotted_paths_lead_into_fields() -> None:
+    row = {"a": {"b": {"c": "x"}, "n": None}, "choices": ["p", {"t": "q"}], "d.e": 1, "gone": None, "{q}": "{a}"}
+    assert fill("{a.b.c}-{ a.b.c }-{choices.0}{choices[1].t}-{d.e}", row, "f:1", "prompt") == "x-x-pq-1"
+    assert fill("{a.b}", row, "f:1", "reference") == {"c": "x"}
+    assert fill("{ a.b.c }", row, "f:1", "reference") == "x"
+    assert fill("{a.n}", row, "f:1", "reference") is None and fill("{gone.x.y}", row, "f:1", "reference") is None
+    values = {"q": "\\frac{1}{2} {answer} {{x}}", "answer": "7"}
+    assert fill("{q}?", values, "f:1", "prompt") == "\\frac{1}{2} {answer} {{x}}?"
+
+
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        ("{a.c}", "asks for field 'a.c'.*did you mean"),
+        ("{extra_info.qestion}", "did you mean 'extra_info.question'"),
+        ("x {q.__class__}", "asks for field 'q.__class__', which the row lacks"),
+        ("\\frac{1}{2} {q}", "asks for field '1', which the row lacks.*write {{ and }} for braces"),
+        ("{choices.2}", "asks for field 'choices.2'"),
+        ("set { {q} }", "single '{' in"),
+        ("\\boxed{ans", "single '{' in"),
+        ("{q}}", "single '}' in"),
+        ("{a.n}!", "field 'a.n', which is null"),
+    ],
+)
+def test_a_brace_that_is_no_field_is_an_error(template: str, problem: str) -> None:
+    row = {"a": {"b": 1, "n": None}, "q": "Q", "choices": ["p"], "extra_info": {"question": "Q"}}
+    with pytest.raises(UserError, match=problem):
+        fill(template, row, "f:1", "prompt")
+
+
+def test_templates_that_share_a_field() -> None:
+    assert shared_fields("{q} \\boxed{{{answer}}}", "{answer}") == ["answer"]
+    assert shared_fields("{extra.q} {extra}", "{ extra.answer }") == ["extra"]
+    assert shared_fields("{extra.q} {{answer}} {}", "{extra.answer}") == []
 
 
 def test_a_missing_field_is_named_with_the_nearest() -> None:
@@ -361,7 +397,7 @@ def test_a_table_named_so_may_have_any_headings(tmp_path: Path) -> None:
     assert read(tmp_path / "rows.tsv") == [{"q": "Start of it", "a": 'x "y"'}]
     row = {"What is asked in words?": "Q", "n": 3}
     assert fill("{What is asked in words?}", row, "f:1", "prompt") == "Q"
-    assert fill("Q: {What is asked in words?} {x y}", row, "f:1", "prompt") == "Q: Q {x y}"
+    assert fill("Q: {What is asked in words?} {{x y}}", row, "f:1", "prompt") == "Q: Q {x y}"
     with pytest.raises(UserError, match="asks for field 'Question text'"):
         fill("{Question text}", row, "f:1", "prompt")
     with pytest.raises(UserError, match="field 'n', which is null"):
@@ -377,3 +413,22 @@ def test_what_is_not_the_rows_themselves_is_said(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=problem):
             read(tmp_path / name)
+
+
+def test_nulls_that_a_table_fills_in_are_absent_and_those_of_json_stay(tmp_path: Path) -> None:
+    rows = [{"calls": [{"a": 1, "b": {"c": None, "d": 2}}, {"e": None}], "x": None}, {"calls": [{"e": [None]}]}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read(path) == rows
+    tidy = [{"calls": [{"a": 1, "b": {"d": 2}}, {}], "x": None}, {"calls": [{"e": [None]}], "x": None}]
+    assert read(write_parquet(tmp_path / "rows.parquet", rows)) == tidy
+
+
+def test_a_mapping_keeps_the_fields_that_it_is_told_to_keep() -> None:
+    rows = [("here", {"q": "Q", "images": ["a"], "documents": "D", "id": 1})]
+    templates = {"prompt": "{documents}: {q}", "tools": "{images}"}
+    assert list(mapped(rows, templates, ("images", "documents", "train"))) == [
+        ("here", {"prompt": "D: Q", "tools": ["a"]})
+    ]
+    assert list(mapped(rows, {"prompt": "{q}"}, ("images",))) == [("here", {"images": ["a"], "prompt": "Q"})]
+    assert list(mapped(rows, {}, ("images",))) == rows

@@ -6,6 +6,7 @@ import struct
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -14,7 +15,7 @@ import safetensors
 import safetensors.numpy
 
 from bmjax.config import UserError
-from bmjax.io.safetensors import DTYPES, Reader, SharedWriter, open_checkpoint
+from bmjax.io.safetensors import DTYPES, PACKED_BITS, Reader, SharedWriter, open_checkpoint
 
 
 def random_tensors(seed: int = 0) -> dict[str, np.ndarray]:
@@ -78,12 +79,30 @@ def test_every_dtype_of_the_table_round_trips(tmp_path: Path) -> None:
     tensors = {
         name: rng.integers(0, 2 if name == "BOOL" else 256, dtype.itemsize * 6, np.uint8).view(dtype).reshape(2, 3)
         for name, dtype in DTYPES.items()
+        if dtype not in PACKED_BITS
     }
     write_all(tmp_path, tensors)
     checkpoint = open_checkpoint(tmp_path)
     for name, value in tensors.items():
         assert checkpoint.tensors[name].dtype == name
         assert same_bits(checkpoint.read(name), value)
+
+
+def test_packed_types_are_copied_and_not_read(tmp_path: Path) -> None:
+    plan = [(name, DTYPES[name], (4, 6)) for name in ("F4", "F6_E2M3", "F6_E3M2")]
+    sizes = {"F4": 12, "F6_E2M3": 18, "F6_E3M2": 18}
+    with SharedWriter(tmp_path, plan) as writer:
+        for name, size in sizes.items():
+            writer.write(name, 0, np.arange(size, dtype=np.uint8))
+    checkpoint, reader = open_checkpoint(tmp_path), Reader()
+    for name, size in sizes.items():
+        info, out = checkpoint.tensors[name], np.empty(size - 3, np.uint8)
+        assert (info.dtype, info.shape, info.nbytes) == (name, (4, 6), size)
+        reader.read(info, 3, out)
+        assert out.tolist() == list(range(3, size))
+        with pytest.raises(UserError, match=f"{name} is packed; it can only be copied"):
+            checkpoint.read(name)
+    reader.close()
 
 
 @pytest.mark.parametrize(
@@ -242,7 +261,7 @@ def test_a_reader_reads_parts_from_many_threads(tmp_path: Path) -> None:
     write_all(tmp_path, tensors, 4000)
     checkpoint, reader = open_checkpoint(tmp_path), Reader()
     for info in checkpoint.tensors.values():
-        reader.advise(info)
+        reader.advise(info, 0, info.nbytes)
 
     def read(start: int) -> bool:
         name = "abcd"[start % 4]
@@ -398,6 +417,61 @@ def test_malformed_indexes(tmp_path: Path, case: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         open_checkpoint(directory)
     assert "\n" not in str(error.value)
+
+
+def sharded(directory: Path, **extra: Any) -> None:
+    """Two shards with an index, and files beside them."""
+    directory.mkdir()
+    mapping = two_shards(directory)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": mapping}))
+    for name, tensors in extra.items():
+        values = {tensor: np.full(2, value, np.float32) for tensor, value in tensors.items()}
+        safetensors.numpy.save_file(values, directory / f"{name}.safetensors")
+
+
+@pytest.mark.parametrize("stray", ["model", "consolidated", "value_head"])
+@pytest.mark.parametrize("tensors", [{"a": 5, "b": 5}, {"a": 5}, {"c": 5}], ids=str)
+def test_the_index_decides_what_is_read_and_a_stray_file_is_noted(tmp_path: Path, stray: str, tensors: Any) -> None:
+    sharded(tmp_path / "m", **{stray: tensors})
+    checkpoint = open_checkpoint(tmp_path / "m")
+    assert set(checkpoint.tensors) == {"a", "b"} and checkpoint.read("a").tolist() == [1, 1]
+    (note,) = checkpoint.notes
+    assert f"{stray}.safetensors" in note and "not read" in note
+    sharded(tmp_path / "clean")
+    assert open_checkpoint(tmp_path / "clean").notes == ()
+
+
+def test_an_overlay_is_read_where_the_index_places_it_and_noted(tmp_path: Path) -> None:
+    sharded(tmp_path / "m", overlay={"a": 5})
+    mapping = {"a": "overlay.safetensors", "b": "two.safetensors"}
+    (tmp_path / "m/model.safetensors.index.json").write_text(json.dumps({"weight_map": mapping}))
+    checkpoint = open_checkpoint(tmp_path / "m")
+    assert checkpoint.read("a").tolist() == [5, 5] and "one.safetensors" in checkpoint.notes[0]
+    sharded(tmp_path / "n", two={"a": 5, "b": 6})
+    checkpoint = open_checkpoint(tmp_path / "n")
+    assert checkpoint.read("a").tolist() == [1, 1] and checkpoint.read("b").tolist() == [6, 6]
+    assert "two.safetensors: holds 1 tensor (a) that" in checkpoint.notes[0]
+
+
+def test_a_pointer_of_git_lfs_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(UserError, match=r"model.safetensors: a pointer of Git LFS.*run `git lfs pull`"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_single_file_beside_an_index_of_nothing_is_read(tmp_path: Path) -> None:
+    sharded(tmp_path / "m", model={"a": 5})
+    for name in ("one", "two"):
+        (tmp_path / f"m/{name}.safetensors").unlink()
+    checkpoint = open_checkpoint(tmp_path / "m")
+    assert checkpoint.read("a").tolist() == [5, 5] and "names files that are not there" in checkpoint.notes[0]
+
+
+def test_shards_without_an_index_beside_a_single_file_are_noted(tmp_path: Path) -> None:
+    sharded(tmp_path / "m", model={"a": 5})
+    (tmp_path / "m/model.safetensors.index.json").unlink()
+    (note,) = open_checkpoint(tmp_path / "m").notes
+    assert "one.safetensors, two.safetensors: 2 more files" in note
 
 
 def test_directories_without_safetensors(tmp_path: Path) -> None:
