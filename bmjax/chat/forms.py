@@ -302,15 +302,16 @@ class _Reader:
             calls += value if isinstance(value, list) else [value]
         tidy = []
         for call in calls:
-            call = without_nulls(self._json(call, f"{label}: tool_calls") if isinstance(call, str) else call)
-            function = call.get("function", call) if isinstance(call, Mapping) else {}
+            call = self._json(call, f"{label}: tool_calls") if isinstance(call, str) else call
+            function = (call.get("function") or call) if isinstance(call, Mapping) else {}
             function = function if isinstance(function, Mapping) else {}
-            arguments = function.get("arguments", {})
+            arguments = function.get("arguments")
+            arguments = {} if arguments is None else arguments
             if isinstance(arguments, str):
                 arguments = self._json(arguments, f"{label}: arguments of a tool call") if arguments.strip() else {}
             if not isinstance(function.get("name"), str):
                 raise self._error(f"{label}: a tool call needs a function's name and arguments")
-            identity = {"id": call["id"]} if "id" in call else {}
+            identity = {"id": call["id"]} if call.get("id") is not None else {}
             tidy.append(
                 {"type": "function", **identity, "function": {"name": function["name"], "arguments": arguments}}
             )
@@ -321,7 +322,7 @@ class _Reader:
         if isinstance(tools, str):
             tools = self._json(tools, "tools") if tools.strip() else []
         elif isinstance(tools, list):
-            tools = [self._json(tool, "tools") if isinstance(tool, str) else without_nulls(tool) for tool in tools]
+            tools = [self._json(tool, "tools") if isinstance(tool, str) else tool for tool in tools]
         if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
             raise self._error("'tools' must be a list of descriptions of functions")
         return tools or None
@@ -387,10 +388,3 @@ class _Reader:
 
 def _is_part(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, Mapping) and "type" in value)
-
-
-def without_nulls(value: Any) -> Any:
-    """Return JSON without keys whose value is null; tables of rows of several kinds fill what a row lacks with it."""
-    if isinstance(value, Mapping):
-        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value

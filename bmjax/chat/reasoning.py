@@ -1,10 +1,19 @@
-"""Reasoning in text: the only module that knows <think> and </think>.
+"""Reasoning in text: the only module that knows <think> and </think>, and the marks that others use for them.
 
 A teacher's reply is split into reasoning and response, a training row joins them again, and a judge reads what follows
 the reasoning.
 """
 
+from typing import Literal
+
 OPEN, CLOSE = "<think>", "</think>"
+
+# How other models and data sets mark a thought, and the answer after it.
+THOUGHT_MARKS = (
+    ("<|begin_of_thought|>", "<|end_of_thought|>"), ("<thinking>", "</thinking>"), ("<reasoning>", "</reasoning>"),
+    ("<thought>", "</thought>"), ("◁think▷", "◁/think▷"), ("[THINK]", "[/THINK]"),
+)  # fmt: skip
+ANSWER_MARKS = (("<|begin_of_solution|>", "<|end_of_solution|>"), ("<answer>", "</answer>"))
 
 
 def split_think(content: str, reasoning: str | None = None) -> tuple[str, str]:
@@ -26,6 +35,60 @@ def split_think(content: str, reasoning: str | None = None) -> tuple[str, str]:
     return "", text
 
 
+class ThinkSplitter:
+    """Splits an answer into reasoning and response while its text arrives, as `split_think` does with all of it.
+
+    Only a block that begins the answer counts. Spaces around the reasoning, and before the response that follows it,
+    are left out; an answer without reasoning stays as it is.
+    """
+
+    def __init__(self, is_open: bool) -> None:
+        """is_open: whether the prompt ends with <think>, so that the answer begins inside the block."""
+        self._state: Literal["start", "opened", "thinking", "closed", "answering"] = "opened" if is_open else "start"
+        self._held = ""
+
+    def feed(self, text: str, is_last: bool = False) -> tuple[str, str]:
+        """Take the next text; return the (reasoning, response) that it adds. What may be part of a tag is held back."""
+        text, self._held = self._held + text, ""
+        reasoning = response = ""
+        if self._state == "start":
+            begun = text.lstrip()
+            if begun.startswith(OPEN):
+                self._state = "opened"
+            elif OPEN.startswith(begun) and not is_last:  # nothing but spaces, or the beginning of the tag
+                self._held = text
+                return "", ""
+            else:
+                self._state = "answering"
+        if self._state == "opened":  # a tag that repeats the prompt's is left out as well
+            text = text.lstrip()
+            if OPEN.startswith(text) and not is_last:
+                self._held = text
+                return "", ""
+            text = text.removeprefix(OPEN).lstrip()
+            self._state = "thinking" if text else "opened"
+        if self._state == "thinking":
+            thought, closed, rest = text.partition(CLOSE)
+            if closed:
+                self._state, reasoning, text = "closed", thought.rstrip(), rest
+            else:
+                ending = 0 if is_last else _overlap(text, CLOSE)
+                reasoning = text[: len(text) - ending].rstrip()
+                self._held = text[len(reasoning) :]
+                return reasoning, ""
+        if self._state == "closed":
+            text = text.lstrip()
+            self._state = "answering" if text else "closed"
+        if self._state == "answering":
+            response = text
+        return reasoning, response
+
+
+def _overlap(text: str, tag: str) -> int:
+    """Return how many characters at the end of a text begin the tag."""
+    return next((size for size in range(min(len(tag) - 1, len(text)), 0, -1) if text.endswith(tag[:size])), 0)
+
+
 def join_think(reasoning: str, response: str) -> str:
     """Write reasoning and response as the text of one assistant turn; without reasoning, the response alone."""
     return f"{OPEN}\n{reasoning}\n{CLOSE}\n{response}" if reasoning else response
@@ -39,3 +102,26 @@ def has_tags(*texts: str) -> bool:
 def answer_of(text: str) -> str:
     """Return the text after the last </think>, stripped; all of it where there is none."""
     return text.rpartition(CLOSE)[2].strip()
+
+
+def split_marked(content: str) -> tuple[str, str, bool]:
+    """Split a text with marks of any kind into (reasoning, response, whether both are complete).
+
+    Marks of THOUGHT_MARKS that begin the text count as <think> and </think>, and marks of ANSWER_MARKS around all that
+    follows the thought are taken off. A text that is not of that form stays whole in the response, as in `split_think`.
+    """
+    text = content.strip()
+    for opening, closing in THOUGHT_MARKS:
+        if text.startswith(opening) or (opening not in text and CLOSE not in text and closing in text):
+            text = text.replace(opening, OPEN).replace(closing, CLOSE)
+    is_open = text.startswith(OPEN) and CLOSE not in text
+    reasoning, response = split_think(text)
+    for opening, closing in ANSWER_MARKS if reasoning else ():
+        if response.startswith(opening):
+            answer, closed, rest = response.removeprefix(opening).rpartition(closing)
+            if not closed:
+                is_open, answer = True, rest
+            elif rest.strip():  # text after the answer belongs to it
+                continue
+            response = answer.strip()
+    return reasoning, response, not is_open

@@ -6,6 +6,7 @@ messages of rows, marks.py looks at what a template writes around turns.
 
 import contextlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,19 @@ def chat_template(tokenizer: Any, template: str | None) -> str:
         return named_template(template)
     if not template.endswith(".jinja"):
         raise UserError(f"template: {template!r} is not one of {', '.join(TEMPLATE_NAMES)}, nor a FILE.jinja")
-    return read_text(template)
+    try:
+        return read_text(template)
+    except UserError as error:
+        raise UserError(f"template: {error}") from None
+
+
+def check_repeatable(template: str) -> None:
+    """Raise UserError for a template that writes today's date: the same rows would be other tokens tomorrow."""
+    if re.search(r"\bstrftime_now\s*\(", template):
+        raise UserError(
+            "template: it writes today's date (strftime_now), so a training that goes on tomorrow would see other "
+            "tokens; write a fixed date in its place in a copy, and set template: FILE.jinja"
+        )
 
 
 def named_template(name: str) -> str:

@@ -156,7 +156,7 @@ def test_a_last_question_without_an_answer_is_said():
         {"role": "assistant", "tool_calls": [{"id": "1", "type": "function",
                                               "function": {"name": "add", "arguments": '{"a": 1}'}}]},
         {"role": "assistant", "content": "",
-         "tool_calls": [{"id": "1", "name": "add", "arguments": {"a": 1, "b": None}}]},
+         "tool_calls": [{"id": "1", "function": None, "name": "add", "arguments": {"a": 1}}]},
     ],
 )  # fmt: skip
 def test_tools_and_their_calls_are_carried(tools, call):
@@ -168,6 +168,15 @@ def test_tools_and_their_calls_are_carried(tools, call):
     ]
     assert conversation.messages[2] == result
     assert conversation.targets == (False, True, False, True)
+
+
+def test_null_arguments_of_json_are_kept():
+    call = {"id": None, "function": {"name": "add", "arguments": {"a": None, "b": [{"c": None}]}}}
+    row = {"messages": [QA[0], {"role": "assistant", "content": None, "tool_calls": [call]}]}
+    (kept,) = read_conversation(row, "here").messages[1]["tool_calls"]
+    assert kept == {"type": "function", "function": call["function"]}
+    call["function"] = {"name": "add", "arguments": None}
+    assert read_conversation(row, "here").messages[1]["tool_calls"][0]["function"]["arguments"] == {}
 
 
 def test_functions_of_sharegpt_become_tool_calls():

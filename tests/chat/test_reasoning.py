@@ -2,7 +2,7 @@
 
 import pytest
 
-from bmjax.chat.reasoning import answer_of, has_tags, join_think, split_think
+from bmjax.chat.reasoning import ThinkSplitter, answer_of, has_tags, join_think, split_marked, split_think
 
 
 @pytest.mark.parametrize(
@@ -35,3 +35,59 @@ def test_the_answer_follows_the_last_closing_tag() -> None:
 
 def test_tags_are_found_in_any_text() -> None:
     assert has_tags("a", "b </think>") and has_tags("<think>") and not has_tags("think", "")
+
+
+SOLUTION = "<|begin_of_solution|>\n\nb\n\n<|end_of_solution|>"
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("<think>a</think>b", ("a", "b", True)),
+        (f"<|begin_of_thought|>\n\na\n\n<|end_of_thought|>\n\n{SOLUTION}", ("a", "b", True)),
+        (f"a\n<|end_of_thought|>\n{SOLUTION}", ("a", "b", True)),
+        ("<|begin_of_thought|>a<|end_of_thought|><|begin_of_solution|>b", ("a", "b", False)),
+        ("<|begin_of_thought|>a", ("a", "", False)),
+        ("<thinking>a</thinking>\nb", ("a", "b", True)),
+        ("<reasoning>a</reasoning><answer>b</answer>", ("a", "b", True)),
+        ("<think>a</think>\n<answer>b", ("a", "b", False)),
+        ("<think>a</think><answer>b</answer> as I said", ("a", "<answer>b</answer> as I said", True)),
+        ("<think>a</think>Use <thinking> and </thinking> in it.", ("a", "Use <thinking> and </thinking> in it.", True)),
+        ("<thought>a</thought>b", ("a", "b", True)),
+        ("[THINK]a[/THINK]b", ("a", "b", True)),
+        ("Write <thinking> before it.", ("", "Write <thinking> before it.", True)),
+        ("<answer>b</answer>", ("", "<answer>b</answer>", True)),
+        ("<think>and on", ("and on", "", False)),
+        ("", ("", "", True)),
+    ],
+)
+def test_marks_of_others_count_as_tags(content: str, expected: tuple[str, str, bool]) -> None:
+    assert split_marked(content) == expected
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 100])
+@pytest.mark.parametrize(
+    ("text", "is_open", "expected"),
+    [
+        ("<think>\na b\n</think>\n\nc d\n", False, ("a b", "c d\n")),
+        (" \n<think>a</think>b", False, ("a", "b")),
+        ("a\n\nb\n</think>\nc", True, ("a\n\nb", "c")),
+        ("<think>\n a</think>c", True, ("a", "c")),
+        ("a < b </thin> </think> c </think> d", True, ("a < b </thin>", "c </think> d")),
+        ("a </thi", True, ("a </thi", "")),
+        ("a \n", True, ("a", "")),
+        ("</think>c", True, ("", "c")),
+        ("<think></think>", False, ("", "")),
+        (" <thi", False, ("", " <thi")),
+        ("  plain\n", False, ("", "  plain\n")),
+        ("a <think>b</think> c", False, ("", "a <think>b</think> c")),
+        ("", False, ("", "")),
+    ],
+)
+def test_a_stream_is_split_alike_wherever_it_is_cut(text: str, is_open: bool, expected, size: int) -> None:
+    splitter, parts = ThinkSplitter(is_open), [text[i : i + size] for i in range(0, len(text), size)]
+    pairs = [splitter.feed(part) for part in parts] + [splitter.feed("", is_last=True)]
+    assert tuple(map("".join, zip(*pairs, strict=True))) == expected
+    whole = split_think(("<think>" if is_open and "<think>" not in text else "") + text)
+    if text.count("</think>") < 2 and text.find("<think>") < 2:
+        assert whole == tuple(part.strip() for part in expected)
