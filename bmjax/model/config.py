@@ -4,6 +4,7 @@ Nothing else reads model hyperparameters out of config.json. A new architecture 
 here, its rows in spec.py and, where it computes differently, its modules in qwen2.py.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping
@@ -87,8 +88,6 @@ class ModelConfig:
                 raise UserError(f"hidden_act is {config['hidden_act']!r}, expected 'silu'")
             heads, layers = int(config["num_attention_heads"]), int(config["num_hidden_layers"])
             hidden, rope = int(config["hidden_size"]), _rope(config)
-            # YaRN configs of Qwen2.5 leave max_position_embeddings at the length before scaling.
-            stretched = int(rope.factor * (rope.original_length or 0)) if rope.kind == "yarn" else 0
             ends = config.get("eos_token_id")
             return cls(
                 vocab_size=int(config["vocab_size"]),
@@ -98,7 +97,7 @@ class ModelConfig:
                 num_heads=heads,
                 num_kv_heads=int(config.get("num_key_value_heads") or heads),
                 head_dim=int(config.get("head_dim") or hidden // heads),
-                max_length=max(int(config.get("max_position_embeddings") or 32_768), stretched),
+                max_length=context_length(config) or 32_768,
                 norm_eps=float(config.get("rms_norm_eps", 1e-6)),
                 tied=bool(config.get("tie_word_embeddings", False)),
                 rope=rope,
@@ -132,6 +131,20 @@ def read_hf_config(directory: str | Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(config).__name__}")
     return config
+
+
+def context_length(config: Mapping[str, Any]) -> int | None:
+    """Return how many tokens a model reads at most, by the content of its config.json; None where it does not say."""
+    stated = config.get("max_position_embeddings")
+    longest = stated if type(stated) is int and stated > 0 else 0
+    rope: dict[str, Any] = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        rope |= block if isinstance(block := config.get(key), Mapping) else {}
+    if rope.get("rope_type", rope.get("type")) == "yarn":
+        # YaRN configs of Qwen2.5 leave max_position_embeddings at the length before scaling.
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            longest = max(longest, int(rope["factor"] * (rope.get("original_max_position_embeddings") or longest)))
+    return longest or None
 
 
 def _rope(config: Mapping[str, Any]) -> Rope:

@@ -1,9 +1,12 @@
 """Qwen2 in Flax linen, used as pure functions over a nested dictionary of parameters.
 
 Shapes, names and initializers come from the parameter table (spec.py), and so does which linear layers have a bias.
-Layers are stacked and scanned over, so the program's size does not grow with depth.
+Layers are stacked and scanned over, so the program's size does not grow with depth. Generation reads every weight for
+every token: it takes the layers one by one (`unstack`), so that none is copied out of its stack.
 """
 
+import re
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -16,7 +19,7 @@ from jax.sharding import Mesh
 
 from bmjax.model import loss, ops, rope, spec
 from bmjax.model import remat as checkpointed
-from bmjax.model.attention.dispatch import cached_attention, causal_attention
+from bmjax.model.attention.dispatch import causal_attention
 from bmjax.model.attention.options import AttentionOptions, Remat
 from bmjax.model.batch import Batch
 from bmjax.model.config import ModelConfig
@@ -28,12 +31,9 @@ Params = dict[str, Any]
 NO_WINDOW = 2**30
 
 
-class Cache(NamedTuple):
-    """Keys and values [L, B, K, S, H] each, which slots are for real tokens [B, S], and the next free slot (scalar)."""
-
-    kv: tuple[Array, Array]
-    valid_BS: Array
-    next_slot: Array
+# Called with the new tokens' q [B, T, N, H], k and v [B, T, K, H], the layer's window (None: none) and its cache.
+# Returns the attention [B, T, N, H] and the cache with the tokens in it.
+Attend = Callable[[Array, Array, Array, int | None, Any], tuple[Array, Any]]
 
 
 class Context(NamedTuple):
@@ -42,8 +42,7 @@ class Context(NamedTuple):
     cos: Array
     sin: Array
     segment_ids_BT: Array
-    valid_BS: Any  # this and `start`: of a cache, or None
-    start: Any
+    attend: Attend | None  # how new tokens attend to a cache; None: rows attend within themselves
 
 
 @lru_cache(maxsize=64)
@@ -63,9 +62,14 @@ class _Module(nn.Module):
 
 def _parameter(module: _Module, name: str) -> Array:
     """Return a module's parameter `name`: the table's row of that path, or one layer of a stacked row."""
-    row = _rows_by_name(module.config)["/".join((*module.path, name))]
+    row = _rows_by_name(module.config)[_table_name(module, name)]
     shape = row.shape[1:] if row.stacked else row.shape
     return module.param(name, lambda key: _initial(row, module.config, key, shape))
+
+
+def _table_name(module: _Module, name: str) -> str:
+    """Return the name of a parameter in the table, where the layers have no numbers."""
+    return re.sub(r"^layers_\d+/", "layers/", "/".join((*module.path, name)))
 
 
 class RMSNorm(_Module):
@@ -85,7 +89,7 @@ class Linear(_Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         y = ops.matmul(x, _parameter(self, "kernel").astype(x.dtype))
-        has_bias = "/".join((*self.path, "bias")) in _rows_by_name(self.config)
+        has_bias = _table_name(self, "bias") in _rows_by_name(self.config)
         return y + _parameter(self, "bias").astype(x.dtype) if has_bias else y
 
 
@@ -95,7 +99,7 @@ class Attention(_Module):
     attention_options: AttentionOptions
 
     @nn.compact
-    def __call__(self, x_BTD: Array, ctx: Context, window, layer, kv: Any) -> tuple[Array, Any]:
+    def __call__(self, x_BTD: Array, ctx: Context, window, cache: Any) -> tuple[Array, Any]:
         c = self.config
         B, T, _ = x_BTD.shape
 
@@ -106,18 +110,12 @@ class Attention(_Module):
         q = rope.rotate(project("q", c.num_heads), ctx.cos, ctx.sin)
         k = rope.rotate(project("k", c.num_kv_heads), ctx.cos, ctx.sin)
         v = project("v", c.num_kv_heads)
-        if kv is None:
+        if ctx.attend is None:
             out = causal_attention(q, k, v, ctx.segment_ids_BT, window, self.attention_options)
         else:
-            offsets = (layer, jnp.int32(0), jnp.int32(0), ctx.start, jnp.int32(0))
-            kv = tuple(
-                jax.lax.dynamic_update_slice(old, new.astype(old.dtype).swapaxes(1, 2)[None], offsets)
-                for old, new in zip(kv, (k, v), strict=True)
-            )
-            k, v = (jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False) for cache in kv)
-            out = cached_attention(q, k, v, ctx.valid_BS, ctx.start, window)
+            out, cache = ctx.attend(q, k, v, window, cache)
         out = out.reshape(B, T, c.num_heads * c.head_dim)
-        return Linear(c, name="o")(out), kv
+        return Linear(c, name="o")(out), cache
 
 
 class MLP(_Module):
@@ -132,20 +130,18 @@ class MLP(_Module):
 
 
 class Layer(_Module):
-    """One layer of the scan: attention and MLP, each after a norm and with a residual."""
+    """One layer: attention and MLP, each after a norm and with a residual."""
 
     attention_options: AttentionOptions
 
     @nn.compact
-    def __call__(self, carry: tuple[Array, Any], ctx: Context, window, layer) -> tuple[Any, None]:
-        x_BTD, kv = carry  # the whole cache is carried, so that a step writes its slots in place
+    def __call__(self, x_BTD: Array, ctx: Context, window, cache: Any = None) -> tuple[Array, Any]:
         x_BTD = checkpoint_name(x_BTD, checkpointed.LAYER_INPUT)
         normed = RMSNorm(self.config, name="attention_norm")(x_BTD)
-        out, kv = Attention(self.config, self.attention_options, name="attention")(normed, ctx, window, layer, kv)
+        out, cache = Attention(self.config, self.attention_options, name="attention")(normed, ctx, window, cache)
         x_BTD = constrain(x_BTD + out, "batch", "length", None)
         normed = RMSNorm(self.config, name="mlp_norm")(x_BTD)
-        x_BTD = constrain(x_BTD + MLP(self.config, name="mlp")(normed), "batch", "length", None)
-        return (x_BTD, kv), None
+        return constrain(x_BTD + MLP(self.config, name="mlp")(normed), "batch", "length", None), cache
 
 
 class Embedding(_Module):
@@ -160,8 +156,10 @@ class Qwen2(_Module):
     """Tokens to final hidden states [B, T, D] in `dtype`; `head_weight` turns those into logits.
 
     segment_ids_BT: int32, 1.. per document, 0 for padding; None: a row is one document. positions_BT: int32; None: they
-    count from 0 in every document. remat: what layers keep for the backward pass, see `model.remat`. unroll: layers per
-    scan iteration (a small model on a CPU is faster with all of them). Parameters of the head are not looked at.
+    count from 0 in every document. caches, attend: a cache for every layer and how new tokens attend to it; the
+    parameters are then those of `unstack`, and the caches are returned with the tokens in them. remat: what layers keep
+    for the backward pass, see `model.remat`. unroll: layers per scan iteration (a small model on a CPU is faster with
+    all of them). Parameters of the head are not looked at.
     """
 
     dtype: Any = jnp.float32
@@ -171,8 +169,13 @@ class Qwen2(_Module):
 
     @nn.compact
     def __call__(
-        self, tokens_BT: Array, segment_ids_BT: Array | None, positions_BT: Array | None, cache: Cache | None = None
-    ) -> tuple[Array, Cache | None]:
+        self,
+        tokens_BT: Array,
+        segment_ids_BT: Array | None,
+        positions_BT: Array | None,
+        caches: Sequence[Any] | None = None,
+        attend: Attend | None = None,
+    ) -> tuple[Array, list[Any] | None]:
         c = self.config
         if segment_ids_BT is None:
             segment_ids_BT = jnp.ones_like(tokens_BT)
@@ -180,23 +183,56 @@ class Qwen2(_Module):
             positions_BT = default_positions(segment_ids_BT)
         x_BTD = constrain(Embedding(c, name="embed")(tokens_BT).astype(self.dtype), "batch", "length", None)
         cos, sin = rope.tables(c.rope, c.head_dim, c.max_length, positions_BT)
-        windows = jnp.array([NO_WINDOW if w is None else w for w in c.windows], jnp.int32) if c.uses_windows else None
-        kv, *slots = cache or (None, None, None)
-        ctx = Context(cos, sin, segment_ids_BT, *slots)
-        # grams: what bmjax.calibrate sows in the linear layers; empty otherwise.
-        stack = nn.scan(
-            checkpointed.remat(Layer, self.remat),
-            variable_axes={"params": 0, "grams": 0},
-            split_rngs={"params": True},
-            length=c.num_layers,
-            in_axes=(nn.broadcast, 0, 0),
-            unroll=min(self.unroll, c.num_layers),
-        )
-        layers = stack(c, self.attention_options, name="layers")
-        (x_BTD, kv), _ = layers((x_BTD, kv), ctx, windows, jnp.arange(c.num_layers))
-        if cache is not None:
-            cache = Cache(kv, cache.valid_BS, cache.next_slot + tokens_BT.shape[1])
-        return RMSNorm(c, name="final_norm")(x_BTD), cache
+        ctx = Context(cos, sin, segment_ids_BT, attend)
+        if caches is None:
+            windows = [NO_WINDOW if w is None else w for w in c.windows]
+            stack = nn.scan(
+                checkpointed.remat(Layer, self.remat),
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=c.num_layers,
+                in_axes=(nn.broadcast, 0),
+                unroll=min(self.unroll, c.num_layers),
+            )
+            layers = stack(c, self.attention_options, name="layers")
+            x_BTD, _ = layers(x_BTD, ctx, jnp.array(windows, jnp.int32) if c.uses_windows else None)
+            return RMSNorm(c, name="final_norm")(x_BTD), None
+        # Computed once: XLA would compute the cosines again in every head of every layer that reads them.
+        cos, sin = jax.lax.optimization_barrier((cos, sin))
+        ctx = ctx._replace(cos=cos, sin=sin)
+        updated = []
+        for i, cache in enumerate(caches):
+            layer = Layer(c, self.attention_options, name=f"layers_{i}")
+            x_BTD, cache = layer(x_BTD, ctx, c.windows[i] if c.windows else None, cache)
+            updated.append(cache)
+        return RMSNorm(c, name="final_norm")(x_BTD), updated
+
+
+def unstack(config: ModelConfig, params: Params, dtype: Any, mesh: Mesh | None = None) -> Params:
+    """Return the parameters in `dtype`, every layer's arrays apart as `layers_0`, `layers_1`, ..., on `mesh`."""
+    return _unstacking(config, str(jnp.dtype(dtype)), mesh)(params)
+
+
+@lru_cache(maxsize=64)
+def _unstacking(config: ModelConfig, dtype_name: str, mesh: Mesh | None) -> Callable[[Params], Params]:
+    shardings = []
+    for row in spec.table(config):
+        shape, axes = (row.shape[1:], row.axes[1:]) if row.stacked else (row.shape, row.axes)
+        target = None if mesh is None else sharding(mesh, axes, shape)
+        paths = [(f"layers_{i}", *row.path[1:]) for i in range(config.num_layers)] if row.stacked else [row.path]
+        shardings += [(path, target) for path in paths]
+
+    def split(params: Params) -> Params:
+        leaves: list[tuple[tuple[str, ...], Array]] = []
+        for row in spec.table(config):
+            array = spec.get(params, row.path).astype(dtype_name)
+            if row.stacked:
+                leaves += [((f"layers_{i}", *row.path[1:]), array[i]) for i in range(config.num_layers)]
+            else:
+                leaves.append((row.path, array))
+        return spec.unflatten(leaves)
+
+    return jax.jit(split, out_shardings=None if mesh is None else spec.unflatten(shardings))
 
 
 def init(config: ModelConfig, seed: int, mesh: Mesh | None = None) -> Params:
@@ -235,9 +271,3 @@ def loss_sum(model: Qwen2, params: Params, batch: Batch[Array], positions_BT: An
     labels, mask = loss.next_token_targets(batch)
     w_DV = head_weight(model.config, params).astype(model.dtype)
     return loss.cross_entropy_sum(h_BTD, w_DV, labels, mask), jnp.sum(mask)
-
-
-def empty_cache(config: ModelConfig, valid_BS: Array, dtype: Any) -> Cache:
-    """Make a cache with no token in its slots [B, S] yet; those that are not valid are never looked at."""
-    shape = (config.num_layers, valid_BS.shape[0], config.num_kv_heads, valid_BS.shape[1], config.head_dim)
-    return Cache((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)), valid_BS, jnp.int32(0))

@@ -5,7 +5,7 @@ A new architecture gets its rows here: what a model has no row for (a bias, a he
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bmjax.model.config import ModelConfig
@@ -50,6 +50,10 @@ class Param:
     def hf_keys(self) -> list[str]:
         """Return the names of the checkpoint's tensors that make up this parameter, in layer order."""
         return [self.hf_key.format(layer=i) for i in range(self.shape[0])] if self.stacked else [self.hf_key]
+
+    def of_layer(self, layer: int) -> "Param":
+        """Return the row of one layer's part of a stacked parameter."""
+        return replace(self, shape=self.shape[1:], axes=self.axes[1:], hf_key=self.hf_key.format(layer=layer))
 
 
 # Path, logical axes, Hugging Face key.

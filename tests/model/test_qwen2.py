@@ -62,7 +62,7 @@ def test_logits_of_padded_and_packed_rows(name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("form", ["padded", "packed"])
+@pytest.mark.parametrize("form", [pytest.param("padded", marks=pytest.mark.slow), "packed"])
 def test_loss_and_gradients(name, form):
     hf, config, params = build(name, seed=3)
     docs = documents(config, seed=4)
@@ -105,7 +105,7 @@ def test_loss_and_gradients(name, form):
         {"context": 8},
     ],
 )
-@pytest.mark.parametrize("name", ["gqa_untied", "window_all_tied"])
+@pytest.mark.parametrize("name", ["gqa_untied", pytest.param("window_all_tied", marks=pytest.mark.slow)])
 def test_eight_devices_give_the_numbers_of_a_single_one(name, sizes):
     _, config, params = build(name)
     rng = np.random.default_rng(0)

@@ -1,6 +1,7 @@
 """What is kept for the backward pass changes no number, only what is computed again and what is held."""
 
 import re
+from functools import lru_cache
 
 import jax
 import numpy as np
@@ -17,6 +18,13 @@ HOW = ("none", "minimal", "save_attention", "full", "offload")
 
 
 def compiled(remat: str):
+    """The gradient, compiled, and its parameters."""
+    return _compiled(remat, rows.LONGEST)
+
+
+@lru_cache
+def _compiled(remat: str, longest_rows: int):
+    del longest_rows  # read by the model
     _, config, params = build("gqa_untied")
     rng = np.random.default_rng(0)
     tokens = rng.integers(2, 97, (B, T)).astype(np.int32)
@@ -27,7 +35,7 @@ def compiled(remat: str):
     return gradient, jax.jit(gradient).lower(params).compile(), params
 
 
-@pytest.mark.parametrize("attention", ["rows", "tiles"])
+@pytest.mark.parametrize("attention", ["rows", pytest.param("tiles", marks=pytest.mark.slow)])
 def test_every_policy_gives_the_same_loss_and_gradients(attention, monkeypatch):
     if attention == "tiles":
         monkeypatch.setattr(rows, "LONGEST", 32)

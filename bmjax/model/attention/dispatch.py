@@ -7,7 +7,6 @@ window. Packed == unpacked, exactly: nothing else enters a token's softmax.
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 
 from bmjax.config import UserError
@@ -73,14 +72,3 @@ def causal_attention(
         return tiles.attention(q, k, v, segments, segments, 0, window)[0]
 
     return spread(kernel, options.context, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, window)
-
-
-def cached_attention(q_BTNH: Array, k_BKSH: Array, v_BKSH: Array, valid_BS: Array, start: Array, window) -> Array:
-    """Compute attention [B, T, N, H] of T new tokens to a cache's valid slots, which hold them from slot `start` on."""
-    B, T, N, H = q_BTNH.shape
-    K, S = k_BKSH.shape[1:3]
-    allowed_BTS = rows.causal_mask(start, T, S, window) & valid_BS[:, None, :]
-    q_BKRH = (q_BTNH * H**-0.5).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, N // K * T, H)
-    weights = jax.nn.softmax(rows.scores(q_BKRH, k_BKSH, allowed_BTS), axis=-1)
-    out_BKRH = jnp.einsum("bkrs,bksh->bkrh", weights.astype(v_BKSH.dtype), v_BKSH)
-    return out_BKRH.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from bmjax.config import UserError
+from bmjax.errors import install
 from bmjax.model.attention.options import AttentionOptions
 from bmjax.model.ops import document_changes, document_starts
 from bmjax.parallel.chips import gpu_capability
@@ -75,7 +76,7 @@ def extents(segments_BT: Array, documents: int) -> tuple[Array, Array]:
 
 def tokamax_refuses(q: Array | jax.ShapeDtypeStruct, options: AttentionOptions) -> str | None:
     """Return why tokamax cannot compute rows; None where it can."""
-    return None if importlib.util.find_spec("tokamax") else "is not installed; pip install 'bmjax[cuda]'"
+    return None if importlib.util.find_spec("tokamax") else f"is not installed; {install('cuda')}"
 
 
 def tokamax(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array, options: AttentionOptions) -> Array:
