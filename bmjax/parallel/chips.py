@@ -10,12 +10,14 @@ from typing import Any
 import jax
 
 from bmjax.config import UserError, first_line
-from bmjax.parallel.topology import parse_topology
+from bmjax.errors import install
+from bmjax.parallel.topology import DEVICES_A_CHIP, parse_topology
 
 # Dense bf16 peak of one device, FLOP/s, from the makers' data sheets, by a part of jax's `device_kind`.
 PEAK_FLOPS = {
     "H200": 989e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "B200": 2250e12,
     "v5 lite": 197e12, "v5e": 197e12, "v5p": 459e12, "v5": 459e12, "v6 lite": 918e12, "v6e": 918e12, "v4": 275e12,
+    "TPU7x": 1153.5e12,
 }  # fmt: skip
 
 
@@ -33,22 +35,24 @@ def gpu_capability() -> tuple[int, int] | None:
 
 @dataclass(frozen=True)
 class Chip:
-    """A TPU chip; bandwidths in bytes a second."""
+    """A TPU chip, or what one of its devices has of it where a program sees several; bandwidths in bytes a second."""
 
     hbm_gib: float  # that XLA's compiler lets a program use
     flops: float  # dense bfloat16 peak a second
     hbm_bandwidth: float
     link_bandwidth: float  # sent over all its links
     slice_bandwidth: float  # its share of what its host sends to other slices
-    price: float  # US$ an hour on demand
+    price: float | None  # US$ an hour on demand, of the whole chip; None where Google publishes none
+    devices: int = 1  # of the chip
 
 
-# cloud.google.com/tpu/docs/system-architecture-tpu-vm and /pricing; links: jax-ml.github.io/scaling-book/tpus.
+# cloud.google.com/tpu/docs/system-architecture-tpu-vm, /tpu7x and /pricing; links: jax-ml.github.io/scaling-book/tpus.
 CHIPS = {
     "v4": Chip(31.75, PEAK_FLOPS["v4"], 1.23e12, 270e9, 6.25e9, 3.22),
     "v5e": Chip(15.75, PEAK_FLOPS["v5e"], 0.82e12, 180e9, 3.125e9, 1.20),
     "v5p": Chip(95.74, PEAK_FLOPS["v5p"], 2.77e12, 540e9, 6.25e9, 4.20),
     "v6e": Chip(31.25, PEAK_FLOPS["v6e"], 1.64e12, 360e9, 12.5e9, 2.70),
+    "tpu7x": Chip(94.75, PEAK_FLOPS["TPU7x"], 3.69e12, 300e9, 6.25e9, None, DEVICES_A_CHIP["tpu7x"]),
 }
 
 
@@ -56,9 +60,7 @@ def topology_devices(name: str) -> tuple[Chip, list[Any]]:
     """Return the chip and the devices to compile for, of a slice by its name, see `parse_topology`."""
     slices, kind, shape = parse_topology(name)
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError(
-            "--topology: planning for TPUs needs their compiler; pip install 'bmjax[tpu]' (no TPU is needed)"
-        )
+        raise UserError(f"--topology: planning for TPUs needs their compiler; {install('tpu')} (no TPU is needed)")
     # libtpu must not look for a TPU here, nor lock this machine's.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -73,8 +75,7 @@ def topology_devices(name: str) -> tuple[Chip, list[Any]]:
         devices = list(topologies.get_topology_desc(f"{kind}:{shape}", "tpu", **options).devices)
     except Exception as error:
         raise UserError(f"--topology: {name}: {first_line(error)}") from None
-    if len(devices) != slices * math.prod(map(int, shape.split("x"))):
-        raise UserError(
-            f"--topology: {name} has {len(devices)} devices a program can use; chips with one are planned for"
-        )
-    return CHIPS[kind], devices
+    chip = CHIPS[kind]
+    if len(devices) != slices * math.prod(map(int, shape.split("x"))) * chip.devices:
+        raise UserError(f"--topology: {name}: {len(devices)} devices, expected {chip.devices} a chip")
+    return chip, devices

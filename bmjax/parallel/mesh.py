@@ -10,6 +10,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from bmjax.config import UserError
+from bmjax.parallel.start import keep_compiled_programs, pass_over_absent_tpu
 
 AXES = ("data", "fsdp", "context", "tensor")
 
@@ -34,7 +35,11 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     sizes: of the axes. Absent axes are 1; at most one may be -1, the devices left over. Without a -1 the product may be
     smaller than the number of devices: the first ones are used.
     """
-    devices = list(jax.devices() if devices is None else devices)
+    if devices is None:  # whoever computes comes by here before anything is compiled
+        pass_over_absent_tpu()
+        keep_compiled_programs()
+        devices = jax.devices()
+    devices = list(devices)
     sizes = dict(sizes or {})
     for axis, size in sizes.items():
         if axis not in AXES:

@@ -3,8 +3,11 @@
 import atexit
 import contextlib
 import importlib.util
+import itertools
 import os
+import secrets
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -23,6 +26,8 @@ from bmjax.config import UserError, first_line
 SLACK = 60  # seconds that the runtime's watch, which ends with a stack trace, waits longer than ours
 BEAT = 5.0  # seconds between looks at the other processes, at most
 TOGETHER = 5  # seconds within which processes that fail for the same reason have all reported it
+_LONGEST_WORK = 7 * 24 * 3600  # seconds that a process may work alone while the others wait
+_BARRIERS = itertools.count()  # the runtime takes a barrier's name once
 _REASON = "bmjax/alive/reason"
 _RUNTIME: Any = global_state  # its client: a store that process 0 holds, and barriers
 _AGAIN = "the same command on all of them resumes from the newest checkpoint"
@@ -35,19 +40,20 @@ def together(
     """Join this process with the others of a run while the block runs; entered before JAX makes its first array.
 
     When a process is silent for `timeout` seconds, every other process stops with a line that names it; when a process
-    leaves by an error, they stop at once. (When process 0 is killed, JAX's runtime ends the others with its message,
-    since they meet at process 0.) coordinator: host:port of process 0. With num_processes and process_id all None: as
-    the launcher says (Cloud TPU and GKE slices, SLURM's srun, Open MPI 4, Kubernetes indexed jobs with the kubernetes
-    package). Nothing is done without a launcher, or where num_processes is 1. Raises UserError for settings that do not
-    belong together, and when processes do not come.
+    leaves by an error, they stop at once. When process 0 is killed, JAX's runtime ends the others with its own message,
+    since they meet at process 0; a line about what to do follows it. coordinator: host:port of process 0. With
+    num_processes and process_id all None: as the launcher says (Cloud TPU and GKE slices, SLURM's srun, Open MPI 4,
+    Kubernetes indexed jobs with the kubernetes package). Nothing is done without a launcher, or where num_processes is
+    1. Raises UserError for settings that do not belong together, and when processes do not come.
     """
     _connect(coordinator, num_processes, process_id, timeout)
     if jax.process_count() == 1:
         yield
         return
     ended, beat = threading.Event(), min(BEAT, timeout / 5)
-    threading.Thread(target=_watch, args=(timeout, beat, ended), name="bmjax-watch", daemon=True).start()
     process = f"process {jax.process_index()} of {jax.process_count()}"
+    epilogue = _Epilogue(process)
+    threading.Thread(target=_watch, args=(timeout, beat, ended, epilogue), name="bmjax-watch", daemon=True).start()
     try:
         yield
         wait_for_all("bmjax/done")
@@ -64,6 +70,29 @@ def together(
         raise
     finally:
         ended.set()
+        epilogue.cancel()
+
+
+class _Epilogue:
+    """A shell that writes a line about this process when it is killed, or aborted by JAX's runtime.
+
+    The runtime takes no Python function to call instead of aborting (its binding cannot pass on the status), so only
+    another process can speak then. It reads a pipe, whose end without a word means that this process is gone.
+    """
+
+    def __init__(self, process: str) -> None:
+        cause = "was killed"
+        if jax.process_index():
+            address = _RUNTIME.coordinator_address
+            cause += f", or ended by JAX because process 0 at {address} is gone (JAX's message above says so)"
+        line = f"bmjax: error: {process} {cause}; {_AGAIN}"
+        script = 'read -r word || printf "%s\\n" "$0" >&2'
+        self._shell = subprocess.Popen(["sh", "-c", script, line], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+
+    def cancel(self) -> None:
+        """Say nothing: this process ends by itself, or has said why it ends."""
+        with contextlib.suppress(OSError, ValueError, subprocess.TimeoutExpired):  # the shell may be gone before us
+            self._shell.communicate(b"ended\n", timeout=5)
 
 
 def _leave(code: int, beat: float) -> None:
@@ -132,7 +161,7 @@ def _launched() -> dict[str, Any] | None:
     return None
 
 
-def _watch(timeout: int, beat: float, ended: threading.Event) -> None:
+def _watch(timeout: int, beat: float, ended: threading.Event, epilogue: _Epilogue) -> None:
     """End this process with a line when another process is silent for `timeout` seconds, or has left a reason.
 
     A collective that waits for a dead process never returns, so a thread watches. Every process writes the time to the
@@ -146,9 +175,10 @@ def _watch(timeout: int, beat: float, ended: threading.Event) -> None:
             client.key_value_set(f"bmjax/alive/{process}", str(time.monotonic_ns()), allow_overwrite=True)
             store = dict(client.key_value_dir_get("bmjax/alive"))
         except Exception:
-            return  # the store is gone, and process 0 with it: the runtime says so itself
+            return  # the store is gone, and process 0 with it: the runtime ends this process, and the epilogue speaks
         if (reason := store.get(_REASON)) is not None and not ended.wait(TOGETHER):
             print(f"bmjax: error: {reason}; {_AGAIN}", file=sys.stderr, flush=True)
+            epilogue.cancel()
             os._exit(1)
         now = time.monotonic()
         for other, (last_stamp, since) in last_change.items():
@@ -159,6 +189,7 @@ def _watch(timeout: int, beat: float, ended: threading.Event) -> None:
                 silent = f"process {other} of {count} has not been heard of for {now - since:.0f} s"
                 message = f"{silent}; see its own log for why. Stopped; {_AGAIN}"
                 print(f"bmjax: error: {message}", file=sys.stderr, flush=True)
+                epilogue.cancel()
                 if process == 0:
                     time.sleep(2 * beat)  # for the others to see the same
                 os._exit(1)
@@ -186,6 +217,42 @@ def delayed_sigterm() -> Iterator[Callable[[int], bool]]:
             signal.signal(signal.SIGTERM, previous)
 
 
+@contextlib.contextmanager
+def stopping_at_once(line: str) -> Iterator[None]:
+    """End this process with one line at SIGTERM or an interrupt while the block runs, also within a compiler's code.
+
+    Python runs its own handlers only between its instructions, and a compiler may install one that prints its stack.
+    To be entered after its library was loaded. What the block would have cleaned up stays.
+    """
+    if threading.current_thread() is not threading.main_thread():  # only that one may set a handler
+        yield
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def watch() -> None:
+        if (number := os.read(reader, 1)) != b"\0":
+            os.write(2, f"bmjax: {line}\n".encode())
+            os._exit(128 + number[0])
+
+    watching = threading.Thread(target=watch, name="signals", daemon=True)
+    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number in previous:
+        signal.signal(number, lambda *_: None)
+    fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # the system writes each signal's number there
+    watching.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(fd)
+        for number, handler in previous.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        os.write(writer, b"\0")
+        watching.join()
+        os.close(reader)
+        os.close(writer)
+
+
 def is_main() -> bool:
     """Return whether this is the process that writes logs, metrics and the exported model."""
     return jax.process_index() == 0
@@ -197,9 +264,29 @@ def wait_for_all(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def wait_for_work(name: str) -> None:
+    """Wait until every process has made this call, for hours if one of them has work to do before it.
+
+    It goes through the runtime's store: a collective would take a device, and on CPUs give up after half a minute.
+    """
+    if jax.process_count() > 1:
+        _RUNTIME.client.wait_at_barrier(f"{name}/{next(_BARRIERS)}", 1000 * _LONGEST_WORK)
+
+
 def mains(value: bool) -> bool:
     """Return process 0's value in all processes."""
-    return bool(multihost_utils.broadcast_one_to_all(np.int32(value)))
+    return bool(mains_number(value))
+
+
+def mains_number(value: int) -> int:
+    """Return process 0's number, below 2^31, in all processes."""
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def shared_token() -> str:
+    """Return 16 random hexadecimal digits, drawn anew by every call, the same in all processes."""
+    drawn = np.frombuffer(secrets.token_bytes(8), np.int32)
+    return np.asarray(multihost_utils.broadcast_one_to_all(drawn), np.int32).tobytes().hex()
 
 
 def check_agreement(values: Mapping[str, str]) -> None:

@@ -13,22 +13,46 @@ from pathlib import Path
 import jax
 
 MOST_CPU_DEVICES = 8
+GOOGLE = "0x1ae0"  # the vendor of TPUs on a PCI bus
 # mallopt's parameters, glibc's <malloc.h>.
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
 
-def use_cpu_cores() -> None:
+def _platforms() -> str | None:
+    return jax.config.jax_platforms  # type: ignore[attr-defined]
+
+
+def pass_over_absent_tpu() -> None:
+    """Have JAX look for no TPU where libtpu is installed, to plan for one, on a machine without one.
+
+    The search prints ten lines of alarm and takes seconds. JAX_PLATFORMS, where it is set, decides.
+    """
+    if _platforms() or importlib.util.find_spec("libtpu") is None:
+        return
+    if any(file.read_text().strip() == GOOGLE for file in Path("/sys/bus/pci/devices").glob("*/vendor")):
+        return
+    has_gpu = any(Path(device).exists() for device in ("/dev/nvidia0", "/dev/nvidiactl", "/dev/kfd"))
+    if not has_gpu:
+        jax.config.update("jax_platforms", "cpu")
+    elif any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
+        jax.config.update("jax_platforms", "cuda,cpu")
+
+
+def use_cpu_cores(keep_memory: bool = True) -> None:
     """Make one CPU device of each core, up to the largest power of two (at most 8).
 
     Rows spread over devices keep the cores busier than one device whose every operation is cut among threads
-    (a fifth faster for small models). Nothing happens where JAX has started.
+    (a fifth faster for small models). Nothing happens where JAX has started. keep_memory: see `_keep_freed_memory`;
+    where arrays have many sizes, what lies between them would never be free again.
     """
+    pass_over_absent_tpu()
     if "host_platform_device_count" in os.environ.get("XLA_FLAGS", "") or "JAX_NUM_CPU_DEVICES" in os.environ:
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", 1 << (min(cores, MOST_CPU_DEVICES).bit_length() - 1))
-        _keep_freed_memory()
+        if keep_memory:
+            _keep_freed_memory()
 
 
 def use_gpu_memory() -> None:
@@ -39,6 +63,7 @@ def use_gpu_memory() -> None:
 
 def use_own_threads() -> None:
     """Have XLA compute on a CPU in the thread that asks for it, in programs whose threads keep the cores busy."""
+    pass_over_absent_tpu()
     os.environ.setdefault("NPROC", "1")  # the size of XLA's thread pool
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     _keep_freed_memory()
@@ -47,10 +72,10 @@ def use_own_threads() -> None:
 def keep_compiled_programs() -> None:
     """Have JAX keep compiled programs in the user's cache directory for the next process.
 
-    For commands that take seconds, half of which would be compiling. A program whose entry cannot be read is compiled
-    again. JAX_COMPILATION_CACHE_DIR may be empty: no cache.
+    Half of the time of short work is compiling. A program whose entry cannot be read is compiled again. A directory
+    that the user has set stays, and JAX_COMPILATION_CACHE_DIR may be empty: no cache.
     """
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         return
     # A program is compiled for the processor's abilities, by a version of JAX.
     try:
@@ -79,7 +104,7 @@ def _keep_freed_memory() -> None:
     a small model's step. One arena, since only the main one can hold blocks above 64 MiB.
     """
     accelerator = importlib.metadata.entry_points(group="jax_plugins") or importlib.util.find_spec("libtpu")
-    if accelerator and os.environ.get("JAX_PLATFORMS") != "cpu":
+    if accelerator and _platforms() != "cpu":
         return
     with contextlib.suppress(OSError, AttributeError):  # another C library
         for parameter, value in ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1)):

@@ -6,18 +6,15 @@ import re
 from bmjax.config import UserError, nearest
 
 # Kinds of chips that XLA's compiler plans for, with the other names that Google gives them.
-KINDS = {"v4": "v4", "v5e": "v5e", "v5litepod": "v5e", "v5lite": "v5e", "v5p": "v5p", "v6e": "v6e"}
-_IRONWOOD = "TPU7x (Ironwood)"
-NOT_PLANNED = {
-    "v2": "TPU v2",
-    "v3": "TPU v3",
-    "tpu7x": _IRONWOOD,
-    "tpu7": _IRONWOOD,
-    "v7x": _IRONWOOD,
-    "ironwood": _IRONWOOD,
-}
+KINDS = {
+    "v4": "v4", "v5e": "v5e", "v5litepod": "v5e", "v5lite": "v5e", "v5p": "v5p", "v6e": "v6e",
+    "tpu7x": "tpu7x", "tpu7": "tpu7x", "v7x": "tpu7x", "7x": "tpu7x", "ironwood": "tpu7x",
+}  # fmt: skip
+NOT_PLANNED = {"v2": "TPU v2", "v3": "TPU v3"}
 # Google counts the cores of these in a slice's name, two a chip; of all others the chips.
-CORES_A_CHIP = {"v4": 2, "v5p": 2}
+CORES_A_CHIP = {"v4": 2, "v5p": 2, "tpu7x": 2}
+# How many devices a program sees of a chip. TPU7x shows its two cores, each with half of the memory.
+DEVICES_A_CHIP = {"tpu7x": 2}
 SHAPES_2D = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 SHAPES_3D = (
     "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x12", "8x8x16", "8x16x16", "16x16x16",

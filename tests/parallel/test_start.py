@@ -31,6 +31,19 @@ def test_devices_counted_by_the_environment_stay() -> None:
     assert output(COUNT, JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_force_host_platform_device_count=3") == "3"
 
 
+def test_an_absent_tpu_is_not_looked_for(tmp_path) -> None:
+    (tmp_path / "libtpu").mkdir()
+    (tmp_path / "libtpu" / "__init__.py").write_text("raise RuntimeError('looked for a TPU')")
+    places = os.pathsep.join([str(tmp_path), *sys.path])
+    for code in (
+        COUNT,
+        "from bmjax.parallel.mesh import make_mesh; make_mesh(); import jax; print(jax.device_count())",
+    ):
+        printed = output(f"{code}; print(jax.config.jax_platforms)", JAX_PLATFORMS="", PYTHONPATH=places)
+        count, platforms = printed.splitlines()
+        assert int(count) >= 1 and platforms in ("cpu", "cuda,cpu")
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the allocator is glibc's")
 def test_a_large_freed_block_is_not_cleared_again() -> None:
     """Page faults of the second use of 256 MiB: none where freed memory is kept, 65,536 where it is not."""
@@ -71,6 +84,17 @@ def test_compiled_programs_are_kept_for_the_next_process(tmp_path) -> None:
              "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path), "XLA_FLAGS": ""},
     )  # fmt: skip
     assert (done.stdout.strip(), done.stderr) == ("7.0", "")
+
+
+def test_whoever_makes_a_mesh_keeps_compiled_programs(tmp_path) -> None:
+    mesh = COMPILE.replace("parallel.start import keep_compiled_programs; keep_compiled_programs()",
+                           "parallel.mesh import make_mesh; make_mesh()")  # fmt: skip
+    assert output(mesh, JAX_PLATFORMS="cpu", XDG_CACHE_HOME=str(tmp_path / "a")) == "7.0"
+    assert list((tmp_path / "a" / "bmjax").rglob("*-cache"))
+    # A directory that the user has set stays.
+    chosen = f"import jax; jax.config.update('jax_compilation_cache_dir', {str(tmp_path / 'mine')!r})\n{mesh}"
+    assert output(chosen, JAX_PLATFORMS="cpu", XDG_CACHE_HOME=str(tmp_path / "b")) == "7.0"
+    assert not (tmp_path / "b").exists()
 
 
 def test_without_a_cache_directory_nothing_is_kept(tmp_path) -> None:
