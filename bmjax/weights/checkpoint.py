@@ -7,7 +7,6 @@ moment. What it left is removed when the directory is opened again. Nothing else
 import contextlib
 import errno
 import logging
-import operator
 import os
 import re
 import shutil
@@ -15,23 +14,32 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from bmjax.config import UserError, first_line
 from bmjax.parallel.processes import is_main, wait_for_all
+from bmjax.urls import url_of
+from bmjax.weights import bucket_checkpoint
+from bmjax.weights.bucket_checkpoint import BucketCheckpoints
+from bmjax.weights.checkpoint_base import Checkpoints, damaged
 
 # Orbax logs every step of its work, and each background error several times before it raises it.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 
 
-class Checkpoints:
-    """The checkpoints of a training run.
+def open_checkpoints(directory: str | Path, keep: int, keep_every: int | None = None) -> Checkpoints:
+    """Open the checkpoints of a training run, on disk or in a bucket; the arguments are those of `DiskCheckpoints`."""
+    url = url_of(directory)
+    return DiskCheckpoints(directory, keep, keep_every) if url is None else BucketCheckpoints(url, keep, keep_every)
 
-    keep: how many of the newest stay. keep_every: checkpoints of a multiple of so many steps stay, too. All processes
-    of a run make the same calls. An error of a background save is raised by the next call.
+
+class DiskCheckpoints(Checkpoints):
+    """The checkpoints of a training run on disk.
+
+    keep: how many of the newest stay. keep_every: checkpoints of a multiple of so many steps stay, too.
     """
+
+    directory: Path
 
     def __init__(self, directory: str | Path, keep: int, keep_every: int | None = None) -> None:
         self.directory = Path(directory).resolve()
@@ -50,64 +58,30 @@ class Checkpoints:
         except OSError as error:
             raise UserError(f"{self.directory}: cannot hold checkpoints: {error.strerror}") from None
 
-    def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
-        """Save `state` (a pytree of jax.Array) and `meta` (JSON) as `step`, a number above all saved before.
-
-        Returns once the arrays are copied, so they may be donated. Raises UserError when this or the save before it met
-        a full disk.
-        """
-        step, latest = operator.index(step), self.latest()
-        if latest is not None and step <= latest:
-            raise ValueError(f"{self.directory}: step {step} is not after the newest checkpoint, {latest}")
+    def _save(self, step: int, state: Any, facts: Mapping[str, Any]) -> None:
         with self._disk_errors():
-            self._checkpointer.save_async(step, state, custom_metadata={"meta": dict(meta), "leaves": _leaves(state)})
+            self._checkpointer.save_async(step, state, custom_metadata=dict(facts))
 
     def latest(self) -> int | None:
-        """Return the newest complete step, None when there is none. It waits for the save under way."""
         with self._disk_errors():
             self._checkpointer.wait()
         newest = self._checkpointer.latest
         return None if newest is None else int(newest.step)
 
-    def restore(self, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
-        """Read (state, meta) of the newest checkpoint.
-
-        abstract_state: a pytree of jax.ShapeDtypeStruct with shardings, which may be those of another mesh. A float32
-        leaf may be restored as bfloat16, and the other way round. Raises UserError when there is no checkpoint, when it
-        is another model's (naming the first leaf that differs) or when it is damaged.
-        """
-        step = self._newest()
-        path, expected = self.directory / str(step), _leaves(abstract_state)
+    def _facts(self, step: int) -> Mapping[str, Any]:
         try:
             saved = self._checkpointer.metadata(step).custom_metadata
-            for name in [*expected, *saved["leaves"]]:
-                stored, wanted = saved["leaves"].get(name, "absent"), expected.get(name, "absent")
-                # Orbax casts what it restores.
-                if stored.replace("bfloat16 ", "float32 ") != wanted.replace("bfloat16 ", "float32 "):
-                    raise UserError(
-                        f"{path}: the checkpoint is of another model or optimizer: {name} is {stored}, expected "
-                        f"{wanted}; use another output, or delete the checkpoints"
-                    )
-            return self._checkpointer.load(step, abstract_state), saved["meta"]
-        except UserError:
-            raise
+            return {"meta": saved["meta"], "leaves": saved["leaves"]}
         except Exception as error:
-            raise UserError(
-                f"{path}: the checkpoint is damaged: {first_line(error)}; delete this directory to use an earlier one"
-            ) from None
+            raise damaged(self.directory / str(step), error) from None
 
-    def meta(self) -> dict[str, Any]:
-        """Return the `meta` of the newest checkpoint; UserError when there is none."""
-        return self._checkpointer.metadata(self._newest()).custom_metadata["meta"]
-
-    def _newest(self) -> int:
-        step = self.latest()
-        if step is None:
-            raise UserError(f"{self.directory}: no checkpoint")
-        return step
+    def _load(self, step: int, abstract_state: Any) -> Any:
+        try:
+            return self._checkpointer.load(step, abstract_state)
+        except Exception as error:
+            raise damaged(self.directory / str(step), error) from None
 
     def close(self) -> None:
-        """Wait for the save under way. No other call may follow."""
         try:
             self.latest()
         finally:
@@ -135,12 +109,14 @@ class Checkpoints:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def load_part(path: Path, abstract_state: Any) -> Any:
+def load_part(path: str | Path, abstract_state: Any) -> Any:
     """Read some arrays of a complete checkpoint, changing nothing there; a training may be writing beside it.
 
     abstract_state: a pytree of jax.ShapeDtypeStruct with shardings, a part of what was saved. UserError for a
     checkpoint that is damaged or does not hold them.
     """
+    if url := url_of(path):
+        return bucket_checkpoint.load(url, abstract_state)
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     try:
@@ -150,17 +126,11 @@ def load_part(path: Path, abstract_state: Any) -> Any:
         raise UserError(f"{path}: not a checkpoint of this student, or damaged: {first_line(error)}") from None
 
 
-def meta_of(path: Path) -> dict[str, Any]:
+def meta_of(path: str | Path) -> dict[str, Any]:
     """Return the `meta` saved with a checkpoint, changing nothing there; UserError when there is none."""
+    if url := url_of(path):
+        return bucket_checkpoint.facts_of(url)["meta"]
     try:
         return ocp.metadata(path).custom_metadata["meta"]
     except Exception as error:
         raise UserError(f"{path}: not a checkpoint of a training: {first_line(error)}") from None
-
-
-def _leaves(tree: Any) -> dict[str, str]:
-    """Return the dtype and shape of every leaf, such as `float32 [3, 4]`, by its path, such as `a/b/0`."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): f"{np.dtype(leaf.dtype).name} {list(leaf.shape)}"
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }

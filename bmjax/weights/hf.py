@@ -8,7 +8,7 @@ import json
 import math
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
 from itertools import groupby, product
 from pathlib import Path
@@ -22,14 +22,17 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bmjax.config import UserError, read_text
+from bmjax.io import bucket
 from bmjax.io.atomic import replacing
 from bmjax.io.model_files import quantization
-from bmjax.io.safetensors import DTYPES, Checkpoint, SharedWriter, listing, open_checkpoint
+from bmjax.io.safetensors import DTYPES, Checkpoint, Plan, SharedWriter, listing, open_checkpoint
+from bmjax.log import write_line
 from bmjax.model import spec
-from bmjax.model.config import ARCHITECTURES, ModelConfig
+from bmjax.model.config import ARCHITECTURES, ModelConfig, context_length
 from bmjax.model.spec import EMBEDDING, HEAD, Param
 from bmjax.parallel.mesh import sharding
 from bmjax.parallel.processes import is_main
+from bmjax.urls import url_of
 from bmjax.weights.tokenizer import portable_config, write_json, write_tokenizer
 
 FLOATS = ("BF16", "F16", "F32")
@@ -46,11 +49,23 @@ def load_params(
     Every process reads only the blocks of its devices. mesh None: the default device. dtype None: as stored. Raises
     UserError when the files do not hold exactly the tensors that `config`, the directory's, describes.
     """
+    checkpoint = open_params(directory, config)
+    dtype = None if dtype is None else np.dtype(dtype)
+    return spec.unflatten((row.path, _load_leaf(checkpoint, row, mesh, dtype)) for row in spec.table(config))
+
+
+def open_params(directory: str | Path, config: ModelConfig) -> Checkpoint:
+    """Open the checkpoint of a directory whose config is `config`, for `load_params` or `read_tensor`.
+
+    Raises UserError when the files do not hold exactly the tensors that the config describes.
+    """
     checkpoint = open_checkpoint(directory)
     if fault := _fault(checkpoint, config):
         raise UserError(f"{checkpoint.directory}: {fault}")
-    dtype = None if dtype is None else np.dtype(dtype)
-    return spec.unflatten((row.path, _load_leaf(checkpoint, row, mesh, dtype)) for row in spec.table(config))
+    if is_main():
+        for note in checkpoint.notes:
+            write_line(f"bmjax: note: {directory}: {note}")
+    return checkpoint
 
 
 def _fault(checkpoint: Checkpoint, config: ModelConfig) -> str | None:
@@ -114,7 +129,7 @@ def _load_leaf(checkpoint: Checkpoint, row: Param, mesh: Mesh | None, dtype: np.
         out = np.empty([stop - start for start, stop in bounds], leaf_dtype)
         layers = keys[slice(*bounds[0])] if row.stacked else keys
         for layer, key in zip(out if row.stacked else [out], layers, strict=True):
-            tensor = _read(checkpoint, key, inner[::-1] if row.transposed else inner)
+            tensor = read_tensor(checkpoint, key, inner[::-1] if row.transposed else inner)
             with np.errstate(invalid="ignore", over="ignore"):  # casting keeps NaN and infinity, which is no error
                 layer[...] = tensor.T if row.transposed else tensor
         return out
@@ -134,14 +149,15 @@ def _float_dtype(checkpoint: Checkpoint, key: str) -> Any:
     return jnp.bfloat16 if info.dtype == "F8_E4M3" else info.numpy_dtype
 
 
-def _read(checkpoint: Checkpoint, key: str, part: tuple[slice, ...]) -> np.ndarray:
-    """Read a part of a tensor. Blockwise FP8 is multiplied by the scales of its blocks, in float32."""
+def read_tensor(checkpoint: Checkpoint, key: str, part: tuple[slice, ...] = ()) -> np.ndarray:
+    """Read a tensor, or a part of it. Blockwise FP8 is multiplied by the scales of its blocks, in float32."""
     tensor = checkpoint.read(key, part)
     if checkpoint.tensors[key].dtype != "F8_E4M3":
         return tensor
     scales = checkpoint.read(key + SCALES).astype(np.float32)
+    shape = checkpoint.tensors[key].shape
     rows, columns = (
-        np.arange(size)[piece] // FP8_BLOCK for size, piece in zip(checkpoint.tensors[key].shape, part, strict=True)
+        np.arange(size)[piece] // FP8_BLOCK for size, piece in zip(shape, part or (slice(None),) * 2, strict=True)
     )
     return tensor.astype(np.float32) * scales[np.ix_(rows, columns)]
 
@@ -181,7 +197,7 @@ def start_added_tokens(
 
 
 @partial(jax.jit, static_argnames=("dtype", "transposed"))
-def _hf_tensor(leaf: Array, layer: Any, dtype: Any, transposed: bool) -> Array:
+def hf_tensor(leaf: Array, layer: Any, dtype: Any, transposed: bool) -> Array:
     """Return a tensor in Hugging Face's orientation, as a new array: reading it leaves no host copy on the leaf."""
     part = leaf if layer is None else jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
     return jnp.array(part.T if transposed else part, dtype=dtype, copy=True)
@@ -200,6 +216,7 @@ def save_hf(
     dtype: Any = None,
     shard_bytes: float = 5e9,
     eos: Sequence[int] | None = None,
+    card: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a Hugging Face directory that transformers loads, replacing `directory` once all of it is on disk.
 
@@ -207,12 +224,12 @@ def save_hf(
     side_files: a directory whose tokenizer, chat template and generation config are copied as they stand. tokenizer,
     template, added, end: see `bmjax.weights.tokenizer.write_tokenizer`. dtype: to store all tensors in; None: that of
     each leaf. shard_bytes: a file ends where the next tensor would take it over this size. eos: end tokens to name in
-    place of those of `hf_config` and of the generation config. Where several processes hold the parameters, all make
+    place of those of `hf_config` and of the generation config. card: writes the card into the directory, when all else
+    is there. Where several processes hold the parameters, all make
     this call. Raises UserError for a directory that holds something else than a model, for a full disk, and for
     parameters that do not fit the config.
     """
     # Plan the tensors layer by layer, as Hugging Face orders them.
-    directory = Path(directory)
     if eos is not None:
         hf_config = {**hf_config, "eos_token_id": list(eos)}
     config = ModelConfig.from_hf(hf_config, "config")
@@ -231,12 +248,14 @@ def save_hf(
         for layer, row in product(range(config.num_layers) if stacked else [None], block)
     ]
     plan = [(row.hf_key.format(layer=layer), stored_as, row.hf_shape) for row, layer, stored_as in rows]
-    if directory.is_dir() and not (directory / "config.json").exists() and any(directory.iterdir()):
-        raise UserError(f"{directory}: exists, is not empty and holds no model; choose another name or empty it")
+    if is_main() and bucket.is_folder(directory) and not bucket.exists(bucket.join(directory, "config.json")):
+        inside = bucket.names_in(directory) if url_of(directory) else [*Path(directory).iterdir()]
+        if inside and not bucket.is_unfinished(directory):
+            raise UserError(f"{directory}: exists, is not empty and holds no model; choose another name or empty it")
 
     def gather(row: Param, layer: int | None, stored_as: np.dtype) -> Array:
         # Every process has a part of each tensor, and joins in as the first one gets all parts.
-        tensor = _hf_tensor(spec.get(params, row.path), layer, stored_as, row.transposed)
+        tensor = hf_tensor(spec.get(params, row.path), layer, stored_as, row.transposed)
         if tensor.is_fully_addressable:
             return tensor
         assert isinstance(tensor.sharding, NamedSharding)  # several processes share arrays only on a mesh
@@ -252,20 +271,44 @@ def save_hf(
             for (name, _, _), tensor in zip(plan, rows, strict=True):
                 writer.write(name, 0, jax.device_get(gather(*tensor)))
 
-        # Write config, tokenizer and generation config beside the weights.
-        most = _most((stored_as.name, math.prod(shape)) for _, stored_as, shape in plan)
-        values = {"architectures": [ARCHITECTURES[config.model_type]], **portable_config(hf_config)}
-        write_json(temporary / "config.json", values | {"dtype": most, "torch_dtype": most})
+        _write_beside(temporary, hf_config, plan, side_files, eos)
         if side_files is not None or tokenizer is not None:
-            write_tokenizer(temporary, side_files, tokenizer, template, added, end)
-        path = temporary / "generation_config.json"
-        if side_files is not None and (side_files / path.name).is_file():
-            shutil.copyfile(side_files / path.name, path)
-        else:
-            ids = {key: hf_config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-            write_json(path, {key: value for key, value in ids.items() if value is not None})
-        if eos is not None:
-            write_json(path, json.loads(read_text(path)) | {"eos_token_id": list(eos)})
+            write_tokenizer(temporary, side_files, tokenizer, template, added, end, context_length(hf_config))
+        if card is not None:
+            card(temporary)
+
+
+def tensor_plan(config: ModelConfig, dtype: Any) -> list[tuple[str, np.dtype, tuple[int, ...]]]:
+    """Return name, dtype and shape of every tensor of a model in one dtype, in the order in which they are written."""
+    return [
+        (row.hf_key.format(layer=layer), np.dtype(dtype), row.hf_shape)
+        for stacked, block in groupby(spec.table(config), lambda row: row.stacked)
+        for layer, row in product(range(config.num_layers) if stacked else [None], block)
+    ]
+
+
+def finish_directory(folder: Path, hf_config: Mapping[str, Any], plan: Plan, side_files: Path) -> None:
+    """Write what belongs beside the tensors of `plan`, which are in `folder`; arguments as of `save_hf`."""
+    _write_beside(folder, hf_config, plan, side_files, None)
+    write_tokenizer(folder, side_files, context=context_length(hf_config))
+
+
+def _write_beside(
+    folder: Path, hf_config: Mapping[str, Any], plan: Plan, side_files: Path | None, eos: Sequence[int] | None
+) -> None:
+    """Write config and generation config of the tensors in `plan`."""
+    most = _most((stored_as.name, math.prod(shape)) for _, stored_as, shape in plan)
+    values = {"architectures": [ARCHITECTURES[hf_config["model_type"]]], **portable_config(hf_config)}
+    write_json(folder / "config.json", values | {"dtype": most, "torch_dtype": most})
+    path = folder / "generation_config.json"
+    if side_files is not None and (side_files / path.name).is_file():
+        shutil.copyfile(side_files / path.name, path)
+    else:
+        ids = {key: hf_config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        write_json(path, {key: value for key, value in ids.items() if value is not None})
+    if eos is not None:
+        stored = {key: value for key, value in json.loads(read_text(path)).items() if key != "transformers_version"}
+        write_json(path, stored | {"eos_token_id": list(eos)})
 
 
 def _most(sizes: Iterable[tuple[str, int]]) -> str:

@@ -5,6 +5,7 @@ copied as they stand; only what was changed, and what one of these readers canno
 imported here.
 """
 
+import contextlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -18,12 +19,38 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model",
     "added_tokens.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+MAX_CHARACTERS = 2**27  # of a tokenizer's file
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; an empty one where there is none."""
+    if path.is_file():
+        with contextlib.suppress(UserError, ValueError, RecursionError):
+            if isinstance(content := json.loads(read_text(path, MAX_CHARACTERS)), dict):
+                return content
+    return {}
 
 
 def has_tokenizer(directory: Path) -> bool:
     """Return whether a directory has the files that a tokenizer is loaded from."""
     files = {name for name in TOKENIZER_FILES if (directory / name).is_file()}
     return bool(files & {"tokenizer.json", "tokenizer.model", "vocab.txt"}) or {"vocab.json", "merges.txt"} <= files
+
+
+def stored_template(directory: Path) -> str | None:
+    """Return the chat template of a directory, as loaders choose it: a file of its own goes first."""
+    jinja = directory / "chat_template.jinja"
+    if jinja.is_file():
+        with contextlib.suppress(UserError):
+            return read_text(jinja)
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        template = read_json(directory / name).get("chat_template")
+        if isinstance(template, list):  # named ones
+            named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+            template = named.get("default") or next(iter(named.values()), None)
+        if isinstance(template, str) and template:
+            return template
+    return None
 
 
 def load_tokenizer(directory: str | Path) -> Any:
@@ -52,6 +79,7 @@ def write_tokenizer(
     template: str | None = None,
     added: Mapping[str, int] = MappingProxyType({}),
     end: str | None = None,
+    context: int | None = None,
 ) -> None:
     """Write the tokenizer of a model into its directory.
 
@@ -62,6 +90,7 @@ def write_tokenizer(
         template: Jinja text of the chat template, written in both forms that readers look for; None: the files' own.
         added: id of each special token that `source` lacks.
         end: the special token that ends a turn, where tokens were added; it becomes the tokenizer's end token.
+        context: tokens that the model reads at most, which no tokenizer may promise more of; None: not known.
     """
     if source is None:
         tokenizer.save_pretrained(str(target))
@@ -78,6 +107,8 @@ def write_tokenizer(
     original = dict(config)
     if added:
         _add_tokens(target, config, tokenizer, added, end)
+
+    set_longest(config, context)
 
     # transformers 5 names its general class TokenizersBackend and lists extra_special_tokens; 4 knows neither.
     if config.get("tokenizer_class") == "TokenizersBackend":
@@ -100,6 +131,17 @@ def write_tokenizer(
         (target / "chat_template.json").unlink(missing_ok=True)
     if config != original:
         write_json(config_file, config)
+
+
+def set_longest(config: dict[str, Any], context: int | None) -> None:
+    """Make a tokenizer config's model_max_length true: where it is missing or more than the context, the context.
+
+    Tokenizers saved without one say 10^30, and transformers never warns of a text that is too long.
+    """
+    longest = config.get("model_max_length")
+    is_known = isinstance(longest, (int, float)) and 0 < longest <= (context or 0)
+    if context is not None and not is_known:
+        config["model_max_length"] = context
 
 
 def _add_tokens(
@@ -147,9 +189,9 @@ def portable_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
     4 reads rope_theta and rope_scaling at the top, 5 reads rope_parameters. A reader that finds only the other spelling
     computes with its default theta, and says nothing. `dtype` and `torch_dtype` are written where the weights are.
-    What is written is never quantized, whatever it was read from.
+    What is written is never quantized, whatever it was read from, and no transformers wrote it.
     """
-    config = {key: value for key, value in config.items() if key != "quantization_config"}
+    config = {key: value for key, value in config.items() if key not in ("quantization_config", "transformers_version")}
     parameters, scaling = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
     if any(isinstance(value, Mapping) for value in parameters.values()):  # one setting a kind of layer: 5 alone has it
         return dict(config)

@@ -15,7 +15,7 @@ import pytest
 
 from bmjax.config import UserError
 from bmjax.parallel.mesh import make_mesh, sharding
-from bmjax.weights.checkpoint import Checkpoints
+from bmjax.weights.checkpoint import DiskCheckpoints
 
 META = {"tokens": 123456789012, "values": {"loss": 0.1, "none": None}, "list": [1, [2, "für"]], "flag": True}
 
@@ -54,11 +54,11 @@ def steps_in(directory: Path) -> list[str]:
 
 def test_round_trip_is_exact(tmp_path: Path) -> None:
     state = on_device(arrays())
-    checkpoints = Checkpoints(tmp_path / "c", keep=2)
+    checkpoints = DiskCheckpoints(tmp_path / "c", keep=2)
     assert checkpoints.latest() is None
     checkpoints.save(10, state, META)
     checkpoints.close()
-    again = Checkpoints(tmp_path / "c", keep=2)
+    again = DiskCheckpoints(tmp_path / "c", keep=2)
     assert again.latest() == 10
     restored, meta = again.restore(abstract(state))
     assert_exact(restored, arrays())
@@ -70,7 +70,7 @@ def test_onto_another_mesh(tmp_path: Path) -> None:
     first, second = make_mesh({"fsdp": 4, "tensor": 2}), make_mesh({"fsdp": 2, "tensor": 2, "data": 2})
     value = np.random.default_rng(0).standard_normal((16, 8)).astype(jnp.bfloat16)
     state = {"w": jax.device_put(value, sharding(first, ("embed", "mlp"), (16, 8))), "n": jnp.float32(3)}
-    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints = DiskCheckpoints(tmp_path, keep=1)
     checkpoints.save(1, state, {})
     target = {"w": jax.ShapeDtypeStruct((16, 8), jnp.bfloat16, sharding=sharding(second, ("mlp", "embed"), (16, 8))),
               "n": jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding(second, (), ()))}  # fmt: skip
@@ -82,7 +82,7 @@ def test_onto_another_mesh(tmp_path: Path) -> None:
 
 def test_into_another_precision(tmp_path: Path) -> None:
     value = np.random.default_rng(0).standard_normal((16, 8)).astype(np.float32)
-    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints = DiskCheckpoints(tmp_path, keep=1)
     checkpoints.save(1, {"w": jax.device_put(value)}, {})
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     restored, _ = checkpoints.restore({"w": jax.ShapeDtypeStruct((16, 8), jnp.bfloat16, sharding=device)})
@@ -92,7 +92,7 @@ def test_into_another_precision(tmp_path: Path) -> None:
 
 def test_keeps_multiples_besides_the_last(tmp_path: Path) -> None:
     state = on_device(arrays())
-    checkpoints = Checkpoints(tmp_path, keep=1, keep_every=10)
+    checkpoints = DiskCheckpoints(tmp_path, keep=1, keep_every=10)
     for step in (5, 10, 15, 20, 25, 30, 35):
         checkpoints.save(step, state, {})
     assert checkpoints.latest() == 35
@@ -102,7 +102,7 @@ def test_keeps_multiples_besides_the_last(tmp_path: Path) -> None:
 
 def test_keeps_the_last(tmp_path: Path) -> None:
     state = on_device(arrays())
-    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints = DiskCheckpoints(tmp_path, keep=2)
     for step in (5, 10, 15, 17):
         checkpoints.save(step, state, {"step": step})
     assert checkpoints.latest() == 17
@@ -118,7 +118,7 @@ def test_keeps_the_last(tmp_path: Path) -> None:
 def test_arrays_may_be_donated_after_save(tmp_path: Path) -> None:
     overwrite = jax.jit(lambda state: jax.tree.map(lambda a: a * 0 - 1, state), donate_argnums=0)
     expected = {"x": np.arange(2_000_000, dtype=np.float32)}
-    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints = DiskCheckpoints(tmp_path, keep=1)
     for step in range(1, 4):
         state = on_device(expected)
         shapes = abstract(state)
@@ -130,11 +130,11 @@ def test_arrays_may_be_donated_after_save(tmp_path: Path) -> None:
 
 def test_leftovers_are_ignored_and_cleared(tmp_path: Path) -> None:
     state = on_device(arrays())
-    checkpoints = Checkpoints(tmp_path, keep=3)
+    checkpoints = DiskCheckpoints(tmp_path, keep=3)
     checkpoints.save(1, state, {})
     checkpoints.close()
     (tmp_path / "2.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
-    again = Checkpoints(tmp_path, keep=3)
+    again = DiskCheckpoints(tmp_path, keep=3)
     assert again.latest() == 1
     assert steps_in(tmp_path) == ["1"]
     again.save(2, state, {"two": 2})
@@ -164,7 +164,7 @@ def differing(state: Any) -> dict[str, tuple[Any, str]]:
 
 def test_another_models_checkpoint(tmp_path: Path) -> None:
     state = on_device(arrays())
-    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints = DiskCheckpoints(tmp_path, keep=1)
     with pytest.raises(UserError, match=r"no checkpoint$"):
         checkpoints.restore(abstract(state))
     checkpoints.save(1, state, {})
@@ -177,7 +177,7 @@ def test_another_models_checkpoint(tmp_path: Path) -> None:
 
 def test_a_damaged_checkpoint(tmp_path: Path) -> None:
     state = on_device(arrays())
-    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints = DiskCheckpoints(tmp_path, keep=1)
     checkpoints.save(1, state, {})
     assert checkpoints.latest() == 1
     for path in (tmp_path / "1").rglob("d/*"):
@@ -191,12 +191,12 @@ def test_a_damaged_checkpoint(tmp_path: Path) -> None:
 def test_a_file_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="cannot hold checkpoints"):
-        Checkpoints(tmp_path / "file", keep=1)
+        DiskCheckpoints(tmp_path / "file", keep=1)
 
 
 def test_small_saves_are_cheap(tmp_path: Path) -> None:
     state = on_device({f"p{i}": np.ones(2**14, np.float32) for i in range(16)})  # 1 MiB
-    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints = DiskCheckpoints(tmp_path, keep=2)
     seconds = []
     for step in range(1, 6):
         start = time.perf_counter()
@@ -211,8 +211,8 @@ FULL = """
 import resource, sys
 import jax.numpy as jnp
 from bmjax.config import UserError
-from bmjax.weights.checkpoint import Checkpoints
-checkpoints = Checkpoints(sys.argv[1], keep=3)
+from bmjax.weights.checkpoint import DiskCheckpoints
+checkpoints = DiskCheckpoints(sys.argv[1], keep=3)
 checkpoints.save(1, {"x": jnp.arange(1000.)}, {"n": 1})
 checkpoints.latest()
 if sys.argv[2] == "limit":
@@ -235,7 +235,7 @@ def check_full(directory: Path, kind: str, message: str) -> None:
     ), done.stderr
     assert "Traceback" not in done.stderr
     assert steps_in(directory) == ["1"]
-    checkpoints = Checkpoints(directory, keep=3)
+    checkpoints = DiskCheckpoints(directory, keep=3)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     state, meta = checkpoints.restore({"x": jax.ShapeDtypeStruct((1000,), jnp.float32, sharding=device)})
     checkpoints.close()
@@ -262,8 +262,8 @@ def test_a_full_disk(tmp_path: Path) -> None:
 KILLED = """
 import sys
 import jax.numpy as jnp
-from bmjax.weights.checkpoint import Checkpoints
-checkpoints = Checkpoints(sys.argv[1], keep=2)
+from bmjax.weights.checkpoint import DiskCheckpoints
+checkpoints = DiskCheckpoints(sys.argv[1], keep=2)
 step = checkpoints.latest() or 0
 while True:
     step += 1
@@ -285,7 +285,7 @@ def test_a_kill_never_leaves_a_half(tmp_path: Path) -> None:
                 seen = int(process.stdout.readline())
             time.sleep(rng.uniform(0, 0.2))
             os.kill(process.pid, signal.SIGKILL)
-        checkpoints = Checkpoints(tmp_path, keep=2)
+        checkpoints = DiskCheckpoints(tmp_path, keep=2)
         latest = checkpoints.latest()
         assert latest is not None and latest >= seen - 1  # a later save began only after the one before was whole
         state, meta = checkpoints.restore(shapes)

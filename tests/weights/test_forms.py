@@ -70,10 +70,9 @@ def test_quantized_tensors_are_named_without_a_config(tmp_path):
     assert quantization({}, ["a.weight", "a.weight.absmax"]) == "bitsandbytes"
 
 
-@pytest.mark.parametrize("mesh", [None, {"fsdp": 4, "tensor": 2}])
-def test_blockwise_fp8_is_dequantized_on_reading(tmp_path, mesh):
-    directory = write_student(tmp_path / "student", hidden_size=192, intermediate_size=320, head_dim=64)
-    expected = bmjax.load(directory)
+def write_fp8_student(folder: Path) -> tuple[Path, Path]:
+    """A student with blockwise FP8 weights, and one with the values that those stand for."""
+    directory = write_student(folder / "student", hidden_size=192, intermediate_size=320, head_dim=64)
     tensors = load_file(directory / "model.safetensors")
     quantized, rng = {}, np.random.default_rng(0)
     for name, tensor in tensors.items():
@@ -86,10 +85,17 @@ def test_blockwise_fp8_is_dequantized_on_reading(tmp_path, mesh):
         codes = (tensor / spread).astype(ml_dtypes.float8_e4m3fn)
         quantized |= {name: codes, name + "_scale_inv": scales}
         tensors[name] = (codes.astype(np.float64) * spread.astype(np.float64)).astype(np.float32)
-    fp8 = write_student(tmp_path / "fp8", hidden_size=192, intermediate_size=320, head_dim=64)
+    fp8 = write_student(folder / "fp8", hidden_size=192, intermediate_size=320, head_dim=64)
     save_file(quantized, fp8 / "model.safetensors")
     change_config(fp8, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
     save_file(tensors, directory / "model.safetensors")
+    return fp8, directory
+
+
+@pytest.mark.parametrize("mesh", [None, {"fsdp": 4, "tensor": 2}])
+def test_blockwise_fp8_is_dequantized_on_reading(tmp_path, mesh):
+    fp8, directory = write_fp8_student(tmp_path)
+    expected = bmjax.load(write_student(tmp_path / "plain", hidden_size=192, intermediate_size=320, head_dim=64))
     tokens = np.arange(40)[None] % 300
     model = bmjax.load(fp8, dtype="float32", mesh=mesh)
     np.testing.assert_allclose(model.logits(tokens), bmjax.load(directory).logits(tokens), atol=1e-5)

@@ -18,6 +18,7 @@ from bmjax.branch.train import train
 from bmjax.chat.template import named_template
 from tests.branch.test_stopping import DEEPSEEK, ROWS, branch, deepseek_student  # noqa: F401
 from tests.conftest import write_rows, write_student
+from tests.weights.test_forms import write_fp8_student
 
 VERSIONS = {4: "4.57.6", 5: None}  # None: the one that is installed
 
@@ -77,13 +78,20 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_pos
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["added marks", "own template", "another template", "rope of 5", "yarn of 5"])
+@pytest.mark.parametrize(
+    "case",
+    ["added marks", "own template", "another template", "rope of 5", "yarn of 5", "tied", "sliding windows", "of FP8"],
+)
 def test_transformers_4_and_5_read_an_export_alike(case, packages, tmp_path, request):
     if case == "added marks":
         directory = request.getfixturevalue("branch")[0]
+    elif case == "of FP8":
+        directory = export(write_fp8_student(tmp_path)[0], tmp_path)
     else:
         rope = {"rope of 5": ROPE5, "yarn of 5": ROPE5 | {"rope_parameters": YARN}}.get(case, {})
-        student = write_student(tmp_path / "student")
+        windows = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
+        shape = {"tied": {"tie_word_embeddings": True}, "sliding windows": windows}.get(case, {})
+        student = write_student(tmp_path / "student", **shape)
         config = json.loads((student / "config.json").read_text())
         for key in ("rope_theta", "rope_scaling", "rope_parameters", "torch_dtype"):
             config.pop(key, None)
