@@ -8,9 +8,9 @@ import pytest
 
 from bmjax.config import UserError
 from bmjax.io.jsonl import JsonLines
+from bmjax.teach.index import id_key, read_ids
 from bmjax.teach.record import (
     Record,
-    ids_present,
     normalise_prompt,
     read_records,
     record_id,
@@ -49,8 +49,8 @@ def test_records_survive_the_round_trip(tmp_path: Path) -> None:
     # Half of a surrogate pair is no text that a tokenizer knows; it is replaced on reading.
     written[3] = replace(written[3], response=written[3].response.replace("\ud800", "\ufffd"))
     assert list(read_records(path)) == written
-    assert ids_present(path) == {"id0", "id1", "id2", "id3"}
-    assert ids_present(tmp_path / "none.jsonl") == set()
+    assert read_ids(path) == {id_key(f"id{n}") for n in range(4)}
+    assert read_ids(tmp_path / "none.jsonl") == set()
     assert len(path.read_bytes().splitlines()) == 4
 
 

@@ -1,39 +1,43 @@
 """Is an answer right? Chooses a judge by what the reference is, or by name, and asks it.
 
 Collecting, evaluation and `bmjax.judge` come here. A new judge is a file with `judge(reference, answer)` and a line of
-JUDGES.
+JUDGES. What a domain or a task is called never decides anything.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from bmjax.chat.reasoning import answer_of
 from bmjax.config import UserError, nearest
-from bmjax.teach.judges import choice, exact, math, programs
-from bmjax.teach.judges.verdict import Verdict, last_boxed
+from bmjax.teach.judges import choice, math, programs, text
+from bmjax.teach.judges.answer import Answer, after_reasoning, is_cut
+from bmjax.teach.judges.verdict import Verdict
 
-JUDGES: Mapping[str, Callable[[Any, str], Verdict]] = {
-    "math": math.judge, "choice": choice.judge, "exact": exact.judge, "tests": programs.judge,
+# The judges of answers in words. `tests` stands beside them, for it reads a program from the reply.
+_OF_ANSWERS: Mapping[str, Callable[[Any, Answer], Verdict]] = {
+    "math": math.judge, "choice": choice.judge, "text": text.judge_text, "exact": text.judge_exact,
 }  # fmt: skip
-
-# Domains whose references look like those of another judge: `C` in mathematics is no choice, `14` printed by a program
-# is text. This is the only place where a domain's or a task's name decides anything.
-_JUDGE_OF_DOMAIN = {"math": "math", "code": "exact"}
-_LONGEST_ANSWER = 20_000  # characters; judges read the end
+JUDGES = (*_OF_ANSWERS, "tests")
 
 
 def judge(
-    reference: Any, answer: str, judge: str | None = None, run_programs: bool = False, finish_reason: str | None = None
+    reference: Any,
+    answer: str,
+    judge: str | None = None,
+    run_programs: bool = False,
+    finish_reason: str | None = None,
+    program_seconds: float = programs.SECONDS,
 ) -> Verdict:
     """Judge an answer by its reference.
 
     Arguments:
-        reference: text, a number, or {"tests": [...]} for a program; None or empty when unknown.
-        answer: a model's text, with or without its <think> part.
+        reference: text, a number, {"answer": "B", "options": [...]} or a list of letters for a choice,
+            {"tests": [...]} for a program; None or empty when unknown.
+        answer: a model's text, with or without its <think> part. There is no answer while a thought is open.
         judge: a name in JUDGES; None: `choose(reference)`.
         run_programs: whether programs, which are a model's output, may run on this machine; else they are unjudged.
-        finish_reason: how the generation ended. One that was cut off ("length") has named its answer only in a box or
-            as a whole: its last number or letter is no answer.
+        finish_reason: how the generation ended. A text that was cut off ("length") has no answer, for without its end
+            nobody knows whether it is still the thought.
+        program_seconds: CPU seconds that a test of a program may take, where the reference gives none.
 
     Returns:
         The verdict: right, wrong, or unjudged where this machine cannot tell.
@@ -44,38 +48,44 @@ def judge(
     shaped = choose(reference)
     name = judge or shaped
     if name not in JUDGES:
-        raise UserError(f"judge: no such judge '{name}'{nearest(name, list(JUDGES))}")
-    final = answer_of(answer)
+        raise UserError(f"judge: no such judge '{name}'{nearest(name, JUDGES)}")
+    if shaped == "tests" and name != "tests":
+        raise UserError(f"reference: found tests of a program, judge '{name}' expects text")
     if name == "tests" and not run_programs:
         return Verdict("unjudged", "programs run only with run_programs: true", "none")
-    if name == "tests":
-        return programs.judge(reference, final)
-    if shaped == "tests":
-        raise UserError(f"reference: found tests of a program, judge '{name}' expects text")
-    if reference is None or not str(reference).strip():
+    if name != "tests" and (reference is None or not str(reference).strip()):
         return Verdict("unjudged", "there is no reference", "none")
-    final = final[-_LONGEST_ANSWER:]
-    verdict = JUDGES[name](reference, final)
-    named = last_boxed(final) is not None or exact.judge(reference, final).verdict == "right"
-    if finish_reason == "length" and verdict.verdict == "right" and not named:
-        return Verdict("wrong", "cut off before it named its answer", verdict.judge)
-    return verdict
+    final = after_reasoning(answer)
+    if final is None:
+        return Verdict("wrong", "no answer: the thought never ends", signatures(name)[0])
+    if is_cut(finish_reason):
+        return Verdict("wrong", f"no answer: the text was cut off ({finish_reason})", signatures(name)[0])
+    if name == "tests":
+        return programs.judge(reference, final, program_seconds)
+    return _OF_ANSWERS[name](reference, Answer(final))
 
 
-def choose(reference: Any, domain: str = "") -> str:
-    """Return the name of the judge for a reference: by its shape, and for some domains by their name.
+def choose(reference: Any) -> str:
+    """Return the name of the judge for a reference, by its shape.
 
-    {"tests": [...]} is a program's, a single letter a choice, a number or mathematical notation mathematics, and all
-    else exact text. UserError for a list, and a mapping without tests.
+    Tests are a program's, letters and answers among options a choice, a number or mathematical notation mathematics,
+    and all else text. UserError for another list or mapping.
     """
-    if isinstance(reference, dict):
-        if "tests" not in reference:
-            raise UserError(f"reference: found keys {sorted(reference)[:5]}, expected text or {{'tests': [...]}}")
+    if programs.has_tests(reference):
+        programs.check(reference)
         return "tests"
-    if isinstance(reference, list):
-        raise UserError("reference: found a list, expected text or {'tests': [...]}")
-    text = "" if reference is None else str(reference).strip()
-    by_domain = _JUDGE_OF_DOMAIN.get(domain)
-    if by_domain != "math" and choice.is_letter(text):
+    if choice.is_choice(reference):
+        choice.read_key(reference)
         return "choice"
-    return by_domain or ("math" if math.is_mathematics(text) else "exact")
+    if isinstance(reference, dict):
+        keys = sorted(map(str, reference))[:5]
+        raise UserError(f"reference: found keys {keys}, expected text or {{'tests': [...]}} or {{'answer', 'options'}}")
+    if isinstance(reference, list | tuple):
+        raise UserError("reference: found a list, expected text, {'tests': [...]} or letters of a choice")
+    shown = "" if reference is None or isinstance(reference, bool) else str(reference).strip()
+    return "math" if math.is_mathematics(shown) else "text"
+
+
+def signatures(name: str) -> tuple[str, ...]:
+    """Return what a judge signs its verdicts with, so that one who keeps verdicts knows whose they are."""
+    return math.NAMES if name == "math" else (name,)

@@ -1,53 +1,55 @@
-"""Asks math-verify (sympy) whether two pieces of mathematics are equal, in a worker process that can be killed.
+"""Asks math-verify (sympy) whether two pieces of mathematics are equal, in worker processes that can be killed.
 
-sympy can run for ever or eat all memory on a hostile expression, and its own time-outs need the main thread. So one
-worker process, which runs `serve`, answers one JSON line a question. Past the time limit it is killed, and the next
-question gets a new one.
+sympy can run for ever or eat all memory on a hostile expression, and its own time-outs need the main thread. So as many
+workers as there are cores, which run `serve`, answer one JSON line a question. A worker past the time limit is killed,
+and the next question gets a new one. Any number of threads may ask at once; they wait for an idle worker.
 """
 
 import atexit
 import contextlib
 import json
 import logging
-import resource
+import os
+import queue
 import subprocess
 import sys
 import threading
+from functools import lru_cache
 
 from bmjax.teach.judges.verdict import JudgeError
 
 START_SECONDS = 90.0
-WORKER_BYTES = 4 * 2**30
+SECONDS = 10.0
+WORKER_BYTES = 3 * 2**30
 
 
 class _Worker:
-    """The worker process, started at the first question. Any thread may ask; questions are answered one at a time."""
+    """One worker process, started at its first question."""
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
-        self.lock = threading.Lock()
 
     def ask(self, question: dict[str, str], seconds: float) -> dict[str, object]:
-        with self.lock:
-            if self.process is None or self.process.poll() is not None:
+        if self.process is None or self.process.poll() is not None:
+            self.stop()
+            code = f"import sys; sys.path = {[*map(str, sys.path)]!r}; from {__name__} import serve; serve()"
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-c", code],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            ready = self._exchange(self.process, b"", START_SECONDS)
+            if "error" in ready:
                 self.stop()
-                code = f"import sys; sys.path = {[*map(str, sys.path)]!r}; from {__name__} import serve; serve()"
-                self.process = subprocess.Popen(
-                    [sys.executable, "-P", "-c", code],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.DEVNULL,
-                    start_new_session=True,
-                )
-                ready = self._exchange(self.process, b"", START_SECONDS)
-                if "error" in ready:
-                    self.stop()
-                    raise JudgeError(str(ready["error"]))
-            return self._exchange(self.process, json.dumps(question).encode() + b"\n", seconds)
+                raise JudgeError(str(ready["error"]))
+        return self._exchange(self.process, json.dumps(question).encode() + b"\n", seconds)
 
     def _exchange(self, process: subprocess.Popen[bytes], line: bytes, seconds: float) -> dict[str, object]:
         assert process.stdin is not None and process.stdout is not None
         timer = threading.Timer(seconds, process.kill)  # which ends the wait for a line
+        timer.daemon = True
         timer.start()
         try:
             process.stdin.write(line)
@@ -68,33 +70,74 @@ class _Worker:
         self.process = None
 
 
-_WORKER = _Worker()
-atexit.register(_WORKER.stop)
+class _Pool:
+    """As many workers as this process may use cores. The most recently used idle worker answers, so few start."""
+
+    def __init__(self) -> None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.workers = [_Worker() for _ in range(cores)]
+        self.idle: queue.LifoQueue[_Worker] = queue.LifoQueue()
+        for worker in self.workers:
+            self.idle.put(worker)
+
+    def ask(self, question: dict[str, str], seconds: float) -> dict[str, object]:
+        worker = self.idle.get()
+        try:
+            return worker.ask(question, seconds)
+        finally:
+            self.idle.put(worker)
+
+    def stop(self) -> None:
+        for worker in self.workers:
+            worker.stop()
 
 
-def equal(reference: str, answer: str, seconds: float = 10.0) -> bool:
+_POOL = _Pool()
+atexit.register(_POOL.stop)
+# A forked child must not share the parent's pipes; it starts workers of its own.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: globals().update(_POOL=_Pool()))
+
+
+@lru_cache(maxsize=4096)
+def equal(reference: str, answer: str, seconds: float = SECONDS) -> bool:
     """Return whether math-verify finds `answer` equal to `reference`. Raises JudgeError when it cannot tell."""
-    result = _WORKER.ask({"reference": reference, "answer": answer}, seconds)
+    result = _POOL.ask({"reference": reference, "answer": answer}, seconds)
     if "error" in result:
         raise JudgeError(str(result["error"]))
     return bool(result["equal"])
 
 
+@lru_cache(maxsize=1024)
+def _parsed(text: str) -> tuple[object, ...]:
+    from math_verify import parse
+
+    return tuple(parse(text, parsing_timeout=None))
+
+
 def _compare(reference: str, answer: str) -> dict[str, object]:
     """Return {"equal": bool}, or {"error": text} for a reference that is no mathematics."""
-    from math_verify import parse, verify
+    from math_verify import verify
 
-    gold = parse(f"${reference}$", parsing_timeout=None) or parse(reference, parsing_timeout=None)
+    gold = _parsed(f"${reference}$") or _parsed(reference)
     if not gold:
         return {"error": "the reference is not mathematics"}
     bare = len(answer) < 200 and "$" not in answer and "\\boxed" not in answer
-    parsed = [parse(text, parsing_timeout=None) for text in ([answer, f"${answer}$"] if bare else [answer])]
-    return {"equal": any(verify(gold, expression, timeout_seconds=None) for expression in parsed if expression)}
+    for text in [answer, f"${answer}$"] if bare else [answer]:
+        parsed = _parsed(text)
+        if parsed and verify(list(gold), list(parsed), timeout_seconds=None):
+            return {"equal": True}
+    return {"equal": False}
 
 
 def serve() -> None:
-    """Be the worker process: answer one JSON line for each JSON line of stdin."""
-    resource.setrlimit(resource.RLIMIT_AS, (WORKER_BYTES, WORKER_BYTES))
+    """Be a worker process: answer one JSON line for each JSON line of stdin."""
+    try:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (WORKER_BYTES, WORKER_BYTES))
+    except (ImportError, OSError, ValueError):
+        pass  # a system without this limit; the time limit holds
     replies, sys.stdout = sys.stdout, sys.stderr
     logging.disable(logging.CRITICAL)
     try:

@@ -1,21 +1,28 @@
-"""The verdict that every judge gives, and the reading of \\boxed{...} that several need.
+"""The verdict that every judge gives.
 
-A judge is a function `judge(reference, answer) -> Verdict`. `answer` is the text after the reasoning. It never raises
-for any answer: what it cannot tell is unjudged, for an error of the judge must not count against a model.
+A judge is a function `judge(reference, answer) -> Verdict`. It never raises for any answer: what it cannot tell is
+unjudged, for an error of the judge must not count against a model.
 """
 
-import re
 from dataclasses import dataclass
 from typing import Literal
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether an answer is right, why, and what decided: number, math-verify, choice, exact, tests or none."""
+    """Whether an answer is right, and why.
+
+    Attributes:
+        verdict: right, wrong or unjudged.
+        reason: one line for people.
+        judge: what decided: number, values, math-verify, choice, text, exact, tests or none.
+        disagreement: the second opinion that said otherwise, empty where there is none.
+    """
 
     verdict: Literal["right", "wrong", "unjudged"]
     reason: str
     judge: str
+    disagreement: str = ""
 
 
 class JudgeError(Exception):
@@ -26,17 +33,3 @@ def compare(right: bool, expected: object, actual: object, judge: str) -> Verdic
     """Return right or wrong, with both sides in the reason, shortened."""
     reason = f"expected {str(expected)[:80]!r}, found {str(actual)[:80]!r}"
     return Verdict("right", "equals the reference", judge) if right else Verdict("wrong", reason, judge)
-
-
-def last_boxed(text: str) -> str | None:
-    """Return the content of the last complete \\boxed{...}, or None, in one pass over the text."""
-    open_braces: list[int] = []
-    start, end = -1, -1
-    for brace in re.finditer(r"[{}]", text):
-        if brace[0] == "{":
-            open_braces.append(brace.start())
-        elif open_braces:
-            opening = open_braces.pop()
-            if opening > start and text.endswith("\\boxed", 0, opening):
-                start, end = opening, brace.start()
-    return text[start + 1 : end] if start >= 0 else None

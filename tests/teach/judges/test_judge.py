@@ -7,25 +7,26 @@ import pytest
 
 from bmjax.config import UserError
 from bmjax.teach.judges import symbolic
+from bmjax.teach.judges.answer import last_boxed
 from bmjax.teach.judges.choice import choice_letter
 from bmjax.teach.judges.judge import JUDGES, choose, judge
-from bmjax.teach.judges.verdict import JudgeError, Verdict, last_boxed
+from bmjax.teach.judges.verdict import JudgeError, Verdict
 from bmjax.teach.settings import ProblemSettings
 
 
-def verify(domain: str, reference: object, response: str, run_programs: bool = False) -> tuple[str, str]:
-    """(verdict, judge) of a response in a domain; "choice" is the judge's name."""
-    name = domain if domain == "choice" else choose(reference, domain)
+def verify(name: str | None, reference: object, response: str, run_programs: bool = False) -> tuple[str, str]:
+    """Return (verdict, judge) of a response by a judge's name, or by the one that the reference chooses."""
     verdict = judge(reference, response, name, run_programs)
     assert verdict.reason and verdict.verdict in ("right", "wrong", "unjudged")
     return verdict.verdict, verdict.judge
 
 
+CITIES = {"answer": "B", "options": ["Berlin", "Paris", "Rome"]}
 GSM8K = Path(__file__).parents[4] / "shared/data/gsm8k/test.jsonl"
 
 
 @pytest.mark.parametrize(
-    ("kind", "reference", "response", "verdict", "by"),
+    ("name", "reference", "response", "verdict", "by"),
     [
         ("math", "12", "<think>\n3\n</think>\n12", "right", "number"),
         ("math", "3", "<think>\n3\n</think>\n12", "wrong", "number"),
@@ -37,42 +38,40 @@ GSM8K = Path(__file__).parents[4] / "shared/data/gsm8k/test.jsonl"
         ("math", "1/3", "0.333", "wrong", "number"),
         ("math", "0.1", "0.10000000000000000001", "wrong", "number"),
         ("math", "-3", "x = −3", "right", "number"),
-        ("math", "3", "5-3", "right", "number"),
+        ("math", "2", "5-3", "right", "number"),
         ("math", "30000", "about 3e4", "right", "number"),
         ("math", "42", r"\boxed{41} no, \boxed{42}, said 7 people", "right", "number"),
-        ("math", "10", r"$2^{10}$ is not it: \boxed{\text{ 10 } }", "right", "math-verify"),
+        ("math", "10", r"$2^{10}$ is not it: \boxed{\text{ 10 } }", "right", "number"),
         ("math", 12, "12", "right", "number"),
         ("math", "Worked out.\n#### 1,200", "The total is $1200", "right", "number"),
         ("math", "5", "", "wrong", "number"),
-        ("math", "5", "five", "wrong", "number"),
+        ("math", "5", "five", "right", "number"),
         ("math", "", "5", "unjudged", "none"),
         ("math", None, "5", "unjudged", "none"),
-        ("math", r"\frac{1}{2}", r"\boxed{0.5}", "right", "math-verify"),
-        ("math", "x^2+1", "$1+x^2$", "right", "math-verify"),
-        ("math", "x^2+1", "$1-x^2$", "wrong", "math-verify"),
-        ("math", r"2\sqrt{3}", r"The result is \boxed{\sqrt{12}}.", "right", "math-verify"),
-        ("math", "(1,2)", "(2,1)", "wrong", "math-verify"),
-        ("math", "Monday", "Monday", "right", "exact"),
-        ("science", "C", "C", "right", "choice"),
-        ("science", "C", "c", "right", "choice"),
-        ("science", "C", "<think>Answer: A</think>First B, but no: (C) 12 A", "right", "choice"),
-        ("science", "C", r"\boxed{\text{C}}", "right", "choice"),
-        ("science", "B", "I would say A", "wrong", "choice"),
-        ("science", "B", "no idea", "wrong", "choice"),
-        ("science", "12.5", "It is 12.5 m", "right", "number"),
+        ("math", r"\frac{1}{2}", r"\boxed{0.5}", "right", "number"),
+        ("math", "x^2+1", "$1+x^2$", "right", "values"),
+        ("math", "x^2+1", "$1-x^2$", "wrong", "values"),
+        ("math", r"2\sqrt{3}", r"The result is \boxed{\sqrt{12}}.", "right", "values"),
+        ("math", "(1,2)", "(2,1)", "wrong", "number"),
+        ("math", "Monday", "Monday", "right", "text"),
+        (None, "C", "C", "right", "choice"),
+        (None, "C", "c", "right", "choice"),
+        (None, "C", "<think>Answer: A</think>First B, but no: (C) 12 A", "right", "choice"),
+        (None, "C", r"\boxed{\text{C}}", "right", "choice"),
+        (None, "B", "I would say A", "wrong", "choice"),
+        (None, "B", "no idea", "wrong", "choice"),
+        (None, "12.5", "It is 12.5 m", "right", "number"),
         ("choice", "nothing", "A", "unjudged", "none"),
-        ("code", "14", " 14\n", "right", "exact"),
-        ("code", "[1, 2]", "`[1,  2]`", "right", "exact"),
-        ("code", "True", "true", "wrong", "exact"),
-        ("law", "Paris", "Paris", "right", "exact"),
-        ("law", "D", "D)", "right", "choice"),
-        ("code", {"tests": ["assert f() == 1"]}, "```python\ndef f(): return 1\n```", "unjudged", "none"),
+        ("exact", "14", " 14\n", "right", "exact"),
+        ("exact", "[1, 2]", "`[1,  2]`", "right", "exact"),
+        ("exact", "True", "true", "wrong", "exact"),
+        (None, "Paris", "Paris", "right", "text"),
+        (None, "D", "D)", "right", "choice"),
+        (None, {"tests": ["assert f() == 1"]}, "```python\ndef f(): return 1\n```", "unjudged", "none"),
     ],
 )
-def test_verdicts(kind: str, reference: object, response: str, verdict: str, by: str) -> None:
-    actual, judged_by = verify(kind, reference, response)
-    assert actual == verdict
-    assert judged_by == by or {judged_by, by} == {"number", "exact"}
+def test_verdicts(name: str | None, reference: object, response: str, verdict: str, by: str) -> None:
+    assert verify(name, reference, response) == (verdict, by)
 
 
 @pytest.mark.parametrize(
@@ -87,17 +86,26 @@ def test_verdicts(kind: str, reference: object, response: str, verdict: str, by:
         ("x^2 + 1", "math"),
         ("C", "choice"),
         ("(d)", "choice"),
-        ("Paris", "exact"),
-        (r"C:\Users", "exact"),
-        ("[1, 2]", "exact"),
-        ("", "exact"),
-        (None, "exact"),
+        ("Paris", "text"),
+        ("yes", "text"),
+        (True, "text"),
+        (r"C:\Users", "text"),
+        ("[1, 2]", "math"),
+        ("p - q", "math"),
+        ("x = 5", "math"),
+        ("(3, 4)", "math"),
+        ("AC", "choice"),
+        (["A", "C"], "choice"),
+        ("(B) Paris", "choice"),
+        (r"\text{(C)}", "choice"),
+        ({"answer": "B", "options": ["x", "y"]}, "choice"),
+        ("", "text"),
+        (None, "text"),
         ({"tests": []}, "tests"),
     ],
 )
 def test_the_shape_of_a_reference_chooses_its_judge(reference: object, name: str) -> None:
     assert choose(reference) == name
-    assert choose(reference, "any domain") == name
 
 
 def test_verdicts_say_why_and_by_which_judge() -> None:
@@ -110,13 +118,19 @@ def test_verdicts_say_why_and_by_which_judge() -> None:
     assert judge("5", "five", judge="exact") == Verdict("wrong", "expected '5', found 'five'", "exact")
 
 
-def test_a_cut_answer_counts_only_where_it_is_named() -> None:
-    assert judge("12", "5 + 7 = 12, so I", finish_reason="length").verdict == "wrong"
-    assert judge("12", "5 + 7 = 12, so I", finish_reason="stop").verdict == "right"
-    assert judge("12", r"\boxed{12}, for", finish_reason="length").verdict == "right"
-    assert judge("B", "Not B, as", finish_reason="length").verdict == "wrong"
-    assert judge("12", "12", finish_reason="length").verdict == "right"
-    assert judge("", "12", finish_reason="length").verdict == "unjudged"
+@pytest.mark.parametrize("finish_reason", ["length", "content_filter", "max_tokens", "error"])
+def test_a_text_that_was_cut_off_has_no_answer(finish_reason: str) -> None:
+    # A thought that the prompt had opened shows no mark, so that any box may be a guess.
+    program = "```python\nprint(2 * int(input()))\n```"
+    tests = {"tests": [{"input": "4", "output": "8"}]}
+    for reference, answer in [
+        ("12", "5 + 7 = 12, so I"), ("12", r"\boxed{12}, for"), ("12", "12"), ("B", "The answer is B. But"),
+        ("Paris", "Paris"), (tests, program), ("12", r"<think>a</think> \boxed{12} as"),
+    ]:  # fmt: skip
+        assert judge(reference, answer, run_programs=True, finish_reason="stop").verdict == "right", answer
+        cut = judge(reference, answer, run_programs=True, finish_reason=finish_reason)
+        assert cut.verdict == "wrong" and cut.reason == f"no answer: the text was cut off ({finish_reason})"
+    assert judge("", "12", finish_reason=finish_reason).verdict == "unjudged"
 
 
 def test_unknown_judges_and_references_are_one_line() -> None:
@@ -127,7 +141,9 @@ def test_unknown_judges_and_references_are_one_line() -> None:
     with pytest.raises(UserError, match="judge 'exact' expects text"):
         judge({"tests": ["assert 1"]}, "5", judge="exact")
     assert judge("5", "```\n1\n```", judge="tests", run_programs=True).verdict == "unjudged"
-    assert set(JUDGES) == {"math", "choice", "exact", "tests"}
+    assert set(JUDGES) == {"math", "choice", "text", "exact", "tests"}
+    with pytest.raises(UserError, match="is none of the options A, B"):
+        judge({"answer": "C", "options": ["x", "y"]}, "A")
 
 
 @pytest.mark.parametrize("name", JUDGES)
@@ -140,11 +156,12 @@ def test_settings_know_every_judge_of_the_table(name: str) -> None:
 def test_programs_run_only_when_asked() -> None:
     reference = {"tests": ["assert f(2) == 4", {"input": "", "output": "hi"}]}
     good = "<think>hm</think>Here:\n```python\ndef f(x):\n    return x * x\nprint('hi')\n```\n"
-    assert verify("code", reference, good, run_programs=True) == ("right", "tests")
-    assert verify("code", reference, good.replace("x * x", "x"), run_programs=True) == ("wrong", "tests")
-    assert verify("code", reference, "no program", run_programs=True) == ("wrong", "tests")
-    assert verify("code", {"tests": [3]}, good, run_programs=True) == ("unjudged", "tests")
-    assert verify("code", {"tests": []}, good, run_programs=True) == ("unjudged", "none")
+    assert verify(None, reference, good, run_programs=True) == ("right", "tests")
+    assert verify(None, reference, good.replace("x * x", "x"), run_programs=True) == ("wrong", "tests")
+    assert verify(None, reference, "no program", run_programs=True) == ("wrong", "tests")
+    with pytest.raises(UserError, match="tests: found int '3', expected asserts"):
+        verify(None, {"tests": [3]}, good, run_programs=True)
+    assert verify(None, {"tests": []}, good, run_programs=True) == ("unjudged", "none")
 
 
 @pytest.mark.parametrize(
@@ -160,13 +177,33 @@ def test_programs_run_only_when_asked() -> None:
         "\ud800 \x00 ٥ ²",
         "A" * 500_000,
         "```" * 50_000,
+        "the answer is " * 20_000,
+        "\\boxed{1} and " * 20_000,
+        "\\boxed{10^{10^{10^{10}}}}",
+        "\\boxed{" + "(" * 3_000 + "1" + ")" * 3_000 + "}",
+        "\\boxed{" + "\\frac{1}{" * 500 + "1" + "}" * 501,
+        "\\boxed{" + "1,2," * 900 + "}",
+        "\\boxed{" + "1\\pm " * 300 + "}",
+        "\\boxed{" + "x" * 3_900 + "}",
+        "\\boxed{" + "\\text{" * 200 + "}" * 201,
+        "\\boxed{" + "9" * 3_000 + "!}",
+        "**" * 30_000 + "a" * 10_000,
+        "$" * 50_000,
+        "$5 " * 50_000,
+        "answer" + " " * 19_000 + ":",
+        "A, " * 50_000,
+        "(A" * 50_000,
+        "<answer>" * 20_000,
+        "No" + ", no" * 50_000,
+        "x" * 1_000_000 + " answer is 5",
+        "答案" * 50_000,
     ],
 )
 def test_hostile_text_neither_crashes_nor_hangs(text: str) -> None:
-    for kind, reference in (("math", "5"), ("science", "A"), ("code", "5"), ("code", {"tests": ["assert 0"]})):
-        begun = time.monotonic()
-        assert verify(kind, reference, text, run_programs=True)[0] in ("right", "wrong", "unjudged")
-        assert time.monotonic() - begun < 15
+    begun = time.process_time()
+    for reference in ("5", "A", "yes", r"\sqrt{2}", "x+1", CITIES, {"tests": ["assert 0"]}):
+        assert verify(None, reference, text, run_programs=True)[0] in ("right", "wrong", "unjudged")
+    assert time.process_time() - begun < 30
 
 
 def test_an_endless_comparison_is_killed_alone() -> None:
@@ -177,19 +214,21 @@ def test_an_endless_comparison_is_killed_alone() -> None:
 
 def test_mathematics_is_judged_off_the_main_thread() -> None:
     verdicts: list[tuple[str, str]] = []
-    thread = threading.Thread(target=lambda: verdicts.append(verify("math", r"\frac{2}{4}", r"\boxed{\frac12}")))
-    thread.start()
-    thread.join()
-    assert verdicts == [("right", "math-verify")]
+    limit = (r"\int_0^1 2x\,dx", r"\boxed{\int_0^1 2x\,dx + 0}")
+    threads = [threading.Thread(target=lambda: verdicts.append(verify("math", *limit))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert verdicts == [("right", "math-verify")] * 8
 
 
 def test_boxes_and_letters() -> None:
     assert last_boxed(r"\boxed{a{b}c} {x} \boxed{unclosed") == "a{b}c"
     assert last_boxed("none } {") is None
     assert choice_letter("I") == "I"
-    assert choose("C", "math") == "math"
-    with pytest.raises(UserError, match="tests"):
-        choose({"test": 1}, "code")
+    with pytest.raises(UserError, match="test: found int"):
+        choose({"test": 1})
 
 
 @pytest.mark.skipif(not GSM8K.exists(), reason="the GSM8K file is not part of the repository")
