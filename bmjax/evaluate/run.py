@@ -1,81 +1,250 @@
-"""Scores a model: accuracy by generating and judging, held-out loss by reading traces it was not trained on.
+"""Scores a model: accuracy by asking and judging, held-out loss by reading traces it was not trained on.
 
-`bmjax eval`, `bmjax run` and `bmjax.evaluate` come here. What cannot be judged is counted apart, never as wrong.
+`bmjax eval`, `bmjax run` and `bmjax.evaluate` come here. A model in this process and one behind an endpoint share all
+but the asking. What cannot be judged is counted apart, never as wrong.
 """
 
 import itertools
 import json
-import math
-from collections.abc import Iterable, Sequence
-from functools import lru_cache
+import os
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh
-
-from bmjax.branch.examples import Encoding, build_dataset, check_vocabulary
-from bmjax.branch.loader import Loader, best_fit, load_batch
-from bmjax.chat.template import render_prompt
 from bmjax.config import UserError
-from bmjax.evaluate.score import accuracy
-from bmjax.evaluate.settings import EvalSettings, TaskSettings
-from bmjax.generate import sampler
-from bmjax.io.atomic import write_atomic
-from bmjax.io.jsonl import write_jsonl
-from bmjax.io.rows import Row, fill, read_rows
-from bmjax.log import Log, silent
-from bmjax.model import qwen2
-from bmjax.model.config import ModelConfig
-from bmjax.parallel.mesh import make_mesh
-from bmjax.teach.judges.judge import judge
-from bmjax.teach.judges.verdict import Verdict
-from bmjax.teach.problems import Problem, read_problems
-from bmjax.weights import hf
-from bmjax.weights import student as students
-from bmjax.weights.student import Student
+from bmjax.evaluate import livecodebench_file, paper
+from bmjax.evaluate.answering import Answerer, Generated, sampling_of
+from bmjax.evaluate.judging import OVER_CONTEXT, judge_answer, judged_by, votes
+from bmjax.evaluate.questions import Asked, read_questions, samples_of
+from bmjax.evaluate.samples import Sample, Samples, samples_file, shown_reference, stored_samples
+from bmjax.evaluate.score import accuracy, metric, require_samples, token_lengths
+from bmjax.evaluate.settings import EvalSettings
+from bmjax.io import bucket
+from bmjax.io.atomic import held, write_atomic
+from bmjax.io.rows import read_rows
+from bmjax.log import Log, progress_bar, silent
+from bmjax.teach.record import ending
 
-Question = tuple[Problem, Sequence[int]]  # with its prompt as tokens of the chat template
+if TYPE_CHECKING:
+    from bmjax.evaluate.local import LocalAnswerer
+
+SCORES = "scores.json"
+
+Scores = dict[str, dict[str, Any]]
 
 
-def evaluate(settings: EvalSettings, log: Log = silent) -> dict[str, dict[str, Any]]:
-    """Score a model on every task, writing DIR/scores.json and every sample to DIR/samples/TASK.jsonl.
+def evaluate(settings: EvalSettings, log: Log = silent) -> Scores:
+    """Score a model on every task, or go on with a run that was stopped.
+
+    Writes OUTPUT/scores.json, every sample to OUTPUT/samples/TASK.jsonl as it arrives and, where it is asked for,
+    OUTPUT/lcb/TASK_eval_all.json, OUTPUT/table.md and OUTPUT/table.json.
 
     Returns:
-        Scores by task. One with questions gets accuracy and ci95 over the questions that could be judged, n (those),
-        k (samples a question), unjudged (samples) and truncated (the share cut at max_new_tokens). One with traces gets
-        loss (nats a target token), bits_per_byte (of the target text), loss_tokens and cut_rows.
+        Scores by task. One with questions gets accuracy, ci95 and ci95_by over the n problems that could be judged, k
+        (samples a problem), unjudged (samples), truncated (the share that did not come to its end), over_context
+        (samples whose prompt is too long), tokens (lengths of answers), metrics, and samples: the file that all this
+        comes from, and its count. One with traces gets loss, bits_per_byte, loss_tokens and cut_rows.
 
     Raises:
-        UserError: for a model or a row that does not fit, and for a task of which no answer can be judged.
+        UserError: for a model or a row that does not fit, for a task of which no answer can be judged, and where
+            requests failed so that samples are missing.
+        KeyboardInterrupt: what had arrived is kept; the same call continues.
     """
-    student = students.open(settings.model, template=settings.template, purpose="evaluation")
-    if not settings.tasks:
-        raise UserError("tasks: empty; expected at least one, name: {questions, traces}")
-    for name, task in settings.tasks.items():
-        if name != Path(name).name:
-            raise UserError(f"tasks: '{name}' is used as a file name; it must not hold '/' or be empty")
-        if task.questions is None and task.traces is None:
-            raise UserError(f"tasks.{name}: give questions (for accuracy), traces (for the held-out loss) or both")
-    questions = {name: _questions(settings, name, student) for name in settings.tasks}
-    mesh = make_mesh(settings.mesh)
-    dtype = np.dtype(jnp.dtype(settings.compute_dtype))
-    scores: dict[str, dict[str, Any]] = {}
-    with jax.set_mesh(mesh):
-        params = hf.load_params(student.directory, student.config, mesh, dtype=dtype)
+    output = Path(settings.output)
+    with held(output / ".lock", "another evaluation is writing here"):
+        answerer, local = _open(settings, log)
+
+        # All questions are read and checked before anything is asked.
+        asked: dict[str, list[Asked]] = {}
+        for name in settings.tasks:
+            questions = read_questions(settings, name, log)
+            asked[name] = samples_of(settings, name, questions, answerer.identity, sampling_of(settings, name))
+            answerer.check(name, asked[name])
+
+        bucket.mirror(output / SCORES).unlink(missing_ok=True)  # it says nothing of the samples that now change
+        scores: Scores = {}
+        failures: list[str] = []
         for name, task in settings.tasks.items():
-            scores[name] = {}
-            if questions[name]:
-                score, samples = _accuracy(settings, name, questions[name], student, params)
-                scores[name] |= score
-                write_jsonl(Path(settings.output) / "samples" / f"{name}.jsonl", samples)
+            score: dict[str, Any] = {}
+            if asked[name]:
+                samples, failed = _collect(settings, name, asked[name], answerer, log)
+                try:
+                    score |= score_samples(settings, name, asked[name], samples)
+                except UserError as error:
+                    if not failed:
+                        raise
+                    failures.append(f"{error} ({len(failed)} requests failed, the first: {failed[0]})")
+                    continue
             if task.traces is not None:
-                scores[name] |= _held_out_loss(settings, task, student, params, mesh)
-            log(f"{settings.model} {name}: {summary(scores[name])}")
-    write_atomic(Path(settings.output) / "scores.json", json.dumps(scores, indent=1))
-    return scores
+                from bmjax.evaluate.loss import held_out_loss
+
+                assert local is not None  # the settings refuse traces with an endpoint
+                with local.on_mesh():
+                    score |= held_out_loss(settings, task, local.student, local.params, local.mesh, log)
+            scores[name] = score
+            log(f"{settings.model} {name}: {summary(score)}")
+        if failures:
+            raise UserError("; ".join(failures))
+        write_atomic(output / SCORES, json.dumps(scores, indent=1))
+        if settings.table == "paper":
+            paper.write_table(output, settings.model, scores)
+        return scores
+
+
+def describe(settings: EvalSettings, log: Log = silent) -> list[str]:
+    """Return what `evaluate` would do, in lines: the answers to ask for, their longest tokens, the memory.
+
+    It reads questions, samples that are there, and of a model its config and tokenizer. Raises UserError as `evaluate`.
+    """
+    answerer, local = _open(settings, silent)
+    lines, total = [], 0
+    for name, task in settings.tasks.items():
+        if questions := read_questions(settings, name, log):
+            asked = samples_of(settings, name, questions, answerer.identity, sampling_of(settings, name))
+            answerer.check(name, asked)
+            present = stored_samples(settings.output, name)
+            missing = sum(sample.id not in present for sample in asked)
+            longest = settings.of_task(name, "max_new_tokens")
+            total += missing
+            lines.append(
+                f"{name}: {len(questions):,} questions, {len(asked) // len(questions)} samples each; "
+                f"{len(asked) - missing:,} answers are there, {missing:,} to ask for, at most {missing * longest:,} "
+                f"tokens ({longest:,} each)"
+            )
+        if task.traces is not None:
+            count = sum(1 for _ in itertools.islice(read_rows(task.traces, "traces"), task.limit))
+            lines.append(f"{name}: held-out loss of {count:,} traces")
+    if local is None:
+        where = f"{total:,} requests of {settings.model} at {settings.base_url}, {settings.concurrency} at a time"
+        return [*lines, f"{where}; nothing was asked or written"]
+    return [*lines, f"{local.memory_line()}; nothing was written"]
+
+
+def _open(settings: EvalSettings, log: Log) -> "tuple[Answerer, LocalAnswerer | None]":
+    """Return who answers, and the same where it is a model in this process. JAX is imported for that alone."""
+    if settings.base_url is not None:
+        from bmjax.evaluate.endpoint import EndpointAnswerer
+
+        return EndpointAnswerer(settings, log), None
+    from bmjax.evaluate.local import LocalAnswerer
+
+    local = LocalAnswerer(settings, log)
+    return local, local
+
+
+def _collect(
+    settings: EvalSettings, name: str, asked: Sequence[Asked], answerer: Answerer, log: Log
+) -> tuple[list[Sample], list[str]]:
+    """Ask for the samples of a task that are missing, and judge all that have no verdict of today's judge.
+
+    Returns:
+        the samples in the order of `asked` with an empty list, or fewer of them with why the others failed.
+    """
+    lcb_compat = settings.tasks[name].lcb_compat
+    sampling = sampling_of(settings, name)
+    judging: list[Future[None]] = []
+    with Samples(settings.output, name, asked) as store, ThreadPoolExecutor(min(32, (os.cpu_count() or 1) + 4)) as pool:
+
+        def judge(sample: Asked) -> None:
+            fields = store.by_id[sample.id]
+            verdict = judge_answer(sample, fields["answer"], fields["finish_reason"], settings, lcb_compat)
+            store.append(sample.id, verdict)
+
+        def receive(sample: Asked, generated: Generated) -> None:
+            store.append(sample.id, _fields(settings, name, sample, generated, sampling))
+            judging.append(pool.submit(judge, sample))
+            bar.update(1)
+
+        missing = [sample for sample in asked if sample.id not in store.by_id]
+        present = [sample for sample in asked if sample.id in store.by_id]
+        stale = [sample for sample in present if not _is_judged(sample, store.by_id[sample.id], settings, lcb_compat)]
+        if present:
+            again = f", {len(stale)} to be judged anew" if stale else ""
+            log(f"eval {name}: {len(asked)} samples wanted, {len(present)} already there{again}")
+        judging += [pool.submit(judge, sample) for sample in stale]
+        failed: list[str] = []
+        try:
+            if missing:
+                shown = {"shown": log is not silent, "compiles": settings.base_url is None}
+                with progress_bar(f"eval {name}", "answers", len(missing), **shown) as bar:
+                    failed = answerer.answer(name, missing, receive)
+            for verdict in judging:
+                verdict.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # the next run judges what is left
+            raise
+    store.settle()
+    return [store.by_id[sample.id] for sample in asked if sample.id in store.by_id], failed
+
+
+def _is_judged(asked: Asked, sample: Sample, settings: EvalSettings, lcb_compat: bool) -> bool:
+    """Return whether a sample has a verdict by the judge, the reference and the limits of today; unjudged is none."""
+    return sample.get("verdict") in ("right", "wrong") and sample.get("judged") == judged_by(
+        asked, settings, lcb_compat
+    )
+
+
+def _fields(
+    settings: EvalSettings, name: str, asked: Asked, generated: Generated, sampling: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the fields of a sample that asking gives; its judge adds others."""
+    fields = {
+        "task": name, "problem": asked.question.problem, "sample": asked.sample, "model": settings.model,
+        "sampling": sampling, "seed": generated.seed, "prompt": asked.prompt,
+        "reference": shown_reference(asked.reference), "answer": generated.text,
+        "finish_reason": generated.finish_reason, "tokens": generated.tokens, "prompt_tokens": generated.prompt_tokens,
+    }  # fmt: skip
+    return fields | ({"options": list(asked.order)} if asked.order else {})
+
+
+def score_samples(
+    settings: EvalSettings, name: str, asked: Sequence[Asked], samples: Sequence[Sample]
+) -> dict[str, Any]:
+    """Return the statistics of a task's samples, which are in the order of `asked`; see `evaluate`.
+
+    Raises:
+        UserError: where samples are missing, and where none could be judged.
+    """
+    k, seed = settings.of_task(name, "samples"), settings.seed or 0
+    by_id = {sample["id"]: sample for sample in samples}
+    problems: dict[int, list[Asked]] = {}
+    for sample in asked:
+        problems.setdefault(sample.question.number, []).append(sample)
+    require_samples(name, [sum(sample.id in by_id for sample in group) for group in problems.values()], k)
+    outcomes = [[_outcome(by_id[sample.id]) for sample in group] for group in problems.values()]
+    if all(outcome is None for group in outcomes for outcome in group):
+        reason = Counter(sample["reason"] for sample in samples).most_common(1)[0][0]
+        raise UserError(
+            f"tasks.{name}: none of {len(samples)} answers can be judged: {reason}; "
+            "check keys 'reference' and 'judge' of the task, and 'run_programs'"
+        )
+    score = accuracy(outcomes, seed)
+    over_context = sum(sample["finish_reason"] == OVER_CONTEXT for sample in samples)
+    cut = sum(ending(sample["finish_reason"]) == "truncated" for sample in samples) - over_context
+    score |= {"truncated": cut / len(samples), "over_context": over_context}
+    if lengths := token_lengths([s["tokens"] for s in samples if s["finish_reason"] != OVER_CONTEXT]):
+        score["tokens"] = lengths
+
+    # The other measures. Which answers are the same is only asked where a majority is counted.
+    task = settings.tasks[name]
+    agreed = None
+    if any(measure.startswith("maj") for measure in task.metrics):
+        answers = [
+            [(by_id[s.id]["answer"], by_id[s.id]["finish_reason"]) for s in group] for group in problems.values()
+        ]
+        agreed = [votes(group, texts) for group, texts in zip(problems.values(), answers, strict=True)]
+    if task.metrics:
+        score["metrics"] = {measure: metric(measure, outcomes, agreed, seed) for measure in task.metrics}
+    if task.lcb_compat and settings.run_programs:
+        score["lcb_compat"] = livecodebench_file.write_file(settings.output, name, list(problems.values()), by_id, seed)
+    score["samples"] = {"file": str(samples_file("", name)), "count": len(samples)}
+    return score
+
+
+def _outcome(sample: Sample) -> bool | None:
+    return None if sample["verdict"] == "unjudged" else sample["verdict"] == "right"
 
 
 def summary(score: dict[str, Any]) -> str:
@@ -83,106 +252,21 @@ def summary(score: dict[str, Any]) -> str:
     parts = []
     if "accuracy" in score:
         low, high = score["ci95"]
-        parts.append(f"accuracy {score['accuracy']:.3f} [{low:.3f}, {high:.3f}] of {score['n']}")
+        k = f", mean of {score['k']} samples" if score["k"] > 1 else ""
+        parts.append(f"accuracy {score['accuracy']:.3f} [{low:.3f}, {high:.3f}] of {score['n']}{k}")
+        for name, measure in (score.get("metrics") or {}).items():
+            parts.append(f"{name} {measure['value']:.3f}" if measure else f"{name} unknown: too few judged samples")
+        if (score.get("lcb_compat") or {}).get("n"):
+            parts.append(f"by LiveCodeBench's own rules {score['lcb_compat']['accuracy']:.3f}")
         parts.append(f"{score['truncated']:.1%} truncated")
+        if score.get("over_context"):
+            parts.append(f"{score['over_context']} samples' prompts are over the context and count as wrong")
         if score.get("unjudged"):
             parts.append(f"{score['unjudged']} samples could not be judged")
+        if "tokens" in score:
+            parts.append(f"{score['tokens']['mean']:.0f} tokens an answer")
     if "loss" in score:
         parts.append(f"loss {score['loss']:.4f} nats/token, {score['bits_per_byte']:.4f} bits/byte")
+        if score.get("cut_rows"):
+            parts.append(f"{score['cut_rows']} traces cut to seq_len")
     return ", ".join(parts)
-
-
-def _questions(settings: EvalSettings, name: str, student: Student) -> list[Question]:
-    """Read, render and tokenize a task's questions, before the weights are read."""
-    task, tokenizer, template = settings.tasks[name], student.tokenizer, student.template
-    assert template is not None  # the student was opened for evaluation
-    if task.questions is None:
-        return []
-    questions = []
-    system = [{"role": "system", "content": settings.system}] if settings.system else []
-    for problem in read_problems(task.questions, f"tasks.{name}.questions", task, name):
-        turns = [*system, {"role": "user", "content": problem.prompt}]
-        text = render_prompt(tokenizer, turns, template, problem.location)
-        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-        sampler.check_prompt(student.config, tokens, problem.location)
-        questions.append((problem, tokens))
-    # An empty answer shows which questions cannot be judged, whatever the model says.
-    _judge(settings, name, [(problem, "", None) for problem, _ in questions])
-    return questions
-
-
-def _judge(settings: EvalSettings, name: str, answers: Iterable[tuple[Problem, str, str | None]]) -> list[Verdict]:
-    """Judge (problem, answer, why it ended) of a task; UserError when not a single one can be judged."""
-    verdicts = [
-        judge(problem.reference, answer, problem.judge, settings.run_programs, finish_reason)
-        for problem, answer, finish_reason in answers
-    ]
-    if all(verdict.verdict == "unjudged" for verdict in verdicts):
-        raise UserError(
-            f"tasks.{name}: none of {len(verdicts)} answers can be judged: {verdicts[0].reason}; "
-            f"check keys 'reference' and 'judge' of the task, and 'run_programs'"
-        )
-    return verdicts
-
-
-def _accuracy(
-    settings: EvalSettings, name: str, questions: Sequence[Question], student: Student, params: Any
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Generate and judge `settings.samples` answers to each question; returns (score, samples)."""
-    k = settings.samples
-    asked = [question for question in questions for _ in range(k)]
-    sampling = sampler.Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, settings.seed)
-    prompts, dtype = [tokens for _, tokens in asked], jnp.dtype(settings.compute_dtype)
-    outs = sampler.generate(student.config, params, prompts, sampling, student.end_tokens, settings.batch, dtype)
-    answers = student.tokenizer.batch_decode([out.tokens for out in outs], skip_special_tokens=True)
-
-    answered = list(zip((p for p, _ in asked), answers, (out.finish_reason for out in outs), strict=True))
-    verdicts = _judge(settings, name, answered)
-    outcomes = [None if verdict.verdict == "unjudged" else verdict.verdict == "right" for verdict in verdicts]
-    score = accuracy([outcomes[start : start + k] for start in range(0, len(outcomes), k)])
-    score["truncated"] = sum(out.finish_reason == "length" for out in outs) / len(outs)
-    samples = [
-        {"prompt": problem.prompt, "reference": problem.reference, "answer": answer, "finish_reason": finish_reason,
-         "verdict": verdict.verdict, "verdict_by": verdict.judge, "reason": verdict.reason}
-        for (problem, answer, finish_reason), verdict in zip(answered, verdicts, strict=True)
-    ]  # fmt: skip
-    return score, samples
-
-
-@lru_cache(maxsize=16)
-def _loss_function(config: ModelConfig, dtype: Any) -> Any:
-    return jax.jit(lambda params, batch: qwen2.loss_sum(qwen2.Qwen2(config, dtype), params, batch))
-
-
-def _held_out_loss(
-    settings: EvalSettings, task: TaskSettings, student: Student, params: Any, mesh: Mesh
-) -> dict[str, Any]:
-    """Compute the loss of a task's traces; cut_rows of them are over seq_len, so that only their beginning counts."""
-    assert task.traces is not None and student.template is not None
-    config = student.config
-    seq_len = min(settings.seq_len, config.max_length)
-    rows: Iterable[Row] = itertools.islice(read_rows(task.traces, "traces"), task.limit)
-    templates = {"prompt": task.prompt, "response": task.response}
-    if templates != {key: TaskSettings.model_fields[key].default for key in templates}:
-        rows = (
-            (location, {key: fill(template, row, location, key) for key, template in templates.items()})
-            for location, row in rows
-        )
-    dataset = build_dataset(rows, Encoding(student.tokenizer, student.template, seq_len))
-    check_vocabulary(dataset, config.vocab_size, student.directory)
-    # A power of two that holds all of a small dataset, so that few rows are empty.
-    packed = len(best_fit([len(example.tokens) for example in dataset.examples], seq_len))
-    batch = min(settings.batch, 1 << (packed - 1).bit_length())
-    loader = Loader(dataset, seq_len, batch, packing=True, shuffle=False, seed=0)
-    function = _loss_function(config, jnp.dtype(settings.compute_dtype))
-    nats, tokens = 0.0, 0.0
-    for step in range(loader.steps_per_epoch):
-        total, count = function(params, load_batch(mesh, loader, step))
-        nats, tokens = nats + float(total), tokens + float(count)
-    targets = [example.tokens[example.loss_mask.astype(bool)].tolist() for example in dataset.examples]
-    texts = student.tokenizer.batch_decode(targets, skip_special_tokens=True)
-    bits_per_byte = nats / math.log(2) / sum(len(text.encode()) for text in texts)
-    return {
-        "loss": nats / tokens, "bits_per_byte": bits_per_byte, "loss_tokens": int(tokens),
-        "cut_rows": dataset.truncated,
-    }  # fmt: skip

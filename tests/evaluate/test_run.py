@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -9,11 +11,12 @@ import torch
 import transformers
 
 from bmjax.config import UserError
-from bmjax.evaluate import run as module
+from bmjax.evaluate import local as module
 from bmjax.evaluate.run import evaluate, summary
-from bmjax.evaluate.score import accuracy, wilson
+from bmjax.evaluate.samples import Samples
+from bmjax.evaluate.score import accuracy
 from bmjax.evaluate.settings import EvalSettings
-from bmjax.generate.sampler import Generation
+from bmjax.generate.requests import Token
 from bmjax.teach.judges import symbolic
 from bmjax.teach.judges.verdict import JudgeError
 from tests.conftest import sums, write_rows, write_student
@@ -101,18 +104,7 @@ def test_accuracy_is_the_mean_over_samples(student, tokenizer, tmp_path, monkeyp
         ["<think>9</think> 5", "It is 5.", "6"],  # 2 of 3 right
         ["7", "8", "cut in the midd"],  # none, one cut
     ]
-    asked = []
-
-    def generate(config, params, prompts, sampling, eos, batch, dtype):
-        asked.extend(prompts)
-        assert (sampling.temperature, sampling.top_p, sampling.seed, sampling.max_new_tokens) == (0.6, 0.9, 3, 12)
-        assert eos == (2,) and batch == 64
-        return [
-            Generation(tuple(tokenizer(text)["input_ids"]), "length" if "cut" in text else "stop")
-            for texts in answers for text in texts
-        ]  # fmt: skip
-
-    monkeypatch.setattr(module.sampler, "generate", generate)
+    engine = planned(monkeypatch, tokenizer, *answers[0], *answers[1])
     file = write_rows(
         tmp_path / "q.jsonl", [{"prompt": "2 + 3?", "reference": "5"}, {"prompt": "2 + 7?", "reference": 9}]
     )
@@ -122,34 +114,52 @@ def test_accuracy_is_the_mean_over_samples(student, tokenizer, tmp_path, monkeyp
     score = evaluate(
         settings(student, tmp_path / "out", task, samples=3, temperature=0.6, top_p=0.9, seed=3), lines.append
     )["sums"]
-    assert len(asked) == 6 and asked[0] == asked[2] != asked[3]
+    requests = engine.requests
+    assert len(requests) == 6 and requests[0].tokens == requests[2].tokens != requests[3].tokens
+    assert [request.sample for request in requests] == [0, 1, 2, 0, 1, 2]
+    assert {(r.sampling.temperature, r.sampling.top_p, r.sampling.max_new_tokens) for r in requests} == {(0.6, 0.9, 12)}
+    # The samples of a problem share a seed, the problems do not.
+    assert requests[0].sampling.seed == requests[2].sampling.seed != requests[3].sampling.seed
     assert score["accuracy"] == pytest.approx(1 / 3) and (score["n"], score["k"]) == (2, 3)
     assert score["ci95"] == accuracy([[True, True, False], [False] * 3])["ci95"]
     assert score["truncated"] == pytest.approx(1 / 6)
     assert {"loss", "bits_per_byte", "loss_tokens"} <= score.keys()
-    assert lines == [f"{student} sums: {summary(score)}"]
+    assert lines[-1] == f"{student} sums: {summary(score)}"
     samples = [json.loads(line) for line in (tmp_path / "out" / "samples" / "sums.jsonl").read_text().splitlines()]
     assert [sample["verdict"] for sample in samples] == ["right", "right", "wrong", "wrong", "wrong", "wrong"]
-    assert summary({"accuracy": 0.5, "ci95": wilson(5, 10), "n": 10, "k": 1, "truncated": 0.1}) == (
-        "accuracy 0.500 [0.237, 0.763] of 10, 10.0% truncated"
-    )
+    assert "mean of 3 samples" in summary(score) and "16.7% truncated" in summary(score)
 
 
 def planned(monkeypatch, tokenizer, *answers):
-    """The model's answers to all questions in turn; one with "cut" in it ends at max_new_tokens."""
+    """The model's answers to all samples in turn; one with "cut" in it ends at max_new_tokens."""
 
-    def generate(config, params, prompts, sampling, eos, batch, dtype):
-        assert len(prompts) == len(answers)
-        return [
-            Generation(tuple(tokenizer(text)["input_ids"]), "length" if "cut" in text else "stop") for text in answers
-        ]
+    class Engine:
+        requests: ClassVar[list] = []
 
-    monkeypatch.setattr(module.sampler, "generate", generate)
+        def __init__(self, config, params, end_ids, **keywords):
+            assert 2 in end_ids and keywords["slots"] == 64
+            self.waiting = []
+
+        def submit(self, request, on_tokens):
+            self.requests.append(request)
+            self.waiting.append(on_tokens)
+
+        def run(self):
+            for on_tokens, text in zip(self.waiting, answers, strict=True):
+                ids = tokenizer(text)["input_ids"]
+                on_tokens([Token(i) for i in ids[:2]], None)
+                on_tokens([Token(i) for i in ids[2:]], "length" if "cut" in text else "stop")
+
+    monkeypatch.setattr(module, "Engine", Engine)
+    return Engine
 
 
 def test_what_cannot_be_judged_is_counted_apart(student, tokenizer, tmp_path, monkeypatch):
     planned(monkeypatch, tokenizer, "It is 5.", "5", "6", "7", "1", "1", "8", "8")
-    rows = [{"prompt": f"{n}?", "reference": reference} for n, reference in enumerate(["5", "7", None, {"tests": [1]}])]
+    rows = [
+        {"prompt": f"{n}?", "reference": reference}
+        for n, reference in enumerate(["5", "7", None, {"tests": ["assert True"]}])
+    ]
     file = write_rows(tmp_path / "q.jsonl", rows)
     score = evaluate(settings(student, tmp_path / "out", {"mixed": {"questions": str(file)}}, samples=2))["mixed"]
     assert (score["accuracy"], score["n"], score["k"], score["unjudged"]) == (0.75, 2, 2, 4)
@@ -178,7 +188,7 @@ def test_a_judge_that_fails_on_all_answers_is_an_error(student, tokenizer, tmp_p
 
     monkeypatch.setattr(symbolic, "equal", equal)
     planned(monkeypatch, tokenizer, "x + 1")
-    file = write_rows(tmp_path / "q.jsonl", [{"prompt": "Simplify", "reference": "x^2"}])
+    file = write_rows(tmp_path / "q.jsonl", [{"prompt": "Integrate", "reference": r"\int 2x\,dx"}])
     with pytest.raises(UserError, match=r"tasks.math: none of 1 answers can be judged: out of time"):
         evaluate(settings(student, tmp_path / "out", {"math": {"questions": str(file)}}))
 
@@ -201,7 +211,6 @@ def test_rows_are_read_by_templates(student, tokenizer, tmp_path, monkeypatch):
 @pytest.mark.parametrize("task, rows, problem", [
     ({"questions": "F"}, [{"prompt": "Q"}], r"rows.jsonl, row 1: reference asks for field 'reference', .*lacks"),
     ({"questions": "F"}, [{"prompt": " ", "reference": "1"}], r"rows.jsonl, row 1: the prompt is empty"),
-    ({"questions": "F"}, [{"prompt": "Q " * 300, "reference": "1"}], r"row 1: \d+ tokens, the model's context"),
     ({"questions": "F"}, [{"prompt": "Q", "reference": ["1"]}], r"row 1: reference: found a list"),
     ({"questions": "F"}, [], "no rows; expected at least one"),
     ({"traces": "F"}, [{"prompt": "Q"}], r"row 1: expected messages"),
@@ -233,3 +242,49 @@ def test_models_that_cannot_be_scored_are_named(student, tmp_path):
     small = write_student(tmp_path / "small", vocab_size=270)
     with pytest.raises(UserError, match=r"small: the tokenizer gives token id \d+, the model's vocabulary has 270"):
         evaluate(settings(small, tmp_path / "out", {"math": {"traces": str(file)}}))
+
+
+def test_a_stopped_run_continues_with_the_same_answers(student, tmp_path, monkeypatch):
+    file = write_rows(
+        tmp_path / "q.jsonl",
+        [{"prompt": f"{n}?", "reference": "5"} for n in range(3)] + [{"prompt": "Q " * 300, "reference": "5"}],
+    )
+    task = {"t": {"questions": str(file), "k": 2, "temperature": 1.0, "seed": 5}}
+
+    def samples(name):
+        return [json.loads(line) for line in (tmp_path / name / "samples" / "t.jsonl").read_text().splitlines()]
+
+    whole = evaluate(settings(student, tmp_path / "whole", task))["t"]
+    # The last question fills the context: nobody answers it.
+    assert (whole["over_context"], whole["n"], whole["tokens"]["answers"]) == (2, 4, 6)
+    assert [sample["finish_reason"] for sample in samples("whole")[6:]] == ["over_context"] * 2
+    # Every sample of every problem draws numbers of its own.
+    assert len({sample["answer"] for sample in samples("whole")[:6]}) == 6
+
+    append, answers = Samples.append, []
+
+    def stop_at_the_fourth(self, identity, fields):
+        if "answer" in fields:
+            answers.append(identity)
+            if len(answers) == 6:
+                raise KeyboardInterrupt
+        append(self, identity, fields)
+
+    monkeypatch.setattr(Samples, "append", stop_at_the_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(settings(student, tmp_path / "stopped", task))
+    monkeypatch.setattr(Samples, "append", append)
+    assert not (tmp_path / "stopped" / "scores.json").exists()
+    lines = []
+    assert evaluate(settings(student, tmp_path / "stopped", task), lines.append)["t"] == whole
+    assert samples("stopped") == samples("whole")
+    assert lines[0].startswith("eval t: 8 samples wanted, 5 already there")
+
+    # Other weights under the same name are another model, which answers anew.
+    copy, task = tmp_path / "model", {"t": task["t"] | {"limit": 1}}
+    shutil.copytree(student, copy)
+    evaluate(settings(copy, tmp_path / "copy", task))
+    shutil.copyfile(write_student(tmp_path / "other", seed=1) / "model.safetensors", copy / "model.safetensors")
+    evaluate(settings(copy, tmp_path / "copy", task))
+    assert [a["answer"] for a in samples("copy")] != [a["answer"] for a in samples("whole")[:2]]
+    assert len((tmp_path / "copy" / "samples" / "t.former.jsonl").read_text().splitlines()) == 2

@@ -1,0 +1,95 @@
+"""Comparisons of two evaluations: paired differences by hand, flips, and what is refused."""
+
+import json
+
+import pytest
+
+from bmjax.cli.main import main
+from bmjax.config import UserError
+from bmjax.evaluate.compare import compare, lines
+from bmjax.evaluate.score import bootstrap, wilson
+from tests.conftest import write_rows
+
+
+def write(folder, task, verdicts, prompt="Q {}?"):
+    """An evaluation's samples: verdicts[problem][sample], as letters r, w and u."""
+    names = {"r": "right", "w": "wrong", "u": "unjudged"}
+    rows = [
+        {"id": f"{task}{p}{s}", "task": task, "problem": p, "sample": s, "prompt": prompt.format(p), "answer": "x",
+         "verdict": names[letter]}
+        for p, letters in verdicts.items() for s, letter in enumerate(letters)
+    ]  # fmt: skip
+    (folder / "samples").mkdir(parents=True, exist_ok=True)
+    write_rows(folder / "samples" / f"{task}.jsonl", rows)
+    (folder / "scores.json").write_text("{}")
+    return str(folder)
+
+
+BEFORE = {"a": "rrww", "b": "wwww", "c": "rrrr", "d": "rrrw", "e": "uuuu", "f": "rrrr"}
+AFTER = {"a": "rrrr", "b": "rrru", "c": "rrrr", "d": "wwwr", "e": "rrrr", "g": "wwww"}
+
+
+def test_differences_are_paired_by_problem(tmp_path):
+    first, second = write(tmp_path / "x", "t", BEFORE), write(tmp_path / "y", "t", AFTER)
+    task = compare(first, second)["tasks"]["t"]
+    # a: 1/2 -> 1, b: 0 -> 1 of three judged, c: 1 -> 1, d: 3/4 -> 1/4.
+    differences = [0.5, 1.0, 0.0, -0.5]
+    assert task["difference"] == pytest.approx(sum(differences) / 4)
+    assert task["before"] == pytest.approx(2.25 / 4) and task["after"] == pytest.approx(3.25 / 4)
+    assert tuple(task["ci95"]) == bootstrap(differences) and task["ci95_by"] == "bootstrap"
+    assert (task["problems"], task["better"], task["worse"], task["samples"]) == (4, 2, 1, [16, 15])
+    assert (task["wrong_to_right"], task["right_to_wrong"]) == (["b"], ["d"])
+    assert (task["only_first"], task["only_second"]) == (1, 2)  # f; e, g
+    # The other way round everything has the other sign; scores.json stands for its directory.
+    back = compare(f"{second}/scores.json", f"{first}/samples")["tasks"]["t"]
+    assert back["difference"] == pytest.approx(-task["difference"]) and back["right_to_wrong"] == ["b"]
+
+
+def test_the_same_answers_differ_by_nothing_within_wilsons_interval(tmp_path):
+    first, second = write(tmp_path / "x", "t", AFTER), write(tmp_path / "y", "t", AFTER)
+    task = compare(first, second)["tasks"]["t"]
+    assert task["difference"] == 0 and task["ci95_by"] == "wilson" and not task["wrong_to_right"]
+    assert task["ci95"] == pytest.approx([-wilson(0.0, 6)[1], wilson(0.0, 6)[1]])
+
+
+def test_text_and_json_say_the_same(tmp_path, capsys):
+    first, second = write(tmp_path / "x", "t", BEFORE), write(tmp_path / "y", "t", AFTER)
+    write(tmp_path / "x", "other", {"a": "r"})
+    assert main(["eval", "--compare", first, second, "--json"]) == 0
+    comparison = json.loads(capsys.readouterr().out)
+    assert comparison == compare(first, second) and comparison["only_first"] == ["other"]
+    assert main(["eval", "--compare", first, second]) == 0
+    printed = capsys.readouterr().out
+    assert printed == "\n".join(lines(comparison)) + "\n"
+    assert "t: 56.2 % -> 81.2 %, difference +25.0 points, 95 % interval [" in printed
+    assert "not told from no difference; 4 problems (2 better, 1 worse), 16 and 15 samples" in printed
+    assert "right -> wrong (1): d" in printed and "wrong -> right (1): b" in printed
+    assert "only in the first: other" in printed
+
+
+def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path, capsys):
+    first = write(tmp_path / "x", "t", BEFORE)
+    for name, second, problem in (
+        ("task", write(tmp_path / "task", "u", AFTER), r"has samples of t, .* of u: no task is in both"),
+        ("prompt", write(tmp_path / "prompt", "t", AFTER, "{}: Q?"), r"t: problem a, sample 0 was asked with another"),
+        ("problems", write(tmp_path / "problems", "t", {"z": "r"}), r"t: no problem was judged in both"),
+        ("unjudged", write(tmp_path / "unjudged", "t", {"a": "u"}), r"t: no problem was judged in both"),
+        ("nothing", str(tmp_path), r"no samples; expected a directory that `bmjax eval` wrote"),
+    ):
+        with pytest.raises(UserError, match=problem) as error:
+            compare(first, second)
+        assert "\n" not in str(error.value), name
+    (tmp_path / "prompt" / "scores.json").unlink()
+    with pytest.raises(UserError, match=r"no scores.json; the evaluation is not complete"):
+        compare(first, str(tmp_path / "prompt"))
+    write_rows(tmp_path / "x" / "samples" / "t.jsonl", [{"id": "1", "answer": "x"}])
+    assert main(["eval", "--compare", first, first]) == 2
+    assert "no sample of `bmjax eval`; evaluate again" in capsys.readouterr().err
+    for words, problem in (
+        (["--compare", first], "2 values must follow"),
+        (["--compare", "a", "b", "c"], "no other words"),
+    ):
+        assert main(["eval", *words]) == 2
+        assert problem in capsys.readouterr().err
+    assert main(["eval"]) == 2
+    assert "CONFIG is missing" in capsys.readouterr().err
