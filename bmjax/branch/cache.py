@@ -4,6 +4,7 @@ A cache is an Arrow file of documents (int32 tokens, one byte of mask each), KEY
 last and says what it was made of. `train` and `bmjax plan` open data here, `bmjax cache` lists and clears.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -16,14 +17,18 @@ from typing import Any, overload
 import numpy as np
 
 from bmjax.branch.examples import Dataset, Encoding, Example, Tally, build_dataset, dataset_of, documents
+from bmjax.chat.forms import UNSUPPORTED
+from bmjax.io import bucket
 from bmjax.io.atomic import replacing_file, write_atomic
-from bmjax.io.rows import Row, mapped, read_rows, states
-from bmjax.log import Log
+from bmjax.io.rows import Row, mapped, read_rows
+from bmjax.io.states import data_states
+from bmjax.log import Bar, Log, progress_bar, silent
 from bmjax.parallel import processes
 
-VERSION = 1  # of the tokens that the same rows give; a new one makes all caches anew
+VERSION = 2  # of the tokens that the same rows give; a new one makes all caches anew
 SMALL = 2**24  # bytes of files below which data are tokenized into memory, within seconds
 _BATCH_TOKENS = 2**22  # of a record batch of the file
+_COUNTED_TOKENS = 2**16  # between two looks of the progress bar
 
 
 class MappedExamples(Sequence[Example]):
@@ -60,7 +65,7 @@ class MappedExamples(Sequence[Example]):
 
 @dataclass(frozen=True)
 class Cache:
-    """A cache that is there. files: those it was made of, as `states` gave them; size: bytes on disk."""
+    """A cache that is there. files: those it was made of, as `data_states` gave them; size: bytes on disk."""
 
     path: Path
     data: list[str]
@@ -71,18 +76,18 @@ class Cache:
     @property
     def is_dead(self) -> bool:
         """Whether its data have changed or gone since."""
-        return states(self.data) != self.files
+        return data_states(self.data) != self.files
 
     def remove(self) -> None:
         """Remove it from the disk."""
         self.path.with_suffix(".json").unlink(missing_ok=True)
         self.path.unlink(missing_ok=True)
+        self.path.with_suffix(".lock").unlink(missing_ok=True)
 
 
 def folder() -> Path:
     """Return the directory of all caches: $BMJAX_CACHE, or `bmjax` in the user's cache directory."""
-    root = os.environ.get("BMJAX_CACHE")
-    return Path(root or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "bmjax").expanduser() / "tokens"
+    return bucket.cache_folder("tokens")
 
 
 def caches() -> list[Cache]:
@@ -99,7 +104,7 @@ def load(data: str | Sequence[str], columns: Mapping[str, str], encoding: Encodi
     """Return the documents of data: tokenized into memory where they are small, else from a cache.
 
     The first process makes a cache that is missing; the others wait for it and map the same file. Where they do not see
-    it, on a disk of their own, each of them makes its own.
+    it, on a disk of their own, the first of them there makes it, and the others on that disk wait.
 
     Arguments:
         data, columns: names of data, see `read_rows`, and templates for rows of other columns, see `mapped`.
@@ -107,15 +112,15 @@ def load(data: str | Sequence[str], columns: Mapping[str, str], encoding: Encodi
         log: takes a line where a cache is made, and names those of the same data that are dead.
     """
     names = [data] if isinstance(data, str) else list(data)
-    files = states(names)
-    rows = mapped(read_rows(names, log=log), columns)
+    files = data_states(names)
+    rows = mapped(read_rows(names, log=log), columns, UNSUPPORTED)
     if sum(size for _, size, _ in files) < SMALL:
         return build_dataset(rows, encoding)
     description = {"data": names, "files": files, "columns": dict(columns), **_describe(encoding), "version": VERSION}
     path = folder() / f"{hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:24]}.arrow"
     if processes.is_main():
         _make(path, rows, encoding, description, log)
-    processes.wait_for_all("bmjax/tokens")
+    processes.wait_for_work("bmjax/tokens")
     if not processes.is_main():
         _make(path, rows, encoding, description, log)
     facts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
@@ -133,7 +138,14 @@ def _describe(encoding: Encoding) -> dict[str, Any]:
 
 
 def _make(path: Path, rows: Iterable[Row], encoding: Encoding, description: Mapping[str, Any], log: Log) -> None:
-    """Tokenize rows into a cache, unless it is there."""
+    """Tokenize rows into a cache, unless it is there. Of several processes on a disk one does, the others wait."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the system gives it back when its holder dies
+        _make_alone(path, rows, encoding, description, log)
+
+
+def _make_alone(path: Path, rows: Iterable[Row], encoding: Encoding, description: Mapping[str, Any], log: Log) -> None:
     if path.is_file() and path.with_suffix(".json").is_file():
         log(f"tokenized before: {path}")
         return
@@ -143,8 +155,9 @@ def _make(path: Path, rows: Iterable[Row], encoding: Encoding, description: Mapp
         log(f"{len(dead)} caches of these data before they changed: {size}; `bmjax cache --clear` removes them")
     log(f"tokenizing into {path} ...")
     began, tally = time.monotonic(), Tally()
-    with replacing_file(path) as file:
-        _write(file, documents(rows, encoding, tally))
+    shown = progress_bar("tokenizing", "tokens", shown=log is not silent)
+    with replacing_file(path) as file, shown as bar:
+        _write(file, documents(rows, encoding, tally), bar)
     facts = asdict(dataset_of((), tally))
     facts.pop("examples")
     write_atomic(path.with_suffix(".json"), json.dumps({**description, "dataset": facts}, indent=1))
@@ -152,8 +165,8 @@ def _make(path: Path, rows: Iterable[Row], encoding: Encoding, description: Mapp
     log(f"{tally.tokens:,} tokens in {seconds:.0f} s, {tally.tokens / seconds:,.0f} a second")
 
 
-def _write(file: Any, examples: Iterator[Example]) -> None:
-    """Write documents as record batches of an Arrow file, one batch in memory at a time."""
+def _write(file: Any, examples: Iterator[Example], bar: Bar) -> None:
+    """Write documents as record batches of an Arrow file, one batch in memory at a time. bar: counts their tokens."""
     import pyarrow as pa
 
     schema = pa.schema([("tokens", pa.list_(pa.int32())), ("loss_mask", pa.list_(pa.uint8()))])
@@ -169,10 +182,14 @@ def _write(file: Any, examples: Iterator[Example]) -> None:
             writer.write_batch(pa.record_batch(columns, schema=schema))
             batch.clear()
 
-        tokens = 0
+        tokens = uncounted = 0
         for example in examples:
             batch.append(example)
             tokens += len(example.tokens)
+            uncounted += len(example.tokens)
+            if uncounted >= _COUNTED_TOKENS:
+                bar.update(uncounted)
+                uncounted = 0
             if tokens >= _BATCH_TOKENS:
                 flush()
                 tokens = 0

@@ -19,7 +19,7 @@ import numpy as np
 from bmjax.chat.forms import Conversation, Message, Turns, read_conversation
 from bmjax.chat.marks import end_of_turn
 from bmjax.chat.reasoning import answer_of, has_tags, split_think
-from bmjax.chat.template import render, render_prompt
+from bmjax.chat.template import check_repeatable, render, render_prompt
 from bmjax.config import UserError
 from bmjax.io.rows import Row, read_rows
 from bmjax.weights import student as students
@@ -118,8 +118,10 @@ def documents(rows: Iterable[Row], encoding: Encoding, tally: Tally) -> Iterator
     """Yield the document of every row that is kept, in order, in bounded memory; `tally` counts what happens.
 
     Raises:
-        UserError: for a row of unknown form, without a target token, or too long, and when no row is left.
+        UserError: for a row of unknown form, without a target token, or too long, when no row is left, and for a
+            template that writes today's date.
     """
+    check_repeatable(encoding.template)
     seq_len = encoding.seq_len
     tally.digest.update(encoding.template.encode())
     location = first_without = None

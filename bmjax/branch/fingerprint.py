@@ -1,19 +1,25 @@
 """A training's fingerprint: settings, data, student. A checkpoint with another one is refused."""
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 from bmjax.branch.optimizer import warmup_steps
-from bmjax.branch.settings import MAY_CHANGE, SAME_RESULT, TrainSettings
+from bmjax.branch.settings import MAY_CHANGE, SAME_RESULT, ChosenTraining
 from bmjax.config import UserError
 
 BLOCK, BLOCKS = 2**16, 256  # bytes of a weights file that are hashed at a time; how many of them, spread over the file
 
 
-def fingerprint(settings: TrainSettings, student: Path, data_digest: str, steps: int) -> dict[str, str]:
-    """Return what a checkpoint must share with the training that resumes from it, by the key to blame."""
+def fingerprint(
+    settings: ChosenTraining, student: Path, data_digest: str, steps: int, earlier: str | None = None
+) -> dict[str, str]:
+    """Return what a checkpoint must share with the training that resumes from it, by the key to blame.
+
+    earlier: the identity of the training that this one goes on from.
+    """
     values = settings.model_dump(include=settings.keys_without(SAME_RESULT, MAY_CHANGE))
-    values |= {"data": data_digest, "student": student_digest(student), "steps": steps}
+    values |= {"data": data_digest, "student": student_digest(student), "steps": steps, "continue_from": earlier}
     return {key: str(value) for key, value in values.items()}
 
 
@@ -32,7 +38,10 @@ def student_digest(student: Path) -> str:
     return digest.hexdigest()
 
 
-def check_same(stored: dict[str, str], expected: dict[str, str], settings: TrainSettings, directory: Path) -> None:
+def check_same(
+    stored: Mapping[str, str], expected: Mapping[str, str], settings: ChosenTraining, directory: Path | str,
+    advice: str = "use another output, or delete the checkpoints to start anew",
+) -> None:  # fmt: skip
     """Raise UserError, naming the key, where the fingerprint stored in `directory` is not the expected one.
 
     More steps than there were are allowed where the steps before them would have been the same: with a constant
@@ -54,7 +63,4 @@ def check_same(stored: dict[str, str], expected: dict[str, str], settings: Train
                 if settings.schedule != "constant"
                 else f", and warmup: {settings.warmup:g} is a share of them; set warmup: {warm_steps} (steps) to go on"
             )
-        raise UserError(
-            f"{directory}: the checkpoint belongs to another run: {key}: {detail}; "
-            "use another output, or delete the checkpoints to start anew"
-        )
+        raise UserError(f"{directory}: the checkpoint belongs to another run: {key}: {detail}; {advice}")

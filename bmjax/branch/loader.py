@@ -7,6 +7,7 @@ have seen, on any mesh and any number of processes.
 import contextlib
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from copy import copy
 from functools import lru_cache, partial
 from typing import Any
 
@@ -52,7 +53,7 @@ class Loader:
     empty rows weigh nothing.
 
     rows: the documents of each row, by number. length: tokens of a row. fill: share of positions with a token.
-    documents: the most segments of a row, padding counted as one. steps_per_epoch: steps that see each row once.
+    documents: the most segments of a row, padding counted as one.
     """
 
     def __init__(self, dataset: Dataset, seq_len: int, batch: int, packing: bool, shuffle: bool, seed: int) -> None:
@@ -68,8 +69,18 @@ class Loader:
             self.length = min(seq_len, -(-max(lengths) // ROW_MULTIPLE) * ROW_MULTIPLE)
         self.fill = sum(lengths) / (len(self.rows) * self.length)
         self.documents = max(len(row) + (sum(lengths[i] for i in row) < self.length) for row in self.rows)
-        self.steps_per_epoch = -(-len(self.rows) // batch)
         self._order = lru_cache(maxsize=2)(self._draw_order)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps that see each row once."""
+        return -(-len(self.rows) // self.batch)
+
+    def with_batch(self, batch: int) -> "Loader":
+        """Return the same rows in batches of another size."""
+        other = copy(self)
+        other.batch = batch
+        return other
 
     def _draw_order(self, epoch: int) -> np.ndarray:
         if not self.shuffle:

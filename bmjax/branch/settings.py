@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
+from bmjax.chat.columns import check_columns, columns_of
 from bmjax.chat.forms import Turns
 from bmjax.chat.template import TEMPLATE_NAMES
 from bmjax.config import Settings
@@ -29,16 +30,22 @@ class Training(Settings):
     """How a student is trained, whatever the student and the data."""
 
     seed: int = Field(0, description="order of the rows")
-    seq_len: int = Field(16384, ge=2, description="tokens a row")
-    batch: int = Field(96, ge=1, description="rows a step, over all devices")
-    accumulate: SameResult[int] = Field(1, ge=1, description="microbatches; divides batch; exact, weighted by tokens")
+    seq_len: int | None = Field(None, ge=2, description="tokens a row; null: the longest document, where that fits")
+    batch: int | None = Field(
+        None, ge=1, description="rows a step, over all devices; null: up to 32 documents, in 100 steps or more"
+    )
+    accumulate: SameResult[int | None] = Field(
+        None, ge=1, description="microbatches; divides batch; exact, weighted by tokens; null: as memory asks for"
+    )
     steps: int | None = Field(None, ge=1, description="optimizer steps; or give epochs")
     epochs: float | None = Field(None, gt=0, description="passes over the data; or give steps; 5 where neither is")
-    learning_rate: float = Field(1e-5, ge=0, description="peak")
+    learning_rate: float | None = Field(None, ge=0, description="peak; null: by the number of parameters")
     schedule: Literal["constant", "cosine", "linear"] = Field(
         "cosine", description="after the warm-up; cosine and linear end at 0"
     )
-    warmup: float = Field(0.1, ge=0, description="below 1: share of the steps; from 1 on: steps")
+    warmup: float | None = Field(
+        None, ge=0, description="below 1: share of the steps; from 1 on: steps; null: a tenth, at most 100 steps"
+    )
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW")
     beta2: float = Field(0.95, ge=0, lt=1, description="AdamW")
     eps: float = Field(1e-8, gt=0, description="AdamW")
@@ -59,7 +66,9 @@ class Training(Settings):
     )
     turns: Turns = Field("all", description="answers of a conversation that are learned: all, or the last one")
     ignore: list[str] = Field([], description="keys of rows and turns to read as if they were absent")
-    compute_dtype: MayChange[Dtype] = Field("bfloat16", description="of activations and products; weights stay float32")
+    compute_dtype: MayChange[Dtype | None] = Field(
+        None, description="of activations and products; weights stay float32; null: bfloat16, on a CPU float32"
+    )
     remat: SameResult[Remat] = Field(
         "full",
         description="kept for the backward pass besides each layer's input: full: nothing; save_attention: what "
@@ -103,6 +112,9 @@ class Training(Settings):
     wandb: SameResult[str | None] = Field(
         None, description="project name: also log to Weights & Biases (needs the wandb extra)"
     )
+    mlflow: SameResult[str | None] = Field(
+        None, description="experiment name: also log to MLflow, at MLFLOW_TRACKING_URI (needs the mlflow extra)"
+    )
 
     @classmethod
     def keys_without(cls, *marks: str) -> set[str]:
@@ -120,7 +132,7 @@ class Training(Settings):
     def _together(self) -> Self:
         if self.steps is not None and self.epochs is not None:
             raise ValueError("give exactly one of 'steps' and 'epochs'")
-        if self.batch % self.accumulate:
+        if self.batch is not None and self.accumulate is not None and self.batch % self.accumulate:
             raise ValueError(
                 f"batch {self.batch} is not a multiple of accumulate {self.accumulate}; change one of them"
             )
@@ -149,7 +161,19 @@ class TrainSettings(Training):
     reasoning: SameResult[str | None] = Field(
         None, description="the answer's reasoning, with `prompt`, e.g. '{thoughts}'"
     )
+    tools: SameResult[str | None] = Field(
+        None,
+        description="descriptions of functions, with `prompt`: '{COLUMN}'; only rows of turns can hold calls",
+    )
     output: SameResult[str] = Field(description="of checkpoints/, hf/, metrics.jsonl; all processes see the same")
+    until: SameResult[float | None] = Field(
+        None, gt=0, description="end after this part of the steps, below 1: share, from 1 on: steps; the schedule is "
+        "that of all steps, and the same command with a later end goes on; null: all",
+    )  # fmt: skip
+    continue_from: SameResult[str | None] = Field(
+        None, description="output, or checkpoint, of a training that this one goes on from: with its moments, step and "
+        "place in the data, but with the weights of `student`, such as a merge of several branches",
+    )  # fmt: skip
     coordinator: SameResult[str | None] = Field(
         None, description="several processes: host:port of process 0; null: as the launcher says (TPU slice, SLURM, "
         "Open MPI, Kubernetes), else one process",
@@ -165,14 +189,21 @@ class TrainSettings(Training):
 
     @model_validator(mode="after")
     def _mapping(self) -> Self:
-        if (self.prompt is None) != (self.response is None):
-            raise ValueError("'prompt' and 'response' map columns together: give both, or neither")
-        if self.prompt is None and (self.system is not None or self.reasoning is not None):
-            raise ValueError("'system' and 'reasoning' go with 'prompt' and 'response', which are missing")
+        check_columns(self)
         return self
 
     @property
     def columns(self) -> dict[str, str]:
         """The templates that make a row of other columns a prompt and its response; empty: rows are as they are."""
-        keys = ("system", "prompt", "reasoning", "response")
-        return {key: value for key in keys if (value := getattr(self, key)) is not None}
+        return columns_of(self)
+
+
+class ChosenTraining(TrainSettings):
+    """A training of whose keys nothing is left to choose; choose.py makes it."""
+
+    seq_len: int = Field(ge=2)
+    batch: int = Field(ge=1)
+    accumulate: SameResult[int] = Field(1, ge=1)
+    learning_rate: float = Field(ge=0)
+    warmup: float = Field(ge=0)
+    compute_dtype: MayChange[Dtype] = Field()

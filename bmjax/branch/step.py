@@ -194,16 +194,17 @@ def program_bytes(compiled: Any) -> float:
     )  # fmt: skip
 
 
+def size_text(size: float) -> str:
+    """Return a size in bytes as GiB or MiB."""
+    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / 2**20:.2f} MiB"
+
+
 def memory_line(compiled: Any, state: State, device: jax.Device) -> str:
     """Describe in one line what a compiled step takes of a device's memory."""
-
-    def text(size: float) -> str:
-        return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / 2**20:.2f} MiB"
-
     kinds, total = state_bytes(state), program_bytes(compiled)
     limit = (device.memory_stats() or {}).get("bytes_limit")
     return (
-        f"a step takes {text(total)} a device{f' of {text(limit)}' if limit else ''}: parameters "
-        f"{text(kinds['parameters'])}, optimizer {text(kinds['optimizer'])}, gradients and temporaries "
-        f"{text(max(0.0, total - kinds['parameters'] - kinds['optimizer']))}"
+        f"a step takes {size_text(total)} a device{f' of {size_text(limit)}' if limit else ''}: parameters "
+        f"{size_text(kinds['parameters'])}, optimizer {size_text(kinds['optimizer'])}, gradients and temporaries "
+        f"{size_text(max(0.0, total - kinds['parameters'] - kinds['optimizer']))}"
     )

@@ -1,15 +1,18 @@
 """The loss mask is 1 on what the assistant wrote and its end token, for every template and every form of row."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from bmjax.branch import cache
 from bmjax.branch.examples import Dataset, Encoding, build_dataset, tokenize
 from bmjax.chat.template import chat_template, render_prompt
 from bmjax.config import UserError
 from bmjax.io.rows import read_rows
-from tests.conftest import sums
+from bmjax.log import silent
+from tests.conftest import sums, write_rows
 
 DEEPSEEK = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '<｜User｜>' + m['content'] }}"
@@ -286,3 +289,32 @@ def test_tokenize_shows_what_training_sees(student, tokenizer, train_file, tmp_p
     ):
         with pytest.raises(UserError, match=problem):
             tokenize(student, bad)
+
+
+def test_qwen_learns_calls_of_tools_and_their_ends(tokenizer):
+    call = {"function": {"name": "add", "arguments": {"a": None}}}
+    row = {
+        "tools": [{"type": "function", "function": {"name": "add"}}],
+        "messages": [TALK[1], {"role": "assistant", "content": None, "tool_calls": [call]},
+                     {"role": "tool", "content": "2"}, {"role": "assistant", "content": "It is 2."}],
+    }  # fmt: skip
+    (example,) = build(tokenizer, row, template="qwen").examples
+    texts = segments(tokenizer, example)
+    assert [target for _, target in texts] == [0, 1, 0, 1]
+    assert texts[1][0] == '<tool_call>\n{"name": "add", "arguments": {"a": null}}\n</tool_call><|im_end|>'
+    assert texts[2][0].endswith("<tool_response>\n2\n</tool_response><|im_end|>\n<|im_start|>assistant\n")
+    for template in ("chatml", "deepseek-r1", "llama3"):
+        with pytest.raises(UserError, match="does not show 'tools' to the model"):
+            build(tokenizer, row, template=template)
+
+
+def test_columns_that_a_mapping_would_lose_are_refused(tmp_path, tokenizer):
+    file = write_rows(tmp_path / "rows.jsonl", [{"q": "Q", "a": "A", "f": [{"name": "add"}], "images": ["x"]}])
+    columns = {"tools": "{f}", "prompt": "{q}", "response": "{a}"}
+    encoding = Encoding(tokenizer, chat_template(tokenizer, "qwen"), 4096)
+    with pytest.raises(UserError, match="row 1: 'images' would be lost"):
+        cache.load(str(file), columns, encoding, silent)
+    (example,) = cache.load(str(file), columns, replace(encoding, ignore=["images"]), silent).examples
+    assert '<tools>\n{"name": "add"}\n</tools>' in tokenizer.decode(example.tokens)
+    with pytest.raises(UserError, match="writes today's date"):
+        cache.load(str(file), columns, replace(encoding, template="{{ strftime_now('%d') }}"), silent)

@@ -12,9 +12,11 @@ DECISIVE = {
 }  # fmt: skip
 MAY_DIFFER = {"compute_dtype", "moments_dtype", "export_dtype", "importances"}
 INCIDENTAL = {
-    "output", "student", "data", "save_every", "keep", "keep_every", "log_every", "wandb", "profile_steps", "mesh",
-    "accumulate", "remat", "attention", "context_parallel", "coordinator", "num_processes", "process_id",
-    "peer_timeout", "stop_code", "export_every", "prompt", "response", "system", "reasoning",  # these four: by the data
+    "output", "student", "data", "save_every", "keep", "keep_every", "log_every", "wandb", "mlflow", "profile_steps",
+    "mesh", "accumulate", "remat", "attention", "context_parallel", "coordinator", "num_processes", "process_id",
+    "peer_timeout", "stop_code", "export_every",
+    "prompt", "response", "system", "reasoning", "tools",  # these five: by the data
+    "until", "continue_from",  # which part of the training; what it goes on from counts by its identity
 }  # fmt: skip
 
 
@@ -28,8 +30,9 @@ def test_a_fingerprint_holds_decisive_keys_data_and_student(tmp_path):
     student = write_student(tmp_path / "student")
     settings = TrainSettings(student=str(student), data="rows.jsonl", output="run", epochs=2)
     parts = fingerprint(settings, student, "digest of the rows", 7)
-    assert set(parts) == DECISIVE | {"data", "student"}
+    assert set(parts) == DECISIVE | {"data", "student", "continue_from"}
     assert (parts["data"], parts["steps"], parts["epochs"]) == ("digest of the rows", "7", "2.0")
+    assert fingerprint(settings, student, "digest of the rows", 7, "step 3 of abc")["continue_from"] == "step 3 of abc"
     changed = settings.model_copy(update={"output": "elsewhere", "mesh": {"data": 8}, "compute_dtype": "float32"})
     assert fingerprint(changed, student, "digest of the rows", 7) == parts
 

@@ -22,7 +22,7 @@ def write(output, start, steps, stop, log=silent, log_every=1):
     settings = TrainSettings(student="-", data="-", output=str(output), steps=steps, log_every=log_every)
     loader = SimpleNamespace(length=64, steps_per_epoch=4)
     plan = SimpleNamespace(config=CONFIG, mesh=SimpleNamespace(size=2))
-    with metrics_log(Run(settings, None, loader, plan, steps, {}, log, progress=True), start) as write_metrics:
+    with metrics_log(Run(settings, None, loader, plan, steps, steps, {}, log, progress=True), start) as write_metrics:
         for step in range(start + 1, stop + 1):
             write_metrics(step, 1e-3, 200, VALUES)
 

@@ -63,11 +63,13 @@ def test_frozen_parameters_are_in_an_exported_checkpoint(student, train_file, tm
     assert (tmp_path / "out/chat_template.jinja").read_text() == (tmp_path / "run/hf/chat_template.jinja").read_text()
 
 
-def test_a_finished_run_goes_on_when_steps_grow(student, train_file, tmp_path):
+@pytest.mark.parametrize("key", ["steps", "epochs"])
+def test_a_finished_run_goes_on_when_it_grows(student, train_file, tmp_path, key):
     run(settings(student, train_file, tmp_path / "run"))
-    said = run(settings(student, train_file, tmp_path / "run", steps=6))
-    run(settings(student, train_file, tmp_path / "whole", steps=6))
-    assert "resuming at step 4" in said
+    whole = run(settings(student, train_file, tmp_path / "whole", steps=6))
+    per_epoch = 6 / float(re.search(r"step 6/6 epoch ([\d.]+)", "\n".join(whole))[1])
+    longer = {"steps": 6} if key == "steps" else {"steps": None, "epochs": 5.9 / per_epoch}
+    assert "resuming at step 4" in run(settings(student, train_file, tmp_path / "run", **longer))
     assert weights(tmp_path / "run/hf") == weights(tmp_path / "whole/hf")
     assert [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").open()] == [1, 2, 3, 4, 5, 6]
 

@@ -77,6 +77,7 @@ def killed(folder, undisturbed) -> Path:
     return folder / "killed"
 
 
+@pytest.mark.slow
 def test_two_killed_processes_resume_to_the_same_bits(folder, undisturbed, killed):
     shutil.copytree(killed, folder / "resumed")
     said = run(folder, "resumed", 2)[0][1]
@@ -136,6 +137,21 @@ def test_a_dead_process_is_named_and_stops_the_others(folder):
         "(process 0 of 2: a device or another process failed|process 1 of 2 has not been heard of)", said
     )
     assert reason and code == (2 if "failed" in reason[1] else 1) and "resumes from the newest checkpoint" in said
+
+
+@pytest.mark.slow
+def test_when_process_0_is_killed_the_last_line_says_what_to_do(folder):
+    processes = start(folder / "config.yaml", 2, f"output={folder / 'first'}", "steps=100000", timeout=6)
+    wait_for_steps(folder, "first", 3)
+    processes[0].kill()
+    began = time.monotonic()
+    (killed, its_line), (code, said) = finish(processes, 60)
+    assert killed == -signal.SIGKILL and code != 0 and time.monotonic() - began < 20
+    assert "bmjax: error: process 0 of 2 was killed" in its_line.splitlines()[-1]
+    # Gloo may notice it first, and then the process ends by itself.
+    last = said.splitlines()[-1]
+    assert "process 0 at 127.0.0.1" in last or "a device or another process failed" in said
+    assert last.count("bmjax: error: process 1 of 2") == 1 and "resumes from the newest checkpoint" in last
 
 
 @pytest.mark.slow

@@ -100,7 +100,9 @@ def tied(batch):
     return run(plan(config), params, batch)
 
 
-MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 2, 2, 2), (2, 2, 1, 2), (1, 1, 8, 1), (1, 1, 4, 2)]
+# A mesh of all axes at once runs in every suite; those of fewer are slow tests.
+OF_FEW_AXES = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (1, 1, 4, 2)]
+MESHES = [(1, 2, 2, 2), (2, 2, 1, 2), *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in OF_FEW_AXES)]
 
 
 @pytest.mark.parametrize("model", ["gqa_untied", pytest.param("mha_tied", marks=pytest.mark.slow)])

@@ -15,11 +15,13 @@ import safetensors.numpy
 import torch
 import transformers
 
+import bmjax
 from bmjax.branch import train as module
 from bmjax.branch.loader import Loader
 from bmjax.branch.settings import TrainSettings
 from bmjax.branch.train import train
 from bmjax.config import UserError
+from bmjax.io.safetensors import open_checkpoint
 from tests.conftest import sums, write_rows, write_student
 
 
@@ -262,7 +264,7 @@ def test_a_run_killed_before_its_export_only_exports(student, train_file, undist
             run(student, train_file, output, shuffle=True)
     lines: list[str] = []
     result = run(student, train_file, output, shuffle=True, log=lines.append)
-    assert lines[2:-1] == ["resuming at step 6"] and lines[-1].startswith(f"{output / 'hf'}: written")
+    assert lines[4:-1] == ["resuming at step 6"] and lines[-1].startswith(f"{output / 'hf'}: written")
     same_run(undisturbed, output, result)
 
 
@@ -315,6 +317,8 @@ def test_profile_and_the_memory_a_step_takes(student, train_file, tmp_path):
     lines: list[str] = []
     run(student, train_file, tmp_path / "run", profile_steps=[2, 3], steps=4, log=lines.append)
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    waited = next(line for line in lines if line.startswith("waited for data: "))
+    assert 0 <= float(re.findall(r"[\d.]+", waited)[0]) < 100
     said = next(line for line in lines if line.startswith("a step takes"))
     total, parameters, optimizer_state = (float(x) * 2**20 for x in re.findall(r"(\d+\.\d+) MiB", said)[:3])
     held = 4 * sum(a.size for a in weights(student).values())
@@ -352,6 +356,9 @@ def test_nan_loss_stops_the_run_and_keeps_checkpoints(student, train_file, tmp_p
     assert "\n" not in str(error.value)
     assert (output / "checkpoints" / "1").is_dir() and not (output / "checkpoints" / "2").exists()
     assert not (output / "hf").exists() and not (output / "result.json").exists()
+    bmjax.convert(output / "checkpoints" / "1", tmp_path / "good", to="hf")  # the last good weights
+    model = open_checkpoint(tmp_path / "good")
+    assert all(np.isfinite(model.read(name).astype(np.float32)).all() for name in model.tensors)
 
 
 @pytest.mark.parametrize("changes, problem", [
