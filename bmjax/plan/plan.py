@@ -16,13 +16,16 @@ from typing import Any
 
 import jax
 
-from bmjax.branch import train as training
-from bmjax.branch.settings import TrainSettings
+from bmjax.branch import prepare
+from bmjax.branch.choose import without_data
+from bmjax.branch.export import open_student
+from bmjax.branch.remarks import data_line
+from bmjax.branch.settings import ChosenTraining, TrainSettings
 from bmjax.branch.step import GIB, StepPlan, abstract_arguments, flops_per_token, make_step, program_bytes, state_bytes
 from bmjax.config import UserError, first_line
 from bmjax.io import hub
 from bmjax.io.rows import is_here
-from bmjax.log import Log, silent
+from bmjax.log import Log, silent, stage
 from bmjax.model import spec
 from bmjax.model.attention import rows as short_rows
 from bmjax.model.attention.dispatch import backend
@@ -55,55 +58,64 @@ def plan_training(
         settings: of the training; the student's weights are not needed.
         topology: the slice, CHIP:SHAPE, for instance v5p:4x4x4, or several like 2xv5p:4x4x4.
         try_meshes: compile several meshes, microbatches and remat, and take the best that fits.
-        log: gets a line before the first compilation, and one after each that a search makes.
+        log: gets lines about the stages and their seconds, and one about each mesh that a search compiles.
 
     Returns:
-        What `plan` returns, with steps (of the whole training; None where they follow from data that is not here) and,
-        after a search, overrides: its changes to the settings.
+        What `plan` returns, with steps (of the whole training; None where they follow from data that is not here), data
+        (a line on documents, tokens and rows; None without data) and, after a search, overrides: its changes to the
+        settings.
 
     Raises:
         UserError: an unknown topology, or settings that cannot be trained with as they stand.
     """
     chip, devices = topology_devices(topology)
-    config = student_config(settings.student)
-    steps = training_steps(settings)
-    log(f"compiling the training step for {topology} ...")
-    if try_meshes:
-        return search(settings, config, topology, chip, devices, log) | {"steps": steps}
-    return plan(settings, config, topology, chip, devices) | {"steps": steps}
+    chosen = without_data(settings, "a plan")
+    config = student_config(chosen.student)
+    steps, data = steps_and_data(chosen, log)
+    make = search if try_meshes else plan
+    return make(chosen, config, topology, chip, devices, log) | {"steps": steps, "data": data}
 
 
-def training_steps(settings: TrainSettings) -> int | None:
-    """Return the optimizer steps of a training; None where they follow from data, or a student, that is not here."""
-    if settings.steps is not None:
-        return settings.steps
+def steps_and_data(settings: ChosenTraining, log: Log = silent) -> tuple[int | None, str | None]:
+    """Return the optimizer steps of a training, and a line on its data.
+
+    The line is None without data or a student here, and so are the steps where they follow from the data.
+    """
     names = [settings.data] if isinstance(settings.data, str) else settings.data
     directory = Path(settings.student).expanduser()
     if not all(is_here(name) for name in names) or not has_tokenizer(directory):
-        return None
-    student = training.open_student(settings)
-    return training.total_steps(settings, training.load_data(settings, student))
+        return settings.steps, None
+    student = open_student(settings)
+    loader = prepare.load_data(settings, student, log)
+    steps = prepare.total_steps(settings, loader)
+    return steps, data_line(settings, loader, student, steps)
 
 
 def plan(
-    settings: TrainSettings, config: ModelConfig, topology: str, chip: Chip, devices: Sequence[Any]
+    settings: ChosenTraining, config: ModelConfig, topology: str, chip: Chip, devices: Sequence[Any], log: Log = silent
 ) -> dict[str, Any]:
     """Compile the step of a training for devices of the kind `chip`, at hand or not; `topology` only names them.
 
-    Returns what the step takes, and for how long at the least. gib_per_chip: GiB by kind (KINDS) and `total`.
+    XLA's compiler takes nine tenths of the time, nearly all of it after memory is laid out, for the chips' own code.
+
+    Returns what the step takes, and for how long at the least. A program sees one device of a chip, two of TPU7x, which
+    all figures a chip are then of; devices_per_chip says so. gib_per_chip: GiB by kind (KINDS) and `total`.
     flops_per_step: FLOPs of all chips, recomputation included. collective_bytes: what a chip sends a step, by mesh
     axis. step_seconds_bound: the time of the slowest resource, `bound_by`. mfu_bound: the share of the peak that the
     model's own FLOPs reach in it. change: the setting to change where it does not fit. There is no program to read
     then: FLOPs are the model's, and collective_bytes may be empty.
     """
     began = time.perf_counter()
-    step_plan, kinds, lowered = lower_step(settings, config, devices)
+    with stage("lowering the step", log):
+        step_plan, kinds, lowered = lower_step(settings, config, devices)
     mesh = step_plan.mesh
 
     # Compile it. Where it does not fit, the compiler's error says how much it would take.
     compiled: Any = None
     try:
-        compiled = lowered.compile()
+        chips = mesh.size // chip.devices
+        with stage(f"compiling for {chips} chips, {topology}", log, "1 to 3 minutes for a model of 32B"):
+            compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         used = _OUT_OF_MEMORY.search(str(error))
         if used is None:
@@ -119,10 +131,11 @@ def plan(
     model_flops = tokens * flops_per_token(config, settings.seq_len)
     flops, collectives = model_flops * (4 / 3 if settings.remat in RECOMPUTING else 1.0), {}
     if compiled is not None:
-        program = Program(compiled.as_text())
-        total = program_bytes(compiled)
-        flops = mesh.size * program.flops() + _kernel_flops(step_plan, settings)
-        collectives = dict(totals(program.collectives(mesh)))
+        with stage("reading the program", log):
+            program = Program(compiled.as_text())
+            total = program_bytes(compiled)
+            flops = mesh.size * program.flops() + _kernel_flops(step_plan, settings)
+            collectives = dict(totals(program.collectives(mesh)))
     kinds["temporaries"] = max(0.0, total - sum(kinds.values()))
     gib = {kind: round(size / GIB, 3) for kind, size in {**kinds, "total": total}.items()}
     fits = compiled is not None and total <= chip.hbm_gib * GIB
@@ -141,7 +154,8 @@ def plan(
     slowest = max(times, key=lambda name: times[name])
     bound = times[slowest]
     return {
-        "fits": fits, "topology": topology, "chips": mesh.size, "mesh": dict(mesh.shape), "hbm_gib": chip.hbm_gib,
+        "fits": fits, "topology": topology, "chips": mesh.size // chip.devices, "devices_per_chip": chip.devices,
+        "mesh": dict(mesh.shape), "hbm_gib": chip.hbm_gib,
         "gib_per_chip": gib, "flops_per_step": flops, "collective_bytes": collectives, "step_seconds_bound": bound,
         "bound_by": slowest, "tokens_per_second_bound": tokens / bound,
         "mfu_bound": model_flops / mesh.size / bound / chip.flops, "usd_per_chip_hour": chip.price,
@@ -150,17 +164,17 @@ def plan(
 
 
 def lower_step(
-    settings: TrainSettings, config: ModelConfig, devices: Sequence[Any]
+    settings: ChosenTraining, config: ModelConfig, devices: Sequence[Any]
 ) -> tuple[StepPlan, dict[str, float], jax.stages.Lowered]:
     """Return the step's plan, the bytes that a chip holds by kind, and the step ready to compile."""
-    mesh = training.check(settings, config, devices)
-    step_plan = dataclasses.replace(training.step_plan(settings, config, mesh), unroll=1)
+    mesh = prepare.check(settings, config, devices)
+    step_plan = dataclasses.replace(prepare.step_plan(settings, config, mesh), unroll=1)
     with jax.set_mesh(mesh):
         arguments = abstract_arguments(step_plan, settings.batch, settings.seq_len)
         return step_plan, state_bytes(arguments[0]), make_step(step_plan).lower(*arguments)
 
 
-def _kernel_flops(step_plan: StepPlan, settings: TrainSettings) -> float:
+def _kernel_flops(step_plan: StepPlan, settings: ChosenTraining) -> float:
     """Count attention's FLOPs where the program's text does not show them: in kernels and loops of unknown length.
 
     Two products forward (again where layers are recomputed), five backward, of half the square.
@@ -174,7 +188,7 @@ def _kernel_flops(step_plan: StepPlan, settings: TrainSettings) -> float:
     return 2.0 * products * square * config.num_layers * config.num_heads * config.head_dim
 
 
-def _advice(settings: TrainSettings, config: ModelConfig, mesh: Any, gib: dict[str, float]) -> str:
+def _advice(settings: ChosenTraining, config: ModelConfig, mesh: Any, gib: dict[str, float]) -> str:
     """Return the setting to change first where it does not fit."""
     state = gib["parameters"] + gib["optimizer"] + gib["gradients"]
     rows = settings.batch // settings.accumulate // (mesh.shape["data"] * mesh.shape["fsdp"])
@@ -193,7 +207,7 @@ def _advice(settings: TrainSettings, config: ModelConfig, mesh: Any, gib: dict[s
     return f"the number of chips: the share of the state alone is {state:.1f} GiB"
 
 
-def candidates(settings: TrainSettings, config: ModelConfig, chips: int) -> list[dict[str, Any]]:
+def candidates(settings: ChosenTraining, config: ModelConfig, chips: int) -> list[dict[str, Any]]:
     """Return meshes and microbatches worth compiling, the likeliest first: little splitting, few microbatches."""
     ranked = []
     powers = [2**i for i in range(int(math.log2(chips)) + 1) if chips % 2**i == 0]
@@ -213,7 +227,7 @@ def candidates(settings: TrainSettings, config: ModelConfig, chips: int) -> list
 
 
 def search(
-    settings: TrainSettings, config: ModelConfig, topology: str, chip: Chip, devices: Sequence[Any], log: Log
+    settings: ChosenTraining, config: ModelConfig, topology: str, chip: Chip, devices: Sequence[Any], log: Log
 ) -> dict[str, Any]:
     """Compile a few meshes and microbatches, then other remat on the best of them.
 
@@ -223,7 +237,7 @@ def search(
     plans: list[dict[str, Any]] = []
 
     def attempt(changes: dict[str, Any]) -> None:
-        candidate = plan(settings.model_copy(update=changes), config, topology, chip, devices)
+        candidate = plan(settings.model_copy(update=changes), config, topology, chip, devices, log)
         log(
             f"{json.dumps(changes)}: {'fits' if candidate['fits'] else 'does not fit'}, "
             f"{candidate['gib_per_chip']['total']:.1f} GiB, {candidate['step_seconds_bound']:.2f} s"
@@ -252,20 +266,25 @@ def search(
     return best()
 
 
-def lines(pod_plan: dict[str, Any], settings: TrainSettings) -> Iterator[str]:
+def lines(pod_plan: dict[str, Any], settings: ChosenTraining) -> Iterator[str]:
     """Yield the lines of the report that a user reads."""
-    mesh = " x ".join(f"{axis} {pod_plan['mesh'][axis]}" for axis in AXES if pod_plan["mesh"][axis] > 1) or "one chip"
+    if pod_plan.get("data"):
+        yield pod_plan["data"]
+    mesh = " x ".join(f"{axis} {pod_plan['mesh'][axis]}" for axis in AXES if pod_plan["mesh"][axis] > 1) or "one device"
     rows = f"{settings.batch} rows of {settings.seq_len:,} tokens a step"
-    yield f"{pod_plan['topology']}: {pod_plan['chips']} chips of {pod_plan['hbm_gib']:g} GiB; {mesh}; {rows}"
+    several = pod_plan["devices_per_chip"]
+    part = "a chip" if several == 1 else "a device"
+    chips = f"{pod_plan['chips']} chips" + ("" if several == 1 else f" with {several} devices each")
+    yield f"{pod_plan['topology']}: {chips} of {pod_plan['hbm_gib']:g} GiB; {mesh}; {rows}"
     total = pod_plan["gib_per_chip"]["total"]
-    yield f"{'fits' if pod_plan['fits'] else 'DOES NOT FIT'}: {total:.2f} GiB a chip, {total / pod_plan['hbm_gib']:.0%}"
+    yield f"{'fits' if pod_plan['fits'] else 'DOES NOT FIT'}: {total:.2f} GiB {part}, {total / pod_plan['hbm_gib']:.0%}"
     for kind in KINDS:
         yield f"  {kind:<12} {pod_plan['gib_per_chip'][kind]:8.2f} GiB"
     if pod_plan["change"]:
         yield f"change {pod_plan['change']}"
     if not pod_plan["fits"]:
         return
-    yield f"a step: {pod_plan['flops_per_step']:.3g} FLOPs, recomputation included; a chip sends"
+    yield f"a step: {pod_plan['flops_per_step']:.3g} FLOPs, recomputation included; {part} sends"
     for axis, size in sorted(pod_plan["collective_bytes"].items(), key=lambda pair: -pair[1]):
         yield f"  {axis:<20} {size / 1e9:10.2f} GB"
     yield (
@@ -274,7 +293,8 @@ def lines(pod_plan: dict[str, Any], settings: TrainSettings) -> Iterator[str]:
     )
     steps = pod_plan["steps"] or 1000
     hours = steps * pod_plan["chips"] * pod_plan["step_seconds_bound"] / 3600
-    cost = f"US$ {hours * pod_plan['usd_per_chip_hour']:,.0f} at US$ {pod_plan['usd_per_chip_hour']:.2f} a chip-hour"
+    price = pod_plan["usd_per_chip_hour"]
+    cost = "no published price" if price is None else f"US$ {hours * price:,.0f} at US$ {price:.2f} a chip-hour"
     epochs = f" ({settings.epochs:g} epochs)" if pod_plan["steps"] and settings.epochs else ""
     yield f"{steps:,} steps{epochs}: at least {hours:,.0f} chip-hours, {cost}"
     yield f"compiled in {pod_plan['compile_seconds']:.0f} s"

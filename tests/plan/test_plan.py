@@ -11,7 +11,9 @@ import jax
 import numpy as np
 import pytest
 
-from bmjax.branch import train
+from bmjax.branch import prepare
+from bmjax.branch.choose import without_data
+from bmjax.branch.export import open_student
 from bmjax.branch.settings import TrainSettings
 from bmjax.branch.step import init_state, make_step
 from bmjax.cli import main as cli
@@ -36,38 +38,46 @@ def settings(**changes):
         "student": "x", "data": "x", "output": "x", "seq_len": 64, "batch": 8, "steps": 1, "compute_dtype": "float32",
         "mesh": {"fsdp": 4, "tensor": 2},
     }  # fmt: skip
-    return TrainSettings.model_validate(values | changes)
+    return without_data(TrainSettings.model_validate(values | changes), "a plan")
 
 
 def test_steps_of_a_plan_are_those_of_the_training(student, train_file, monkeypatch):
     one_step = settings(student=str(student), data=str(train_file), seq_len=128)
-    assert plan.training_steps(one_step) == 1
+    steps, line = plan.steps_and_data(one_step)
+    assert steps == 1 and "documents" in line and "rows of 128 (" in line and "% filled)" in line
     epochs = one_step.model_copy(update={"steps": None, "epochs": 2.5, "batch": 2})
-    loader = train.load_data(epochs, train.open_student(epochs))
-    steps = plan.training_steps(epochs)
+    loader = prepare.load_data(epochs, open_student(epochs))
+    steps, _ = plan.steps_and_data(epochs)
     assert steps == math.ceil(2.5 * math.ceil(len(loader.rows) / 2))
     monkeypatch.setenv("HOME", str(train_file.parent))
-    assert plan.training_steps(epochs.model_copy(update={"data": f"~/{train_file.name}"})) == steps
+    assert plan.steps_and_data(epochs.model_copy(update={"data": f"~/{train_file.name}"}))[0] == steps
     for absent in ({"data": "not/here.jsonl"}, {"student": "not/here"}):
-        assert plan.training_steps(epochs.model_copy(update=absent)) is None
+        assert plan.steps_and_data(epochs.model_copy(update=absent)) == (None, None)
+        assert plan.steps_and_data(one_step.model_copy(update=absent)) == (1, None)
 
 
 def test_steps_of_a_plan_open_the_tokenizer_once(student, train_file, monkeypatch):
     opened, load = [], students.load_tokenizer
     monkeypatch.setattr(students, "load_tokenizer", lambda directory: opened.append(directory) or load(directory))
     chosen = settings(student=str(student), data=str(train_file), seq_len=128, steps=None, epochs=1)
-    assert plan.training_steps(chosen) and len(opened) == 1
+    assert plan.steps_and_data(chosen)[0] and len(opened) == 1
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"accumulate": 2, "mesh": {"fsdp": 2, "context": 2, "tensor": 2}, "remat": "none"}]
+    "changes",
+    [
+        {},
+        pytest.param(
+            {"accumulate": 2, "mesh": {"fsdp": 2, "context": 2, "tensor": 2}, "remat": "none"}, marks=pytest.mark.slow
+        ),
+    ],
 )
 def test_memory_is_the_programs_own(changes):
     """What a real training state takes, and what the compiled step reports, on eight CPU devices."""
     _, config, _ = build("gqa_untied")
     pod_plan = plan.plan(settings(**changes), config, "cpu:8", CPU, jax.devices())
-    mesh = train.check(settings(**changes), config)
-    step_plan = dataclasses.replace(train.step_plan(settings(**changes), config, mesh), unroll=1)
+    mesh = prepare.check(settings(**changes), config)
+    step_plan = dataclasses.replace(prepare.step_plan(settings(**changes), config, mesh), unroll=1)
     with jax.set_mesh(mesh):
         state = init_state(step_plan, qwen2.init(config, 0, mesh))
         here = jax.devices()[0]
@@ -111,6 +121,7 @@ def test_arithmetic_and_collectives():
     assert pod_plan["bound_by"] in ("arithmetic", "memory", "communication")
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_says_what_to_change():
     _, config, _ = build("gqa_untied")
     small = dataclasses.replace(CPU, hbm_gib=1e-4)
@@ -143,7 +154,7 @@ def test_a_plan_refuses_what_the_training_refuses():
     with pytest.raises(UserError, match="attention: splash runs on TPUs") as planned:
         plan.plan(chosen, config, "cpu:8", CPU, jax.devices())
     with pytest.raises(UserError) as trained:
-        train.check(chosen, config)
+        prepare.check(chosen, config)
     assert str(planned.value) == str(trained.value)
 
 
@@ -198,7 +209,7 @@ def test_two_slices_send_each_other_gradients_once():
 @pytest.mark.parametrize(("topology", "seq_len"), [("v5p:4x4x4", 16_384), ("v6e:16x16", 32_768)])
 def test_the_32b_step(topology, seq_len, capfd):
     """The paper's mathematics branch as its config stands: fits, and the compiled program moves what it should."""
-    chosen = TrainSettings.read(CONFIGS / "tinyr1_32b_math.yaml", [f"seq_len={seq_len}"])
+    chosen = without_data(TrainSettings.read(CONFIGS / "tinyr1_32b_math.yaml", [f"seq_len={seq_len}"]), "a plan")
     config = plan.student_config(chosen.student)
     chip, devices = topology_devices(topology)
     step_plan, _, lowered = plan.lower_step(chosen, config, devices)
