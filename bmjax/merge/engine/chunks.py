@@ -27,6 +27,9 @@ from bmjax.merge.recipe.recipe import Recipe
 CHUNK = 2**20  # entries
 COLUMNS = 1024  # of a tensor whose rows do not matter
 SAMPLE = 2**17  # entries from which an order statistic is estimated
+LEAST_ENTRIES = 2**13
+DOUBTFUL = 16  # rows that are computed at once where a quick kernel is in doubt
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -49,16 +52,52 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Sample:
-    """Rows picked over the whole tensor, of each `width` columns from the column in `first` on."""
+    """Rows picked over the whole tensor, of each `width` columns from the column in `first` on.
+
+    as_entries: each entry is a row of its own, as in `Entries`, whose programs it shares.
+    """
 
     rows: np.ndarray
     first: np.ndarray
     width: int
+    as_entries: bool = False
     index: None = None  # nothing is kept of a sample
     start: int = 0
 
     def of(self, per_row: np.ndarray) -> np.ndarray:
-        return per_row[..., self.rows, :]
+        part = per_row[..., self.rows, :]
+        return np.repeat(part, self.width, axis=-2) if self.as_entries else part
+
+
+class Entries:
+    """Entries of a chunk, by flat indices, each as a row of its own; padded to one of few numbers, each a compilation.
+
+    Chosen over programs that give the entries' values as they count them: those would write all values.
+    """
+
+    index: None = None  # nothing is kept of them
+
+    def __init__(self, chunk: Chunk, entries: np.ndarray, columns: int) -> None:
+        self._chunk, self._columns = chunk, columns
+        size = LEAST_ENTRIES
+        while size < len(entries):
+            size *= 4
+        self._entries = np.zeros(size, np.int64)
+        self._entries[: len(entries)] = entries
+
+    def of(self, per_row: np.ndarray) -> np.ndarray:
+        return self._chunk.of(per_row)[..., self._entries // self._columns, :]
+
+    def block(self, x: Block) -> Block:
+        """Return the chunk's block `x` at these entries."""
+
+        def pick(array: Any) -> Any:
+            flat = np.asarray(array).reshape(-1)
+            # Indexing integers is faster than indexing bfloat16.
+            return flat.view(f"u{flat.itemsize}").take(self._entries)[:, None].view(flat.dtype)
+
+        base = None if x.base is None else pick(x.base)
+        return Block(base, tuple(map(pick, x.branches)), {name: pick(a) for name, a in x.models.items()}, x.start)
 
 
 def block_digest(data: np.ndarray) -> bytes:
@@ -79,11 +118,18 @@ def digest_of_tensors(checksums: Mapping[str, str]) -> str:
 class StoredTensor:
     """One model's tensor in a file: `read(start, out)` fills `out` with its entries from flat index `start` on.
 
-    `digests` gets a checksum of every chunk when it is first read.
+    `digests` gets a checksum of every chunk when it is first read, and `count_read` is called with its bytes.
     """
 
-    def __init__(self, model: str, tensor: str, dtype: np.dtype, read: Callable[[int, np.ndarray], None]) -> None:
-        self.model, self.tensor, self.dtype, self.read = model, tensor, dtype, read
+    def __init__(
+        self,
+        model: str,
+        tensor: str,
+        dtype: np.dtype,
+        read: Callable[[int, np.ndarray], None],
+        count_read: Callable[[int], None],
+    ) -> None:
+        self.model, self.tensor, self.dtype, self.read, self._count_read = model, tensor, dtype, read, count_read
         self.digests: dict[int, bytes] = {}
 
     def read_chunk(self, chunk: Chunk, columns: int) -> np.ndarray:
@@ -97,6 +143,7 @@ class StoredTensor:
         flat[chunk.count :] = 0
         if chunk.index not in self.digests:
             self.digests[chunk.index] = block_digest(flat[: chunk.count])
+            self._count_read(chunk.count * self.dtype.itemsize)
         return _at_most_float32(flat.reshape(chunk.height, columns))
 
     def check_finite(self, chunks: Sequence[Chunk]) -> None:
@@ -136,13 +183,14 @@ class ChunkCache:
         self.keep, self._pool = keep, pool
         self._arrays: dict[tuple[StoredTensor, int], np.ndarray] = {}
 
-    def map(self, work: Callable[[Chunk], T]) -> list[T]:
-        """Call `work` on every chunk, in parallel. Returns the results in order."""
-        return list(self._pool.map(work, self.chunks)) if len(self.chunks) > 1 else [work(self.chunks[0])]
+    def map(self, work: Callable[[S], T], parts: Sequence[S]) -> list[T]:
+        """Call `work` on every one of `parts`, in parallel. Returns the results in order."""
+        return list(self._pool.map(work, parts)) if len(parts) > 1 else [work(parts[0])]
 
     def load(self, tensor: StoredTensor, rows: Chunk | Sample) -> np.ndarray:
         if isinstance(rows, Sample):
-            return self._load_sample(tensor, rows)
+            sample = self._load_sample(tensor, rows)
+            return sample.reshape(-1, 1) if rows.as_entries else sample
         array = self._arrays.get((tensor, rows.index))
         if array is None:
             array = tensor.read_chunk(rows, self.columns)
@@ -211,12 +259,31 @@ class View(BlockTensor):
 
     def visit(self, work: Callable[[Block, Chunk], T]) -> list[T]:
         # Each thread waits for its chunk, or many chunks would be in memory at once.
-        return self._cache.map(lambda chunk: jax.block_until_ready(work(self.block(chunk, {}), chunk)))
+        return self._cache.map(
+            lambda chunk: jax.block_until_ready(work(self.block(chunk, {}), chunk)), self._cache.chunks
+        )
 
     def join(self, parts: Sequence[Any]) -> np.ndarray:
         arrays = [np.asarray(part) for part in parts]
         joined = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-2)
         return joined[..., : self._cache.rows, :]
+
+    def at_doubtful_rows(self, quick: Any, doubt: Any, program: Callable[..., Any], operands: Sequence[Any]) -> Any:
+        doubtful = np.flatnonzero(doubt)
+        if not doubtful.size:
+            return quick
+        # Some at a time, always as many, because each number is a compilation.
+        height = min(DOUBTFUL, self._cache.rows)
+        padded = np.append(doubtful, np.repeat(doubtful[-1:], -len(doubtful) % height))
+
+        def work(rows: np.ndarray) -> np.ndarray:
+            sample = Sample(rows, np.zeros(height, np.int64), self._cache.columns)
+            x = self.block(sample, {})
+            return np.asarray(program(x, at(operands, x, sample)))
+
+        arrays = quick.copy()
+        arrays[:, padded] = np.concatenate(self._cache.map(work, list(padded.reshape(-1, height))), axis=1)
+        return arrays
 
     def totals(self, row_sums: Any) -> np.ndarray:
         return np.asarray(np.asarray(row_sums).sum(axis=1, dtype=np.float64))
@@ -255,16 +322,20 @@ class View(BlockTensor):
         if self.size <= SAMPLE and len(chunks) == 1:
             flat = [a.reshape(-1)[: self.size] for a in arrays(chunks[0])]
             return [np.partition(f, list(r))[list(r)] for f, r in zip(flat, ranks, strict=True)]
-        program = passes.brackets(kernel, tuple(k for k, r in enumerate(ranks) for _ in r), **static)
+        bracket_counts = passes.brackets(kernel, tuple(k for k, r in enumerate(ranks) for _ in r), **static)
+        values = passes.values(kernel, **static)
 
         def count(low: np.ndarray, high: np.ndarray) -> list[tuple[list[np.ndarray], np.ndarray]]:
-            # Of the counts < low, <= low and <= high, padding is in the last one where there is no upper end.
-            unbounded = np.stack([np.zeros_like(high)] * 2 + [np.isinf(high)], axis=-1).reshape(-1)
+            # A kernel gives 0 in the padding, which is not to be counted.
+            zero = np.stack([low > 0, low >= 0, high >= 0], axis=-1).reshape(-1)
 
             def work(x: Block, chunk: Chunk) -> tuple[list[np.ndarray], np.ndarray]:
-                values, inside, below = program(x, at(operands, x, chunk), chunk.count, low, high)
-                picks = [np.asarray(v)[np.asarray(mask)] for v, mask in zip(values, inside, strict=True)]
-                return picks, self.totals(below) - (chunk.height * columns - chunk.count) * unbounded
+                inside, below = bracket_counts(x, at(operands, x, chunk), low, high)
+                entries = np.flatnonzero(np.asarray(inside).reshape(-1)[: chunk.count])
+                picked = Entries(chunk, entries, columns)
+                y = picked.block(x)
+                picks = [np.asarray(v)[: len(entries), 0] for v in values(y, at(operands, y, picked))]
+                return picks, self.totals(below) - (chunk.height * columns - chunk.count) * zero
 
             return self.visit(work)
 
@@ -272,24 +343,25 @@ class View(BlockTensor):
         spread = 1.0 if self._stored else 4.0
         return bracket_search(self.size, ranks, arrays(self._quantile_sample()), spread, count)
 
-    def sample_of_rows(self, kernel: Kernel, entries: int) -> list[np.ndarray]:
-        """Return what a kernel gives for about `entries` entries in whole rows; nothing for a smaller tensor."""
+    def sample_of_rows(self, entries: int) -> Block | None:
+        """Return about `entries` entries in whole rows; None for a smaller tensor."""
         g = self._cache
         rows = max(1, entries // g.columns)
         if g.rows < rows:
-            return []
-        sample = Sample((2 * np.arange(rows) + 1) * g.rows // (2 * rows), np.zeros(rows, np.int64), g.columns)
-        return [np.asarray(array) for array in passes.values(kernel)(self.block(sample, {}), [])]
+            return None
+        picked = (2 * np.arange(rows) + 1) * g.rows // (2 * rows)
+        return self.block(Sample(picked, np.zeros(rows, np.int64), g.columns), {})
 
     def _quantile_sample(self) -> Sample:
-        """Pick a sample of one size for all tensors, because each is a compilation.
+        """Pick a sample of one of few sizes, because each is a compilation.
 
         Where there are few rows, they come again, at other columns.
         """
         g = self._cache
         whole = g.size // g.columns
         width = min(g.columns, 32) if self._stored else g.columns
-        rows = max(1, SAMPLE // width) if self._stored else max(1, 2 * SAMPLE // width)
+        entries = (SAMPLE if g.size > 16 * SAMPLE else SAMPLE // 4) if self._stored else 2 * SAMPLE
+        rows = max(1, entries // width)
         picked = (2 * np.arange(rows) + 1) * whole // (2 * rows)
         first = np.arange(rows) * 7919 * width % (g.columns - width + 1)
-        return Sample(picked, first, width)
+        return Sample(picked, first, width, as_entries=self._stored)

@@ -5,6 +5,7 @@ touch the disk. The output appears whole, or not at all.
 """
 
 import contextlib
+import copy
 import hashlib
 import json
 import shutil
@@ -13,25 +14,25 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import yaml
 
 from bmjax.io.atomic import replacing
 from bmjax.io.safetensors import Plan, SharedWriter
 from bmjax.merge.engine.journal import Journal, clear
 from bmjax.merge.engine.stream import Progress, Stream
+from bmjax.merge.plan.merged_config import set_type
 from bmjax.merge.plan.nodes import MergePlan
 from bmjax.merge.plan.output import check_space
-from bmjax.merge.recipe.tokenizer import write_chat_template
+from bmjax.merge.plan.quantized import QUANTIZATION_KEYS
+from bmjax.merge.plan.side_files import side_files
+from bmjax.merge.recipe.recipe import Recipe
 from bmjax.merge.report.card import write_card
 from bmjax.merge.report.statistics import merge_report, report, source_entry
-from bmjax.model.config import read_hf_config
+from bmjax.model.config import context_length, read_hf_config
 from bmjax.version import __version__
-from bmjax.weights.tokenizer import TOKENIZER_FILES
+from bmjax.weights.tokenizer import read_json, set_longest, write_json
 
-SIDE_FILES = (
-    "config.json", "generation_config.json", *TOKENIZER_FILES, "preprocessor_config.json", "processor_config.json",
-)  # fmt: skip
-REPORT = "merge_report.json"
+REPORT, RECIPE = "merge_report.json", "recipe.yaml"
 MEMORY = 2**30
 
 
@@ -64,7 +65,7 @@ def merge(
     """
     recipe, models, donor = plan.recipe, plan.models, plan.models[plan.recipe.donor]
     rows = [(node.name, node.dtype, node.shape) for node in plan.nodes]
-    check_space(Path(output), plan.nbytes + sum(path.stat().st_size for path in _side_files(donor.directory)))
+    check_space(Path(output), plan.nbytes + sum(path.stat().st_size for path in side_files(donor.directory).paths))
     with replacing(Path(output), resume=True) as folder, contextlib.ExitStack() as stack:
         journal = stack.enter_context(contextlib.closing(Journal(folder, _fingerprint(plan, rows, shard_bytes))))
         writer = stack.enter_context(contextlib.closing(SharedWriter(folder, rows, shard_bytes)))
@@ -76,59 +77,75 @@ def merge(
         tensors = stream.run(plan.nodes, progress or (lambda done, total, name: None))
         writer.finish()
         sources = {
-            name: source_entry(recipe.sources.get(name, name), model, journal.source(name))
-            for name, model in models.items()
+            name: source_entry(recipe.pinned(name), model, journal.source(name)) for name, model in models.items()
         }
-        _copy_side_files(donor.directory, folder, {dtype for _, dtype, _ in rows}, plan.config_changes)
+        _copy_side_files(donor.directory, folder, _type_of_weights(plan), plan.config_changes)
         if plan.vocabulary is not None:
             plan.vocabulary.save(folder)
         dtypes = sorted({dtype.name for _, dtype, _ in rows})
         statistics = report(recipe.steps, tensors)
         result = merge_report(recipe.text, recipe.seed, sources, journal.checksums(), dtypes, statistics)
-        finish(folder, recipe.chat_template, result)
+        finish(folder, plan, result)
         journal.close(remove=True)
     return result
 
 
-def finish(folder: Path, chat_template: str | None, result: Mapping[str, Any]) -> None:
-    """Write a merge's chat template, merge_report.json and card. result: what `merge_report` returned."""
-    if chat_template is not None:
-        write_chat_template(folder, chat_template)
+def finish(folder: Path, plan: MergePlan, result: Mapping[str, Any]) -> None:
+    """Write a merge's chat template, merge_report.json, recipe.yaml and card. result: what `merge_report` returned."""
+    plan.chat.write(folder)
+    path = folder / "tokenizer_config.json"
+    tokenizer = read_json(path)
+    set_longest(longest := dict(tokenizer), context_length(read_json(folder / "config.json")))
+    if tokenizer and longest != tokenizer:
+        write_json(path, longest)
     (folder / REPORT).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    write_card(folder, result)
+    (folder / RECIPE).write_text(recipe_text(plan.recipe), encoding="utf-8")
+    adapters = {name: plan.recipe.adapter(name, download=False) for name in plan.models}
+    write_card(folder, result, {n: [d for d in (m.directory, adapters[n]) if d] for n, m in plan.models.items()})
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """Return a recipe as YAML that `bmjax merge` reads: overrides applied, hub models pinned, paths as given."""
+    plain = json.loads(json.dumps(recipe.pinned_text()))
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 
 def _fingerprint(plan: MergePlan, rows: Plan, shard_bytes: float) -> dict[str, Any]:
     """Return a hash of what must be the same for an unfinished merge to go on."""
     recipe, models, tokens = plan.recipe, plan.models, plan.vocabulary
-    files = {info.file for model in models.values() for info in model.tensors.values()}
+    files = {file for model in models.values() for info in model.tensors.values() for file in info.files}
     if tokens is not None:
         # They say which rows belong together.
         folders = [*(model.directory for model in models.values()), tokens.source]
-        files |= {path for folder in folders for path in _side_files(folder)}
+        files |= {path for folder in folders for path in side_files(folder).paths}
     state = {str(file): [(stat := file.stat()).st_size, stat.st_mtime_ns] for file in sorted(files)}
     written = [[name, dtype.name, list(shape)] for name, dtype, shape in rows]
     plain = [recipe.text, recipe.seed, recipe.compat, state, written, shard_bytes, version("jax"), __version__]
     return {"merge": hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()}
 
 
-def _side_files(donor: Path) -> list[Path]:
-    """Return the files beside the weights that the result gets."""
-    paths = [donor / name for name in SIDE_FILES]
-    return [path for path in (*paths, *sorted((donor / "additional_chat_templates").glob("*"))) if path.is_file()]
+def _type_of_weights(plan: MergePlan) -> str | None:
+    """Return the name of the type that config.json gives; None where it stays, for weights of several types."""
+    if plan.recipe.dtype is not None:
+        return plan.recipe.dtype
+    types = {node.dtype.name for node in plan.nodes if node.floating}
+    return types.pop() if len(types) == 1 else None
 
 
-def _copy_side_files(donor: Path, folder: Path, types: set[np.dtype], changes: Mapping[str, Any]) -> None:
-    for path in _side_files(donor):
-        copy = folder / path.relative_to(donor)
-        copy.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, copy)
+def _copy_side_files(donor: Path, folder: Path, type_name: str | None, changes: Mapping[str, Any]) -> None:
+    for path in side_files(donor).paths:
+        target = folder / path.relative_to(donor)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    if changes.get("quantization_config", True) is None:
+        (folder / "hf_quant_config.json").unlink(missing_ok=True)
     if not (folder / "config.json").exists():
         return
-    # A loader takes the type from the config: it must be the one that was written.
     config = read_hf_config(folder)
-    floats = {dtype.name for dtype in types if dtype.name in ("float32", "bfloat16", "float16", "float64")}
-    key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
-    changed = {**config, **changes, **({key: floats.pop()} if len(floats) == 1 else {})}
+    changed = copy.deepcopy({**config, **changes})
+    changed = {key: value for key, value in changed.items() if key not in QUANTIZATION_KEYS or value is not None}
+    if type_name is not None:
+        set_type(changed, type_name)
     if changed != config:
+        changed.pop("transformers_version", None)  # another program wrote this
         (folder / "config.json").write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")

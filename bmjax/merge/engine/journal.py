@@ -5,7 +5,6 @@ files.py opens it, stream.py adds a line for every finished tensor. It is no par
 
 import contextlib
 import json
-import math
 import os
 import shutil
 import threading
@@ -15,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from bmjax.io.safetensors import SharedWriter
+from bmjax.io.safetensors import SharedWriter, units
 from bmjax.merge.engine.chunks import block_digest, digest, digest_of_tensors
 from bmjax.merge.report.statistics import Stats, TensorStats
 
@@ -59,10 +58,10 @@ class Journal:
         for name, dtype, shape in rows:
             if name not in self._tensors:
                 continue
-            size, step, blocks = math.prod(shape), int(self._tensors[name]["block"]), []
+            (unit, size), step, blocks = units(dtype, shape), int(self._tensors[name]["block"]), []
             for start in range(0, size, step):
-                part = np.empty(min(step, size - start), dtype)
-                writer.read(name, start * dtype.itemsize, part)
+                part = np.empty(min(step, size - start), unit)
+                writer.read(name, start * unit.itemsize, part)
                 blocks.append(block_digest(part))
             if digest(blocks) != self._tensors[name]["digest"]:
                 del self._tensors[name]

@@ -48,24 +48,19 @@ def lookup() -> Callable[..., jax.Array]:
 
 @functools.cache
 def brackets(kernel: Kernel, owners: tuple[int, ...], /, **static: Any) -> Callable[..., Any]:
-    """Compile (block, operands, valid, low [B], high [B]) -> (values, inside, counts).
+    """Compile (block, operands, low [B], high [B]) -> (inside, counts), for brackets of the kernel's K arrays.
 
-    owners: of which of the kernel's K arrays a bracket is. valid: entries before the padding. values: the K arrays.
-    inside: K masks of what is strictly within a bracket. counts: how many entries of each row are < low, <= low and
-    <= high, int32 [B * 3, rows].
+    owners: of which array a bracket is. inside: the mask of entries that are strictly within a bracket in some array.
+    counts: how many entries of each row are < low, <= low and <= high, int32 [B * 3, rows].
     """
 
-    def run(x: Block, operands: Sequence[Any], valid: Any, low: jax.Array, high: jax.Array) -> Any:
-        # Padding, from flat index `valid` on, is infinite: it lies below nothing but a bracket without an upper end.
+    def run(x: Block, operands: Sequence[Any], low: jax.Array, high: jax.Array) -> Any:
         arrays = kernel(_float32(x), *operands, **static)
-        shape = arrays[0].shape
-        index = lax.broadcasted_iota(jnp.int32, shape, 0) * shape[1] + lax.broadcasted_iota(jnp.int32, shape, 1)
-        arrays = [jnp.where(index < valid, a, np.inf) for a in arrays]
-        inside, tests = [jnp.zeros(a.shape, jnp.bool_) for a in arrays], []
+        inside, tests = jnp.zeros(arrays[0].shape, jnp.bool_), []
         for i, k in enumerate(owners):
-            inside[k] |= (arrays[k] > low[i]) & (arrays[k] < high[i])
+            inside |= (arrays[k] > low[i]) & (arrays[k] < high[i])
             tests += [arrays[k] < low[i], arrays[k] <= low[i], arrays[k] <= high[i]]
-        return arrays, inside, sum_rows(tests)
+        return inside, sum_rows(tests)
 
     return _compiled(run)
 
@@ -89,10 +84,9 @@ def leaves(kernel: Kernel, dtype: Any, /, **static: Any) -> Callable[..., Any]:
 
 @functools.cache
 def statistics() -> Callable[..., Any]:
-    """Compile (block, leaf, packed masks) -> row sums of what `report.statistics.Stats` holds.
+    """Compile (block, leaf, packed masks) -> (row sums of what `report.statistics.Stats` holds, float32 [K, rows]).
 
-    They are float32 [K, rows] and int32 [1 or 1 + branches, rows]. A program of its own: its sums may be taken in any
-    order, which makes them twice as fast.
+    A program of its own: its sums may be taken in any order, which makes them twice as fast.
     """
 
     def run(x: Block, leaf: jax.Array, packed: Sequence[jax.Array]) -> Any:
@@ -103,9 +97,11 @@ def statistics() -> Callable[..., Any]:
         changes = [branch - origin for branch in x.branches]
         products = [u * v for i, u in enumerate(changes) for v in changes[i:]]
         moved = leaf.astype(jnp.float32) - reference
-        up = functools.reduce(jnp.logical_or, [c > 0 for c in changes])
-        down = functools.reduce(jnp.logical_or, [c < 0 for c in changes])
-        return sum_rows([*products, reference**2, moved**2]), sum_rows([up & down, *(k == 1 for k in kept)])
+        largest, least = functools.reduce(jnp.maximum, changes), functools.reduce(jnp.minimum, changes)
+        # Counts as floats, exact in rows of less than 2**24 entries, because one reduction for all reads each array
+        # once.
+        conflicts = jnp.where((largest > 0) & (least < 0), 1.0, 0.0)
+        return (sum_rows([*products, reference**2, moved**2, conflicts, *(k.astype(jnp.float32) for k in kept)]),)
 
     return _compiled(run, reorder=True)
 
@@ -146,8 +142,8 @@ def sum_columns(arrays: Sequence[jax.Array]) -> jax.Array:
 
 def sum_rows(arrays: Sequence[jax.Array]) -> jax.Array:
     """Return the row sums of every array, float32 [K, rows], or int32 of bool arrays."""
-    # One reduction for all reads each array once. XLA's CPU compiler makes vector code of sums of floats, and of sums
-    # of integers, not of both in one nor of bools turned into floats: a tenth of the speed.
+    # One reduction for all reads each array once. XLA's CPU compiler makes vector code of sums of integers, and of
+    # sums of floats in any order; not of both in one: a tenth of the speed.
     if arrays[0].dtype == jnp.bool_:
         arrays = [a.astype(jnp.int32) for a in arrays]
     padded = [*arrays, *arrays] if len(arrays) == 1 else list(arrays)

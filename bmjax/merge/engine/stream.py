@@ -3,6 +3,7 @@
 files.py calls it. It writes tensors, their statistics and checksums, and no other file.
 """
 
+import contextlib
 import functools
 import math
 import os
@@ -15,11 +16,12 @@ from typing import Any
 import numpy as np
 
 from bmjax.config import UserError
-from bmjax.io.safetensors import Reader, SharedWriter, TensorInfo
+from bmjax.io.safetensors import Reader, SharedWriter, TensorInfo, units
 from bmjax.merge.engine.chunks import CHUNK, SAMPLE, Chunk, ChunkCache, StoredTensor, View, block_digest, digest
 from bmjax.merge.engine.journal import Journal
 from bmjax.merge.engine.quantile import NotFiniteError
-from bmjax.merge.methods.arcee_fusion import agreement, three_importances
+from bmjax.merge.engine.read_ahead import ReadAhead
+from bmjax.merge.methods.arcee_fusion import agreement
 from bmjax.merge.plan.nodes import MergePlan, Node, TensorSource
 from bmjax.merge.plan.token_rows import row_reader
 from bmjax.merge.report.statistics import Stats, TensorStats, check_overflow
@@ -59,10 +61,15 @@ class Stream:
         bytes_read = {node.name: sum(info.nbytes for info in self._infos(node).values()) for node in nodes}
         total = sum(bytes_read.values())
 
+        largest_first = sorted(nodes, key=lambda node: -math.prod(node.shape))
+        unwritten = [node for node in largest_first if self.journal.stats(node.name) is None]
+        ahead = ReadAhead(self._files, {node.name: list(self._infos(node).values()) for node in unwritten})
+
         def work(node: Node) -> TensorStats:
             stats = self.journal.stats(node.name)
             if stats is None:
-                stats = self._tensor(node)
+                stats = self._tensor(node, functools.partial(ahead.add, node.name))
+                ahead.finish(node.name)
             with self._lock:
                 self._done += bytes_read[node.name]
                 progress(self._done, total, node.name)
@@ -71,8 +78,7 @@ class Stream:
         # Where the masks of formulas are compared: some matrices, over all depths.
         matrices = [node.name for node in nodes if len(node.shape) == 2]
         self._sampled = set(matrices[:: max(1, len(matrices) // SAMPLED)])
-        with ThreadPoolExecutor(TENSORS, "merge-tensor") as drivers:
-            largest_first = sorted(nodes, key=lambda node: -math.prod(node.shape))
+        with contextlib.closing(ahead), ThreadPoolExecutor(TENSORS, "merge-tensor") as drivers:
             futures = {node.name: drivers.submit(work, node) for node in largest_first}
             try:
                 wait(futures.values(), return_when=FIRST_EXCEPTION)
@@ -86,9 +92,10 @@ class Stream:
         """Return the stored tensors that a node is made of, by model and name."""
         return {(model, tensor): self.models[model].tensors[tensor] for model, tensor in node.files()}
 
-    def _tensor(self, node: Node) -> TensorStats:
+    def _tensor(self, node: Node, count_read: Callable[[int], None]) -> TensorStats:
+        """Merge or copy a node's tensor. count_read: is called with bytes of inputs as they are read."""
         infos = self._infos(node)
-        if not node.floating or 0 in node.shape:
+        if not node.floating:
             return self._copy(node, infos)
         # The stored tensors that the steps read, each once.
         nodes = _schedule(node)
@@ -101,13 +108,11 @@ class Stream:
             if source.rows is not None:
                 others = [(self.models[m].tensors[tensor], rows) for m, tensor, rows in source.others]
                 read = row_reader(info, source.rows, others, self._files.read)
-            stored[_stored_key(model, source)] = StoredTensor(model, source.tensor, info.numpy_dtype, read)
+            stored[_stored_key(model, source)] = StoredTensor(model, source.tensor, info.numpy_dtype, read, count_read)
         # Memory says what is kept between passes; it changes no result.
         stored_bytes = sum(min(4, tensor.dtype.itemsize) for tensor in stored.values()) * math.prod(node.shape)
         by_row = any(n.step.method.by_row for n in nodes)
         cache = ChunkCache(node.shape, by_row, self._pool, keep=stored_bytes <= self._memory)
-        for info in infos.values():
-            self._files.advise(info)
         try:
             return self._merge(nodes, stored, cache)
         except NotFiniteError:
@@ -136,13 +141,12 @@ class Stream:
             self.writer.write(node.name, chunk.start * node.dtype.itemsize, leaf)
             return block_digest(leaf), [views[n].statistics(*results[views[n]]) for n in nodes]
 
-        digests, chunk_sums = zip(*cache.map(write), strict=True)
+        digests, chunk_sums = zip(*cache.map(write, cache.chunks), strict=True)
         stats: dict[str, Stats] = {}
         for n, *sums in zip(nodes, *chunk_sums, strict=True):
             of_step = Stats.of(cache.size, n.step.branches, np.sum(sums, axis=0))
             if node.name in self._sampled and n.step.method.name == "arcee_fusion":
-                masks = agreement(views[n].sample_of_rows(three_importances, SAMPLE // 2))
-                of_step = replace(of_step, agreement=masks)
+                of_step = replace(of_step, agreement=agreement(views[n].sample_of_rows(SAMPLE // 4)))
             stats[n.step.name] = of_step
 
         # What may be wrong with them, and the journal's line.
@@ -167,19 +171,19 @@ class Stream:
     def _copy(self, node: Node, infos: Mapping[tuple[str, str], TensorInfo]) -> TensorStats:
         """Copy a tensor that is not floating-point, as a mask or a table of positions; all models must agree."""
         ((first, _), info), *others = infos.items()
-        size, blocks = math.prod(node.shape), []
+        (unit, size), blocks = units(info.numpy_dtype, node.shape), []
         for start in range(0, size, CHUNK):
-            out = np.empty(min(CHUNK, size - start), info.numpy_dtype)
+            out = np.empty(min(CHUNK, size - start), unit)
             self._files.read(info, start, out)
             for (name, _), other in others:
-                copy = np.empty(len(out), other.numpy_dtype)
+                copy = np.empty(len(out), units(other.numpy_dtype, ())[0])
                 self._files.read(other, start, copy)
                 if other.dtype != info.dtype or copy.tobytes() != out.tobytes():
                     raise UserError(
                         f"tensor '{node.name}' is {info.numpy_dtype} and differs between models '{first}' and "
                         f"'{name}'; only floating-point tensors can be merged"
                     )
-            self.writer.write(node.name, start * info.numpy_dtype.itemsize, out)
+            self.writer.write(node.name, start * unit.itemsize, out)
             blocks.append(block_digest(out))
         self.journal.add(node.name, {}, CHUNK, digest(blocks), {})
         return {}

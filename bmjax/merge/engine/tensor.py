@@ -77,7 +77,8 @@ class BlockTensor:
 
     def statistics(self, x: Block, leaf: jax.Array, masks: Sequence[jax.Array]) -> np.ndarray:
         """Return what `Stats.of` takes, for one block and its result."""
-        return np.concatenate([self.totals(sums) for sums in passes.statistics()(x, leaf, masks)])
+        (row_sums,) = passes.statistics()(x, leaf, masks)
+        return self.totals(row_sums)
 
     def sums(self, kernel: Kernel, *operands: Any, **static: Any) -> np.ndarray:
         program = passes.values(kernel, True, passes.sum_rows, **static)
@@ -90,9 +91,12 @@ class BlockTensor:
         total = np.sum(parts, axis=0).astype(np.float32)
         return lambda x, rows: total
 
-    def rows(self, kernel: Kernel, *operands: Any, reorder: bool = False, **static: Any) -> PerRow:
-        program = passes.values(kernel, reorder, **static)
-        return PerRow(self.join(self.visit(lambda x, rows: program(x, at(operands, x, rows)))))
+    def rows(self, kernel: Kernel, *operands: Any, quick: Kernel | None = None, **static: Any) -> PerRow:
+        program = passes.values(kernel, **static) if quick is None else passes.values(quick, True)
+        arrays = self.join(self.visit(lambda x, rows: program(x, at(operands, x, rows))))
+        if quick is not None:
+            arrays = self.at_doubtful_rows(arrays[:-1], arrays[-1], passes.values(kernel, **static), operands)
+        return PerRow(arrays)
 
     def whole(self, kernel: Kernel, *operands: Any, **static: Any) -> PerRow:
         blocks = self.visit(lambda x, rows: (x.base, x.branches, x.models))
@@ -123,6 +127,13 @@ class BlockTensor:
         """Join arrays [..., rows of a block, n], one a block, to one of all the tensor's rows."""
         (array,) = parts
         return array
+
+    def at_doubtful_rows(self, quick: Any, doubt: Any, program: Callable[..., Any], operands: Sequence[Any]) -> Any:
+        """Replace arrays [K, rows, 1] by what a program gives, at rows where `doubt` [rows, 1] is not 0."""
+        if not doubt.any():
+            return quick
+        exact = self.join(self.visit(lambda x, rows: program(x, at(operands, x, rows))))
+        return jnp.where(doubt != 0, exact, quick)
 
     def totals(self, row_sums: Any) -> np.ndarray:
         """Add up the row sums [K, rows] of a block: float64 [K]."""

@@ -79,10 +79,11 @@ class Tensor(Protocol):
     def columns(self, kernel: Kernel, *operands: Any, **static: Any) -> Operand:
         """Return the sum over rows of each array of the kernel, float32 [K, 1, columns]."""
 
-    def rows(self, kernel: Kernel, *operands: Any, reorder: bool = False, **static: Any) -> PerRow:
-        """Return what the kernel gives for every row, [..., rows, 1].
+    def rows(self, kernel: Kernel, *operands: Any, quick: Kernel | None = None, **static: Any) -> PerRow:
+        """Return what the kernel gives for every row, [K, rows, 1].
 
-        reorder: the kernel's sums may be taken in any order. Twice as fast where rows are long.
+        quick: a kernel without keywords that gives the same, and one array more. Rows at which that is 0 get the quick
+        kernel's values, and the kernel is called for the others alone. Its sums may be taken in any order.
         """
 
     def whole(self, kernel: Kernel, *operands: Any, **static: Any) -> PerRow:
@@ -158,7 +159,11 @@ class Parameter:
 
 # What every method accepts because other tools' recipes have it; the text says why it has no effect.
 WITHOUT_EFFECT = {
-    "int8_mask": Parameter("int8_mask", "int8_mask", bool, False, About("masks are never kept in memory whole"))
+    name: Parameter(name, name, bool, False, About(reason))
+    for name, reason in {
+        "int8_mask": "masks are never kept in memory whole",
+        "embed_slerp": "embeddings are merged like all other tensors",
+    }.items()
 }
 
 

@@ -119,9 +119,9 @@ def merge(
     if member.kept == "largest":
         # One entry at least is kept, unless the density is 0.
         ranks = [[t.size - max(1, int(d * t.size))] if d > 0 else None for d in density]
-        select, operands = _within, ([(low, math.inf) for low, *_ in _limits(t, ranks)],)
+        select, operands = _above, ([_below(low) for low, *_ in _limits(t, ranks)],)
     elif member.kept == "between":
-        select, operands = _within, (_range_limits(t, density, gamma),)
+        select, operands = _within, ([(_below(low), high) for low, high in _range_limits(t, density, gamma)],)
     elif member.kept == "random":
         select, operands = _chosen, (density, t.keys)
     else:
@@ -210,9 +210,19 @@ def _range_limits(t: Tensor, density: Sequence[float], gamma: Sequence[float]) -
 # Kernels
 
 
+def _above(x: Block, limits: Array) -> Masks:
+    """Keep entries whose magnitude is above a limit of at least 0. limits: [branches]."""
+    return [m > limits[b] for b, m in enumerate(magnitudes(x))]
+
+
 def _within(x: Block, limits: Array) -> Masks:
-    """Keep entries whose magnitude lies between two limits. limits: [branches, 2]."""
-    return [(m >= limits[b, 0]) & (m <= limits[b, 1]) & (m > 0) for b, m in enumerate(magnitudes(x))]
+    """Keep entries whose magnitude is above the first of two limits, and at most the second. limits: [branches, 2]."""
+    return [(m > limits[b, 0]) & (m <= limits[b, 1]) for b, m in enumerate(magnitudes(x))]
+
+
+def _below(limit: float) -> np.float32:
+    """Return the largest float32 below a limit that is kept itself; at least 0, since no change is nothing to keep."""
+    return np.maximum(np.nextafter(np.float32(limit), np.float32(-np.inf)), np.float32(0))
 
 
 def _chosen(x: Block, density: Array, keys: Array) -> Masks:
@@ -261,11 +271,11 @@ def _consensus(
 ) -> tuple[Array, Masks]:
     """Compute base + lambda * sum of the weighted kept changes, those against the elected sign left out."""
     masks = select(x, *operands)
-    changes = [s * d for s, d in zip(scales, deltas(x), strict=True)]
-    terms = [jnp.where(k, w * d, 0.0) for k, w, d in zip(masks, weight, changes, strict=True)]
+    terms = [jnp.where(k, w * (s * d), 0.0) for k, w, s, d in zip(masks, weight, scales, deltas(x), strict=True)]
     if elect:
+        # Each term's mask is whether its sign is the elected one, so that it is read off the term alone.
         positive = add(terms) >= 0
-        masks = [k & (term != 0) & ((term > 0) == positive) for k, term in zip(masks, terms, strict=True)]
+        masks = [jnp.where(positive, term, -term) > 0 for term in terms]
     total = add_kept(masks, terms) if elect else add(terms)
     if normalize:
         divisor = add_kept(masks if elect else [jnp.bool_(True)] * len(masks), weight)

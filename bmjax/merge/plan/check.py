@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from bmjax.io import bucket
 from bmjax.merge.plan.nodes import MergePlan
 from bmjax.merge.plan.output import check_space, size_text
 
@@ -39,7 +40,7 @@ def check(plan: MergePlan, output: str | Path, *, memory: int | None = None, sha
     types = ", ".join(dict.fromkeys(node.dtype.name for node in plan.nodes))
     files = _files(max(1, math.ceil(plan.nbytes / shard_bytes)))
     yield (
-        f"write {Path(output)}: {len(plan.nodes)} tensors, {size_text(plan.nbytes)}, {types}, {files}; "
+        f"write {bucket.join(output)}: {len(plan.nodes)} tensors, {size_text(plan.nbytes)}, {types}, {files}; "
         f"{size_text(free)} are free there"
     )
     for key, value in plan.config_changes.items():
@@ -48,7 +49,11 @@ def check(plan: MergePlan, output: str | Path, *, memory: int | None = None, sha
         yield f"memory: at most {size_text(memory)} of tensors at a time"
     if not recipe.is_calibrated:
         total = read.total()
-        yield f"time: about {max(1, round(total / RATE))} s for {size_text(total)} at {size_text(int(RATE))}/s"
+        seconds = max(1, round(total / RATE))
+        yield (
+            f"time: about {seconds} s for {size_text(total)} at {size_text(int(RATE))}/s, and seconds of compiling "
+            "where these shapes were not merged here before"
+        )
     yield from (f"note: {line}" for line in plan.notes)
 
 

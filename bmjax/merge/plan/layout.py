@@ -1,22 +1,27 @@
 """Which tensors every model and every step's result has, and what each tensor of a step is made from."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from bmjax.config import UserError
 from bmjax.io.safetensors import Checkpoint, TensorInfo
-from bmjax.merge.plan.tensor_names import Layer, depth, is_before_layers, is_embedding, is_head, layer
+from bmjax.io.tensor_forms import AdaptedTensor
+from bmjax.merge.plan.heads import TIED, TIED_FAMILIES, is_same_tensor, is_tied_by_default, says_tied, task
+from bmjax.merge.plan.stacks import language_stack
+from bmjax.merge.plan.tensor_names import (
+    Layer,
+    depth,
+    is_before_layers,
+    is_embedding,
+    is_head,
+    is_of_tower,
+    is_task_head,
+    layer,
+)
 from bmjax.merge.recipe.recipe import Recipe
 from bmjax.merge.recipe.step import Slice, Step
 from bmjax.model.config import read_hf_config
-
-TIED = "tie_word_embeddings"
-_NESTED = ("text_config", "llm_config", "language_config")
-_SAMPLED_ROWS = 16
-_MAX_ROW_BYTES = 2**20  # of an embedding's row; what has larger ones is not read to compare it with a head
 
 
 class Origin(NamedTuple):
@@ -30,7 +35,8 @@ class Origin(NamedTuple):
 class Layout:
     """The tensors of a recipe's inputs and steps by name, in the order of the files.
 
-    A tied model has no head; a step's result has one if one of its models has.
+    A tied model has no head; a step's result has one if one of its models has. A model of another kind (of rewards, of
+    embeddings) has no head either, and none is made of its embedding.
     """
 
     def __init__(self, recipe: Recipe, models: Mapping[str, Checkpoint]) -> None:
@@ -41,10 +47,13 @@ class Layout:
         self.origins: dict[str, dict[str, Origin]] = {}  # of each step, by tensor
         self.copied_heads: dict[str, str] = {}  # of inputs whose head is their embedding once more
         self.notes: dict[str, None] = {}  # remarks on the models, of all who plan with this layout
+        self.configs = {name: read_config(model) for name, model in models.items()}
+        self._tied: dict[str, bool] = {}  # of inputs without a head
         for name, model in models.items():
+            self.notes |= {f"model '{name}': {note}": None for note in model.notes}
             names = dict.fromkeys(model.tensors)
             heads = [tensor for tensor in names if is_head(tensor)]
-            if len(heads) == 1 and _is_copied_embedding(model, heads[0]):
+            if len(heads) == 1 and self._is_copied_embedding(name, heads[0]):
                 self.notes[f"model '{name}': {heads[0]} is a copy of its embedding, so it counts as tied"] = None
                 self.copied_heads[name] = heads[0]
                 del names[heads[0]]
@@ -60,11 +69,20 @@ class Layout:
                     for name in names
                 }
             self.names[step.name], self.layers[step.name] = dict.fromkeys(origins), _stacks(origins)
-            self.origins[step.name] = origins
+            self.origins[step.name] = {name: self._unless_kept(step, name, origin) for name, origin in origins.items()}
+            for rule in step.keep:
+                if rule.text is not None and not any(map(rule.fits, origins)):
+                    self.notes[f"step '{step.name}': keep: '{rule.text}' fits no tensor"] = None
 
     def embedding(self, model: str) -> str | None:
         """Return the one tensor that holds a model's token embedding; None when none or several do."""
         return _embedding(self.names[model])
+
+    def stack(self, model: str) -> str | None:
+        """Return the language model's stack of layers in an input or a step; None where it cannot be told."""
+        donor = self.recipe.donor_of(model)
+        stack = language_stack(self.layers[donor], self.configs[donor] or {})
+        return stack if stack in self.layers[model] else language_stack(self.layers[model], {})
 
     def origin_of_layer(self, model: str, number: int) -> tuple[str, int]:
         """Return the (input, its layer) that a result's layer comes from, for per-layer entries of config.json."""
@@ -90,27 +108,97 @@ class Layout:
         return info.shape[0] if info is not None and info.shape else None
 
     def find(self, model: str, name: str) -> str | None:
-        """Return the name under which an input or a step holds a tensor: a tied model's head is its embedding."""
+        """Return the name under which an input or a step holds a tensor: a tied model's head is its embedding.
+
+        Raises UserError for a model that lost its head: it has none, and its config says that it is not tied.
+        """
         if name in self.names[model]:
             return name
-        return self.embedding(model) if is_head(name) and name.endswith(".weight") else None
+        if not is_head(name) or not name.endswith(".weight") or self.is_foreign(model, name):
+            return None
+        if (embedding := self.embedding(model)) is not None:
+            self.check_head(model, name)
+        return embedding
+
+    def task(self, model: str) -> str | None:
+        """Return what an input or a step is for, see `heads.task`."""
+        return task(self.config(model), self.names[model])
+
+    def config(self, model: str) -> dict[str, Any] | None:
+        """Return the config of an input or of a step's donor; of an input without one the donor's."""
+        return self.configs[self.recipe.donor_of(model)] or self.configs[self.recipe.donor]
+
+    def is_foreign(self, model: str, name: str) -> bool:
+        """Return whether a model lacks a head because it is of another kind than the models that have it."""
+        if name in self.names[model]:
+            return False
+        if is_task_head(name):
+            # A language model is whole without one, also beside a language model with a head of values.
+            return self.task(model) in ("language", None) or self.task(model) != self.task(self.recipe.donor)
+        if not is_head(name) or self.task(model) != "other":
+            return False
+        # The embedding model of a tied language model still has that model's head.
+        return any(map(is_task_head, self.names[model])) or not says_tied(self.config(model) or {})
+
+    def check_head(self, model: str, name: str = "lm_head.weight") -> None:
+        """Raise a UserError unless the config of a language model without a head says that it is tied."""
+        donor = self.recipe.donor_of(model)
+        config = self.config(model) or {}
+        if donor not in self._tied:
+            said = says_tied(config)
+            self._tied[donor] = is_tied_by_default(config) if said is None else said
+        if not self._tied[donor]:
+            says = f"{TIED} false" if says_tied(config) is False else f"nothing of {TIED}, so it is not tied"
+            raise UserError(
+                f"model '{donor}': its config says {says}, but the weights hold no {name}: the head was lost when it "
+                f"was saved; restore it, or write {TIED} true into config.json if its embedding is its head"
+            )
 
     def _with_heads(self, names: Iterable[str], step: Step) -> dict[str, None]:
         """Return `names` with the heads that the merged models have, whether the donor has them or not."""
         heads = dict.fromkeys(name for model in step.reads for name in self.names[model] if is_head(name))
+        if self.task(step.donor) == "other":
+            return dict.fromkeys(names)
         return dict.fromkeys([*(name for name in names if not is_head(name) or name in heads), *heads])
 
+    @staticmethod
+    def _unless_kept(step: Step, name: str, origin: Origin) -> Origin:
+        """Return the origin, or the donor's tensor alone where the recipe's `keep` names it."""
+        return origin._replace(step=origin.step.kept()) if any(rule.fits(name) for rule in step.keep) else origin
+
+    def _is_copied_embedding(self, model: str, head: str) -> bool:
+        """Return whether a tied model's files hold the embedding once more as its head, as some trainers save it."""
+        tensors, config = self.models[model].tensors, self.configs[model] or {}
+        embedding, said = tensors.get(_embedding(tensors) or ""), says_tied(config)
+        # What an adapter adds to the embedding of a tied model it adds to the head.
+        if isinstance(embedding, AdaptedTensor):
+            embedding = embedding.plain
+        # Where a class is not known to tie, a copy is kept: it costs its bytes, and nothing else.
+        is_tied = config.get("model_type") in TIED_FAMILIES if said is None else said
+        return is_tied and embedding is not None and is_same_tensor(embedding, tensors[head])
+
     def _origins_of_slices(self, step: Step) -> dict[str, Origin]:
-        # What stands before the layers is the first slice's, what stands after them the last one's.
+        # What stands before the layers is the first slice's, what stands after them the last one's. Other stacks than
+        # the language model's count as standing before its layers.
         first, last = step.slices[0].step, step.slices[-1].step
-        before, after = ([name for name in self.names[s.reads[0]] if layer(name) is None] for s in (first, last))
-        origins = {name: Origin(first, {}, 0.0) for name in before if is_before_layers(name)}
+        stacks = {part.step.reads[0]: self.stack(part.step.reads[0]) for part in step.slices}
+
+        def is_layered(name: str, model: str) -> bool:
+            return (t := layer(name)) is not None and t.stack == stacks[model]
+
+        before, after = ([n for n in self.names[s.reads[0]] if not is_layered(n, s.reads[0])] for s in (first, last))
+        counts = self.layers[first.reads[0]]
+        origins = {
+            name: Origin(first, {}, depth(t.number, counts[t.stack]) if (t := layer(name)) else 0.0)
+            for name in before
+            if is_before_layers(name) or is_of_tower(name) or layer(name)
+        }
         start = 0
         for part in step.slices:
             self._check_ranges(part)
             lead = part.step.reads[0]
             by_number: dict[int, list[Layer]] = {}
-            for tensor in filter(None, map(layer, self.names[lead])):
+            for tensor in (t for name in self.names[lead] if (t := layer(name)) and t.stack == stacks[lead]):
                 by_number.setdefault(tensor.number, []).append(tensor)
             for k in range(part.layers):
                 for tensor in by_number.get(part.ranges[lead][0] + k, ()):
@@ -118,19 +206,28 @@ class Layout:
                     name = tensor._replace(number=start + k).name
                     origins[name] = Origin(part.step, names, depth(k, part.layers))
             start += part.layers
-        rest = self._with_heads([name for name in after if not is_before_layers(name)], last)
+        tail = [n for n in after if not (is_before_layers(n) or is_of_tower(n) or layer(n))]
+        rest = self._with_heads(tail, last)
+        if not any(map(is_head, rest)) and first.reads[0] != last.reads[0] and self.task(last.reads[0]) != "other":
+            # The last layers' head is their own model's embedding, which the result has only as that model's.
+            heads = [name for name in self.names[first.reads[0]] if is_head(name) and name.endswith(".weight")]
+            rest |= dict.fromkeys(heads)
+            if not heads and self.embedding(first.reads[0]) and self.task(first.reads[0]) != "other":
+                self.notes[
+                    f"step '{step.name}': the result is tied, as its models are: the embedding of '{first.reads[0]}' "
+                    f"is the head behind the last layers, which are those of '{last.reads[0]}'"
+                ] = None
         return origins | {name: Origin(last, {}, 0.0) for name in rest}
 
     def _check_ranges(self, part: Slice) -> None:
         for model, (_, end) in part.ranges.items():
-            stacks = self.layers[model]
-            if len(stacks) != 1:
+            stacks, stack = self.layers[model], self.stack(model)
+            if stack is None:
                 raise UserError(
                     f"model '{model}': slices need one stack of layers; by its tensors' names it has "
                     f"{', '.join(stacks) or 'none'}"
                 )
-            ((stack, count),) = stacks.items()
-            if end > count:
+            if end > (count := stacks[stack]):
                 raise UserError(f"model '{model}': layer_range ends at {end}, but {stack} has {count} layers")
 
 
@@ -147,28 +244,7 @@ def _embedding(names: Iterable[str]) -> str | None:
     return embeddings[0] if len(embeddings) == 1 else None
 
 
-def _is_copied_embedding(checkpoint: Checkpoint, head: str) -> bool:
-    """Return whether a head in the files is the embedding once more, as some trainers save tied models."""
-    embedding = _embedding(checkpoint.tensors)
-    if embedding is None or any(block.get(TIED) is False for block in config_blocks(read_config(checkpoint) or {})):
-        return False
-    info, head_info = checkpoint.tensors[embedding], checkpoint.tensors[head]
-    if (info.shape, info.dtype) != (head_info.shape, head_info.dtype) or not info.shape or not info.nbytes:
-        return False
-    if info.nbytes // info.shape[0] > _MAX_ROW_BYTES:
-        return False
-    rows = np.unique(np.linspace(0, info.shape[0] - 1, _SAMPLED_ROWS).astype(int)).tolist()
-    pairs = ([checkpoint.read(name, (slice(row, row + 1),)) for name in (embedding, head)] for row in rows)
-    return all(a.tobytes() == b.tobytes() for a, b in pairs)
-
-
 def read_config(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """Return the config.json beside the weights, or None."""
     # A link that leads nowhere is a mistake, not a model without a config.
     return read_hf_config(checkpoint.directory) if os.path.lexists(checkpoint.directory / "config.json") else None
-
-
-def config_blocks(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the config, and those of a language model inside another model's config."""
-    yield config
-    yield from (config[key] for key in _NESTED if isinstance(config.get(key), dict))

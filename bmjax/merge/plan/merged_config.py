@@ -1,16 +1,24 @@
 """Which keys of its donor's config.json a merge changes, and where the inputs' configs disagree."""
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bmjax.merge.plan.layout import TIED, Layout, config_blocks, read_config
+from bmjax.config import UserError
+from bmjax.merge.plan.heads import TIED, UNTIED_FAMILIES, config_blocks, says_tied
+from bmjax.merge.plan.layer_kinds import KIND_LISTS, entry_of, is_numbers_of_layers, set_kinds
+from bmjax.merge.plan.layout import Layout
+from bmjax.merge.plan.stacks import LAYER_COUNTS
 from bmjax.merge.plan.tensor_names import is_head
 from bmjax.merge.plan.vocabulary import Vocabulary
 from bmjax.model.config import read_hf_config
 
 Config = dict[str, Any]
-_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers")
+_TYPES = ("dtype", "torch_dtype")
+# Lists with an entry for every layer. Of some families other values of these keys are numbers.
+_OF_LAYERS = re.compile("layer|attn_idxs|block_configs|_heads$|ffn_multipliers|intermediate_size$|_pattern$")
+_ROPE = ("rope_parameters", "rope_scaling", "rope_theta")
 _MAY_DIFFER = {
     "_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "pad_token_id", "torch_dtype",
     "transformers_version", "use_cache", "vocab_size", TIED,
@@ -23,19 +31,26 @@ def config_changes(layout: Layout, has_head: bool, vocabulary: Vocabulary | None
     has_head: whether the result has a head of its own.
     """
     donor, result = layout.recipe.donor, layout.recipe.steps[-1].name
-    configs = {name: read_config(model) for name, model in layout.models.items()}
+    configs = layout.configs
     old = configs[donor]
     if old is None:
+        if having := next((name for name, config in configs.items() if config is not None), None):
+            raise UserError(
+                f"model '{donor}' gives the result its config and tokenizer, and has no config.json; copy that of "
+                f"'{having}' into {layout.models[donor].directory}, or make '{having}' the base_model"
+            )
         return {}, [f"model '{donor}' has no config.json, so the result has none either"]
     new, notes = copy.deepcopy(old), list[str]()
     # The head, and the tokens.
-    tied = any(block.get(TIED) is True for block in config_blocks(old))
-    donor_has_head = any(map(is_head, layout.names[donor]))
-    if has_head and (tied or not donor_has_head):
+    donor_has_head, said = any(map(is_head, layout.names[donor])), says_tied(old)
+    is_silent = said is None and old.get("model_type") not in UNTIED_FAMILIES  # its class may tie what it finds
+    if has_head and (said or is_silent or not donor_has_head):
         _put(new, TIED, False)
     elif donor_has_head and not has_head:
         _put(new, TIED, True)
-    if vocabulary is not None:
+    if vocabulary is None:
+        notes += _set_rows(new, layout)
+    else:
         _put(new, "vocab_size", vocabulary.size)
         if vocabulary.source != layout.models[donor].directory and (vocabulary.source / "config.json").exists():
             tokenizer_config = read_hf_config(vocabulary.source)
@@ -43,19 +58,65 @@ def config_changes(layout: Layout, has_head: bool, vocabulary: Vocabulary | None
                 if key in tokenizer_config:
                     _put(new, key, tokenizer_config[key])
     # The layers: which input's layer each of the result's is configured as, where that is known.
-    stacks, donor_layers = layout.layers[result], max(layout.layers[donor].values(), default=0)
-    count = max(stacks.values()) if len(stacks) == 1 else 0
+    stack, donor_stack = layout.stack(result), layout.stack(donor)
+    count = layout.layers[result][stack] if stack else 0
+    donor_layers = layout.layers[donor][donor_stack] if donor_stack else 0
     layers = [layout.origin_of_layer(result, number) for number in range(count)]
     if layers and layers != [(donor, number) for number in range(donor_layers)]:
-        notes += _set_layers(new, donor_layers, layers, configs)
+        notes += _set_layers(new, donor_layers, layers, configs, old)
+        notes += set_kinds(new, layers, configs, old)
     changes = {key: value for key, value in new.items() if key not in old or old[key] != value}
     # Where the inputs differ in more than bookkeeping.
     for name, config in configs.items():
         config = old if config is None else config
-        candidates = {*old, *config} - _MAY_DIFFER - changes.keys()
-        if keys := sorted(key for key in candidates if old.get(key) != config.get(key)):
+        ours, theirs = _with_one_rope(old), _with_one_rope(config)
+        candidates = {*ours, *theirs} - _MAY_DIFFER - changes.keys()
+        keys = sorted(key for key in candidates if ours.get(key) != theirs.get(key))
+        if "rope_parameters" in keys:  # by the names that the configs have
+            keys = sorted({*keys, *(key for key in _ROPE if key in old or key in config)} - {"rope_parameters"}
+                          | {"rope_parameters"} & {*old, *config})  # fmt: skip
+        if keys:
             notes.append(f"config.json of '{name}' differs from '{donor}' in {', '.join(keys)}; it is not used")
     return changes, notes
+
+
+def _set_rows(new: Config, layout: Layout) -> list[str]:
+    """Set vocab_size where an adapter gave the donor's embedding other rows; return a note where it never fitted."""
+    donor = layout.recipe.donor
+    info = layout.tensor(donor, layout.embedding(donor) or "")
+    said = [block["vocab_size"] for block in config_blocks(new) if type(block.get("vocab_size")) is int]
+    if info is None or not info.shape or not said or info.shape[0] in said:
+        return []
+    if info.file.parent == layout.models[donor].directory:
+        return [
+            f"config.json of '{donor}' says vocab_size {said[0]}, its embedding has {info.shape[0]} rows: loaders may "
+            "refuse the result, as they do that model"
+        ]
+    _put(new, "vocab_size", info.shape[0])
+    return []
+
+
+def _with_one_rope(config: Config) -> Config:
+    """Return a config whose blocks have `rope_parameters` alone, in place of transformers 4's keys for it."""
+    new = {key: _with_one_rope(value) if key.endswith("_config") and isinstance(value, dict) else value
+           for key, value in config.items() if key not in _ROPE}  # fmt: skip
+    held = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(held, dict) or not any(key in config for key in _ROPE):
+        return {**new, **{key: config[key] for key in _ROPE if key in config}}
+    kind = held.get("rope_type") or held.get("type") or "default"
+    theta = {"rope_theta": config["rope_theta"]} if config.get("rope_theta") is not None else {}
+    rest = {key: value for key, value in held.items() if key not in ("type", "rope_type")}
+    return {**new, "rope_parameters": {**theta, **rest, "rope_type": kind}}
+
+
+def set_type(config: Config, name: str) -> None:
+    """Make `name` the type of the weights wherever a config speaks of it, in both spellings: loaders read either."""
+    blocks = [config, *(block for block in config.values() if isinstance(block, dict))]
+    holders = [(block, key) for block in blocks for key in _TYPES if isinstance(block.get(key), str)]
+    if not any(block is config for block, _ in holders):
+        holders.append((config, "dtype"))
+    for block, key in holders:
+        block[key] = name
 
 
 def _put(config: dict[str, Any], key: str, value: Any) -> None:
@@ -65,24 +126,34 @@ def _put(config: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _set_layers(
-    config: Config, count: int, layers: Sequence[tuple[str, int]], configs: Mapping[str, Config | None]
+    config: Config, count: int, layers: Sequence[tuple[str, int]], configs: Mapping[str, Config | None], donor: Config
 ) -> list[str]:
     """Make `config`, of `count` layers, that of `layers`; returns notes."""
     notes, has_count = [], False
     for i, block in enumerate(config_blocks(config)):
-        for key in _LAYERS:
+        for key in LAYER_COUNTS:
             if block.get(key) == count:
                 block[key], has_count = len(layers), True
         for key, value in block.items():
-            if not isinstance(value, list) or "layer" not in key or not value:
+            if isinstance(value, str) and key.endswith("_pattern") and len(value) == count:  # a letter for each
+                texts = {model: entry_of(configs[model] or donor, i, key) for model, _ in layers}
+                if all(isinstance(texts[model], str) and number < len(texts[model]) for model, number in layers):
+                    block[key] = "".join(texts[model][number] for model, number in layers)
                 continue
-            if len(value) != count:
-                notes.append(f"config.json: {key} names layers by number; it was not changed, look at it")
+            if not isinstance(value, list) or not _OF_LAYERS.search(key) or not value:
                 continue
-            try:
-                block[key] = [list(config_blocks(configs[model] or {}))[i][key][number] for model, number in layers]
-            except (LookupError, TypeError):
-                notes.append(f"config.json: {key} has an entry for every layer, and not every model has it; look at it")
+            entries = {model: entry_of(configs[model] or donor, i, key) for model, _ in layers}
+            if key not in KIND_LISTS and is_numbers_of_layers(value, count):
+                block[key] = [n for n, (model, number) in enumerate(layers) if number in (entries[model] or ())]
+            elif len(value) != count:
+                notes.append(f"config.json: {key} is no list of {count} layers; it was not changed, look at it")
+            else:
+                try:
+                    block[key] = [entries[model][number] for model, number in layers]
+                except (LookupError, TypeError):
+                    notes.append(
+                        f"config.json: {key} has an entry for every layer, and not every model has it; look at it"
+                    )
     if not has_count:
         notes.append(f"config.json: no key holds the number of layers, {count}; set it to {len(layers)} yourself")
     return notes

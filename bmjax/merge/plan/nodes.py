@@ -5,28 +5,37 @@ between steps is written. Models with and without a head of their own (tied), of
 surplus tensors can be merged; `MergePlan.notes` says what was done about it.
 """
 
-import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from bmjax.config import UserError
-from bmjax.io.safetensors import DTYPES, Checkpoint, listing, open_checkpoint
-from bmjax.merge.plan.layout import Layout
+from bmjax.io.safetensors import DTYPES, Checkpoint, byte_count, listing, open_checkpoint
+from bmjax.merge.plan import prefixes, quantized
+from bmjax.merge.plan.adapters import adapted as apply_adapters
+from bmjax.merge.plan.chat import Chat, chat_of
+from bmjax.merge.plan.heads import is_same_tensor, says_tied
+from bmjax.merge.plan.inputs import refuse_twins, same_files, tokens_without_rows
+from bmjax.merge.plan.layout import Layout, read_config
 from bmjax.merge.plan.merged_config import config_changes
 from bmjax.merge.plan.output import check_target
-from bmjax.merge.plan.tensor_names import is_buffer, is_head, is_vocabulary, layer
+from bmjax.merge.plan.side_files import side_files
+from bmjax.merge.plan.tensor_names import is_buffer, is_head, is_of_tower, is_vocabulary, layer
 from bmjax.merge.plan.token_rows import StandIn, TokenRows
+from bmjax.merge.plan.tokenizer_text import tokenizer_difference
 from bmjax.merge.plan.vocabulary import Vocabulary, vocabulary
 from bmjax.merge.recipe.recipe import Recipe
 from bmjax.merge.recipe.step import Step
 
 FLOATS = ("F32", "BF16", "F16", "F64")
 _FLOAT_TYPES = tuple(DTYPES[name] for name in FLOATS)
+_COMPARED_BYTES = 2**20  # of a tensor of whole numbers, which is read for a plan
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,14 +84,15 @@ class MergePlan:
     recipe: Recipe
     models: Mapping[str, Checkpoint]  # the inputs, by the recipe's names
     nodes: tuple[Node, ...]  # in the order in which they are written
-    config_changes: Mapping[str, Any]  # keys of the donor's config.json
+    config_changes: Mapping[str, Any]  # keys of the donor's config.json; of quantization None: the key goes
     notes: tuple[str, ...]  # the recipe's, and what is remarkable about the models
     vocabulary: Vocabulary | None = None  # the tokenizer to save, None where the donor's files are copied
+    chat: Chat = field(default_factory=Chat)  # what changes in its chat template and end tokens
 
     @property
     def nbytes(self) -> int:
         """Bytes of the result's tensors."""
-        return sum(math.prod(node.shape) * node.dtype.itemsize for node in self.nodes)
+        return sum(byte_count(node.dtype, node.shape) for node in self.nodes)
 
 
 def prepare(recipe: Recipe, output: str | Path, overwrite: bool = False, *, download: bool = True) -> MergePlan:
@@ -94,21 +104,30 @@ def prepare(recipe: Recipe, output: str | Path, overwrite: bool = False, *, down
         UserError: for an input that is not there, an output that may not be written, and whatever `plan` refuses.
     """
     directories = {name: recipe.directory(name, download=download) for name in recipe.inputs}
-    sources = list(directories.values())
+    adapters = {name: folder for name in directories if (folder := recipe.adapter(name, download=download))}
+    refuse_twins(recipe, directories, adapters)
+    sources = [*directories.values(), *adapters.values()]
     if recipe.tokenizer is not None and recipe.tokenizer.source not in ("base", "union", *recipe.inputs):
-        sources.append(recipe.directory(recipe.tokenizer.source, download=download, weights=False))
+        sources.append(recipe.directory(recipe.tokenizer.source, download=download, weights=False, key="tokenizer"))
     check_target(Path(output), sources, overwrite)
-    return plan(recipe, {name: open_checkpoint(directory) for name, directory in directories.items()})
+    return plan(recipe, {name: open_checkpoint(directory) for name, directory in directories.items()}, adapters)
 
 
-def plan(recipe: Recipe, models: Mapping[str, Checkpoint]) -> MergePlan:
-    """Plan a recipe whose inputs are `models`, by the names in `recipe.inputs`.
+def plan(
+    recipe: Recipe, models: Mapping[str, Checkpoint], adapters: Mapping[str, Path] = MappingProxyType({})
+) -> MergePlan:
+    """Plan a recipe whose inputs are `models`, by the names in `recipe.inputs`. adapters: directories of some models'.
 
     Raises UserError where models do not fit together: a weight that one lacks, other shapes or types, a layer range
     beyond the last layer, a parameter without a value for some tensor.
     """
     if empty := [name for name, model in models.items() if not model.tensors]:
         raise UserError(f"model '{empty[0]}': holds no tensor")
+    # What the models are, before anything compares them.
+    configs = {name: read_config(model) or {} for name, model in models.items()}
+    models, dequantized = quantized.dequantized(recipe, models, configs, always=bool(adapters))
+    models, adapted = apply_adapters(models, adapters)
+    models, renamed = prefixes.match(models, recipe.donor)
     layout, last = Layout(recipe, models), recipe.steps[-1]
     tokens = None if recipe.tokenizer is None else vocabulary(recipe.tokenizer, layout)
     planner = _Planner(layout, tokens)
@@ -118,9 +137,31 @@ def plan(recipe: Recipe, models: Mapping[str, Checkpoint]) -> MergePlan:
         raise UserError(
             f"step '{last.name}': its result would hold no tensor, by the names of those in '{recipe.donor}'"
         )
+    planner.check_heads(nodes)
     changes, notes = config_changes(layout, any(is_head(node.name) for node in nodes), tokens)
-    remarks = [*recipe.notes, *(tokens.notes if tokens else ()), *layout.notes, *planner.remarks(), *notes]
-    return MergePlan(recipe, models, nodes, changes, tuple(remarks), tokens)
+    donor_config = layout.configs[recipe.donor]
+    chat = chat_of(layout, {**(donor_config or {}), **changes}, tokens)
+    if donor_config is not None:
+        changes |= chat.config_changes({**donor_config, **changes})
+    if dequantized:
+        # Some keep their settings in a file of its own, hf_quant_config.json, which goes where this key does.
+        keys = [key for key in quantized.QUANTIZATION_KEYS if key in configs[recipe.donor]]
+        changes |= dict.fromkeys(("quantization_config", *keys))
+    remarks = [
+        *recipe.notes,
+        *dequantized,
+        *adapted,
+        *renamed,
+        *(tokens.notes if tokens else ()),
+        *([] if tokens else tokens_without_rows(layout)),
+        *layout.notes,
+        *same_files(models),
+        *planner.remarks(),
+        *notes,
+        *chat.notes,
+        *side_files(models[recipe.donor].directory).notes,
+    ]
+    return MergePlan(recipe, models, nodes, changes, tuple(remarks), tokens, chat)
 
 
 class _Planner:
@@ -133,6 +174,8 @@ class _Planner:
         self._left_out: dict[str, str] = {}
         self._read: dict[str, set[str]] = {}
         self._filters: dict[tuple[str, str, str], bool] = {}
+        self._weight_type = _weight_type(layout.models[self.recipe.donor])
+        self._kept_wide: list[str] = []
 
     def node(self, step: Step, name: str) -> Node | None:
         """Return the node of one tensor of a step's result; None where a model lacks it, see `check_missing`."""
@@ -142,7 +185,8 @@ class _Planner:
 
     def _make(self, step: Step, name: str) -> Node | None:
         origin = self.layout.origins[step.name][name]
-        reads = origin.step.reads
+        part = self._without_foreign(origin.step, name)
+        reads = part.reads
         sources = {model: self._source(model, origin.names.get(model, name), name) for model in reads}
         inputs = {model: source for model, source in sources.items() if source is not None}
         if len(inputs) < len(reads):
@@ -150,12 +194,33 @@ class _Planner:
         shape = self._check_inputs(name, inputs, step)
         stored = self._stored_type(step.name, name)
         if stored not in FLOATS:
-            return Node(name, origin.step, inputs, {}, DTYPES[stored], shape)
+            self._check_whole_numbers(name, inputs)
+            return Node(name, part, inputs, {}, DTYPES[stored], shape)
         # What only later steps read stays float32.
         asked = self.recipe.dtype if step is self.recipe.steps[-1] else "float32"
         dtype = DTYPES[stored] if asked is None else np.dtype(getattr(ml_dtypes, asked, asked))
-        self._note_filters(origin.step, name, origin.names)
-        return Node(name, origin.step, inputs, origin.step.at(name, origin.depth, origin.names), dtype, shape)
+        if DTYPES[stored].itemsize > max(dtype.itemsize, self._weight_type.itemsize):
+            dtype = DTYPES[stored]
+            self._kept_wide.append(name)
+        self._note_filters(part, name, origin.names)
+        return Node(name, part, inputs, part.at(name, origin.depth, origin.names), dtype, shape)
+
+    def _without_foreign(self, step: Step, name: str) -> Step:
+        """Return what merges a head: `step` without the models of other kinds that have none, or the donor's alone."""
+        foreign = [model for model in step.reads if self.layout.is_foreign(model, name)]
+        if not foreign:
+            return step
+        kept = [i for i, branch in enumerate(step.branches) if branch not in foreign]
+        shown = ", ".join(f"'{model}'" for model in foreign)
+        if step.base in foreign or len(kept) < step.method.branches[0]:
+            self.layout.notes[f"{name}: {shown} has none, so that of '{step.donor}' is copied"] = None
+            return step.kept()
+        self.layout.notes[f"{name}: {shown} has none, so it is merged from the others"] = None
+        arguments = {
+            key: tuple(value[i] for i in kept) if isinstance(value, tuple) else value
+            for key, value in step.arguments.items()
+        }
+        return replace(step, branches=tuple(step.branches[i] for i in kept), arguments=arguments)
 
     def _source(self, model: str, tensor: str, result: str) -> TensorSource | None:
         stored_name = self.layout.find(model, tensor)
@@ -171,7 +236,13 @@ class _Planner:
             node = self.node(self.layout.steps[model], stored_name)
             return None if node is None else TensorSource(stored_name, node=node)
         self._read.setdefault(model, set()).add(stored_name)
-        if not is_vocabulary(result) or not self.layout.models[model].tensors[stored_name].shape:
+        info = self.layout.models[model].tensors[stored_name]
+        if info.dtype in FLOATS and 0 in info.shape:
+            raise UserError(
+                f"model '{model}': tensor '{stored_name}' has shape {list(info.shape)}, so it holds nothing: it was "
+                "saved without gathering its shards (ZeRO-3); save it again, gathered"
+            )
+        if not is_vocabulary(result) or not info.shape:
             return TensorSource(stored_name)
         rows, others = self.rows.of(model, result)
         for other, other_tensor, _ in others:
@@ -187,10 +258,10 @@ class _Planner:
         donor = self.recipe.donor
         is_whole_result = step is self.recipe.steps[-1] and not step.slices
         if is_whole_result and donor not in forms and (stored := self.layout.tensor(donor, name)) is not None:
-            forms[donor] = stored.shape, stored.dtype
+            forms[donor] = stored.shape, stored.kept_dtype
         for model, tensor, _ in (other for source in inputs.values() for other in source.others):
             info = self.layout.models[model].tensors[tensor]
-            forms.setdefault(model, (info.shape, info.dtype))
+            forms.setdefault(model, (info.shape, info.kept_dtype))
         leader, (shape, kind) = next(iter(forms.items()))
         first = int(is_vocabulary(name))
         for model, (other_shape, other_kind) in forms.items():
@@ -207,12 +278,29 @@ class _Planner:
         rows = inputs[leader].rows
         return shape if rows is None else (len(rows), *shape[1:])
 
+    def _check_whole_numbers(self, name: str, inputs: Mapping[str, TensorSource]) -> None:
+        """Raise a UserError where a small tensor that is no number to merge differs, which a merge would find late."""
+        infos = {
+            model: self.layout.models[model].tensors[source.tensor]
+            for model, source in inputs.items()
+            if source.node is None and source.rows is None
+        }
+        leader, first = next(iter(infos.items()), ("", None))
+        for model, info in infos.items():
+            if first is None or model == leader or not 0 < first.nbytes <= _COMPARED_BYTES:
+                continue
+            if (first.dtype, first.shape) == (info.dtype, info.shape) and not is_same_tensor(first, info):
+                raise UserError(
+                    f"tensor '{name}' is {first.numpy_dtype.name} and differs between models '{leader}' and '{model}'; "
+                    f"only floating-point tensors can be merged: leave it to the donor with `keep: [{name}]`"
+                )
+
     def _stored_type(self, model: str, name: str) -> str:
         """Return the type in which the base stores a tensor, traced back to a file; "" where no model has it."""
         step = self.layout.steps.get(model)
         if step is None:
             info = self.layout.tensor(model, name)
-            return "" if info is None else info.dtype
+            return "" if info is None else info.kept_dtype
         stored_name = self.layout.find(model, name)
         if stored_name is None:
             return ""
@@ -232,11 +320,26 @@ class _Planner:
     def check_missing(self) -> None:
         """Raise a UserError where an input lacks a weight that is needed."""
         for model, names in self._missing.items():
-            other = "another model" if model == self.recipe.donor else f"'{self.recipe.donor}'"
+            donor, hint = self.recipe.donor, ""
+            other = "another model" if model == donor else f"'{donor}'"
+            if model != donor:
+                hint = f", or leave them to '{donor}' with `keep: [{_parts_of(names)}]`"
             raise UserError(
                 f"model '{model}' lacks {listing(list(dict.fromkeys(names)))} that {other} has; "
-                "only models of one architecture can be merged"
+                f"only models of one architecture can be merged{hint}"
             )
+
+    def check_heads(self, nodes: Sequence[Node]) -> None:
+        """Raise a UserError where the result has no head because a language model lost its own."""
+        if any(is_head(node.name) for node in nodes):
+            return
+        for model, read in self._read.items():
+            names = self.layout.names[model]
+            if self.layout.embedding(model) not in read or any(map(is_head, names)):
+                continue
+            kind, said = self.layout.task(model), says_tied(self.layout.config(model) or {})
+            if kind == "language" or (kind is None and said is False):
+                self.layout.check_head(model)
 
     def remarks(self) -> Iterator[str]:
         """Yield a line for tensors that loaders compute, for those that nothing reads, and for idle filters."""
@@ -246,12 +349,49 @@ class _Planner:
         sliced = {name for step in self.recipe.steps for part in step.slices for name in part.ranges}
         for model, read in self._read.items():
             known = {*read, *self._left_out, self.layout.copied_heads.get(model, "")}
-            names = [name for name in self.layout.models[model].tensors if name not in known]
+            kept = [rule for step in self.recipe.steps for rule in step.keep]
+            names = [
+                name
+                for name in self.layout.models[model].tensors
+                if name not in known and not any(rule.fits(name) for rule in kept)
+            ]
             if model in sliced:
                 result = self.layout.names[self.recipe.steps[-1].name]
                 names = [name for name in names if layer(name) is None and name not in result]
             if names:
-                yield f"model '{model}' holds {listing(names)} that '{self.recipe.donor}' lacks; not merged"
+                lacking = (
+                    f"'{self.recipe.donor}' lacks" if model != self.recipe.donor else "the result has no place for"
+                )
+                yield f"model '{model}' holds {listing(names)} that {lacking}; not merged"
+        donor = self.layout.models[self.recipe.donor].directory
+        for model, read in self._read.items() if self.rows.tokens is None else ():
+            if any(map(is_vocabulary, read)) and (
+                difference := tokenizer_difference(donor, self.layout.models[model].directory)
+            ):
+                yield (
+                    f"model '{model}' has another tokenizer than '{self.recipe.donor}': {difference}; rows of tokens "
+                    "are merged by number; write tokenizer_source: base (or union) to merge them by token"
+                )
+        if self._kept_wide:
+            yield (
+                f"{listing(self._kept_wide)} stay as '{self.recipe.donor}' stores them, wider than its "
+                f"{self._weight_type.name} weights; dtype is for the others"
+            )
         for (step, parameter, text), decides in self._filters.items():
             if not decides:
                 yield f"step '{step}': parameter '{parameter}': filter '{text}' decides for no tensor"
+
+
+def _parts_of(names: Iterable[str]) -> str:
+    """Return what `keep` needs to name tensors of towers, `visual, audio_tower`; words for any others."""
+    towers = [next((part for part in name.split(".") if is_of_tower(part)), None) for name in names]
+    return "PART OF THEIR NAMES" if None in towers else ", ".join(dict.fromkeys(filter(None, towers)))
+
+
+def _weight_type(donor: Checkpoint) -> np.dtype:
+    """Return the floating type in which most of a model is stored."""
+    sizes: Counter[np.dtype] = Counter()
+    for info in donor.tensors.values():
+        if info.kept_dtype in FLOATS:
+            sizes[DTYPES[info.kept_dtype]] += byte_count(DTYPES[info.kept_dtype], info.shape)
+    return max(sizes, key=lambda dtype: sizes[dtype], default=DTYPES["F32"])

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bmjax.config import UserError, is_text
-from bmjax.io.atomic import refuse_url
+from bmjax.io import bucket
+from bmjax.urls import url_of
 
 _UNITS = {"B": 1} | {f"{prefix}{kind}": base ** (i + 1)
                      for kind, base in (("B", 1000), ("iB", 1024)) for i, prefix in enumerate("KMGT")}  # fmt: skip
@@ -17,37 +18,53 @@ def check_target(target: Path, inputs: Iterable[Path], overwrite: bool) -> None:
     """Raise a UserError unless `target` may be written: no input, not around or in one, empty unless `overwrite`."""
     if not is_text(str(target)):
         raise UserError(f"{ascii(str(target))[:80]}: its name is no Unicode text; choose another output directory")
-    refuse_url(target)
-    try:
-        os.stat(target)
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise UserError(f"{target}: {error.strerror}; choose another output directory") from None
-    resolved = target.resolve()
+    url = url_of(target)
+    shown = url or str(target)
+    if url is None:
+        try:
+            os.stat(target)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise UserError(f"{target}: {error.strerror}; choose another output directory") from None
+    resolved = bucket.mirror(target).resolve()  # inputs in a bucket were copied to the same tree
     for directory in inputs:
         source = directory.resolve()
         if resolved in (source, *source.parents):
-            raise UserError(f"{target}: is (or contains) the input {directory}; choose another output directory")
+            raise UserError(f"{shown}: is (or contains) the input {directory}; choose another output directory")
         if source in resolved.parents:
-            raise UserError(f"{target}: is inside the input {directory}; choose another output directory")
+            raise UserError(f"{shown}: is inside the input {directory}; choose another output directory")
+    if url is not None:
+        if bucket.is_unfinished(url):
+            return
+        _check_content(url, {name.partition("/")[0] for name in bucket.names_in(url)}, overwrite)
+        return
     if not target.exists():
         return
     if not target.is_dir():
         raise UserError(f"{target}: exists and is not a directory; choose another output directory")
-    names = [path.name for path in target.iterdir()]
+    _check_content(str(target), {path.name for path in target.iterdir()}, overwrite)
+
+
+def _check_content(target: str, names: set[str], overwrite: bool) -> None:
+    if names and "config.json" not in names and not any(name.endswith(".safetensors") for name in names):
+        raise UserError(
+            f"{target}: exists and is not a model directory, so it is never overwritten; choose another output "
+            "directory, or remove it yourself"
+        )
     if names and not overwrite:
         raise UserError(f"{target}: exists and is not empty; choose another output directory, or add --overwrite")
-    if names and "config.json" not in names and not any(name.endswith(".safetensors") for name in names):
-        raise UserError(f"{target}: does not look like a model directory, so it is not overwritten; remove it yourself")
 
 
 def check_space(target: Path, needed: int) -> int:
     """Return the free bytes where `target` will be; UserError if they are fewer than `needed`."""
-    parent = next(p for p in target.resolve().parents if p.exists())
+    parent = next(p for p in bucket.mirror(target).resolve().parents if p.exists())
     free = shutil.disk_usage(parent).free
     if free < needed:
-        raise UserError(f"{target}: the result takes {size_text(needed)}, {size_text(free)} are free there")
+        raise UserError(
+            f"{target}: the result takes {size_text(needed)}, {size_text(free)} are free there; free some, or "
+            "choose another output directory"
+        )
     return free
 
 

@@ -10,7 +10,12 @@ _HEAD = re.compile(
     r"(.*\.)?(lm_head|embed_out|output_layer|lm_head\.decoder|predictions\.decoder|vocab_projector)\.(weight|bias)"
     r"|output\.(weight|bias)"
 )
+_TASK_HEAD = re.compile(
+    r"(^|\.)(score|classifier|classification_head|qa_outputs|summary|(v|value|reward|regression)_head)\."
+)
 _BUFFER = re.compile(r"(^|\.)(inv_freq|position_ids|(attn|attention)\.(masked_)?bias)$")
+# Parts of the names of what is beside a language model: encoders of other senses, and what joins them to it.
+TOWERS = r"vision|visual|image|audio|speech|video|multi_modal|projector|connector|resampler|qformer|perceiver"
 _FIRST = re.compile(r"emb|wte|wpe|shared\.weight|layernorm_pre|ln_pre|patch")
 
 
@@ -48,6 +53,11 @@ def is_head(name: str) -> bool:
     return _HEAD.fullmatch(name) is not None
 
 
+def is_task_head(name: str) -> bool:
+    """Return whether the tensor turns hidden states into something else than scores of tokens: rewards, classes."""
+    return layer(name) is None and not is_head(name) and _TASK_HEAD.search(name) is not None
+
+
 def is_embedding(name: str) -> bool:
     """Return whether the tensor holds the tokens' input vectors: a row for each token."""
     return layer(name) is None and not is_head(name) and _EMBEDDING.search(name) is not None
@@ -62,6 +72,12 @@ def is_vocabulary(name: str) -> bool:
 def is_buffer(name: str) -> bool:
     """Return whether loaders compute the tensor themselves, so that a checkpoint may lack it."""
     return _BUFFER.search(name) is not None
+
+
+@functools.lru_cache(2**16)
+def is_of_tower(name: str) -> bool:
+    """Return whether a tensor belongs to an encoder beside the language model, or to what joins the two."""
+    return re.search(TOWERS, name) is not None
 
 
 def is_before_layers(name: str) -> bool:

@@ -16,8 +16,9 @@ import numpy as np
 
 from bmjax.config import UserError, first_line
 from bmjax.merge.plan.layout import Layout
+from bmjax.merge.plan.side_files import tokenizer_files
 from bmjax.merge.recipe.tokenizer import TokenizerSettings, read_object
-from bmjax.weights.tokenizer import TOKENIZER_FILES, load_tokenizer
+from bmjax.weights.tokenizer import load_tokenizer
 
 MAX_ROWS = 2**24  # of tokens; an array as long is made for every model
 MAX_TOKENIZER_BYTES = 2**28  # the largest have 40 million
@@ -64,11 +65,13 @@ class Vocabulary:
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer's files in place of those in `folder`."""
-        for name in TOKENIZER_FILES:
-            (folder / name).unlink(missing_ok=True)
-        for name in (*TOKENIZER_FILES, "generation_config.json"):
-            if (self.source / name).is_file():
-                shutil.copyfile(self.source / name, folder / name)
+        for path in tokenizer_files(folder):
+            path.unlink()
+        for path in [*tokenizer_files(self.source), self.source / "generation_config.json"]:
+            if path.is_file():
+                target = folder / path.relative_to(self.source)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, target)
         if not self.added:
             return
         backend = _load(self.source)
@@ -117,7 +120,7 @@ def vocabulary(settings: TokenizerSettings, layout: Layout) -> Vocabulary:
     source = donor if settings.source in ("base", "union") else settings.source
     directories = {name: model.directory for name, model in layout.models.items()}
     if source not in directories:
-        directories[source] = recipe.directory(source, weights=False)
+        directories[source] = recipe.directory(source, weights=False, key="tokenizer")
     rows: dict[str, int] = {}  # of every input's embedding
     for model in recipe.inputs:
         count = layout.row_count(model, layout.embedding(model) or "")

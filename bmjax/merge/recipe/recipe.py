@@ -3,6 +3,7 @@
 The one reader of recipes, for methods of every kind. It opens no model and no data.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from bmjax.config import UserError, nearest
 from bmjax.io import hub
 from bmjax.merge.recipe.calibration import CALIBRATED
+from bmjax.merge.recipe.same_models import with_one_name
 from bmjax.merge.recipe.step import Step, build_step
 from bmjax.merge.recipe.tokenizer import TokenizerSettings, chat_template
 from bmjax.merge.recipe.yaml_blocks import StepBlock, TopBlock, read_blocks
@@ -28,7 +30,7 @@ class Recipe:
     seed: int = 0
     compat: str | None = None
     tokenizer: TokenizerSettings | None = None
-    chat_template: str | None = None  # Jinja, None for the donor's
+    chat_template: str | None = None  # Jinja, `auto`, None for the donor's
     vocabularies: tuple[str, ...] = ()  # models of which only the tokenizer and the rows of tokens are read
 
     @property
@@ -57,18 +59,50 @@ class Recipe:
 
     def revision(self, name: str) -> str | None:
         """Return the hub revision asked for: what follows @ in `org/name@revision`."""
-        return hub.split_revision(self.sources.get(name, name))[1]
+        return hub.split_revision(self._parts(name)[0])[1]
 
-    def directory(self, name: str, *, download: bool = True, weights: bool = True) -> Path:
+    def _parts(self, name: str) -> tuple[str, str | None]:
+        """Return the model and the adapter that an input is made of. In MODEL+ADAPTER both may be aliases."""
+        model, adapter = hub.split_adapter(self.sources.get(name, name))
+        if adapter is None:
+            return model, None
+        return self.sources.get(model, model), self.sources.get(adapter, adapter)
+
+    def pinned(self, name: str) -> str:
+        """Return an input as MODEL or MODEL+ADAPTER without aliases, hub models with the commit that is here."""
+        return "+".join(hub.pinned(part) for part in self._parts(name) if part is not None)
+
+    def pinned_text(self) -> dict[str, Any]:
+        """Return the recipe as plain values that read the same models again: `sources` pins those of the hub."""
+        named = {*self.inputs}
+        if self.tokenizer is not None and self.tokenizer.source not in ("base", "union"):
+            named.add(self.tokenizer.source)
+        pins = {name: pinned for name in sorted(named) if (pinned := self.pinned(name)) != name}
+        pins = {name: pin for name, pin in pins.items() if name not in self.sources or "@" in pin}
+        return {key: value for key, value in {**self.text, "sources": {**self.sources, **pins}}.items()
+                if value not in (None, {})}  # fmt: skip
+
+    def adapter(self, name: str, *, download: bool = True) -> Path | None:
+        """Return the directory of an input's adapter, of `MODEL+ADAPTER`; None where it has none."""
+        adapter = self._parts(name)[1]
+        if adapter is None:
+            return None
+        if self.is_calibrated:
+            method = next(step.method.name for step in self.steps if step.calibration is not None)
+            raise UserError(
+                f"model '{name}': {method} runs its models: merge the adapter first, in a recipe of its own"
+            )
+        return hub.adapter_directory(adapter, label=f"model '{name}': ", download=download)
+
+    def directory(self, name: str, *, download: bool = True, weights: bool = True, key: str = "") -> Path:
         """Return the directory of an input: an alias of `sources`, a directory, or a hub model.
 
         download False: a hub model must have been fetched before. weights False: only config and tokenizer are fetched.
+        key: of the recipe that named it, for errors.
         """
-        label = f"model '{name}': " if name in self.sources else ""
+        label = f"model '{name}': " if name in self.sources else f"{key}: " if key else ""
         known = [*self.sources, *(step.name for step in self.steps)] if self.sources or len(self.steps) > 1 else []
-        return hub.model_directory(
-            self.sources.get(name, name), label=label, known=known, download=download, weights=weights
-        )
+        return hub.model_directory(self._parts(name)[0], label=label, known=known, download=download, weights=weights)
 
 
 def read_recipe(
@@ -88,16 +122,22 @@ def read_recipe(
         UserError: for a missing file, bad YAML, an unknown key, method, parameter or model name, a missing base_model
             or data, a wrong number of models.
     """
-    top, blocks = read_blocks(source, overrides)
-    blocks = [(at, _complete(block, data or {})) for at, block in blocks]
     notes: list[str] = []
-    steps = tuple(build_step(block, at, notes) for at, block in blocks)
+    top, blocks = read_blocks(source, overrides, notes)
+    blocks = [(at, _complete(block, data or {})) for at, block in blocks]
+    names = [str(block.name) for _, block in blocks]
+    blocks = [(at, with_one_name(block, top.sources, names, at)) for at, block in blocks]
+    steps = tuple(build_step(block, at, notes, top.compat) for at, block in blocks)
     try:
         _check_names(steps, top)
         template = chat_template(top.chat_template)
         tokenizer = _tokenizer(top, steps)
     except UserError as error:
         raise UserError(f"{'recipe' if isinstance(source, Mapping) else source}: {error}") from None
+    for name in [*top.sources, *names[:-1]]:
+        if os.path.isdir(name) and top.sources.get(name) != name:
+            what = "an alias of sources" if name in top.sources else "a step"
+            notes.append(f"'{name}' is {what} here, not the directory of that name; write ./{name} for that")
     for (at, block), step in zip(blocks, steps, strict=True):
         if step is not steps[-1] and (block.dtype or block.out_dtype) and top.compat is None:
             notes.append(f"{at}: dtype has no effect: steps stay float32 in memory, only the last one is rounded")
@@ -105,6 +145,7 @@ def read_recipe(
             notes.append(f"{at}: compat has no effect: mergekit has no {step.method.name} to be compatible with")
     last = blocks[-1][1]
     dtype = last.out_dtype or last.dtype or top.out_dtype or top.dtype
+    dtype = None if dtype == "auto" else dtype  # as the donor stores each tensor
     # The recipe as plain values, for the report.
     texts = [{k: v for k, v in block.model_dump(mode="json").items() if v not in (None, {})} for _, block in blocks]
     rest = {k: v for k, v in top.model_dump(mode="json", exclude_defaults=True).items() if "dtype" not in k}
@@ -144,6 +185,9 @@ def _check_names(steps: Sequence[Step], top: TopBlock) -> None:
             if model in names[i:]:
                 which = "itself" if model == step.name else f"step '{model}', which is made after it"
                 raise UserError(f"step '{step.name}' reads {which}; a step may read earlier ones only")
+    for alias, text in top.sources.items():
+        if text in top.sources and text != alias and not os.path.exists(os.path.expanduser(text)):
+            raise UserError(f"sources: '{alias}' stands for '{text}', an alias itself; write what that one stands for")
     read = {model for step in steps for model in step.models}
     for name in names[:-1]:
         if name not in read:

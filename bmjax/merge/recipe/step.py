@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from bmjax.chat.columns import columns_of
 from bmjax.config import UserError, nearest
 from bmjax.merge.methods import METHODS, Method
 from bmjax.merge.methods.method import WITHOUT_EFFECT, Parameter
@@ -27,9 +28,11 @@ class Step:
     # depends on the tensor, see `at`. Empty with slices, whose steps have them.
     arguments: Mapping[str, Any]
     slices: tuple["Slice", ...] = ()  # the layers of the result where they are not simply its models'
+    keep: tuple[Rule, ...] = ()  # fit the tensors that are left as the donor has them
     dtype: str | None = None  # as written, for `compat: mergekit`
     calibration: CalibrationSettings | None = None  # of a method that looks at data
     data: tuple[str | list[str], ...] = ()  # each branch's rows, for such a method
+    columns: tuple[Mapping[str, str], ...] = ()  # each branch's templates for rows of other columns, beside `data`
 
     @property
     def models(self) -> Iterator[str]:
@@ -65,6 +68,12 @@ class Step:
                 yield None, argument
             elif isinstance(argument, tuple):
                 yield from ((b, a) for b, a in zip(self.branches, argument, strict=True) if isinstance(a, Value))
+
+    def kept(self) -> "Step":
+        """Return the step that leaves a tensor as the donor has it."""
+        copy = METHODS["passthrough"]
+        scale = {parameter.name: (parameter.default,) for parameter in copy.parameters.values()}
+        return replace(self, method=copy, base=None, branches=(self.donor,), arguments=scale)
 
     def at(self, tensor: str, depth: float, names: Mapping[str, str] | None = None) -> dict[str, Any]:
         """Return the arguments for one tensor of the result. UserError when no filter fits, or the method refuses them.
@@ -105,16 +114,18 @@ class Slice:
         return end - first
 
 
-def build_step(block: StepBlock, location: str, notes: list[str]) -> Step:
+def build_step(block: StepBlock, location: str, notes: list[str], compat: str | None = None) -> Step:
     """Build the step of a named block.
 
-    location: of the block, for errors and notes. notes: gets a line for what has no effect.
+    location: of the block, for errors and notes. notes: gets a line for what has no effect. compat: the recipe's.
     """
     try:
         known = {**METHODS, **CALIBRATED}
         if block.merge_method not in known:
-            raise UserError(f"unknown merge_method '{block.merge_method}'{nearest(block.merge_method, list(known))}")
-        builder = _StepBuilder(block, known[block.merge_method], location, notes)
+            raise UserError(
+                f"unknown merge_method '{block.merge_method}'{nearest(block.merge_method.lower(), list(known))}"
+            )
+        builder = _StepBuilder(block, known[block.merge_method], location, notes, compat)
         if block.models is not None and block.slices is not None:
             raise UserError("'models' and 'slices' both stand; keep one: whole models, or ranges of their layers")
         if block.slices is not None:
@@ -128,10 +139,14 @@ def build_step(block: StepBlock, location: str, notes: list[str]) -> Step:
 
 def _entry(entry: Any) -> ModelEntry:
     if isinstance(entry, str) and entry:
-        return ModelEntry(model=entry)
+        entry = {"model": entry}
     if not isinstance(entry, Mapping):
         raise UserError(f"models: expected a model's name or `model: NAME`, found {entry!r}")
     return validate(ModelEntry, entry, "models")
+
+
+# What mergekit's methods of the same names lack.
+_OWN_PARAMETERS = {"karcher": ("weight",), "model_stock": ("weight",)}
 
 
 @dataclass(frozen=True)
@@ -140,6 +155,7 @@ class _StepBuilder:
     method: Method
     location: str
     notes: list[str]
+    compat: str | None = None
 
     def from_models(self, entries: Sequence[ModelEntry], part: SliceBlock | None = None) -> Step:
         """Build the step of whole models, or of one slice."""
@@ -147,7 +163,8 @@ class _StepBuilder:
         base_model = (part and part.base_model) or block.base_model
         # Which of the models listed are branches, and whether they are as many as the method takes.
         if repeated := [name for name, count in Counter(entry.model for entry in entries).items() if count > 1]:
-            raise UserError(f"model '{repeated[0]}' is listed twice; list it once")
+            other_layers = "" if part is None else ", or give it a second name under 'sources' to merge its own layers"
+            raise UserError(f"model '{repeated[0]}' is listed twice; list it once{other_layers}")
         if method.base == "required" and base_model is None:
             raise UserError(f"{method.name} needs 'base_model': the model that changes are measured against")
         base = None if method.base == "unused" else base_model
@@ -162,19 +179,29 @@ class _StepBuilder:
             if entry.model == base and entry.parameters:
                 self.check_names(entry.parameters)
                 self.note(f"parameters of the base model '{base}' have no effect")
-        entries = [entry for entry in entries if base is None or entry.model != base]
+        listed, entries = len(entries), [entry for entry in entries if base is None or entry.model != base]
         least, most = method.branches
         if len(entries) < least or (most is not None and len(entries) > most):
-            up_to = "" if most is None else f" and at most {most}"
+            needed = f"{least}" if least == most else f"at least {least}" + (f" and at most {most}" if most else "")
             beside = "" if base is None else " beside the base"
-            raise UserError(f"{method.name} needs at least {least}{up_to} models{beside}, found {len(entries)}")
+            itself = f" ('{base}', which is listed, is the base itself)" if listed > len(entries) else ""
+            raise UserError(
+                f"{method.name} needs {needed} model{'s' * ((most or least) > 1)}{beside}, found {len(entries)}{itself}"
+            )
         # What the method is told.
         branches = tuple(entry.model for entry in entries)
-        step = Step(block.name or "", method, base, branches, base_model or branches[0], {}, dtype=block.dtype)
+        keep = parse("keep", [_kept(entry) for entry in block.keep], bool) if block.keep else ()
+        dtype = None if block.dtype == "auto" else block.dtype
+        step = Step(block.name or "", method, base, branches, base_model or branches[0], {}, (), keep, dtype)
         if method.name in CALIBRATED:
+            if keep:
+                raise UserError(f"{method.name} merges all tensors: remove 'keep'")
             calibration, data = self.calibration(entries)
-            return replace(step, calibration=calibration, data=data)
+            columns = tuple(columns_of(entry) for entry in entries)
+            return replace(step, calibration=calibration, data=data, columns=columns)
         levels = [part.parameters, block.parameters] if part else [block.parameters]
+        if method.name == "slerp" and not any("t" in level for level in [*levels, entries[0].parameters]):
+            self.note(f"slerp has no `t`: it takes {method.parameter('t').default}, halfway between the models")
         step = replace(step, arguments=self.arguments(levels, entries))
         if method.check and not any(step.values):
             method.check(step.arguments)
@@ -202,12 +229,13 @@ class _StepBuilder:
         """Return the settings of a method that looks at data, and the rows of every branch."""
         name, known = self.method.name, list(CalibrationSettings.model_fields)
         for parameter in [*self.block.parameters, *(p for entry in entries for p in entry.parameters)]:
-            if parameter not in known:
+            if parameter not in known and not self.has_no_effect(parameter):
                 raise UserError(f"unknown parameter '{parameter}' of {name}{nearest(str(parameter), known)}")
         data = []
         for entry in entries:
             for parameter in entry.parameters:
-                raise self.not_of_a_model(parameter, entry)
+                if parameter in known:
+                    raise self.not_of_a_model(parameter, entry)
             if entry.data is None:
                 raise UserError(
                     f"model '{entry.model}' has no 'data': {name} needs rows of every model's domain; "
@@ -215,7 +243,8 @@ class _StepBuilder:
                 )
             data.append(entry.data)
         try:
-            return CalibrationSettings.read({**DEFAULTS[name], **self.block.parameters}), tuple(data)
+            settings = {key: value for key, value in self.block.parameters.items() if key in known}
+            return CalibrationSettings.read({**DEFAULTS[name], **settings}), tuple(data)
         except UserError as error:
             raise UserError(str(error).removeprefix("settings: ")) from None
 
@@ -227,11 +256,17 @@ class _StepBuilder:
         for entry in entries:
             self.check_names(entry.parameters)
             for name in entry.parameters:
-                of_a_model = name in WITHOUT_EFFECT or method.parameter(name).about.per_model
-                if not of_a_model and method.branches[1] != 1:
+                of_the_step = name in method.parameters and not method.parameter(name).about.per_model
+                if of_the_step and method.branches[1] != 1:
                     raise self.not_of_a_model(name, entry)
+        if idle := self.idle_as_mergekit(levels, entries):
+            levels = [{key: value for key, value in level.items() if key not in idle} for level in levels]
+            entries = [entry.model_copy(update={"parameters": {k: v for k, v in entry.parameters.items()
+                                                               if k not in idle}}) for entry in entries]  # fmt: skip
         arguments: dict[str, Any] = {}
         for name, parameter in method.parameters.items():
+            if parameter.about.per_model and len(entries) > 1:
+                self.note_depth(name, levels)
             common = [rule for level in levels for rule in _rules(parameter, level)]
             if parameter.default is not inspect.Parameter.empty:
                 common.append(Rule((parameter.default,)))
@@ -246,6 +281,15 @@ class _StepBuilder:
                     raise UserError(f"{method.name} needs parameter '{name}'{of}; it has no default")
         return arguments
 
+    def note_depth(self, name: str, levels: Sequence[Mapping[str, Any]]) -> None:
+        """Note that a list, which may have been meant for the models, goes along the depth."""
+        for value in (level.get(name) for level in levels):
+            if isinstance(value, list) and len(value) > 1 and not any(isinstance(entry, Mapping) for entry in value):
+                self.note(
+                    f"{name}: {value} goes along the depth, from the first layer to the last, for every model alike; "
+                    f"for one value a model write {{model: NAME, parameters: {{{name}: VALUE}}}}"
+                )
+
     def not_of_a_model(self, parameter: str, entry: ModelEntry) -> UserError:
         return UserError(
             f"parameter '{parameter}' of {self.method.name} is not a model's: move it from '{entry.model}' "
@@ -257,14 +301,40 @@ class _StepBuilder:
         for name in parameters:
             if name in WITHOUT_EFFECT:
                 _rules(WITHOUT_EFFECT[name], parameters)
-                self.note(f"{name} has no effect: {WITHOUT_EFFECT[name].about.text}")
-            else:
+            if not self.has_no_effect(name):
                 self.method.parameter(name)
+
+    def has_no_effect(self, name: str) -> bool:
+        """Return whether other tools or other methods have a parameter that this method lacks; note it, if so."""
+        if name in self.method.parameters:
+            return False
+        others = [other.name for other in METHODS.values() if name in other.parameters]
+        if name in WITHOUT_EFFECT:
+            self.note(f"{name} has no effect: {WITHOUT_EFFECT[name].about.text}")
+        elif others:
+            more = " and others" if len(others) > 3 else ""
+            self.note(
+                f"{name} has no effect: it is no parameter of {self.method.name}, but of {', '.join(others[:3])}{more}"
+            )
+        return name in WITHOUT_EFFECT or bool(others)
+
+    def idle_as_mergekit(self, levels: Sequence[Mapping[str, Any]], entries: Sequence[ModelEntry]) -> set[str]:
+        """Return the parameters that mergekit's method of the name would pass over, where the recipe asks for that."""
+        given = {name for level in [*levels, *(entry.parameters for entry in entries)] for name in level}
+        idle = given & set(_OWN_PARAMETERS.get(self.method.name, ())) if self.compat == "mergekit" else set()
+        for name in sorted(idle):
+            self.note(f"{name} has no effect with `compat: mergekit`: its {self.method.name} has none")
+        return idle
 
     def note(self, text: str) -> None:
         line = f"{self.location}: {text}"
         if line not in self.notes:
             self.notes.append(line)
+
+
+def _kept(entry: Any) -> dict[str, Any]:
+    """Return an entry of `keep:`, a part of tensor names or a filter, as a filter with a value."""
+    return {**(entry if isinstance(entry, Mapping) else {"filter": entry}), "value": True}
 
 
 def _rules(parameter: Parameter, level: Mapping[str, Any]) -> tuple[Rule, ...]:

@@ -91,9 +91,9 @@ class TokenizerSettings(Settings):
 
 
 def chat_template(text: str | None) -> str | None:
-    """Return the Jinja text of a recipe's `chat_template`: a name, or Jinja itself. None (`auto`): the donor's own."""
+    """Return the Jinja text of a recipe's `chat_template`: a name, or Jinja itself. `auto` and None stay."""
     if text is None or text == "auto":
-        return None
+        return text
     if text in TEMPLATE_NAMES:
         return named_template(text)
     if "{%" not in text and "{{" not in text:

@@ -1,54 +1,115 @@
 """The YAML of a recipe: which keys stand in which block, in one document, in `steps:`, or in several documents."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from bmjax.config import Settings, UserError, nearest, read_yaml_documents
+from bmjax.chat.columns import check_columns, columns_of
+from bmjax.config import Settings, UserError, aliased_keys, nearest, read_yaml_documents
+from bmjax.merge.methods import METHODS
+from bmjax.merge.plan.tensor_names import TOWERS
+from bmjax.merge.recipe.model_names import ModelName, plain_entry
 from bmjax.merge.recipe.tokenizer import TokenizerSettings
 
-Dtype = Literal["float32", "bfloat16", "float16"]
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16", "auto"],
+    BeforeValidator(lambda value: value.removeprefix("torch.") if isinstance(value, str) else value),
+]
+Parameters = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]
 S = TypeVar("S", bound=Settings)
 
 
-class ModelEntry(Settings):
+def is_parameter(key: Any) -> bool:
+    """Return whether some method has a parameter of that name."""
+    return any(key in method.parameters for method in METHODS.values())
+
+
+class _WithParameters(Settings):
+    """A block that has `parameters:`, so that a parameter beside them is a mistake that can be named."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_its_parameters_inside(cls, block: Any) -> Any:
+        for key in block if isinstance(block, Mapping) else ():
+            if key not in cls.model_fields and is_parameter(key):
+                raise ValueError(f"'{key}' is a parameter: move it under `parameters:`")
+        return block
+
+
+class ModelEntry(_WithParameters):
     """One entry of `models:`."""
 
-    model: str = Field(min_length=1, description="a directory, hub id, alias of `sources`, or an earlier step's name")
-    parameters: dict[str, Any] = Field({}, description="this model's values of the method's per-model parameters")
+    model: ModelName = Field(description="a directory, hub id, alias of `sources`, or an earlier step's name")
+    parameters: Parameters = Field({}, description="this model's values of the method's per-model parameters")
     data: str | list[str] | None = Field(
         None, description="learned and regmean: rows of the model's domain, in the formats that `bmjax train` reads"
     )
+
+    prompt: str | None = Field(None, description="for data of other columns: what is asked, e.g. '{question}'")
+    response: str | None = Field(None, description="the answer, with `prompt`, e.g. '{answer}'")
+    system: str | None = Field(None, description="the system prompt, with `prompt`")
+    reasoning: str | None = Field(None, description="the answer's reasoning, with `prompt`")
+    tools: str | None = Field(None, description="descriptions of functions, with `prompt`")
+
+    @model_validator(mode="after")
+    def _columns_are_those_of_data(self) -> Self:
+        check_columns(self)
+        if self.data is None and (given := columns_of(self)):
+            raise ValueError(f"'{next(iter(given))}' maps the columns of 'data', which is missing")
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_a_plain_name(cls, entry: Any) -> Any:
+        return plain_entry(entry)
+
+
+def _whole_range(value: Any) -> Any:
+    if isinstance(value, list) and (len(value) != 2 or None in value):
+        raise ValueError("expected [first, end], where end is the number of the layer after the last")
+    return value
+
+
+LayerRange = Annotated[tuple[int, int], BeforeValidator(_whole_range)]
 
 
 class LayersEntry(ModelEntry):
     """One entry of a slice's `sources:`."""
 
-    layer_range: tuple[int, int] = Field(description="the layers read, from the first up to but without the second")
+    layer_range: LayerRange = Field(description="the layers read, from the first up to but without the second")
 
 
-class SliceBlock(Settings):
+class SliceBlock(_WithParameters):
     """Some layers of the result, merged from as many layers of each source."""
 
     sources: list[LayersEntry] = Field(min_length=1, description="the models and which of their layers")
-    base_model: str | None = Field(None, min_length=1, description="in place of the recipe's own")
-    parameters: dict[str, Any] = Field({}, description="in place of the recipe's own")
+    base_model: ModelName | None = Field(None, description="in place of the recipe's own")
+    parameters: Parameters = Field({}, description="in place of the recipe's own")
     residual_weight: float | None = Field(None, description="without effect, as in mergekit")
 
 
-class StepBlock(Settings):
+class StepBlock(_WithParameters):
     """One merge: the whole recipe in mergekit's dialect, or one entry of `steps:`."""
 
     merge_method: str = Field(description="one of the methods that `bmjax merge --help` lists")
-    base_model: str | None = Field(None, min_length=1, description="the model that changes are measured against")
+    base_model: ModelName | None = Field(None, description="the model that changes are measured against")
     models: list[Any] | None = Field(None, description="the models: each a name, or `model: NAME` with `parameters:`")
     slices: list[SliceBlock] | None = Field(None, min_length=1, description="the layers of the result, in order")
-    parameters: dict[str, Any] = Field({}, description="the method's parameters; per-model ones as a default")
+    parameters: Parameters = Field({}, description="the method's parameters; per-model ones as a default")
+    keep: list[Any] | None = Field(
+        None, description="tensors left as the donor has them: parts of their names, `filter:` or `regex:`"
+    )
     name: str | None = Field(None, min_length=1, description="what later steps call the result")
     dtype: Dtype | None = Field(None, description="as out_dtype, which it gives way to; arithmetic is always float32")
     out_dtype: Dtype | None = Field(None, description="type of the result (default: as the base stores each tensor)")
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _have_plain_names(cls, models: Any) -> Any:
+        return [plain_entry(entry) for entry in models] if isinstance(models, list) else models
 
 
 class TopBlock(Settings):
@@ -59,34 +120,45 @@ class TopBlock(Settings):
     compat: Literal["mergekit"] | None = Field(None, description="mergekit: its arithmetic, where ours is better")
     tokenizer_source: str | None = Field(None, min_length=1, description="base, union, or a model")
     tokenizer: TokenizerSettings | None = Field(None, description="source, tokens and pad_to_multiple_of")
-    chat_template: str | None = Field(None, min_length=1, description="auto (the base's), a name, or jinja")
+    chat_template: str | None = Field(
+        None, min_length=1, description="auto (the one that most models have), a name, or jinja"
+    )
     dtype: Dtype | None = Field(None, description="as in a step")
     out_dtype: Dtype | None = Field(None, description="as in a step")
 
 
+# Keys of programs beside mergekit-yaml and mergekit-multi.
+_OF_OTHER_TOOLS = {
+    "experts": "mergekit-moe (mixtures of experts)", "gate_mode": "mergekit-moe (mixtures of experts)",
+    "genome": "mergekit-evolve (searches for recipes)",
+}  # fmt: skip
 _OF_THE_RESULT = ("tokenizer_source", "tokenizer", "chat_template")
 _TOP_ONLY = [key for key in TopBlock.model_fields if key not in StepBlock.model_fields]
 _STEP_ONLY = [key for key in StepBlock.model_fields if key not in TopBlock.model_fields]
 
 
 def read_blocks(
-    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()
+    source: str | Path | Mapping[str, Any], overrides: Sequence[str], notes: list[str]
 ) -> tuple[TopBlock, list[tuple[str, StepBlock]]]:
     """Read the blocks of a YAML file or a mapping, then apply `key.sub=value` overrides (`steps.NAME.key=value`).
 
-    Returns what the recipe says once, and of each step its location for errors, and its block.
+    notes: gets a line for every key that is not read. Returns what the recipe says once, and of each step its location
+    for errors, and its block.
     """
     location = "recipe" if isinstance(source, Mapping) else str(source)
     # Which keys belong to the whole recipe, and which to each merge.
     raw = [source] if isinstance(source, Mapping) else read_yaml_documents(source)
-    documents = [document for document in raw if document is not None] or [{}]
-    for document in documents:
-        if not isinstance(document, Mapping):
+    for document in raw:
+        if not isinstance(document, Mapping | None):
             raise UserError(f"{location}: expected `key: value` lines at the top, found {type(document).__name__}")
-        if "modules" in document:
-            raise UserError(
-                f"{location}: 'modules' is not supported: list whole models under 'models', or layers under 'slices'"
-            )
+    kept = _without_idle_keys(raw, source, location, notes)
+    if not any(kept):
+        raise UserError(f"{location}: is empty; expected a recipe, with `merge_method:` and `models:`")
+    for key in (key for document in kept for key in document if key in _OF_OTHER_TOOLS):
+        raise UserError(
+            f"{location}: '{key}' stands in recipes of {_OF_OTHER_TOOLS[key]}, which bmjax does not carry out"
+        )
+    documents = [_without_modules(document, location) for document in kept]
     has_steps = len(documents) == 1 and "steps" in documents[0]
     top, merges = _split_steps(documents[0], location) if has_steps else _split_documents(documents, location)
     # Which override belongs to which of them.
@@ -106,6 +178,65 @@ def read_blocks(
     return validate(TopBlock, top, location, of_top), steps
 
 
+def _without_idle_keys(
+    documents: Sequence[Mapping[str, Any] | None], source: Any, location: str, notes: list[str]
+) -> list[dict[str, Any]]:
+    """Return the documents without keys that hold anchors for other keys, or that are marked as private."""
+    known = {"steps", "modules", *StepBlock.model_fields, *TopBlock.model_fields}
+    unknown = [[key for key in document or () if key not in known] for document in documents]
+    aliased = aliased_keys(source) if any(unknown) and not isinstance(source, Mapping) else [set() for _ in documents]
+    kept = []
+    for document, strange, named in zip(documents, unknown, aliased, strict=True):
+        if document is None:
+            continue
+        idle = {key for key in strange if key in named or str(key).startswith(("x-", "_", "."))}
+        for key in strange:
+            if key in idle:
+                told = "is read only where its anchors are named" if key in named else "is not read"
+                notes.append(f"{location}: key '{key}' {told}")
+        # A key without a value says nothing, as tools write those that are not used.
+        kept.append({key: value for key, value in document.items() if key not in idle and value is not None})
+    return kept
+
+
+def _without_modules(document: Mapping[str, Any], location: str) -> Mapping[str, Any]:
+    """Return a document with the merge of its language model's module, and `keep` for its other modules.
+
+    Those are the donor's, whether they are listed with one model or not at all; or they are merged as the language
+    model is. Raises UserError for modules merged in different ways.
+    """
+    if "modules" not in document:
+        return document
+    modules = document["modules"]
+    if not isinstance(modules, Mapping) or not modules or not all(isinstance(m, Mapping) for m in modules.values()):
+        raise UserError(f"{location}: modules: expected a block for each module, found {str(modules)[:60]}")
+    for key in ("models", "slices"):
+        if key in document:
+            raise UserError(f"{location}: '{key}' stands beside 'modules'; move it into the language model's module")
+    for name, module in modules.items():
+        for key in module:
+            _check_key(key, ["models", "slices"], f"{location}: modules.{name}")
+        if not module:
+            raise UserError(f"{location}: modules.{name}: expected 'models' or 'slices'")
+    texts = [name for name in modules if re.search(r"text|language|llm|decoder|default", str(name))]
+    if len(texts) != 1:
+        listed = ", ".join(map(str, modules))
+        raise UserError(
+            f"{location}: modules: which of {listed} is the language model is not clear; name one `text_decoder`"
+        )
+    text = modules[texts[0]]
+    others = {name: module for name, module in modules.items() if name != texts[0]}
+    for name, module in others.items():
+        if module != text and len(module.get("models") or [1, 2]) != 1:
+            raise UserError(
+                f"{location}: modules: '{name}' is merged otherwise than '{texts[0]}'; merge it alike, or list the one "
+                "model whose tensors it keeps"
+            )
+    all_alike = bool(others) and all(module == text for module in others.values())
+    keep = [*(document.get("keep") or ()), *([] if all_alike else [{"regex": TOWERS}])]
+    return {key: value for key, value in document.items() if key != "modules"} | dict(text) | {"keep": keep}
+
+
 def validate(kind: type[S], values: Mapping[str, Any], location: str, overrides: Sequence[str] = ()) -> S:
     """Return `values` as settings; errors begin with `location`."""
     try:
@@ -116,6 +247,8 @@ def validate(kind: type[S], values: Mapping[str, Any], location: str, overrides:
 
 def _check_key(key: Any, known: Sequence[str], location: str) -> None:
     if key not in known:
+        if is_parameter(key):
+            raise UserError(f"{location}: '{key}' is a parameter: move it under `parameters:`")
         raise UserError(f"{location}: unknown key '{key}'{nearest(str(key), known)}")
 
 
@@ -136,6 +269,7 @@ def _split_steps(document: Mapping[str, Any], location: str) -> tuple[dict[str, 
     for step in steps[:-1]:
         if not step.get("name"):
             raise UserError(f"{location}: every step but the last needs a name: add `name: ...` to {step}"[:300])
+    steps = [_without_modules(step, location) for step in steps]
     return {key: value for key, value in document.items() if key != "steps"}, steps
 
 

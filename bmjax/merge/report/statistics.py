@@ -13,6 +13,7 @@ import numpy as np
 
 from bmjax.config import UserError
 from bmjax.io.safetensors import Checkpoint
+from bmjax.merge.methods import METHODS
 from bmjax.merge.plan.tensor_names import layer
 from bmjax.merge.recipe.step import Step
 
@@ -47,13 +48,17 @@ class Stats:
 
     def plain(self) -> dict[str, Any]:
         """Return it as the journal of a merge holds it."""
-        return {**asdict(self), "products": self.products.tolist(), "kept": self.kept.tolist()}
+        weighted = None if self.weighted is None else [array.tolist() for array in self.weighted]
+        return {**asdict(self), "products": self.products.tolist(), "kept": self.kept.tolist(), "weighted": weighted}
 
     @classmethod
     def read(cls, plain: Mapping[str, Any]) -> "Stats":
         """Return the statistics that `plain` wrote."""
-        arrays = {key: np.array(plain[key], np.float64) for key in ("products", "kept")}
+        arrays: dict[str, Any] = {key: np.array(plain[key], np.float64) for key in ("products", "kept")}
         agreement = tuple((int(both), int(either)) for both, either in plain["agreement"])
+        if plain["weighted"] is not None:
+            squares, shares = (np.array(values, np.float64) for values in plain["weighted"])
+            arrays["weighted"] = squares, shares
         return cls(**{**plain, **arrays, "branches": tuple(plain["branches"]), "agreement": agreement})
 
 
@@ -133,13 +138,23 @@ def methods_by_step(report: Mapping[str, Any]) -> dict[str, str]:
     return {step["name"]: step["merge_method"] for step in steps if step["name"] in report["total"]}
 
 
+def reference_of(report: Mapping[str, Any], name: str) -> str:
+    """Return the model by whose norm a step's move is told, in words: its base, or the first of its models."""
+    step = next(step for step in report["recipe"]["steps"] if step["name"] == name)
+    method = METHODS.get(step["merge_method"])
+    if "slices" in step:
+        return "its base"
+    base = None if method is not None and method.base == "unused" else step.get("base_model")
+    return base or next(iter(report["total"][name]["models"]), "its base")
+
+
 def summary_lines(report: Mapping[str, Any]) -> Iterator[str]:
     """Yield for the person who ran a merge how far each step moved, and what it took of each model."""
     for step, method in methods_by_step(report).items():
         total = report["total"][step]
         moved = total["moved_norm"] / max(total["reference_norm"], 1e-30)
         kept = ", ".join(f"{name} {model['kept']:.1%}" for name, model in total["models"].items())
-        yield f"{step}: {method}, moved {moved:.2%} of its base's norm, entries taken: {kept}"
+        yield f"{step}: {method}, moved {moved:.2%} of the norm of {reference_of(report, step)}, entries taken: {kept}"
         for name, model in total["models"].items():
             if "coefficient" in model:
                 yield f"mean coefficient of {name}: {model['coefficient']:.2f}"

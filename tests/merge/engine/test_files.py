@@ -121,7 +121,6 @@ def test_any_architecture_and_shapes(models):
     first = {
         "conv.weight": rng.standard_normal((4, 3, 5)).astype(np.float32),
         "scale": np.array(0.5, np.float32),
-        "empty": np.zeros((0, 4), np.float32),
         "positions": np.arange(6),
         "wide": rng.standard_normal((3, 4)),
     }
@@ -228,12 +227,12 @@ FAILURES = {
     "quantized": (
         damaged("math", lambda t: t.update({UP: t[UP].astype(np.int8)})),
         ARCEE,
-        f"tensor '{UP}' is I8 in model 'math'",
+        "model 'math': its weights are quantized (I8 weights)",
     ),
     "truncated": (cut, ARCEE, "math/model.safetensors"),
     "unknown model": (None, {**ARCEE, "models": ["mathe"]}, "mathe: no such model directory; did you mean 'math'?"),
     "alias of nothing": (None, {**ARCEE, "sources": {"math": "nowhere"}}, "'math': nowhere: no such model directory"),
-    "out not empty": (occupy, ARCEE, "out: exists and is not empty"),
+    "out not empty": (occupy, ARCEE, "out: exists and is not a model directory"),
     "out is a file": (lambda root: (root / "out").write_text("x"), ARCEE, "out: exists and is not a directory"),
 }
 
@@ -280,7 +279,7 @@ def test_overwrite_replaces_a_model_but_nothing_else(models):
     occupied = models / "papers"
     occupied.mkdir()
     (occupied / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="does not look like a model"):
+    with pytest.raises(UserError, match="is not a model directory"):
         merge(ARCEE, "papers", overwrite=True)
     assert (occupied / "thesis.tex").exists()
 
@@ -337,4 +336,4 @@ def test_help_lists_every_method_and_parameter(capsys):
     for method in METHODS.values():
         assert method.name in text
         assert all(f"{name}" in text for name in method.parameters)
-    assert "learned, regmean:" in text and "importance*: (required)" in text and "inspect" not in text
+    assert "learned, layerwise, regmean:" in text and "importance*: (required)" in text and "inspect" not in text

@@ -169,7 +169,7 @@ def test_report_by_layer():
 def test_recipes_and_lambdas_share_compiled_programs():
     """A merge costs compilation once a shape, however many recipes a run compares."""
     arcee_fusion = importlib.import_module("bmjax.merge.methods.arcee_fusion")
-    scoring = passes.values(arcee_fusion.row_kls, True, form="small")
+    scoring = passes.values(arcee_fusion.quick_row_kls, True)
     merge_trees(RECIPES["paper"], TREES, TABLE)
     compiled = scoring._cache_size()
     for scale in (0.1, 0.2):

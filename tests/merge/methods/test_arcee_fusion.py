@@ -1,4 +1,5 @@
 import importlib
+import itertools
 
 import jax
 import numpy as np
@@ -7,6 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from bmjax.calibrate.dispatch import merge
 from bmjax.io.safetensors import open_checkpoint
+from bmjax.merge.engine import passes
 from bmjax.merge.recipe.recipe import read_recipe
 from bmjax.parallel.mesh import make_mesh
 from tests.merge.reference import (
@@ -84,31 +86,75 @@ def test_mask_on_heavy_tails(seed, shape):
 
 @pytest.mark.parametrize("delta_rms", [1e-5, 1e-4, 1e-3, 0.01, 0.1, 1.0, 30.0])
 def test_row_kl_against_extended_precision(delta_rms):
-    """Against extended precision, because float64 cancels at the smallest changes."""
     base, (branch,) = real_sized((50, 896), 2, 0.3, delta_rms)
-    b, w = base.astype(np.longdouble), base.astype(np.longdouble) + (branch - base)
-    p, q = softmax(w) + np.longdouble(EPSILON), softmax(b) + np.longdouble(EPSILON)
-    exact = np.sum(p * np.log(p / q), axis=-1, keepdims=True)
     kl = jax.jit(module.row_kl)(base, branch - base)
-    np.testing.assert_allclose(kl, exact.astype(np.float64), rtol=2e-5)
+    np.testing.assert_allclose(kl, exact_kl(base, branch - base), rtol=2e-5)
 
 
-def test_both_forms_of_the_kl_agree_where_they_meet():
-    base, (branch,) = real_sized(SHAPE, 3, 0.3, 4e-3)
-    delta = branch - base
-    kl, beyond = module._kl_small(base, delta)
-    assert not beyond.any()
-    np.testing.assert_allclose(kl, module._kl_any(base, delta), rtol=1e-5)
+def exact_kl(base, delta):
+    """In extended precision, because float64 cancels at the smallest changes."""
+    b, w = base.astype(np.longdouble), base.astype(np.longdouble) + delta
+    p, q = softmax(w) + np.longdouble(EPSILON), softmax(b) + np.longdouble(EPSILON)
+    return np.sum(p * np.log(p / q), axis=-1, keepdims=True).astype(np.float64)
 
 
-@pytest.mark.parametrize("change", [4e-3, 1e-3])
-def test_one_large_entry_needs_the_form_for_any_values(change):
-    """A weight of 25 where its exponential would drown the row's others, or a change of 0.03."""
-    base, (branch,) = real_sized(SHAPE, 3, 0.3, change)
-    base[3, 5], branch[3, 5] = (25.0, 25.5) if change == 4e-3 else (0.1, 0.13)
-    _, beyond = module._kl_small(base, branch - base)
-    np.testing.assert_array_equal(np.flatnonzero(beyond), [3])
+quick = passes.values(module.quick_row_kls, True)
+
+
+@pytest.mark.parametrize("columns", [64, 100, 896, 4864])
+def test_quick_kl_is_within_its_error_of_the_exact_one(columns):
+    """At changes from 1e-6 to 0.1, without and with one of 0.02 or 0.3 in each row."""
+    for weight_rms, delta_rms, largest in itertools.product((0.02, 0.3), (1e-6, 2e-4, 3e-3, 0.1), (0, 0.02, 0.3)):
+        base, (branch,) = real_sized((24, columns), columns, weight_rms, delta_rms)
+        branch[np.arange(24), 7 * np.arange(24) % columns] += np.float32(largest)
+        kl, doubt = quick(passes.block(base, [branch], {}), [])
+        sure = doubt == 0
+        assert sure.mean() > 0.85, (weight_rms, delta_rms, largest)
+        exact = exact_kl(base, branch - base)
+        np.testing.assert_allclose(kl[sure], exact[sure], rtol=module.KL_ERROR)
+
+
+DOUBTFUL_ROWS = {
+    "a change of 0.6": lambda base, branch: branch.__setitem__(5, base[5] + 0.6),
+    "a weight of 25": lambda base, branch: (base.__setitem__(5, 25.0), branch.__setitem__(5, 25.5)),
+    "a share so small that 1e-8 counts": lambda base, branch: (base.__iadd__(1.2), branch.__iadd__(1.2)),
+    "a shift of the row": lambda base, branch: branch.__setitem__(slice(None), base + 0.25),
+}
+
+
+@pytest.mark.parametrize("case", DOUBTFUL_ROWS)
+def test_doubtful_rows_are_computed_by_the_full_formula(case):
+    base, (branch,) = real_sized((40, 4864), 3, 0.02, 4e-3)
+    DOUBTFUL_ROWS[case](base[3], branch[3])
+    _, doubt = quick(passes.block(base, [branch], {}), [])
+    np.testing.assert_array_equal(np.flatnonzero(doubt), [3])
     np.testing.assert_array_equal(leaf("arcee_fusion", base, [branch]), fuse(base, branch).astype(np.float32))
+
+
+def test_files_and_trees_agree_where_some_rows_are_doubtful(tmp_path):
+    """Over files doubtful rows are picked, 16 at a time."""
+    base, (branch,) = real_sized((3000, 512), 4, 0.02, 4e-4)
+    branch[17 * np.arange(40), 3] += 0.7
+    sources = {n: str(hf_dir(tmp_path / n, {"w.weight": t})) for n, t in {"base": base, "branch": branch}.items()}
+    recipe = {"merge_method": "arcee_fusion", "base_model": "base", "models": ["branch"], "sources": sources}
+    merge(read_recipe(recipe), tmp_path / "out")
+    merged = open_checkpoint(tmp_path / "out").read("w.weight")
+    assert merged.tobytes() == leaf("arcee_fusion", base, [branch]).tobytes()
+
+
+@pytest.mark.parametrize("stored", [np.float32, BF16])
+def test_only_entries_at_the_limit_may_be_decided_otherwise(stored):
+    """An importance is within KL_ERROR of the exact one, so the limit, of three of them, within four times that."""
+    base, (branch,) = real_sized((300, 896), 5, 0.02, 3e-4)
+    branch[::7, 11] += 0.3
+    base, branch = base.astype(stored).astype(np.float32), branch.astype(stored).astype(np.float32)
+    importance = np.abs(branch.astype(np.float64) - base) * exact_kl(base, branch - base)
+    q1, median, q3 = np.sort(importance, axis=None)[[int(q * (base.size - 1)) for q in (0.25, 0.5, 0.75)]]
+    limit = median + 1.5 * (q3 - q1)
+    decided = np.abs(importance / limit - 1) > 5 * module.KL_ERROR
+    assert decided.mean() > 1 - 1e-4
+    kept = leaf("arcee_fusion", base, [branch]) != base
+    np.testing.assert_array_equal(kept[decided], (importance >= limit)[decided])
 
 
 def test_extreme_values_stay_finite():
@@ -135,6 +181,17 @@ def test_rows_of_one_element_take_the_new_value(shape):
     merged, kept = merge_arrays("arcee_fusion", base, [branch])
     np.testing.assert_array_equal(merged, branch)
     assert kept[0] == 1
+
+
+def test_entries_of_a_vector_that_equal_the_limit_are_kept():
+    """Changes of 1 to 4 units, by quarters: the limit is 2 + 1.5 * (3 - 1) units, rounding or not."""
+    base = np.full(400, 0.75, np.float32) + np.arange(400, dtype=np.float32) / 1024
+    units = np.repeat([1, 2, 3, 5], 100)
+    merged, kept = merge_arrays(
+        "arcee_fusion", base, [base + (units * 2.0**-10 * np.sign(units - 2.5)).astype(np.float32)]
+    )
+    assert kept[0] == 0.25
+    np.testing.assert_array_equal(merged != base, units == 5)
 
 
 def test_constant_and_shifted_rows():

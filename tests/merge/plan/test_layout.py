@@ -26,7 +26,10 @@ def test_tied_models_stay_tied_with_an_untied_config(save):
 
 
 def test_a_tied_step_read_beside_an_untied_model(save):
-    models = {name: save(name, tensors(head=name == "untied", seed=i)) for i, name in enumerate(("a", "b", "untied"))}
+    models = {
+        name: save(name, tensors(head=name == "untied", seed=i), tie_word_embeddings=name != "untied")
+        for i, name in enumerate(("a", "b", "untied"))
+    }
     steps = [{**soup("a", "b"), "name": "mid"}, soup("mid", "untied")]
     head = planned({"steps": steps}, **models).nodes[-1]
     assert head.name == HEAD and head.inputs["mid"].node.name == EMBED

@@ -1,3 +1,5 @@
+import pytest
+
 from tests.merge.plan_helpers import planned, soup, tensors
 
 
@@ -10,6 +12,49 @@ def test_the_text_model_inside_a_config(save):
     assert result.config_changes == {
         "text_config": {"num_hidden_layers": 2, "tie_word_embeddings": False, "layer_types": ["b", "c"]}
     }
+
+
+V4 = {"rope_theta": 1e6, "rope_scaling": None}
+V5 = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+YARN = {"rope_theta": 1e6, "rope_scaling": {"type": "yarn", "factor": 4.0}}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "told"),
+    [
+        (V4, V5, None),
+        ({"text_config": V4}, {"text_config": V5}, None),
+        (YARN, {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}}, None),
+        (V4, {"rope_parameters": {"rope_theta": 5e5}}, "rope_parameters, rope_scaling, rope_theta"),
+        (V4, YARN, "rope_scaling, rope_theta"),
+    ],
+)  # fmt: skip
+def test_rope_in_two_spellings_is_compared_by_what_it_says(save, first, second, told):
+    result = planned(soup("a", "b"), a=save("a", tensors(), **first), b=save("b", tensors(seed=1), **second))
+    note = f"config.json of 'b' differs from 'a' in {told}; it is not used"
+    assert result.notes == (() if told is None else (note,))
+
+
+def test_a_vocabulary_size_that_the_donors_embedding_never_had_is_told(save):
+    result = planned(soup("a"), a=save("a", tensors(), vocab_size=9))
+    assert result.config_changes == {} and "says vocab_size 9, its embedding has 6 rows" in result.notes[0]
+
+
+PER_LAYER = {
+    "block_configs": ([{"n": n} for n in range(4)], [{"n": 2}, {"n": 3}, {"n": 0}]),
+    "num_kv_heads": ([1, 2, 3, 4], [3, 4, 1]), "ffn_multipliers": ([0.5, 1, 2, 4], [2, 4, 0.5]),
+    "intermediate_size": ([8, 16, 24, 32], [24, 32, 8]), "activation_sparsity_pattern": ([0.9, 0.8, 0, 0], [0, 0, 0.9]),
+    "hybrid_override_pattern": ("M-*E", "*EM"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", PER_LAYER)
+def test_what_a_config_says_of_every_layer_follows_the_layers(save, key):
+    before, after = PER_LAYER[key]
+    a = save("a", tensors(), num_hidden_layers=4, **{key: before})
+    slices = [{"sources": [{"model": "a", "layer_range": part}]} for part in ([2, 4], [0, 1])]
+    result = planned({"merge_method": "passthrough", "slices": slices}, a=a)
+    assert result.config_changes == {"num_hidden_layers": 3, key: after} and result.notes == ()
 
 
 def test_differing_configs_are_told(save):

@@ -1,13 +1,16 @@
 import json
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from bmjax.calibrate.dispatch import merge
 from bmjax.config import UserError
 from bmjax.io.safetensors import open_checkpoint
-from bmjax.merge.recipe.recipe import read_recipe
+from bmjax.merge.plan.nodes import prepare
+from bmjax.merge.recipe.recipe import Recipe, read_recipe
 from tests.merge.plan_helpers import EMBED, HEAD, NORM, names, planned, soup, tensors
 
 BF16, F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
@@ -26,7 +29,7 @@ def test_whole_models(save):
     }  # fmt: skip
     assert list(up.files()) == [("a", up.name), ("b", up.name)]
     assert by_name["model.layers.3.mlp.up_proj.weight"].arguments["weight"] == (2.0, 2.0)
-    assert result.config_changes == {} and result.notes == ()
+    assert result.config_changes == {} and len(result.notes) == 1 and "goes along the depth" in result.notes[0]
 
 
 def test_depth_of_no_layer_is_0_of_an_only_layer_1(save):
@@ -103,8 +106,7 @@ def test_frankenmerge(save):
     assert result.config_changes == {
         "num_hidden_layers": 6, "layer_types": ["a0", "a1", "a2", "b1", "b2", "b3"],
     }  # fmt: skip
-    (note,) = [note for note in result.notes if "differs" not in note]
-    assert "mlp_only_layers names layers by number" in note
+    assert all("differs" in note for note in result.notes)
 
 
 def test_slices_of_several_models_have_depths_of_their_own(save):
@@ -218,6 +220,9 @@ def test_sharded_inputs(save, tmp_path):
     assert list(b.tensors) != list(values)
     result = planned(soup("a", "b"), a=save("a", values), b=b)
     assert names(result) == list(values)
+    save_file(tensors(seed=9), folder / "model.safetensors")
+    (note,) = planned(soup("a", "b"), a=open_checkpoint("a"), b=open_checkpoint(folder)).notes
+    assert note.startswith("model 'b': model.safetensors: 1 more file of weights, not read")
 
 
 def without(values, *names):
@@ -244,7 +249,7 @@ BAD = {
     "quantized": (
         {**tensors(), UP: np.ones((8, 4), np.int8)},
         soup("a", "b"),
-        f"tensor '{UP}' is I8 in model 'b' and F32 in 'a'",
+        "model 'b': its weights are quantized (I8 weights)",
     ),
     "range": (
         tensors(),
@@ -252,9 +257,9 @@ BAD = {
         "model 'b': layer_range ends at 5, but model.layers has 4 layers",
     ),
     "two stacks": (
-        {"vision.0.w": np.ones(2), "text.0.w": np.ones(2)},
+        {"encoder.0.w": np.ones(2), "decoder.0.w": np.ones(2)},
         {"merge_method": "linear", "slices": [{"sources": [{"model": "b", "layer_range": [0, 1]}]}]},
-        "model 'b': slices need one stack of layers; by its tensors' names it has vision, text",
+        "model 'b': slices need one stack of layers; by its tensors' names it has encoder, decoder",
     ),
     "no value": (
         tensors(),
@@ -293,3 +298,31 @@ def test_a_parameter_without_a_value_names_the_tensor(save, monkeypatch):
     recipe["parameters"] = {"t": [{"filter": "mlp", "value": 0.5}]}
     with pytest.raises(UserError, match=f"'t' has no value for tensor '{EMBED}'"):
         planned(recipe, a=a, b=b)
+
+
+def test_a_hub_models_directory_by_two_names_is_one_model(save, monkeypatch):
+    for name in ("snapshot", "a"):
+        save(name, tensors())
+    monkeypatch.setattr(Recipe, "directory", lambda self, name, **more: Path("snapshot" if "/" in name else name))
+    recipe = {"merge_method": "ties", "base_model": "org/name", "models": ["snapshot", "a"]}
+    with pytest.raises(UserError, match="models 'org/name' and 'snapshot' are one directory"):
+        prepare(read_recipe(recipe), "out")
+
+
+def test_whole_numbers_that_differ_are_found_by_the_plan(save):
+    masks = [np.arange(4), np.arange(4)[::-1].copy()]
+    a, b = (save(name, tensors() | {"model.mask": mask}) for name, mask in zip("ab", masks, strict=True))
+    with pytest.raises(
+        UserError, match=r"'model.mask' is int64 and differs between models 'a' and 'b'.*`keep: \[model.mask"
+    ):
+        planned(soup("a", "b"), a=a, b=b)
+    assert "model.mask" in names(planned(soup("a", "b", keep=["model.mask"]), a=a, b=b))
+
+
+def test_two_directories_with_the_same_weights_are_told(save, tmp_path):
+    save("a", tensors())
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/model.safetensors").symlink_to("../a/model.safetensors")
+    notes = []
+    merge(soup("a", "b"), "out", log=notes.append)
+    assert any("'a' and 'b' are two directories, but read the same files" in note for note in notes)

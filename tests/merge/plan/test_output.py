@@ -48,7 +48,8 @@ def test_the_target_is_empty_and_no_input(tmp_path):
         (tmp_path / "runs", True, "contains"),
         (tmp_path / "link", True, "contains"),
         (full, False, "exists and is not empty; choose another output directory, or add --overwrite"),
-        (other, True, "does not look like a model directory"),
+        (other, True, "is not a model directory, so it is never overwritten"),
+        (other, False, "is not a model directory, so it is never overwritten"),
         (other / "thesis.tex", True, "exists and is not a directory"),
     ):
         with pytest.raises(UserError, match=message):

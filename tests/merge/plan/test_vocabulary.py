@@ -185,7 +185,7 @@ def test_tokens_beyond_the_embedding_have_no_row(make):
 
 
 def test_tied_and_untied_models_of_different_tokenizers(make):
-    make("a", 0, ["u", "x"], head=False)
+    make("a", 0, ["u", "x"], head=False, tie_word_embeddings=True)
     make("b", 1, ["x", "y", "u"])
     _, rows = merge_rows(soup("a", "b", tokenizer_source="union"))
     assert rows[HEAD, "a"] == [0, 1, -101] and rows[HEAD, "b"] == [-102, -100, -101]
@@ -248,3 +248,34 @@ def test_an_unknown_embedding(make, tmp_path):
     with pytest.raises(UserError, match="model 'a': no tensor is known as its tokens' embedding"):
         merge_rows(soup("a", tokenizer_source="base"))
     assert json.loads((tmp_path / "a" / "config.json").read_text())["model_type"] == "qwen2"
+
+
+@pytest.mark.parametrize("tokens, told", [
+    (["x", "u", "y"], "2 ids differ (0: 'x' for 'u'; 1: 'u' for 'x')"),
+    (["u", "x", "z"], "1 id differs (2: 'z' for 'y')"),
+    (["u", "x"], "1 id differs (2: no token for 'y')"),
+    (["u", "x", "y"], None),
+], ids=str)  # fmt: skip
+def test_another_tokenizer_behind_equal_shapes_is_noted_with_the_ids(make, tokens, told):
+    make("a", 0, ["u", "x", "y"], rows=4)
+    folder = make("b", 1, tokens, rows=4)
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=1))  # the same in other bytes
+    notes = [note for note in merge_rows(soup("a", "b"))[0].notes if "another tokenizer" in note]
+    if told is None:
+        assert not notes
+        return
+    (note,) = notes
+    assert note.startswith("model 'b' has another tokenizer than 'a': ") and told in note and "by number" in note
+    by_token = merge_rows(soup("a", "b", tokenizer_source="base"))[0]
+    assert not any("another tokenizer" in note for note in by_token.notes)
+
+
+def test_tokenizers_that_cannot_be_read_are_compared_by_their_bytes(make):
+    for name in "ab":
+        (make(name, 0, ["u", "x"]) / "tokenizer.json").write_text(f"not JSON, of {name}")
+    assert any("tokenizer.json differs" in note for note in merge_rows(soup("a", "b"))[0].notes)
+    for name in "ab":
+        (open_checkpoint(name).directory / "tokenizer.json").unlink()
+        (open_checkpoint(name).directory / "tokenizer.model").write_text("one")
+    assert not merge_rows(soup("a", "b"))[0].notes

@@ -97,11 +97,11 @@ def test_overrides_of_the_only_step(kind):
     [
         ({"parameters": {"densty": 1, "stepps": 1}}, "unknown parameter 'densty' of {kind}"),
         ({"base_model": None}, "{kind} needs 'base_model': the model that changes are measured against"),
-        ({"models": []}, "{kind} needs at least 1 models beside the base, found 0"),
+        ({"models": []}, "{kind} needs at least 1 model beside the base, found 0"),
         ({"modles": []}, "unknown key 'modles'; did you mean 'models'?"),
         ({"models": [3]}, "models: expected a model's name"),
         ({"models": [{"modle": "a"}]}, "models: unknown key 'modle'; did you mean 'model'?"),
-        ({"dtype": "float8"}, "dtype: expected 'float32', 'bfloat16' or 'float16'"),
+        ({"dtype": "float8"}, "dtype: expected 'float32', 'bfloat16', 'float16' or 'auto'"),
         ({"compat": "mergekitty"}, "compat: expected 'mergekit'"),
     ],
 )

@@ -3,12 +3,13 @@ import json
 import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import save_file
 
 from bmjax.calibrate.dispatch import merge
 from bmjax.io.safetensors import open_checkpoint
 from bmjax.merge.engine import stream
 from bmjax.merge.engine.passes import block
-from bmjax.merge.methods.arcee_fusion import agreement, three_importances
+from bmjax.merge.methods.arcee_fusion import agreement
 from tests.merge.reference import BF16, fusion_mask, hf_dir, jaccard, real_sized, softmax
 
 
@@ -34,6 +35,140 @@ def test_the_card_tells_what_the_report_holds(models, tmp_path):
     assert f"{summary['sign_conflicts']:.1%} of the entries" in body
     recipe = yaml.safe_load(body.split("```yaml\n")[1].split("```")[0])
     assert recipe["steps"][0]["parameters"] == {"density": 0.5}
+
+
+def card_of(folder):
+    _, head, body = (folder / "README.md").read_text().split("---\n", 2)
+    return yaml.safe_load(head), body
+
+
+def put_card(folder, **head):
+    (folder / "README.md").write_text(f"---\n{yaml.safe_dump(head)}---\n# {folder.name}\n")
+
+
+def soup_of(*names, **more):
+    return {"merge_method": "linear", "models": list(names), **more}
+
+
+def test_bases_and_licenses_come_from_the_inputs_cards(models, tmp_path):
+    put_card(tmp_path / "base", base_model="org/base", license="apache-2.0")
+    put_card(tmp_path / "a", base_model=["org/base", "org/instruct", "no id"], license="apache-2.0")
+    merge(soup_of("base", "a", "b"), "out")
+    head, body = card_of(tmp_path / "out")
+    assert head["base_model"] == ["org/base", "org/instruct"] and head["base_model_relation"] == "merge"
+    assert head["license"] == "apache-2.0" and head["library_name"] == "transformers"
+    assert body.count("| `apache-2.0` |") == 2 and body.count("| not known |") == 1
+
+
+def test_licenses_that_differ_are_not_claimed_as_one(models, tmp_path):
+    put_card(tmp_path / "base", license="other", license_name="own", license_link="https://x.org/l?a=1")
+    merge(soup_of("base", "a"), "one")
+    head, _ = card_of(tmp_path / "one")
+    assert (head["license"], head["license_name"], head["license_link"]) == ("other", "own", "https://x.org/l?a=1")
+    put_card(tmp_path / "a", license="mit")
+    merge(soup_of("base", "a"), "two")
+    head, body = card_of(tmp_path / "two")
+    assert head["license"] == "other" and head["license_name"] != "own" and "| `mit` |" in body
+
+
+def test_an_adapters_card_counts_beside_its_models(models, tmp_path):
+    rank_one = {f"base_model.model.model.layers.0.w.lora_{k}.weight": np.ones(s, np.float32)
+                for k, s in (("A", (1, 1024)), ("B", (64, 1)))}  # fmt: skip
+    (tmp_path / "lora").mkdir()
+    save_file(rank_one, tmp_path / "lora/adapter_model.safetensors")
+    (tmp_path / "lora/adapter_config.json").write_text('{"peft_type": "LORA", "lora_alpha": 1}')
+    put_card(tmp_path / "base", base_model="org/base", license="apache-2.0")
+    put_card(tmp_path / "lora", base_model="org/other", license="mit")
+    merge(soup_of("m", "a", sources={"m": "base+l", "l": "lora"}), "out")
+    head, body = card_of(tmp_path / "out")
+    assert head["base_model"] == ["org/base", "org/other"] and head["license"] == "other"
+    assert "| `base+lora` |" in body and "`apache-2.0, mit`" in body
+
+
+@pytest.mark.parametrize(
+    "text", ["---\n- a\n---\n", "---\nlicense: [x\n---", "---\nlicense: 'a\n  b | c'\n---\n", "\0", ""]
+)
+def test_cards_that_say_nothing_readable(models, tmp_path, text):
+    (tmp_path / "a/README.md").write_text(text)
+    merge(soup_of("a"), "out")
+    assert "license" not in card_of(tmp_path / "out")[0]
+
+
+LOADED = {
+    "LlamaForCausalLM": ("AutoModelForCausalLM", "AutoTokenizer", "text-generation"),
+    "GPT2LMHeadModel": ("AutoModelForCausalLM", "AutoTokenizer", "text-generation"),
+    "Gemma3ForConditionalGeneration": ("AutoModelForImageTextToText", "AutoProcessor", "image-text-to-text"),
+    "T5ForConditionalGeneration": ("AutoModelForSeq2SeqLM", "AutoTokenizer", "text2text-generation"),
+    "LlamaForSequenceClassification": ("AutoModelForSequenceClassification", "AutoTokenizer", "text-classification"),
+    "LlamaModel": ("AutoModel", "AutoTokenizer", None), "": ("AutoModel", "AutoTokenizer", None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOADED)
+def test_the_card_says_how_to_load_it(models, tmp_path, name):
+    import transformers
+
+    path = tmp_path / "a/config.json"
+    vision = {"vision_config": {}} if name.startswith("Gemma3") else {}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "architectures": [name], **vision}))
+    merge(soup_of("a"), "out")
+    head, body = card_of(tmp_path / "out")
+    model, reader, pipeline = LOADED[name]
+    code = body.split("```python\n")[1].split("```")[0]
+    compile(code, "card", "exec")
+    assert f"{model}.from_pretrained(path" in code and f"{reader}.from_pretrained(path)" in code
+    assert head.get("pipeline_tag") == pipeline and "trust_remote_code" not in body
+    assert model in transformers.__all__ and reader in transformers.__all__
+
+
+def test_code_and_sentence_transformers_are_said(models, tmp_path):
+    path = tmp_path / "a/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": {"AutoModel": "modeling_x.X"}}))
+    (tmp_path / "a/modules.json").write_text("[]")
+    (tmp_path / "a/modeling_x.py").write_text("raise SystemExit")
+    merge(soup_of("a"), "out")
+    head, body = card_of(tmp_path / "out")
+    assert (
+        head["library_name"] == "sentence-transformers" and "SentenceTransformer(path, trust_remote_code=True)" in body
+    )
+    assert "read it first" in body and (tmp_path / "out/modeling_x.py").read_text() == "raise SystemExit"
+
+
+def test_directories_of_this_machine_are_not_named(models, tmp_path):
+    (tmp_path / "runs/math").mkdir(parents=True)
+    (tmp_path / "a").rename(tmp_path / "runs/math/hf")
+    recipe = soup_of("m", str(tmp_path / "b"), sources={"m": str(tmp_path / "runs/math/hf")})
+    merge(recipe, "out")
+    text = (tmp_path / "out/README.md").read_text()
+    assert str(tmp_path) not in text and "| `m` | `math` |" in text and "| `b` | `b` |" in text
+    again = yaml.safe_load((tmp_path / "out/recipe.yaml").read_text())
+    assert again["sources"]["m"] == str(tmp_path / "runs/math/hf")
+
+
+RECIPES = {
+    "overrides": ({"merge_method": "ties", "base_model": "base", "models": ["a", "b"]}, ["parameters.density=0.3"]),
+    "filters": (soup_of("a", "b", parameters={"weight": [{"filter": "w", "value": [0.2, 0.8]}, {"value": 1}]}), []),
+    "steps": ({"sources": {"x": "a"}, "seed": 5, "steps": [
+        {"name": "mid", "merge_method": "dare_ties", "base_model": "base", "models": [{"model": "x", "parameters": {
+            "weight": 0.4}}, "b"], "parameters": {"density": 0.5}},
+        {"merge_method": "slerp", "base_model": "mid", "models": ["b"], "parameters": {"t": 0.5}}]}, []),
+    "slices": ({"merge_method": "passthrough", "dtype": "bfloat16", "slices": [
+        {"sources": [{"model": m, "layer_range": [0, 1]}]} for m in "aba"]}, []),
+    "template": (soup_of("a", chat_template="{% for m in messages %}\n{{ m.content }}: é{% endfor %}"), []),
+    "keep": (soup_of("a", {"model": {"path": "b"}}, keep=["w", {"regex": "no tensor"}]), []),
+    "modules": ({"merge_method": "linear", "parameters": {"weight": 1}, "modules": {
+        "text_decoder": {"models": [{"model": m} for m in "ab"]}, "vision_tower": {"models": [{"model": "a"}]}}}, []),
+    "compat": ({"merge_method": "arcee_fusion", "base_model": "base", "models": ["a"], "compat": "mergekit"}, []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_recipe_that_is_written_runs_again(models, tmp_path, name):
+    recipe, overrides = RECIPES[name]
+    merge(recipe, "one", overrides=overrides)
+    merge("one/recipe.yaml", "two")
+    for file in ("model.safetensors", "recipe.yaml", "README.md", "merge_report.json"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
 
 def test_norms_cosines_and_conflicts(models, tmp_path):
@@ -96,13 +231,10 @@ def test_compat_takes_the_other_tools_mask(tmp_path, monkeypatch):
 
 def test_masks_of_the_textbook_formula_differ(models, tmp_path, monkeypatch):
     base, (branch, _) = models
-    three = [np.asarray(x) for x in three_importances(block(base, [branch], {}))]
-    exact = fusion_mask(base, branch)
-    assert jaccard(mask(three[0]), exact) >= 0.999
-    noisy = jaccard(mask(textbook(base, branch, BF16)), exact)
-    (_, _), (both, either) = agreement(three)
+    noisy = jaccard(mask(textbook(base, branch, BF16)), fusion_mask(base, branch))
+    (_, _), (both, either) = agreement(block(base, [branch], {}))
     assert noisy < 0.35 and both / either == pytest.approx(noisy, abs=0.05)
-    monkeypatch.setattr(stream, "SAMPLE", 2**15)
+    monkeypatch.setattr(stream, "SAMPLE", 2**18)  # all rows: each has one rounding error, and few say little
     report = merge({"merge_method": "arcee_fusion", "base_model": "base", "models": ["a"]}, "out")
     jaccards = report["total"]["merged"]["mask_jaccard_of_textbook"]
     assert jaccards["bfloat16"] < 0.35 and jaccards["float32"] < 0.95

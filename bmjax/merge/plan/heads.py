@@ -1,0 +1,87 @@
+"""Which models have a language head of their own, which have their embedding in its place, and which have none.
+
+Layouts ask it. A config decides, never a likeness of some rows.
+"""
+
+import contextlib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal
+
+import numpy as np
+
+from bmjax.io.safetensors import BOUNCE_BYTES, Reader, TensorInfo, units
+from bmjax.merge.plan.tensor_names import is_head, is_task_head
+
+TIED = "tie_word_embeddings"
+# Blocks of a config that hold a language model's inside another model's.
+_NESTED = ("text_config", "llm_config", "language_config", "thinker_config")
+# Families whose class ties nothing unless its config says so, and some that tie. Others are looked up, which takes
+# seconds, but only for a model that has no head.
+UNTIED_FAMILIES = frozenset(
+    {"llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "phi3", "olmo2"}
+)
+TIED_FAMILIES = frozenset({"gemma", "gemma2", "gemma3", "gemma3_text", "gpt2", "cohere", "cohere2", "falcon", "opt"})
+_LANGUAGE = re.compile(r"CausalLM|LMHead|ConditionalGeneration|MaskedLM|PreTraining|Seq2SeqLM|Vision2Seq|ChatModel")
+_OTHER = re.compile(r"For[A-Z]\w*|Reward")
+
+Config = Mapping[str, Any]
+
+
+def config_blocks(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the config, and those of a language model inside another model's config."""
+    yield config
+    for key in _NESTED:
+        if isinstance(config.get(key), dict):
+            yield from config_blocks(config[key])
+
+
+def says_tied(config: dict[str, Any]) -> bool | None:
+    """Return what a config says of its head: True where some block ties it, None where no block speaks of it."""
+    values = [block[TIED] for block in config_blocks(config) if isinstance(block.get(TIED), bool)]
+    return any(values) if values else None
+
+
+def is_tied_by_default(config: Config) -> bool:
+    """Return whether the class that transformers has for a config ties the head where the config is silent."""
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type in UNTIED_FAMILIES:
+        return False
+    if model_type in TIED_FAMILIES:
+        return True
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    with contextlib.suppress(Exception):  # an unknown type, or a class that needs arguments
+        return getattr(CONFIG_MAPPING[model_type](), TIED, None) is True
+    return False
+
+
+def task(config: Config | None, names: Iterable[str]) -> Literal["language", "other"] | None:
+    """Return what a model is for: scores of tokens, or something else such as rewards; None where nothing says it."""
+    names = list(names)
+    if any(map(is_head, names)):
+        return "language"
+    if any(map(is_task_head, names)):
+        return "other"
+    architectures = (config or {}).get("architectures")
+    name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+    if _LANGUAGE.search(name):
+        return "language"
+    return "other" if _OTHER.search(name) or name.endswith("Model") else None
+
+
+def is_same_tensor(a: TensorInfo, b: TensorInfo) -> bool:
+    """Return whether two tensors are equal in shape, type and every entry."""
+    if (a.shape, a.dtype) != (b.shape, b.dtype) or not a.nbytes:
+        return False
+    unit, count = units(a.numpy_dtype, a.shape)
+    step = min(count, BOUNCE_BYTES // unit.itemsize)
+    parts = np.empty((2, step), unit)
+    with contextlib.closing(Reader()) as reader:
+        for start in range(0, count, step):
+            size = min(step, count - start)
+            for info, part in zip((a, b), parts, strict=True):
+                reader.read(info, start, part[:size])
+            if parts[0, :size].tobytes() != parts[1, :size].tobytes():
+                return False
+    return True

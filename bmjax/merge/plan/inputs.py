@@ -1,0 +1,58 @@
+"""What is wrong or remarkable about a merge's inputs before tensors are planned: one model twice, tokens without rows.
+
+Only plans call it.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from bmjax.config import UserError
+from bmjax.io.safetensors import Checkpoint
+from bmjax.merge.plan.layout import Layout
+from bmjax.merge.plan.tokenizer_text import largest_id
+from bmjax.merge.recipe.recipe import Recipe
+
+
+def refuse_twins(recipe: Recipe, directories: Mapping[str, Path], adapters: Mapping[str, Path]) -> None:
+    """Raise a UserError where a step merges one model by two names: a hub id and its directory in the cache, say.
+
+    It would count twice, and with the base as a branch the change is zero. Other layers of it are another matter.
+    """
+    parts = {
+        name: tuple(folder.resolve() for folder in (directory, adapters.get(name)) if folder is not None)
+        for name, directory in directories.items()
+    }
+    for step in recipe.steps:
+        for merged, ranges in [(part.step, part.ranges) for part in step.slices] or [(step, {})]:
+            first_names: dict[Any, str] = {}
+            for name in filter(None, (merged.base, *merged.branches)):
+                if name not in parts:
+                    continue
+                first = first_names.setdefault((parts[name], ranges.get(name)), name)
+                if first != name:
+                    raise UserError(
+                        f"models '{first}' and '{name}' are one directory, {'+'.join(map(str, parts[name]))}, so the "
+                        "same model; list it once, and write one name for it"
+                    )
+
+
+def same_files(models: Mapping[str, Checkpoint]) -> Iterator[str]:
+    """Yield a line for every model whose directory is its own, but whose weights are the files of another."""
+    first_names: dict[frozenset[Path], str] = {}
+    for name, model in models.items():
+        files = frozenset(file.resolve() for info in model.tensors.values() for file in info.files)
+        first = first_names.setdefault(files, name)
+        if first != name and model.directory.resolve() != models[first].directory.resolve():
+            yield f"models '{first}' and '{name}' are two directories, but read the same files of weights"
+
+
+def tokens_without_rows(layout: Layout) -> Iterator[str]:
+    """Yield a line where the tokenizer that is copied has more tokens than the embedding has rows."""
+    donor = layout.recipe.donor
+    rows, largest = layout.row_count(donor, layout.embedding(donor) or ""), largest_id(layout.models[donor].directory)
+    if rows is not None and largest is not None and largest >= rows:
+        yield (
+            f"model '{donor}': its tokenizer has ids up to {largest}, its embedding {rows} rows: a model fails at the "
+            f"tokens beyond; `tokenizer: {{source: base}}` gives them rows"
+        )

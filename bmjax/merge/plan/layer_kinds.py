@@ -1,0 +1,123 @@
+"""Kinds of layers that a config gives by position: sliding or full attention, linear attention, layers without RoPE.
+
+A model class computes them from a layer's number where the config is silent (every sixth layer is full, say). Layers
+that are stacked in another order keep the kind that they were trained as, so the kinds have to be written.
+"""
+
+import contextlib
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from bmjax.merge.plan.heads import config_blocks
+
+Config = dict[str, Any]
+KIND_LISTS = ("layer_types", "no_rope_layers", "layers_block_type", "mlp_layer_types")
+# Classes without kinds of layers, which need not be asked; loading transformers takes seconds.
+UNIFORM_FAMILIES = frozenset({"llama", "mistral", "mixtral", "gpt2", "gpt_neox", "gemma", "phi3"})
+_PERIOD = re.compile(r".*(_period|_freq|_sparse_step|_layer_step|moe_layer_interval)")
+_BY_POSITION = re.compile(r".*(_pattern|_interval|_period|_freq|_step|_layers_interval)|max_window_layers")
+_FIRST_DENSE = "first_k_dense_replace"
+
+
+def is_numbers_of_layers(value: list[Any], count: int) -> bool:
+    """Return whether a list of a config names layers by number: whole numbers that rise, below `count`."""
+    is_whole = all(type(number) is int for number in value)
+    return is_whole and value == sorted(set(value)) and value[0] >= 0 and value[-1] < count
+
+
+def set_kinds(
+    new: Config, layers: Sequence[tuple[str, int]], configs: Mapping[str, Config | None], donor: Config
+) -> list[str]:
+    """Write into `new` the kinds of its layers where position alone would give others; returns notes.
+
+    Arguments:
+        new: the result's config, with its number of layers.
+        layers: (input, its layer) that each layer of the result comes from.
+        configs: of the inputs.
+        donor: the config that `new` was made of.
+    """
+    notes = []
+    new_kinds = _computed(new)
+    computed = {model: _computed(configs[model] or donor) for model in dict.fromkeys(dict(layers))}
+    for i, block in enumerate(config_blocks(new)):
+        for key in KIND_LISTS:
+            if key in block and block[key] is not None:
+                continue
+            try:
+                kinds = [computed[model][i][key][number] for model, number in layers]
+            except (LookupError, TypeError):
+                continue
+            if kinds != (new_kinds[i].get(key) if i < len(new_kinds) else None):
+                block[key] = kinds
+        notes += _positions(block, i, layers, configs, donor)
+        if not new_kinds and not _is_uniform(block) and not any(key in block for key in KIND_LISTS):
+            keys = [key for key in block if _BY_POSITION.fullmatch(key) and not _PERIOD.fullmatch(key)]
+            keys = [key for key in keys if block[key] not in (None, 0, 1)]
+            if not keys and str(block.get("model_type")) in _known_families():
+                notes.append(
+                    f"config.json: the class of {block['model_type']!r} refuses this config, so the kinds of its "
+                    "layers are not known: the layers have moved, look at it"
+                )
+            if keys:
+                notes.append(
+                    f"config.json: {', '.join(keys)} may give layers their kind by position, and the class of "
+                    f"{block.get('model_type')!r} is not known here: the layers have moved, look at it"
+                )
+    return notes
+
+
+def _is_uniform(block: Config) -> bool:
+    """Return whether a config's class gives all its layers one kind, known without its class."""
+    family = str(block.get("model_type"))
+    windowed = family.startswith(("qwen2", "qwen3")) and not {"next", "5"} & set(re.split(r"[_.]", family[4:]))
+    return family in UNIFORM_FAMILIES or (windowed and not block.get("use_sliding_window"))
+
+
+def _computed(config: Config) -> list[Config]:
+    """Return the blocks of a config as its class completes them; [] where its class is not known or not needed."""
+    if all(_is_uniform(block) for block in config_blocks(config)):
+        return []
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    with contextlib.suppress(Exception):  # an unknown type, or values that its class refuses
+        return list(config_blocks(CONFIG_MAPPING[config["model_type"]].from_dict(config).to_dict()))
+    return []
+
+
+def _known_families() -> Collection[str]:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return CONFIG_MAPPING.keys()
+
+
+def _positions(
+    block: Config, i: int, layers: Sequence[tuple[str, int]], configs: Mapping[str, Config | None], donor: Config
+) -> list[str]:
+    """Set or note the whole numbers of a config that say by position which layers are of another kind."""
+    notes = []
+    if type(block.get(_FIRST_DENSE)) is int:
+        # The first layers are dense, the others have experts.
+        dense = [number < (entry_of(configs[model] or donor, i, _FIRST_DENSE) or 0) for model, number in layers]
+        if dense == sorted(dense, reverse=True):
+            block[_FIRST_DENSE] = sum(dense)
+        else:
+            notes.append(
+                f"config.json: {_FIRST_DENSE} cannot say that layers {[n for n, d in enumerate(dense) if d]} are dense "
+                "and those between them not; the result cannot be loaded as it is"
+            )
+    for key, period in block.items():
+        if _PERIOD.fullmatch(key) and type(period) is int and period > 1:
+            moved = [f"{number} is now {n}" for n, (_, number) in enumerate(layers) if (n - number) % period]
+            if moved:
+                notes.append(
+                    f"config.json: {key} {period} gives layers their kind by position, and they have moved (layer "
+                    f"{moved[0]}); stack multiples of {period} layers"
+                )
+    return notes
+
+
+def entry_of(config: Config, i: int, key: str) -> Any:
+    """Return the value of a key in the i-th block of a config; None where it has no such block or key."""
+    blocks = list(config_blocks(config))
+    return blocks[i].get(key) if i < len(blocks) else None

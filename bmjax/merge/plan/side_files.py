@@ -1,0 +1,115 @@
+"""The files beside a model's weights that a merge's result gets: all but those that are named here.
+
+Plans and the file engine call it. Nothing is run or loaded: a model's code is copied as text.
+"""
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+
+from bmjax.config import UserError, read_text
+
+MAX_BYTES = 2**28  # of one file that is not the tokenizer's, without which a result is no use
+MAX_FILES = 1000  # of one folder
+_WEIGHTS = (
+    "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.ggml", "*.onnx",
+    "*.onnx_data", "*.ot", "*.npz", "*.npy", "*.pkl", "*.pickle", "*.tflite", "*.distcp", "*.nemo",
+    "*.safetensors.index.json", "*.bin.index.json",
+)  # fmt: skip
+_TRAINER = (
+    "trainer_state.json", "training_args.*", "optimizer*", "scheduler.*", "rng_state*", "zero_to_fp32.py", "latest",
+    "*_results.json", "events.out.tfevents.*", "adapter_config.json",
+)  # fmt: skip
+_TRAINER_FOLDERS = ("checkpoint-*", "checkpoints", "global_step*", "runs", "wandb", "logs")
+# What the result has of its own, or what speaks of another model's making.
+_OWN = ("README.md", "merge_report.json", "recipe.yaml", "mergekit_config.yml", "mergekit_config.yaml")
+_OTHER_FORMATS = ("onnx", "openvino", "original", "gguf", "coreml", "metal")
+_DATA = ("*.jsonl", "*.parquet", "*.arrow", "*.csv", "*.tsv", "*.log")
+_TOKENIZER = (
+    "tokenizer*", "vocab.*", "merges.txt", "*.model", "*.tiktoken", "added_tokens.json", "special_tokens_map.json",
+    "chat_template.*", "additional_chat_templates/*",
+)  # fmt: skip
+
+
+@dataclass
+class SideFiles:
+    """Files of a directory, and a line on each kind of those that were left out and are not weights."""
+
+    paths: list[Path] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def side_files(directory: Path) -> SideFiles:
+    """Return the files that go with a model's weights, in order of their names.
+
+    Left out are weights, a trainer's state, the same model in other formats, data, hidden files, and what a merge
+    writes itself. A folder that holds weights is another model, unless sentence-transformers' modules.json names it:
+    then all of it is copied.
+    """
+    listed, modules = SideFiles(), _module_folders(directory)
+    too_large: list[Path] = []
+    folders_left: list[str] = []
+    for path in sorted(directory.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_file():
+            if _is(path.name, (*_WEIGHTS, *_TRAINER, *_OWN, *_DATA)):
+                continue
+            is_small = path.stat().st_size <= MAX_BYTES or is_tokenizer_file(Path(path.name))
+            (listed.paths if is_small else too_large).append(path)
+        elif path.is_dir() and not path.is_symlink() and not _is(path.name, (*_TRAINER_FOLDERS, *_OTHER_FORMATS)):
+            files = list(_files_in(path))
+            is_module = any(folder.parts[0] == path.name for folder in modules)
+            weights = [file for file in files if _is(file.name, _WEIGHTS)]
+            if len(files) > MAX_FILES or (weights and not is_module):
+                folders_left.append(f"{path.name}/")
+                continue
+            if weights:
+                names = ", ".join(file.relative_to(directory).as_posix() for file in weights[:3])
+                listed.notes.append(f"{names}: weights of a module that modules.json names; copied, not merged")
+            listed.paths += files
+    if too_large:
+        names = ", ".join(path.name for path in too_large)
+        listed.notes.append(f"not copied, more than {MAX_BYTES} bytes: {names}")
+    if folders_left:
+        listed.notes.append(f"not copied, folders with weights of their own or many files: {', '.join(folders_left)}")
+    return listed
+
+
+def tokenizer_files(directory: Path) -> list[Path]:
+    """Return those side files of a directory that make its tokenizer and chat template."""
+    return [path for path in side_files(directory).paths if is_tokenizer_file(path.relative_to(directory))]
+
+
+def is_tokenizer_file(path: Path) -> bool:
+    """Return whether a file, by its path in a model's directory, belongs to the tokenizer."""
+    return _is(path.as_posix(), _TOKENIZER)
+
+
+def _is(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _files_in(folder: Path) -> Iterator[Path]:
+    """Yield the files of a folder and its folders; links to folders are not followed, they may lead in a circle."""
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (
+            path for name in sorted(names) if not name.startswith(".") and (path := Path(parent, name)).is_file()
+        )
+
+
+def _module_folders(directory: Path) -> list[PurePosixPath]:
+    """Return the folders that sentence-transformers' modules.json names inside a directory."""
+    path = directory / "modules.json"
+    if not path.is_file():
+        return []
+    with contextlib.suppress(UserError, ValueError, RecursionError, AttributeError):
+        paths = [str(module.get("path") or "") for module in json.loads(read_text(path))]
+        return [PurePosixPath(text) for text in paths if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)*", text)]
+    return []

@@ -1,0 +1,53 @@
+"""How recipes spell models: a name, `model:NAME`, or the block that mergekit writes into its model cards.
+
+All of them become one text, `MODEL[@REVISION][+ADAPTER[@REVISION]]`, which `bmjax.io.hub` resolves.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+
+from bmjax.config import nearest
+
+_PAGE = re.compile(r"https?://(?:huggingface\.co|hf\.co)/(?P<id>[\w.-]+/[\w.-]+)(?:/tree/(?P<revision>[\w./-]+?))?/?")
+_KEYS = ("path", "revision", "model", "lora", "override_architecture")
+
+
+def plain_name(value: Any) -> Any:
+    """Return the name that a recipe's value means. ValueError for a block that is none; else checks are pydantic's.
+
+    value: a text, or mergekit's block: `{model: {path, revision}, lora: {path, revision}}`, or its inner one.
+    """
+    if isinstance(value, str):
+        # A page of the hub, as a browser shows its address.
+        if page := _PAGE.fullmatch(value):
+            return with_revision(page["id"], page["revision"])
+        return value.removeprefix("model:")
+    if not isinstance(value, Mapping):
+        return value
+    for key in value:
+        if key not in _KEYS:
+            raise ValueError(f"a model's block: unknown key '{key}'{nearest(str(key), _KEYS)}")
+    name = value.get("path") or value.get("model")
+    if not name:
+        raise ValueError("expected a model's name, or a block with 'path'")
+    name = with_revision(plain_name(name), value.get("revision"))
+    return f"{name}+{plain_name(value['lora'])}" if value.get("lora") else name
+
+
+def with_revision(name: Any, revision: Any) -> Any:
+    """Return `name@revision`, or the name where there is no revision."""
+    return name if revision is None else f"{name}@{revision}"
+
+
+def plain_entry(entry: Any) -> Any:
+    """Return an entry of `models:` or `sources:` with its model as one text, which takes up its `revision`."""
+    if not isinstance(entry, Mapping) or "model" not in entry:
+        return plain_name(entry) if isinstance(entry, str) else entry
+    rest = {key: value for key, value in entry.items() if key != "revision"}
+    return {**rest, "model": with_revision(plain_name(entry["model"]), entry.get("revision"))}
+
+
+ModelName = Annotated[str, BeforeValidator(plain_name), Field(min_length=1)]

@@ -1,0 +1,158 @@
+"""Heads: tied where a config says so, compared in every row, and never made of another kind of model."""
+
+import numpy as np
+import pytest
+
+from bmjax.calibrate.dispatch import merge
+from bmjax.config import UserError
+from bmjax.io.safetensors import open_checkpoint
+from bmjax.merge.plan import heads
+from bmjax.merge.plan.heads import TIED, TIED_FAMILIES, UNTIED_FAMILIES, is_tied_by_default
+from tests.merge.plan_helpers import EMBED, HEAD, names, planned, soup, tensors
+
+CAUSAL = {"architectures": ["LlamaForCausalLM"]}
+REWARD = {"architectures": ["LlamaForSequenceClassification"], TIED: False}
+
+
+def copied(changed_rows=(), seed=0, vocabulary=500):
+    values = tensors(vocabulary=vocabulary, seed=seed)
+    values[HEAD] = values[EMBED].copy()
+    values[HEAD][list(changed_rows)] += 1
+    return values
+
+
+def reward(seed=0, **more):
+    return {**tensors(head=False, seed=seed), "score.weight": np.full((1, 4), seed, np.float32), **more}
+
+
+@pytest.mark.parametrize("config", [{}, {TIED: True}, {TIED: False}, {"model_type": "gemma2"}], ids=str)
+@pytest.mark.parametrize("rows", [(0,), (499,), (251, 253)], ids=str)
+def test_a_head_with_few_trained_rows_stays_and_the_config_unties_it(save, config, rows):
+    a = save("a", copied(rows), **config)
+    result = planned(soup("a"), a=a)
+    assert HEAD in names(result)
+    silent_llama = TIED not in config and "model_type" not in config
+    assert result.config_changes.get(TIED, False) is False
+    assert (TIED in result.config_changes) == (not silent_llama and config.get(TIED) is not False)
+
+
+@pytest.mark.parametrize("config, kept", [({}, True), ({TIED: False}, True), ({TIED: True}, False),
+                                          ({"model_type": "gemma2"}, False)], ids=str)  # fmt: skip
+def test_a_copied_head_is_tied_where_the_config_or_its_class_says_so(save, config, kept):
+    a = save("a", copied(), **config)
+    result = planned(soup("a"), a=a)
+    assert (HEAD in names(result)) == kept and result.config_changes == {}
+    assert any("counts as tied" in note for note in result.notes) != kept
+
+
+def test_rows_are_compared_across_blocks(save, monkeypatch):
+    monkeypatch.setattr(heads, "BOUNCE_BYTES", 4096)
+    for name, rows in (("a", ()), ("b", (499,))):
+        model = save(name, copied(rows), **{TIED: True})
+        assert (HEAD in names(planned(soup(name), **{name: model}))) == bool(rows)
+
+
+@pytest.mark.parametrize("others", [("whole",), ()], ids=["beside a whole model", "alone"])
+@pytest.mark.parametrize("config", [{**CAUSAL, TIED: False}, CAUSAL, {TIED: False}], ids=str)
+def test_a_lost_head_is_refused(save, config, others):
+    models = {"lost": save("lost", tensors(head=False), **config), "whole": save("whole", tensors(seed=1), **CAUSAL)}
+    for recipe in (soup("lost", *others), soup(*others, "lost")):
+        with pytest.raises(UserError, match=rf"model 'lost': .*{TIED}.*no lm_head.weight: the head was lost"):
+            planned(recipe, **models)
+
+
+@pytest.mark.parametrize("config", [{TIED: True}, {"model_type": "gemma2"}, {"text_config": {TIED: True}}], ids=str)
+def test_a_tied_model_without_a_head_is_merged_with_its_embedding(save, config):
+    tied, whole = save("tied", tensors(head=False), **CAUSAL, **config), save("whole", tensors(seed=1), **CAUSAL)
+    head = planned(soup("whole", "tied"), tied=tied, whole=whole).nodes[-1]
+    assert head.name == HEAD and head.files() == [("whole", HEAD), ("tied", EMBED)]
+    assert planned(soup("tied"), tied=tied).config_changes == {}
+
+
+@pytest.mark.parametrize("method, branches, kept", [("linear", ("a", "reward", "b"), ["a", "b"]),
+                                                    ("task_arithmetic", ("reward", "a"), ["base", "a"]),
+                                                    ("task_arithmetic", ("reward",), ["base"]),
+                                                    ("slerp", ("reward",), ["base"])])  # fmt: skip
+def test_a_reward_models_embedding_never_goes_into_a_language_head(save, method, branches, kept):
+    models = {name: save(name, tensors(seed=i), **CAUSAL) for i, name in enumerate(("base", "a", "b"))}
+    models["reward"] = save("reward", reward(), **REWARD)
+    base = {} if method == "linear" else {"base_model": "base"}
+    weights = {"parameters": {"weight": 0.3}} if method == "linear" else {}
+    result = planned({"merge_method": method, "models": list(branches), **base, **weights}, **models)
+    head = next(node for node in result.nodes if node.name == HEAD)
+    assert [model for model, _ in head.files()] == kept
+    assert any(HEAD in note and "'reward' has none" in note for note in result.notes)
+    assert any("'reward' holds 1 tensor (score.weight)" in note for note in result.notes)
+    up = next(node for node in result.nodes if "up_proj" in node.name)
+    assert "reward" in dict(up.files())
+
+
+def test_a_reward_model_as_the_base_keeps_its_own_head_and_gets_no_other(save):
+    models = {"base": save("base", reward(1), **REWARD), "a": save("a", tensors(seed=2), **CAUSAL)}
+    result = planned({"merge_method": "task_arithmetic", "base_model": "base", "models": ["a"]}, **models)
+    assert HEAD not in names(result) and result.config_changes == {}
+    (score,) = [node for node in result.nodes if node.name == "score.weight"]
+    assert score.files() == [("base", "score.weight")]
+    two = {"base": models["base"], "b": save("b", reward(3), **REWARD)}
+    score = planned(soup("base", "b"), **two).nodes[-1]
+    assert score.name == "score.weight" and [model for model, _ in score.files()] == ["base", "b"]
+
+
+@pytest.mark.parametrize("branches", [["reward", "a"], ["reward"]], ids=str)
+def test_what_is_written_of_a_head_beside_a_reward_model(save, branches):
+    values = {name: tensors(seed=i) for i, name in enumerate(("base", "a"))}
+    for name in values:
+        save(name, values[name], **CAUSAL)
+    save("reward", reward(), **REWARD)
+    report = merge({"merge_method": "task_arithmetic", "base_model": "base", "models": branches}, "out")
+    np.testing.assert_allclose(
+        open_checkpoint("out").read(HEAD), values[branches[-1] if "a" in branches else "base"][HEAD], atol=1e-6
+    )
+    assert report["total"]["merged"]["models"].keys() == set(branches)
+
+
+@pytest.mark.parametrize("config", [CAUSAL, {}], ids=str)
+def test_a_head_of_values_beside_the_language_head_stays_the_donors(save, config):
+    values = tensors(seed=3) | {f"v_head.summary.{part}": np.ones((1, 4), np.float32) for part in ("weight", "bias")}
+    models = {"critic": save("critic", values, **config), "a": save("a", tensors(), **config)}
+    result = planned(soup("critic", "a"), **models)
+    files = {node.name: [model for model, _ in node.files()] for node in result.nodes}
+    assert files["v_head.summary.weight"] == ["critic"] and files[HEAD] == ["critic", "a"]
+    assert "v_head.summary.weight" not in names(planned(soup("a", "critic"), **models))
+
+
+def test_embedding_models_have_no_head_to_lose(save):
+    config = {"architectures": ["LlamaModel"], TIED: False}
+    models = {name: save(name, tensors(head=False, seed=i), **config) for i, name in enumerate("ab")}
+    result = planned(soup("a", "b"), **models)
+    assert HEAD not in names(result) and result.config_changes == {} and result.notes == ()
+
+
+def stacked(*models):
+    return {"merge_method": "passthrough", "slices": [
+        {"sources": [{"model": name, "layer_range": [0, 2]}]} for name in models
+    ]}  # fmt: skip
+
+
+def test_a_tied_model_stacked_on_an_untied_one_gets_its_embedding_as_head(save):
+    tied, whole = save("tied", tensors(head=False), **CAUSAL, **{TIED: True}), save("whole", tensors(seed=1), **CAUSAL)
+    head = planned(stacked("whole", "tied"), tied=tied, whole=whole).nodes[-1]
+    assert head.name == HEAD and head.files() == [("tied", EMBED)]
+    result = planned(stacked("tied", "whole"), tied=tied, whole=whole)
+    assert result.nodes[-1].files() == [("whole", HEAD)] and result.config_changes[TIED] is False
+
+
+def test_a_stack_of_tied_models_says_whose_embedding_is_the_head(save):
+    models = {name: save(name, tensors(head=False, seed=i), **CAUSAL, **{TIED: True}) for i, name in enumerate("ab")}
+    result = planned(stacked("a", "b"), **models)
+    assert HEAD not in names(result)
+    assert any("the embedding of 'a' is the head behind the last layers" in note for note in result.notes)
+    assert not any("is the head" in note for note in planned(stacked("a", "a"), **models).notes)
+
+
+def test_families_that_need_no_look_up_tie_nothing_by_default():
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    assert not [family for family in UNTIED_FAMILIES if CONFIG_MAPPING[family]().tie_word_embeddings]
+    assert all(CONFIG_MAPPING[family]().tie_word_embeddings for family in TIED_FAMILIES)
+    assert is_tied_by_default({"model_type": "starcoder2"}) and not is_tied_by_default({"model_type": "nothing known"})
