@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import numpy as np
@@ -9,8 +10,9 @@ from jax.sharding import Mesh
 
 from bmjax.branch import examples
 from bmjax.branch.loader import Loader
+from bmjax.chat.forms import UNSUPPORTED
 from bmjax.config import UserError
-from bmjax.io.rows import read_rows
+from bmjax.io.rows import mapped, read_rows
 from bmjax.merge.recipe.calibration import CalibrationSettings
 from bmjax.merge.recipe.recipe import Step
 from bmjax.model.batch import Batch
@@ -44,9 +46,30 @@ class Calibration:
         """Return the held-out batches, counted."""
         return [self._place("held_out", [batch]) for batch in self.held_out]
 
+    def judged_in_batches(self, count: int) -> list[list[Batch[jax.Array]]]:
+        """Return each domain's held-out rows in batches of at most `count` rows, not counted."""
+        domains = []
+        for whole in self.held_out:
+            rows = min(count, len(whole.tokens))
+            batches = []
+            for start in range(0, len(whole.tokens), rows):
+                missing = max(0, start + rows - len(whole.tokens))  # the last one is filled up with empty rows
+                arrays = (whole.tokens, whole.segment_ids, whole.loss_mask)
+                padded = (np.pad(array[start : start + rows], [(0, missing), (0, 0)]) for array in arrays)
+                batches.append(self._on_mesh(Batch(*padded)))
+            domains.append(batches)
+        return domains
+
+    def count(self, purpose: str, batch: Batch[Any]) -> None:
+        """Count the real tokens of a batch that goes through one more model."""
+        self.tokens[purpose] = self.tokens.get(purpose, 0) + int(batch.real_tokens)
+
     def _place(self, purpose: str, batches: Sequence[Batch[np.ndarray]]) -> Batch[jax.Array]:
-        self.tokens[purpose] = self.tokens.get(purpose, 0) + sum(batch.real_tokens for batch in batches)
-        batch = jax.tree.map(lambda *arrays: np.concatenate(arrays), *batches)
+        for batch in batches:
+            self.count(purpose, batch)
+        return self._on_mesh(jax.tree.map(lambda *arrays: np.concatenate(arrays), *batches))
+
+    def _on_mesh(self, batch: Batch[np.ndarray]) -> Batch[jax.Array]:
         return jax.device_put(batch, sharding(self.mesh, ("batch", "length"), batch.tokens.shape))
 
 
@@ -57,8 +80,8 @@ def read(step: Step, p: CalibrationSettings, seed: int, student: Student, mesh: 
     """
     assert student.template is not None
     loaders, held_out = [], []
-    for name, source in zip(step.branches, step.data, strict=True):
-        rows = list(read_rows(source, f"models.{name}.data"))
+    for name, source, columns in zip(step.branches, step.data, step.columns, strict=True):
+        rows = list(mapped(read_rows(source, f"models.{name}.data"), columns, UNSUPPORTED))
         if len(rows) <= p.held_out:
             raise UserError(
                 f"models.{name}.data: {len(rows)} rows, {p.held_out} of them to be held out (held_out); "

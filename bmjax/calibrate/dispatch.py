@@ -8,13 +8,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bmjax.calibrate.needs import Needs, needs_of
+from bmjax.chat.forms import UNSUPPORTED
 from bmjax.config import UserError
-from bmjax.io.rows import read_rows
+from bmjax.io.rows import mapped, read_rows
 from bmjax.log import Log, silent
 from bmjax.merge.plan.check import check as check_plan
 from bmjax.merge.plan.nodes import MergePlan, prepare
 from bmjax.merge.plan.output import check_space
-from bmjax.merge.recipe.recipe import Recipe, read_recipe
+from bmjax.merge.recipe.recipe import Recipe, Step, read_recipe
 from bmjax.model.config import ModelConfig
 
 
@@ -52,8 +54,7 @@ def merge(
     plan = prepare(recipe, output, overwrite)
     # Everything that can be known beforehand, before the first step takes its time.
     if recipe.is_calibrated:
-        check_space(Path(output), plan.nbytes)
-        _check_steps(plan)
+        check_space(Path(output), plan.nbytes + max(needs.disk for _, needs in _check_steps(plan)))
     say = log or silent
     for line in plan.notes:
         say(line)
@@ -62,7 +63,9 @@ def merge(
 
         return steps.merge_steps(plan, Path(output), shard_bytes, say)
     from bmjax.merge.engine import files  # loads jax, which a check does not need
+    from bmjax.parallel.start import keep_compiled_programs
 
+    keep_compiled_programs()
     return files.merge(plan, output, shard_bytes=shard_bytes, memory=memory, progress=progress)
 
 
@@ -74,22 +77,23 @@ def check(
     plan = prepare(recipe, output, overwrite, download=False)
     yield from check_plan(plan, output, memory=memory, shard_bytes=shard_bytes)
     if recipe.is_calibrated:
-        _check_steps(plan)
-        for step in recipe.steps:
-            for name, rows in zip(step.branches, step.data, strict=False):
+        checked = _check_steps(plan)
+        for step, needs in checked:
+            for name, rows in zip(step.branches, step.data, strict=True):
                 yield f"read {rows if isinstance(rows, str) else ', '.join(rows)} for '{name}' of step '{step.name}'"
-            if step.calibration is not None:
-                yield f"memory: all models of step '{step.name}' at once; they are run on the rows"
+            yield from needs.lines(step)
+        check_space(Path(output), plan.nbytes + max(needs.disk for _, needs in checked))
 
 
 def _refuse_memory(recipe: Recipe, memory: int | None) -> None:
     if recipe.is_calibrated and memory is not None:
         method = next(step.method.name for step in recipe.steps if step.calibration is not None)
-        raise UserError(f"--memory: {method} holds all its models in memory; leave it out")
+        raise UserError(f"--memory: {method} holds one layer of every model at a time; leave it out")
 
 
-def _check_steps(plan: MergePlan) -> None:
-    """Raise a UserError for what a step that looks at data would refuse, known without reading a tensor."""
+def _check_steps(plan: MergePlan) -> list[tuple[Step, Needs]]:
+    """Return what each step that looks at data needs; UserError for what one would refuse, known without a tensor."""
+    checked = []
     for step in plan.recipe.steps:
         if step.calibration is None:
             continue
@@ -100,5 +104,10 @@ def _check_steps(plan: MergePlan) -> None:
                 f"step '{step.name}': seq_len: {step.calibration.seq_len} is more than the base's context of "
                 f"{config.max_length} tokens; lower it"
             )
-        for name, rows in zip(step.branches, step.data, strict=True):
-            next(read_rows(rows, f"models.{name}.data"))
+        for name, rows, columns in zip(step.branches, step.data, step.columns, strict=True):
+            next(mapped(read_rows(rows, f"models.{name}.data"), columns, UNSUPPORTED))
+        read = [plan.models[name] for name in step.reads if name in plan.models]
+        stored = [info for model in read for info in model.tensors.values()]
+        itemsize = max((info.numpy_dtype.itemsize for info in stored), default=4)  # steps are stored in float32
+        checked.append((step, needs_of(step, config, itemsize if len(read) == len(step.reads) else 4)))
+    return checked

@@ -1,13 +1,19 @@
 """A recipe in which some step looks at data, carried out step by step. Called by dispatch.py alone.
 
 A step that looks at data has its models as directories. Earlier steps that it reads, and its own result when a later
-step reads it, are written in float32 inside the output's temporary directory, which vanishes whatever happens.
+step reads it, are written in float32 inside the output's temporary directory. It vanishes after an error. After a kill
+it stays, and the next run of the same recipe goes on with the finished steps and, in a step, with the finished layers.
 """
 
+import contextlib
+import hashlib
+import json
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +22,30 @@ import jax.numpy as jnp
 import numpy as np
 
 from bmjax.calibrate import data
-from bmjax.calibrate.contributions import Tree, contributions
-from bmjax.calibrate.learn import coefficients, held_out_losses, learn, merged, polish
-from bmjax.config import UserError
-from bmjax.io.atomic import replacing
-from bmjax.io.safetensors import Checkpoint, open_checkpoint
-from bmjax.log import Log
-from bmjax.merge.engine import files, passes
-from bmjax.merge.engine.chunks import CHUNK, block_digest, digest, digest_of_tensors
+from bmjax.calibrate.distill import distill
+from bmjax.calibrate.fisher import Fisher
+from bmjax.calibrate.layerwise import Layerwise
+from bmjax.calibrate.learn import coefficients, held_out_losses, learn, polish
+from bmjax.calibrate.models import KEPT_BYTES, Models, Tree, checksums_of
+from bmjax.calibrate.progress import Progress
+from bmjax.calibrate.regmean import RegMean
+from bmjax.calibrate.walk import Changes, Chooser, Contributions, Fixed, Stored, Work, walk
+from bmjax.io.atomic import replacing, write_atomic
+from bmjax.io.safetensors import Plan, SharedWriter, open_checkpoint
+from bmjax.io.states import file_states
+from bmjax.log import Log, stage
+from bmjax.merge.engine import files
+from bmjax.merge.engine.chunks import digest_of_tensors
+from bmjax.merge.engine.journal import clear
 from bmjax.merge.plan.nodes import MergePlan, prepare
+from bmjax.merge.recipe.calibration import CalibrationSettings
 from bmjax.merge.recipe.recipe import Recipe, Step, read_recipe
-from bmjax.merge.report.statistics import Stats, TensorStats, merge_report, report, source_entry
-from bmjax.model import spec
+from bmjax.merge.report.statistics import TensorStats, merge_report, report, source_entry
+from bmjax.model import parts, spec
 from bmjax.model.config import ModelConfig
 from bmjax.model.spec import get
 from bmjax.parallel.mesh import make_mesh
+from bmjax.version import __version__
 from bmjax.weights import hf, student
 
 
@@ -44,24 +59,40 @@ def merge_steps(plan: MergePlan, output: Path, shard_bytes: float, log: Log) -> 
     sources: dict[str, Any] = {}
     statistics: dict[str, Any] = {"tensors": {}, "layers": {}, "total": {}}
     details: dict[str, Any] = {}
-    with replacing(output) as folder:
-        work = folder / "steps"
+    read: dict[str, dict[str, str]] = {}  # checksums of inputs' tensors that a step knows
+    with replacing(output, resume=True) as folder:
+        work = _begun(folder, plan, shard_bytes)
+
+        def once(name: str, carry_out: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+            """Carry out what makes the directory `name`, or return what that gave before the merge was killed."""
+            path = work / f"{name}.json"
+            if not path.exists():
+                write_atomic(path, json.dumps(carry_out(work / name)))
+            result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            return result
+
+        def stream(streamed: Recipe, target: Path) -> dict[str, Any]:
+            return files.merge(prepare(streamed, target, overwrite=True), target, shard_bytes=shard_bytes)
+
+        def calibrate(step: Step, target: Path) -> dict[str, Any]:
+            models = {name: {**inputs, **temporary}[name] for name in step.models}
+            stats, results = merge_step(
+                step, models, target, dtype=dtype if step is last else "float32", seed=recipe.seed,
+                shard_bytes=shard_bytes, log=log,
+            )  # fmt: skip
+            return {"summary": report([step], stats), "results": results}
+
         # With a tokenizer of the result's own, every model's rows of tokens are put in its order first.
         if recipe.tokenizer is not None:
             for i, name in enumerate(inputs):
                 temporary[name] = work / f"input-{i}"
-                conversion = prepare(_conversion(recipe, name), temporary[name])
-                converted = files.merge(conversion, temporary[name], shard_bytes=shard_bytes)
+                converted = once(f"input-{i}", partial(stream, _conversion(recipe, name)))
                 sources[name] = converted["sources"][name]
         for i, step in enumerate(recipe.steps):
-            target = work / f"step-{i}"
             if step.calibration is not None:
-                models = {name: {**inputs, **temporary}[name] for name in step.models}
-                stats, results = merge_step(
-                    step, models, target, dtype=dtype if step is last else "float32", seed=recipe.seed,
-                    shard_bytes=shard_bytes, log=log,
-                )  # fmt: skip
-                summary = report([step], stats)
+                calibrated = once(f"step-{i}", partial(calibrate, step))
+                summary, results = calibrated["summary"], calibrated["results"]
+                read |= {name: sums for name, sums in results.pop("checksums").items() if name not in temporary}
                 counts = Counter(details.get("tokens", {})) + Counter(results["tokens"])
                 details = {**details, **results, "tokens": dict(counts)}
             elif step is last or step.name in read_with_data:
@@ -70,30 +101,41 @@ def merge_steps(plan: MergePlan, output: Path, shard_bytes: float, log: Log) -> 
                     streamed = replace(streamed, dtype="float32")
                 elif streamed.donor not in inputs:
                     streamed = replace(streamed, dtype=dtype)  # the donor is a step, stored in float32
-                summary = files.merge(prepare(streamed, target), target, shard_bytes=shard_bytes)
+                summary = once(f"step-{i}", partial(stream, streamed))
                 sources |= {name: entry for name, entry in summary["sources"].items() if name not in temporary}
             else:
                 continue  # a later step of the file engine reads it in memory
-            temporary[step.name] = target
+            temporary[step.name] = work / f"step-{i}"
             statistics["total"] |= summary["total"]
             for part in ("tensors", "layers"):
                 for name, by_step in summary[part].items():
                     statistics[part].setdefault(name, {}).update(by_step)
         for path in temporary[last.name].iterdir():
             path.rename(folder / path.name)
-        shutil.rmtree(work)
         # The report of all steps, and the card.
         written = open_checkpoint(folder)
         for name in recipe.inputs:
             if name not in sources:
                 model = plan.models[name]
-                digest_of_model = digest_of_tensors(_checksums(model))
-                sources[name] = source_entry(recipe.sources.get(name, name), model, digest_of_model)
+                digest_of_model = digest_of_tensors(checksums_of(model, read.get(name, {})))
+                sources[name] = source_entry(recipe.pinned(name), model, digest_of_model)
         types = {info.numpy_dtype.name for info in written.tensors.values()}
-        checksums = _checksums(written)
-        result = merge_report(recipe.text, recipe.seed, sources, checksums, sorted(types), statistics) | details
-        files.finish(folder, recipe.chat_template, result)
+        result = merge_report(recipe.text, recipe.seed, sources, checksums_of(written), sorted(types), statistics)
+        result |= details
+        files.finish(folder, plan, result)
+        shutil.rmtree(work)
     return result
+
+
+def _begun(folder: Path, plan: MergePlan, shard_bytes: float) -> Path:
+    """Return the directory of steps, as a killed merge of the same kind left it, or empty."""
+    work, fingerprint = folder / "steps", _fingerprint(plan, shard_bytes)
+    path = work / "merge.json"
+    if not path.exists() or path.read_text(encoding="utf-8") != fingerprint:
+        clear(folder)
+        work.mkdir()
+        write_atomic(path, fingerprint)
+    return work
 
 
 def _conversion(recipe: Recipe, name: str) -> Recipe:
@@ -120,13 +162,16 @@ def _until(recipe: Recipe, step: Step, temporary: Mapping[str, Path]) -> Recipe:
     return replace(recipe, steps=steps, sources=sources, tokenizer=None, chat_template=None)
 
 
-def _checksums(model: Checkpoint) -> dict[str, str]:
-    """Return the checksum of every tensor, by name, as the file engine computes it."""
-    checksums = {}
-    for name in sorted(model.tensors):
-        flat = model.read(name).reshape(-1)
-        checksums[name] = digest(block_digest(flat[i : i + CHUNK]) for i in range(0, max(1, len(flat)), CHUNK))
-    return checksums
+def _fingerprint(plan: MergePlan, shard_bytes: float) -> str:
+    """Return a hash of what must be the same for an unfinished merge to go on."""
+    recipe = plan.recipe
+    data = [source for step in recipe.steps for rows in step.data for source in ([rows] if isinstance(rows, str) else rows)]  # fmt: skip # noqa: E501
+    templates = [step.calibration.template for step in recipe.steps if step.calibration and step.calibration.template]
+    names = [*(str(model.directory) for model in plan.models.values()), *data, *templates]
+    devices = [jax.default_backend(), jax.device_count()]
+    versions = [version("jax"), __version__]
+    plain = [recipe.text, recipe.seed, file_states(names), shard_bytes, devices, versions]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def merge_step(
@@ -134,99 +179,123 @@ def merge_step(
 ) -> tuple[dict[str, TensorStats], dict[str, Any]]:
     """Carry out a step and write its result as a Hugging Face directory.
 
-    The models and their contributions are in memory, float32, sharded over the mesh. What is learned is kept only if it
-    lowers the mean over domains of the held-out loss, and so are the polishing steps. Returns the statistics of every
-    tensor, and the further keys of merge_report.json: held_out_loss, kept, tokens.
+    The models are read part by part, see walk.py; polishing and distilling alone hold the result and its moments in
+    memory. What is learned is kept only if it lowers the mean over domains of the held-out loss, and so are the
+    polishing and the distilling steps. When it was killed it goes on after the last finished layer.
+
+    Returns the statistics of every tensor, the further keys of merge_report.json (held_out_loss, kept, tokens,
+    layer_distance), and the checksums of the models' tensors.
     """
     assert step.calibration is not None
     p = step.calibration
     opened = student.open(directories[str(step.base)], template=p.template, purpose="calibration")
-    config = opened.config
-    mesh = make_mesh(p.mesh)
-    with jax.set_mesh(mesh):
+    config, mesh, stored_as = opened.config, make_mesh(p.mesh), np.dtype(jnp.dtype(dtype))
+    with replacing(output, resume=True) as folder, jax.set_mesh(mesh):
+        scratch = folder / "scratch"
+        progress = Progress(scratch / "progress.jsonl")
         # The rows, the models, and each model's part in the mean of the changes.
         calibration = data.read(step, p, seed, opened, mesh)
-        trees = {name: hf.load_params(directories[name], config, mesh, dtype=np.float32) for name in step.reads}
-        sums = _sums_of_changes(config, trees)
-        base, *branches = trees.values()
-        parts = contributions(config, base, branches, calibration, p)
-        del trees, branches
-        # What is made of them: the start, learned coefficients, polished weights.
-        factors = [coefficients(config, p.start, p.per) for _ in parts]
-        params, kept = merged(base, parts, factors), "start"
-        losses = {stage: held_out_losses(config, tree, calibration, p.compute_dtype)
-                  for stage, tree in (("base", base), (kept, params))}  # fmt: skip
+        models = Models({name: directories[name] for name in step.reads}, config, mesh)
+        contributions = _contributions(models, calibration, p, scratch, progress)
+        held_out = calibration.judged_in_batches(p.batch)
+        work = Work(step, p, models, contributions, held_out, scratch / "states", progress)
+        # Polishing and distilling start from what is not rounded yet.
+        finishes = p.polish or p.distill
+        plan = hf.tensor_plan(config, np.float32 if finishes else stored_as)
+        written = scratch / "unfinished" if finishes else folder
+        written.mkdir(exist_ok=True)
+        losses: dict[str, list[float]] = {}
 
-        def is_better(stage: str, candidate: Tree) -> bool:
-            losses[stage] = held_out_losses(config, candidate, calibration, p.compute_dtype)
-            loss, best = np.mean(losses[stage]), np.mean(losses[kept])
+        def walked(label: str, chooser: Chooser, write: bool, **judge: str) -> dict[str, TensorStats]:
+            """Walk over the models with the coefficients of `chooser`; returns the statistics."""
+            for _ in judge:
+                for batch in calibration.held_out:
+                    calibration.count("held_out", batch)
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(stage(f"{step.name}: {label}, layer by layer", log, patience=2))
+                writer = stack.enter_context(SharedWriter(written, plan, shard_bytes)) if write else None
+                stats, of_walk = walk(work, label, chooser, writer, plan[0][1], judge)
+            losses.update(of_walk)
+            return stats
+
+        def is_better(stage_name: str) -> bool:
+            loss, best = np.mean(losses[stage_name]), np.mean(losses[kept])
             if loss < best:
                 return True
-            log(f"{stage}: held-out loss {loss:.4f} is not below {best:.4f} ({kept}); not kept")  # NaN is not, either
+            log(
+                f"{stage_name}: held-out loss {loss:.4f} is not below {best:.4f} ({kept}); not kept"
+            )  # NaN is not, either
             return False
 
+        # The start, and what is learned. The start is written only if nothing better follows.
+        start = Fixed(lambda part: [coefficients(parts.rows(config, part), p.start, "tensor") for _ in step.branches])
+        stats, kept, more = walked("start", start, not p.steps, base="base", merged="start"), "start", {}
         if p.steps:
-            learned = learn(config, base, parts, calibration, p)
-            candidate = merged(base, parts, learned)
-            if is_better("learned", candidate):
-                params, factors, kept = candidate, learned, "learned"
-        if p.polish:
-            candidate = polish(config, params, parts, calibration, p)
-            if is_better("polished", candidate):
-                params, kept = candidate, "polished"
-        stats = _statistics(step, config, sums, base, params, parts, factors)
-        hf.save_hf(
-            output, params, opened.hf_config, side_files=opened.directory, dtype=np.dtype(jnp.dtype(dtype)),
-            shard_bytes=shard_bytes,
-        )  # fmt: skip
-    by_stage = {stage: dict(zip(step.branches, values, strict=True)) for stage, values in losses.items()}
-    return stats, {"held_out_loss": by_stage, "kept": kept, "tokens": calibration.tokens}
+            layerwise = Layerwise(work, calibration) if step.method.name == "layerwise" else None
+            with stage(f"{step.name}: learning coefficients", log, patience=2):
+                learned: Chooser = layerwise or Fixed(learn(work, calibration).__getitem__)
+            candidate = walked("learned", learned, True, merged="learned")
+            if layerwise is not None:
+                more["layer_distance"] = layerwise.errors()
+            if is_better("learned"):
+                stats, kept = candidate, "learned"
+            else:
+                walked("start again", start, True)
+        if finishes:
+            base = hf.load_params(directories[str(step.base)], config, mesh, dtype=np.float32)
+            params = hf.load_params(written, config, mesh, dtype=np.float32)
+            for stage_name, finish in (("polished", polish), ("distilled", distill)):
+                if not (p.polish if finish is polish else p.distill):
+                    continue
+                branches = (hf.load_params(directories[name], config, mesh, dtype=np.float32) for name in step.branches)
+                with stage(f"{step.name}: {stage_name}", log, patience=2):
+                    finished = finish(config, base, params, branches, calibration, p)
+                losses[stage_name] = held_out_losses(config, finished, calibration, p.compute_dtype)
+                if is_better(stage_name):
+                    params, kept = finished, stage_name
+            stats = _moved(step, config, stats, base, params)
+            plan = hf.tensor_plan(config, stored_as)
+            _write(folder, params, config, plan, shard_bytes)
+        hf.finish_directory(folder, opened.hf_config, plan, opened.directory)
+        progress.close()
+        shutil.rmtree(scratch)
+    by_stage = {name: dict(zip(step.branches, values, strict=True)) for name, values in losses.items()}
+    results = {"held_out_loss": by_stage, "kept": kept, "tokens": calibration.tokens, **more}
+    return stats, results | {"checksums": models.checksums}
 
 
-def _sums_of_changes(config: ModelConfig, trees: Mapping[str, Tree]) -> dict[str, np.ndarray]:
-    """Return by tensor the sums that `Stats.of` takes; UserError for NaN or infinity. trees: by model, base first."""
-    sums_of_tensor: dict[str, np.ndarray] = {}
-    for row in spec.table(config):
-        keys, leaves = row.hf_keys(), {name: get(tree, row.path) for name, tree in trees.items()}
-        for name, leaf in leaves.items():
-            if not bool(jnp.isfinite(leaf).all()):
-                layers = jnp.isfinite(leaf).all(tuple(range(1, leaf.ndim))) if row.stacked else jnp.zeros(1, bool)
-                key = keys[int(jnp.argmin(layers))]
-                raise UserError(f"model '{name}': tensor '{key}' holds NaN or infinity; the training run is broken")
-        # Rows of one layer stay together.
-        base, *branches = (leaf.reshape(-1, leaf.shape[-1]) for leaf in leaves.values())
-        sums = passes.statistics()(passes.block(base, branches, {}), base, [])
-        # [K, layers]: row sums in float32, their sum in float64.
-        totals = np.concatenate([np.asarray(s, np.float64).reshape(len(s), len(keys), -1).sum(-1) for s in sums])
-        sums_of_tensor |= zip(keys, totals.T, strict=True)
-    return sums_of_tensor
+def _contributions(
+    models: Models, calibration: data.Calibration, p: CalibrationSettings, folder: Path, progress: Progress
+) -> Contributions:
+    """Return what the coefficients multiply. What takes long to compute is kept where a second walk follows."""
+    contributions: Contributions = Changes()
+    if p.along == "regmean":
+        contributions = RegMean(models, calibration, p, folder / "states")
+    elif p.along == "fisher":
+        (folder / "squares").mkdir(exist_ok=True)
+        contributions = Fisher(models, calibration, p, folder / "squares", progress)
+    if p.along == "regmean" and p.steps:
+        return Stored(contributions, models.config, folder / "contributions", models.nbytes <= KEPT_BYTES)
+    return contributions
 
 
-def _statistics(
-    step: Step,
-    config: ModelConfig,
-    sums: Mapping[str, np.ndarray],
-    base: Tree,
-    params: Tree,
-    parts: Sequence[Tree],
-    factors: Sequence[Tree],
+def _moved(
+    step: Step, config: ModelConfig, stats: Mapping[str, TensorStats], base: Tree, params: Tree
 ) -> dict[str, TensorStats]:
-    """Return by tensor the models' changes, how far the result moved, and what each model gave to it."""
-    stats: dict[str, TensorStats] = {}
+    """Return the statistics with how far the polished tensors are from the base."""
+    moved = {}
     for row in spec.table(config):
-        start, result = (np.asarray(get(tree, row.path), np.float64) for tree in (base, params))
-        scales = [np.broadcast_to(np.asarray(get(tree, row.path), np.float64), row.shape) for tree in factors]
-        contributed = [scale * np.asarray(get(tree, row.path)) for tree, scale in zip(parts, scales, strict=True)]
-        for i, key in enumerate(row.hf_keys()):
-            at = (i,) if row.stacked else ()
-            squares, shares = [np.sum(part[at] ** 2) for part in contributed], [np.sum(scale[at]) for scale in scales]
-            changes = Stats.of(start[at].size, step.branches, sums[key])
-            stats[key] = {
-                step.name: replace(
-                    changes,
-                    moved=float(np.sum((result[at] - start[at]) ** 2)),
-                    kept=np.array([np.count_nonzero(part[at]) for part in contributed], np.float64),
-                    weighted=(np.array(squares), np.array(shares)),
-                )
-            }
-    return stats
+        change = jnp.square(get(params, row.path) - get(base, row.path))
+        sums = np.asarray(jnp.sum(change, axis=-1), np.float64).reshape(len(row.hf_keys()), -1).sum(-1)
+        for key, total in zip(row.hf_keys(), sums, strict=True):
+            moved[key] = {step.name: replace(stats[key][step.name], moved=float(total))}
+    return {key: moved[key] for key in stats}
+
+
+def _write(folder: Path, params: Tree, config: ModelConfig, plan: Plan, shard_bytes: float) -> None:
+    """Write the tensors of a plan."""
+    rows = {key: (row, i if row.stacked else None) for row in spec.table(config) for i, key in enumerate(row.hf_keys())}
+    with SharedWriter(folder, plan, shard_bytes) as writer:
+        for key, dtype, _ in plan:
+            row, layer = rows[key]
+            writer.write(key, 0, np.asarray(hf.hf_tensor(get(params, row.path), layer, dtype, row.transposed)))

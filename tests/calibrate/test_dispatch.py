@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import huggingface_hub
 import numpy as np
@@ -10,12 +11,16 @@ import safetensors.numpy
 from tokenizers import Tokenizer
 
 from bmjax.calibrate import dispatch, steps
+from bmjax.calibrate.needs import needs_of
 from bmjax.config import UserError
 from bmjax.io.safetensors import open_checkpoint
+from bmjax.merge.plan.nodes import prepare
+from bmjax.merge.recipe.calibration import CalibrationSettings
 from bmjax.merge.recipe.recipe import read_recipe
+from bmjax.model.config import ModelConfig
 from tests.calibrate.tiny_models import SMALL, recipe, tensors
 
-KINDS = ("ties", "regmean", "learned")
+KINDS = ("ties", "regmean", "learned", "layerwise")
 CALIBRATION = SMALL | {"steps": 1, "rows": 2, "documents": 12}
 
 
@@ -31,7 +36,9 @@ def block(folder, method, *models, **more):
         name if method == "ties" else {"model": name, "data": str(folder / rows.get(name, "a.jsonl"))}
         for name in models or ("a", "b")
     ]
-    parameters = {} if method == "ties" else CALIBRATION if method == "learned" else CALIBRATION | {"steps": 0}
+    parameters = (
+        {} if method == "ties" else CALIBRATION if method in ("learned", "layerwise") else CALIBRATION | {"steps": 0}
+    )
     return {"merge_method": method, "base_model": "base", "models": entries, "parameters": parameters, **more}
 
 
@@ -135,6 +142,12 @@ def test_check_tells_and_writes_nothing(models, tmp_path, kind):
     assert lines[0] == f"step merged: {kind} of a, b into base" and not listing(tmp_path)
     assert any(line.startswith("write ") for line in lines)
     assert any("a.jsonl for 'a'" in line for line in lines) == (kind != "ties")
+    for words in (
+        "tokens, and on 8 held-out documents of at most 128",
+        "one layer of every model",
+        "beside the result",
+    ):
+        assert any(words in line for line in lines) == (kind != "ties")
 
 
 def test_check_refuses_what_the_merge_would(models, tmp_path, kind):
@@ -178,9 +191,12 @@ def test_mistakes_in_a_later_step_are_told_before_any_is_made(models, tmp_path, 
 
 
 def test_an_error_leaves_nothing_behind(models, tmp_path, monkeypatch):
-    monkeypatch.setattr(steps, "merge_step", lambda *arguments, **options: 1 / 0)
+    def full_disk(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(steps, "merge_step", full_disk)
     first = {**block(models, "ties"), "name": "first"}
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(UserError, match="No space left"):
         dispatch.merge(
             {"sources": sources(models), "steps": [first, block(models, "learned", "first")]}, tmp_path / "out"
         )
@@ -188,5 +204,28 @@ def test_an_error_leaves_nothing_behind(models, tmp_path, monkeypatch):
 
 
 def test_memory_is_refused_with_data(models, tmp_path):
-    with pytest.raises(UserError, match="--memory: learned holds all its models in memory"):
+    with pytest.raises(UserError, match="--memory: learned holds one layer of every model"):
         dispatch.merge(recipe(models), tmp_path / "out", memory=2**20)
+
+
+@pytest.mark.parametrize("stage", ["polish", "distill"])
+def test_check_counts_the_steps_after_the_merge(models, tmp_path, stage):
+    """A step more is so many tokens more, the result is held whole, and what is counted is enough."""
+
+    def checked(steps_after):
+        made = read_recipe(recipe(models, "regmean", **CALIBRATION | {"steps": 0, stage: steps_after}))
+        ((step, needs),) = dispatch._check_steps(prepare(made, tmp_path / "out"))
+        deep = replace(ModelConfig.from_dir(models / "base"), num_layers=1000)  # its weights outweigh its states
+        return needs, needs_of(step, deep, 4).memory, " ".join(needs.lines(step))
+
+    (without, memory_without, plain), (needs, memory, words), (more, memory_more, _) = map(checked, (0, 2, 4))
+    # Two domains; the branches run forward on the rows that the student learns from.
+    rows = 2 * CalibrationSettings().batch * SMALL["seq_len"] * (2 if stage == "distill" else 1)
+    assert (needs.tokens - without.tokens, more.tokens - needs.tokens) == (2 * rows, 2 * rows)
+    assert needs.disk - without.disk == sum(4 * t.size for t in tensors(models / "base").values())
+    assert memory > memory_without and (memory_more > memory) == (stage == "distill")
+    assert ("the whole result and its moments" in words, "last hidden states" in words) == (True, stage == "distill")
+    assert "the whole result" not in plain
+    report = dispatch.merge(recipe(models, "regmean", **CALIBRATION | {"steps": 0, stage: 2}), tmp_path / "out")
+    counted = sum(count for purpose, count in report["tokens"].items() if purpose != "held_out")
+    assert needs.tokens / 3 < counted <= needs.tokens

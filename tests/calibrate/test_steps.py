@@ -39,6 +39,22 @@ def test_what_does_not_help_on_held_out_rows_is_not_kept(models, tmp_path):
     assert far.keys() == start.keys() and all(np.array_equal(far[key], start[key]) for key in far)
 
 
+def test_tied_models_in_bfloat16(models, tmp_path):
+    """The head is the merged embedding, and parts are computed in float32 whatever the files hold."""
+    for seed, name in enumerate(("base", "a", "b")):
+        write_student(tmp_path / name, seed=seed, dtype="bfloat16", tie_word_embeddings=True)
+    merge = recipe(models, "regmean", steps=0) | {"dtype": "float32"}
+    merge["sources"] = {name: str(tmp_path / name) for name in ("base", "a", "b")}
+    report = dispatch.merge(merge, tmp_path / "out")
+    m, base = bmjax.load(tmp_path / "out"), bmjax.load(tmp_path / "base", dtype="float32")
+    calibration, _ = batches(models, "a")
+    for stage, model in (("start", m), ("base", base)):
+        for name, batch in zip("ab", calibration.judged(), strict=True):
+            nats, count = model.loss(batch.tokens, batch.loss_mask, segment_ids=batch.segment_ids)
+            assert float(nats / count) == pytest.approx(report["held_out_loss"][stage][name], rel=1e-5)
+
+
+@pytest.mark.slow
 def test_on_a_mesh_it_is_the_same(models, tmp_path):
     for name, mesh in (("one", {}), ("mesh", {"fsdp": 4, "tensor": 2})):
         dispatch.merge(recipe(models, mesh=mesh, batch=2), tmp_path / name)

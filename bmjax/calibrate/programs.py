@@ -1,0 +1,141 @@
+"""The compiled programs over one part of a model: forward, merging, and their gradients.
+
+Each is compiled once for all layers. Parameters arrive as they are stored; `cast` gives them the type to compute in.
+"""
+
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from bmjax.calibrate.hidden import Hidden
+from bmjax.calibrate.models import Index, Tree, piece, pieces, whole
+from bmjax.model import parts
+from bmjax.model.batch import Batch
+from bmjax.model.config import ModelConfig
+from bmjax.model.spec import Param, get, unflatten
+from bmjax.parallel.mesh import sharding
+
+Path = tuple[str, ...]
+Shares = Mapping[Path, Sequence[jax.Array]]  # of a part, each branch's contribution to a parameter, float32
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _cast(dtype: Any, params: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+
+def cast(dtype: Any, params: Any) -> Any:
+    """Return parameters in `dtype`; those that are on disk are read."""
+    return _cast(dtype, whole(params))
+
+
+embed = functools.partial(jax.jit, static_argnums=(0, 3))(parts.embed)
+layer = functools.partial(jax.jit, static_argnums=0)(parts.layer)
+loss_sum = functools.partial(jax.jit, static_argnums=0)(parts.loss_sum)
+
+
+def advance(config: ModelConfig, part: int, params: Tree, hidden: Hidden, dtype: Any) -> None:
+    """Take hidden states through the embedding or a layer. params: of the part, in `dtype`."""
+    for i, batch in enumerate(hidden.batches):
+        if part == 0:
+            states = embed(config, params, batch.tokens, dtype)
+        else:
+            window = parts.window(config, part)
+            states = layer(config, params, hidden.read(part, i), batch.segment_ids, window)
+        hidden.write(part + 1, i, states)
+
+
+def merge(paths: Sequence[Path], models: Sequence[Tree], shares: Shares, factors: Sequence[Tree]) -> Tree:
+    """Return base + sum of factor * contribution of a part, float32.
+
+    Arguments:
+        paths: of the part's parameters.
+        models: the part of the base and of every branch.
+        shares: the contributions; a parameter that has none takes its changes, divided by the number of branches.
+        factors: of every branch, of shapes that broadcast over the parameters.
+    """
+    return unflatten((path, _merge_arrays(*_arrays(path, models, shares, factors))[1]) for path in paths)
+
+
+def chunks(row: Param, models: Sequence[Tree], shares: Shares, factors: Sequence[Tree]) -> Iterator[tuple[Index, Any]]:
+    """Yield the blocks of a parameter, and of each the arrays that `merge_chunk` takes. Arguments as of `merge`."""
+    arrays = _arrays(row.path, models, shares, factors)
+    for index in pieces(row, arrays[0][0]):
+        yield index, [[piece(array, index) for array in group] for group in arrays]
+
+
+def _arrays(path: Path, models: Any, shares: Shares, factors: Any) -> tuple[list[jax.Array], ...]:
+    """Return a parameter of the models, its contributions, which may be none, and its coefficients."""
+    return [get(tree, path) for tree in models], list(shares.get(path, ())), [get(factor, path) for factor in factors]
+
+
+def _merge_arrays(
+    models: Sequence[jax.Array], shares: Sequence[jax.Array], factors: Sequence[jax.Array]
+) -> tuple[list[jax.Array], jax.Array]:
+    """Return what each branch gives to a parameter, and the merged parameter; float32."""
+    base, *branches = (leaf.astype(jnp.float32) for leaf in models)
+    contributions = shares or [(branch - base) / len(branches) for branch in branches]
+    given = [share * factor for share, factor in zip(contributions, factors, strict=True)]
+    return given, base + sum(given)
+
+
+@jax.jit
+def merge_chunk(models: Any, shares: Any, factors: Any) -> jax.Array:
+    """Return a merged block, float32."""
+    return _merge_arrays(models, shares, factors)[1]
+
+
+@jax.jit
+def merge_chunk_with_sums(models: Any, shares: Any, factors: Any) -> tuple[jax.Array, jax.Array]:
+    """Return a merged block, and sums over the last axis, float32 [1 + 2 N, ...].
+
+    They are the squared move from the base, and of every branch what it gave, squared, and its entries that are not 0.
+    """
+    given, leaf = _merge_arrays(models, shares, factors)
+    moved = leaf - models[0].astype(jnp.float32)
+    terms = [moved**2, *(g**2 for g in given), *((g != 0).astype(jnp.float32) for g in given)]
+    return leaf, jnp.stack([jnp.sum(term, axis=-1) for term in terms])
+
+
+def assemble(row: Param, blocks: Iterable[tuple[Index, jax.Array]], dtype: Any, mesh: Mesh) -> jax.Array:
+    """Return a parameter in `dtype`, on the mesh, of its blocks. Of these, only one is in memory at a time."""
+    array = None
+    for index, block in blocks:
+        if block.shape == row.shape:
+            return cast(dtype, block)
+        array = np.empty(row.shape, dtype) if array is None else array
+        array[index] = block
+    assert array is not None  # a parameter has a row
+    return jax.make_array_from_callback(row.shape, sharding(mesh, row.axes, row.shape), lambda at: array[at])
+
+
+def merge_part(
+    rows: Sequence[Param], models: Sequence[Tree], shares: Shares, factors: Sequence[Tree], dtype: Any, mesh: Mesh
+) -> Tree:
+    """Return `merge` in `dtype`, of which no gradient is wanted."""
+    return unflatten(
+        (
+            row.path,
+            assemble(row, ((i, merge_chunk(*a)) for i, a in chunks(row, models, shares, factors)), dtype, mesh),
+        )
+        for row in rows
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def pull_back_layer(
+    config: ModelConfig, paths: Sequence[Path], dtype: Any, models: Any, shares: Shares, factors: Any, x_BTD: jax.Array,
+    batch: Batch[jax.Array], window: Any, dy_BTD: jax.Array,
+) -> tuple[list[Tree], jax.Array]:  # fmt: skip
+    """Return the gradients of a merged layer's coefficients and input, of the output's `dy`."""
+
+    def run(factors: Any, x_BTD: jax.Array) -> jax.Array:
+        params = cast(dtype, merge(paths, models, shares, factors))
+        return parts.layer(config, params, x_BTD, batch.segment_ids, window)
+
+    return jax.vjp(run, factors, x_BTD)[1](dy_BTD)
