@@ -1,15 +1,22 @@
 """What a run shows: its models, their scores, the chosen merge, and report.json, which bmjax.report makes a page of."""
 
+import itertools
 import json
 import os
 import platform
+import time
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from bmjax.io import hub
 from bmjax.merge.engine.files import REPORT
+from bmjax.model import spec
+from bmjax.model.config import ModelConfig
 from bmjax.pipeline.settings import RunSettings
 from bmjax.version import __version__
 
@@ -50,6 +57,14 @@ class Model:
         return json.loads((directory / self.scores(split) / "scores.json").read_text())
 
 
+@dataclass(frozen=True)
+class Round:
+    """A round of a run: the model that it starts from, and the branches that it trains, by domain."""
+
+    start: Model
+    branches: dict[str, Model]
+
+
 def choose(validation: dict[str, Scores], by: str) -> str:
     """Return the name of the merge that RULE chooses.
 
@@ -74,24 +89,28 @@ def choose(validation: dict[str, Scores], by: str) -> str:
 
 
 def build_report(
-    models: list[Model], settings: RunSettings, directory: Path, winner: Model, measured: dict[str, dict[str, float]]
-) -> dict[str, Any]:
+    models: list[Model], rounds: list[Round], settings: RunSettings, directory: Path, winner: Model,
+    measured: dict[str, dict[str, float]],
+) -> dict[str, Any]:  # fmt: skip
     """Return the content of report.json.
 
     Arguments:
         models: backbone, branches, merges and mixture, all made and scored.
+        rounds: what every round starts from and trains; the last one's branches are among the models.
         winner: the merge that was chosen.
         measured: seconds and memory of every stage.
     """
     results = {model.name: model.result() for model in models}
+    # A training that goes on from another one counts that one's tokens, too.
     branch_tokens = sum(results[f"branch/{domain}"]["tokens"] for domain in settings.domains)
+    between = _between(rounds, directory)
+    looked_at = between[-1]["looked_at"] if between else 0
     entries: dict[str, Any] = {}
     for model in models:
         merge_report, tokens = None, results[model.name].get("tokens", 0)
         if model.name.startswith("merge/"):
             merge_report = os.path.relpath(Path(model.hf) / REPORT, directory)
-            calibration = json.loads((directory / merge_report).read_text()).get("tokens", {})
-            tokens = branch_tokens + sum(calibration.values())
+            tokens = branch_tokens + looked_at + _looked_at(Path(model.hf))
         entries[model.name] = {
             "hf": os.path.relpath(hub.model_directory(model.hf), directory),
             "metrics": model.metrics,
@@ -99,6 +118,7 @@ def build_report(
             "tokens": 0 if model.name == "backbone" else tokens,
             "move": None if model.name == "backbone" else results[model.name].get("move"),
             "scores": model.read_scores(directory, "test"),
+            "samples": f"{model.scores('test')}/samples",
         }
     mixture = entries.pop("mixture")
     entries["merged"] = entries[winner.name] | {"hf": "merged/hf", "merge_report": f"merged/hf/{REPORT}"}
@@ -112,11 +132,60 @@ def build_report(
         if domain.train is None
     }
     rule = RULE.format(by=settings.choose.by)
+    if between:
+        scores = winner.read_scores(directory, "validation")
+        merged = entries["merged"]
+        between.append(
+            {"round": len(rounds), "hf": merged["hf"], "merge_report": merged["merge_report"],
+             "tokens": merged["tokens"], "looked_at": merged["tokens"] - branch_tokens,
+             "validation": {d: {"loss": s["loss"]} for d, s in scores.items() if "loss" in s}}
+        )  # fmt: skip
     return {
         "models": entries,
+        **({"rounds": between} if between else {}),
         "chosen": {"merge": winner.name.removeprefix("merge/"), "rule": rule, "validation": validation},
         "selection": selection,
         "stages": measured,
+        "run": _run_facts(directory, models),
         "versions": {"bmjax": __version__, "python": platform.python_version()} | {p: version(p) for p in PACKAGES},
         "config": settings.model_dump(mode="json"),
     }
+
+
+def _run_facts(directory: Path, models: list[Model]) -> dict[str, Any]:
+    """Return which run it was: when its last stage ended, on what, and the size of its models."""
+    ended = max((marker.stat().st_mtime for marker in (directory / "stages").glob("*.json")), default=time.time())
+    devices = jax.devices()
+    folder = hub.model_directory(models[0].hf)
+    config = ModelConfig.from_dir(folder)
+    return {
+        "finished": datetime.fromtimestamp(ended, UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
+        "parameters": spec.count(config),
+        "layers": config.num_layers,
+        "context": config.max_length,
+    }
+
+
+def _between(rounds: list[Round], directory: Path) -> list[dict[str, Any]]:
+    """Return an entry for every round but the last: the start that it made, its loss, and the tokens up to there.
+
+    tokens: those that the branches were trained on, and of them apart, looked_at: those that its merges looked at.
+    """
+    entries, looked_at = [], 0
+    for number, (part, following) in enumerate(itertools.pairwise(rounds), 1):
+        merged = directory / "rounds" / str(number) / "merged" / "hf"
+        looked_at += _looked_at(merged)
+        trained = sum(model.result()["tokens"] for model in part.branches.values())
+        entries.append({
+            "round": number, "hf": os.path.relpath(following.start.hf, directory),
+            "merge_report": os.path.relpath(merged / REPORT, directory), "tokens": trained + looked_at,
+            "looked_at": looked_at, "validation": following.start.read_scores(directory, "validation"),
+        })  # fmt: skip
+    return entries
+
+
+def _looked_at(merged: Path) -> int:
+    """Return how many tokens a merge put through models, to learn from or to judge by."""
+    return sum(json.loads((merged / REPORT).read_text()).get("tokens", {}).values())

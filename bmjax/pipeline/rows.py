@@ -18,12 +18,15 @@ from typing import Any
 from bmjax.chat.forms import read_conversation
 from bmjax.config import UserError
 from bmjax.io.atomic import replacing_file
+from bmjax.io.hub import is_dataset_id
 from bmjax.io.jsonl import json_line, write_jsonl
-from bmjax.io.rows import fill, read_rows
-from bmjax.log import Log
-from bmjax.pipeline.settings import DomainSettings, RunSettings, SourceSettings
+from bmjax.io.rows import fill, read_rows, refuse_shown_reference
+from bmjax.log import Log, silent, write_line
+from bmjax.pipeline.settings import DomainSettings, RunSettings, SourceSettings, as_list
+from bmjax.teach.adapters.reading import adapted, lies_in, matching
 from bmjax.teach.decontaminate import digest
 from bmjax.teach.judges.judge import choose
+from bmjax.urls import url_of
 
 HELD_OUT = ("test", "validation")  # the order in which shares are taken
 
@@ -44,6 +47,15 @@ class DomainRows:
     def domain(self) -> DomainSettings:
         """The domain's settings."""
         return self.run.domains[self.name]
+
+    def check_sources(self) -> None:
+        """Raise UserError where a file of rows on this machine is missing, or its first row cannot be read."""
+        domain = self.domain
+        for key in ("problems", "train", "test", "validation", "backbone"):
+            source: SourceSettings | None = getattr(domain, key)
+            for name in as_list(source.data) if source is not None else ():
+                if not is_dataset_id(name) and url_of(name) is None:
+                    next(read_rows(name, f"domains.{self.name}.{key}.data", silent))
 
     def file(self, split: str) -> Path:
         """Return the file for train, backbone, validation or test; a backbone without its own rows shares train's."""
@@ -74,9 +86,9 @@ class DomainRows:
         if domain.problems is not None:
             self.split(self._problems(domain.problems), "problems", held_out)
         elif domain.train is not None:
-            self.split(read_source(domain.train, f"domains.{self.name}.train"), "train", held_out)
+            self.split(read_source(domain.train, f"domains.{self.name}.train", self.log), "train", held_out)
         if domain.backbone is not None:
-            rows = list(read_source(domain.backbone, f"domains.{self.name}.backbone"))
+            rows = list(read_source(domain.backbone, f"domains.{self.name}.backbone", self.log))
             kept = [row for _, identity, row in rows if digest(identity) not in held_out]
             if not kept:
                 raise UserError(f"domains.{self.name}.backbone: every row is in validation or test; give other rows")
@@ -129,7 +141,7 @@ class DomainRows:
         self.log(f"data {self.name}: {line}" + (f"; left out: {', '.join(reasons)}" if reasons else ""))
 
     def _held_out_rows(self, source: SourceSettings, split: str, held_out: set[bytes]) -> Iterator[dict[str, Any]]:
-        for location, identity, row in read_source(source, f"domains.{self.name}.{split}"):
+        for location, identity, row in read_source(source, f"domains.{self.name}.{split}", self.log):
             self._measures(row, location, split)
             held_out.add(digest(identity))
             yield row
@@ -137,7 +149,7 @@ class DomainRows:
     def _problems(self, source: SourceSettings) -> Iterator[SourceRow]:
         """Yield prompt and reference of every problem, checked before anything is asked."""
         key = f"domains.{self.name}.problems"
-        for location, identity, row in read_source(source, key):
+        for location, identity, row in read_source(source, key, self.log):
             prompt, reference = row.get("prompt"), row.get("reference")
             if not isinstance(prompt, str) or not prompt.strip():
                 raise UserError(f"{location}: the prompt is empty or not text; check {key}.prompt")
@@ -146,8 +158,9 @@ class DomainRows:
                     f"{location}: no reference, so no answer can be judged right; give {key}.reference, "
                     "or select.keep: [right, unjudged]"
                 )
-            self.check_reference(reference, location)
-            yield location, identity, {"prompt": prompt, "reference": reference}
+            self.check_reference(reference, location, row.get("judge"))
+            judge: dict[str, Any] = {"judge": row["judge"]} if source.adapter is not None and row.get("judge") else {}
+            yield location, identity, {"prompt": prompt, "reference": reference} | judge
 
     def _measures(self, row: Mapping[str, Any], location: str, split: str) -> tuple[bool, bool]:
         """Return what a held-out row can measure; UserError where the rows of a split differ in that."""
@@ -158,13 +171,16 @@ class DomainRows:
             raise UserError(f"{location}: the other {split} rows have what this one lacks, or lack what it has: "
                             "a reference (accuracy) or a response (loss)")  # fmt: skip
         if kinds[0]:
-            self.check_reference(row["reference"], location)
+            self.check_reference(row["reference"], location, row.get("judge"))
         return kinds
 
-    def check_reference(self, reference: Any, location: str) -> None:
-        """Raise UserError for a reference that no judge can read, or that needs programs to be run."""
+    def check_reference(self, reference: Any, location: str, judge: str | None = None) -> None:
+        """Raise UserError for a reference that no judge can read, or that needs programs to be run.
+
+        judge: the one that the row's adapter names.
+        """
         try:
-            judge_name = self.domain.judge or choose(reference, self.name)
+            judge_name = self.domain.judge or judge or choose(reference)
         except UserError as error:
             raise UserError(f"{location}: {error}") from None
         if judge_name == "tests" and not self.run.run_programs:
@@ -182,13 +198,14 @@ def measures(row: Mapping[str, Any], location: str) -> tuple[bool, bool]:
     return question, any(read_conversation(row, location).targets)
 
 
-def read_source(source: SourceSettings, key: str) -> Iterator[SourceRow]:
-    """Yield (location, identity, row) of a source's rows; `key` is the setting that holds the source, for errors."""
+def read_source(source: SourceSettings, key: str, log: Log = write_line) -> Iterator[SourceRow]:
+    """Yield (location, identity, row) of a source's rows.
+
+    key: the setting that holds the source, for errors. log: takes what an adapter recognised and left out.
+    """
     count = 0
-    for location, fields in read_rows(source.data, f"{key}.data"):
-        if not all(low <= _number(fields, name, location) <= high for name, (low, high) in source.between.items()):
-            continue
-        row, identity = _filled(source, fields, location, key), source.identity
+    for location, fields, row in _filled(source, key, log):
+        identity = source.identity
         text = prompt_of(row, location) if identity is None else fill(identity, fields, location, f"{key}.identity")
         yield location, " ".join(str(text).split()), row
         count += 1
@@ -198,17 +215,39 @@ def read_source(source: SourceSettings, key: str) -> Iterator[SourceRow]:
         raise UserError(f"{key}: no row of {source.data} passes 'between' {source.between}")
 
 
-def _filled(source: SourceSettings, fields: Mapping[str, Any], location: str, key: str) -> dict[str, Any]:
-    """Return the row that the templates make of a row's fields."""
-    if source.as_they_are:
-        return dict(fields)
+def _filled(source: SourceSettings, key: str, log: Log) -> Iterator[tuple[str, Mapping[str, Any], dict[str, Any]]]:
+    """Yield (location, fields, row): the fields of a source's row, and the row that adapter and templates make."""
+    rows = read_rows(source.data, f"{key}.data")
+    if source.only:
+        rows = matching(rows, source.only, key, log)
+    rows = (
+        (location, fields)
+        for location, fields in rows
+        if all(lies_in(fields, name, low, high, location) for name, (low, high) in source.between.items())
+    )
+    if source.adapter is None:
+        for location, fields in rows:
+            yield location, fields, dict(fields) if source.as_they_are else _by_templates(source, fields, location, key)
+        return
+    # Templates win over the adapter: what they give is not asked of it.
+    given = ("" if source.prompt is not None else None, "" if source.reference is not None else None)
+    for location, columns, problem in adapted(rows, source.adapter, key, *given, source.instruction, log):
+        row = {name: problem[name] for name in ("prompt", "reference", "judge") if problem[name] is not None}
+        yield location, columns, row | _by_templates(source, columns, location, key)
+
+
+def _by_templates(source: SourceSettings, fields: Mapping[str, Any], location: str, key: str) -> dict[str, Any]:
+    """Return what the templates make of a row's fields."""
     lines = {name: "\n".join(map(str, v)) if isinstance(v, list) else v for name, v in fields.items()}
-    row: dict[str, Any] = {"prompt": str(fill(source.prompt or "{prompt}", lines, location, f"{key}.prompt"))}
+    row: dict[str, Any] = {}
+    if source.prompt is not None or source.adapter is None:
+        row["prompt"] = str(fill(source.prompt or "{prompt}", lines, location, f"{key}.prompt"))
     if isinstance(source.reference, dict):
         templates = source.reference.items()
         row["reference"] = {k: fill(text, fields, location, f"{key}.reference.{k}") for k, text in templates}
     elif source.reference is not None:
         reference = fill(source.reference, fields, location, f"{key}.reference")
+        refuse_shown_reference(source.prompt or "{prompt}", source.reference, reference, location, f"{key}.prompt")
         row["reference"] = {"tests": reference} if isinstance(reference, list) else reference
     if source.response is not None:
         row["response"] = str(fill(source.response, lines, location, f"{key}.response"))
@@ -227,10 +266,3 @@ def prompt_of(row: Mapping[str, Any], location: str) -> str:
 def _position(identity: str, purpose: str) -> float:
     """Return the row's position in [0, 1) for a purpose: always the same, whatever the other rows."""
     return int.from_bytes(digest(f"{purpose}\0{identity}")[:8], "big") / 2**64
-
-
-def _number(fields: Mapping[str, Any], name: str, location: str) -> float:
-    try:
-        return float(fields[name])
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{location}: between: field '{name}' is missing or no number") from None

@@ -1,13 +1,15 @@
 """The settings of `bmjax run`: domains, teacher, backbone, branches, merges, mixture, evaluation."""
 
 import re
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from bmjax.branch.settings import Training
-from bmjax.config import Settings, first_problem
-from bmjax.teach.settings import JudgeName, Selection, TeacherSettings
+from bmjax.config import Settings, UserError, first_problem, nearest
+from bmjax.evaluate.settings import questions_of
+from bmjax.teach.settings import JudgeName, ProgramSettings, Range, RowSettings, Selection, TeacherSettings
 
 
 def as_list(value: str | list[str]) -> list[str]:
@@ -15,10 +17,10 @@ def as_list(value: str | list[str]) -> list[str]:
     return [value] if isinstance(value, str) else value
 
 
-class SourceSettings(Settings):
+class SourceSettings(RowSettings):
     """Rows of data, and how a prompt, a response and a reference are made of one.
 
-    Without `prompt`, `response` and `reference` the rows are taken as they are.
+    Without `prompt`, `response`, `reference` and `adapter` the rows are taken as they are.
     """
 
     data: str | list[str] = Field(
@@ -33,15 +35,18 @@ class SourceSettings(Settings):
         description="the reference answer; a field that is a list holds a program's tests, as {tests: {name}} does",
     )
     identity: str | None = Field(None, description="what tells rows apart when they are split; default: the prompt")
-    between: dict[str, tuple[int, int]] = Field(
+    between: dict[str, Range] = Field(
         {}, description="keep rows whose field lies in [from, to], e.g. {task_id: [11, 510]}"
     )
     limit: int | None = Field(None, ge=1, description="take the first so many rows only")
+    benchmark: str | None = Field(
+        None, description="of `test`: the benchmark of `bmjax eval` that these rows are, a copy of your own"
+    )
 
     @property
     def as_they_are(self) -> bool:
         """Whether the rows are taken without a template."""
-        return self.prompt is None and self.response is None and self.reference is None
+        return self.adapter is None and self.prompt is None and self.response is None and self.reference is None
 
 
 class DomainSettings(Settings):
@@ -51,14 +56,18 @@ class DomainSettings(Settings):
         None, description="prompt and reference: asked of the teacher, judged, selected"
     )
     traces: str | list[str] | None = Field(
-        None, description="traces that exist, as `bmjax collect` writes them: selected; nothing is asked"
+        None, description="traces that exist, as `bmjax select` reads them: judged, selected; nothing is asked"
+    )
+    only: dict[str, Any] = Field(
+        {}, description="of `traces`: keep those whose row's field is one of these values, e.g. {source: [olympiads]}"
     )
     train: SourceSettings | None = Field(
         None, description="training rows: prompt and response, or all that `bmjax train` reads"
     )
     test: SourceSettings | None = Field(
-        None, description="test rows, never trained on: prompt with reference (accuracy), response (loss) or both"
-    )
+        None, description="test rows, never trained on: prompt with reference (accuracy), response (loss) or both; or "
+        "the name of a benchmark of `bmjax eval`, such as aime24",
+    )  # fmt: skip
     test_share: float = Field(
         0.0, ge=0, lt=1, description="without test: share of the domain's rows held out for it, by hash of the prompt"
     )
@@ -73,15 +82,28 @@ class DomainSettings(Settings):
         None, ge=1, description="so many of the training rows, by hash of the prompt, train a new backbone; null: all. "
         "Domains of equal share make a backbone that no single one dominates",
     )  # fmt: skip
-    judge: JudgeName | None = Field(
-        None, description="how answers are judged; by default the domain's name and the reference decide"
-    )
+    judge: JudgeName | None = Field(None, description="how answers are judged; by default the reference decides")
     branch: dict[str, Any] = Field({}, description="training keys that differ from the top's `branch`")
+
+    @field_validator("test", mode="before")
+    @classmethod
+    def _benchmark_by_name(cls, value: Any) -> Any:
+        """Fill in the rows of a benchmark that is given by its name; samples and lengths are those of `evaluate`."""
+        given = {"benchmark": value} if isinstance(value, str) else value
+        if not isinstance(given, Mapping) or not isinstance(given.get("benchmark"), str):
+            return value
+        try:
+            keys = questions_of(given["benchmark"], given.get("data"))
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        return {"data": keys["questions"], **{key: keys[key] for key in ("adapter", "between") if key in keys}, **given}
 
     @model_validator(mode="after")
     def _sources(self) -> Self:
         if sum(source is not None for source in (self.problems, self.traces, self.train)) != 1:
             raise ValueError("give exactly one of 'problems', 'traces' and 'train'")
+        if self.only and self.traces is None:
+            raise ValueError("only: it keeps traces; of other rows, give it beside their 'data'")
         if (self.test is None) == (self.test_share == 0):
             raise ValueError("give exactly one of 'test' and 'test_share'")
         if self.backbone is not None and self.backbone_rows is not None:
@@ -92,7 +114,12 @@ class DomainSettings(Settings):
         needed = {"train": ("response",), "backbone": ("response",), "test": held_out, "validation": held_out}
         for key, templates in needed.items():
             source = getattr(self, key)
-            if source and not source.as_they_are and all(getattr(source, name) is None for name in templates):
+            has_reference = source and source.adapter is not None and "reference" in templates
+            if (
+                source
+                and not (source.as_they_are or has_reference)
+                and all(getattr(source, name) is None for name in templates)
+            ):
                 raise ValueError(f"{key}: {' or '.join(templates)} is missing beside the other templates")
         return self
 
@@ -125,6 +152,10 @@ class ChooseSettings(Settings):
 class ScoreSettings(Settings):
     """How the models of a run are scored."""
 
+    accuracy: bool = Field(
+        True, description="ask the questions; false: held-out loss alone, which needs no generation, so where every "
+        "domain has texts",
+    )  # fmt: skip
     seq_len: int = Field(512, ge=2, description="tokens a row when measuring the loss")
     max_new_tokens: int = Field(96, ge=1, description="longest answer, reasoning included")
     temperature: float = Field(0.0, ge=0, description="0 is greedy")
@@ -132,10 +163,11 @@ class ScoreSettings(Settings):
     samples: int = Field(1, ge=1, description="answers a question")
     batch: int = Field(256, ge=1, description="rows generated or scored at once")
     compute_dtype: Literal["bfloat16", "float32"] = Field("float32", description="of weights and activations")
+    quantized_cache: bool = Field(False, description="generate with keys and values kept as int8")
     mesh: dict[str, int] = Field({"data": -1}, description="devices along data, fsdp, context, tensor; -1: the rest")
 
 
-class RunSettings(Settings):
+class RunSettings(ProgramSettings):
     """`bmjax run CONFIG`: the whole branch-merge experiment."""
 
     output: str | None = Field(None, description="directory of the run; --output wins over it")
@@ -156,8 +188,22 @@ class RunSettings(Settings):
         0.0, ge=0, lt=1, description="share of a domain's requests that may fail for good; more of them stop the run"
     )
     select: Selection = Field(Selection(), description="which traces are trained on")
-    run_programs: bool = Field(False, description="run answers that are programs against their tests (not a sandbox)")
     branch: Training = Field(description="how every branch is trained")
+    rounds: int = Field(
+        1, ge=1, description="how often the branches are trained, each time for the same share of their steps; after "
+        "every round but the last they are merged and all go on from there, each with its own moments and rows",
+    )  # fmt: skip
+    round_merge: str | None = Field(
+        None, description="with rounds: NAME of the merge between them; null: the only one, or else it must be named"
+    )
+    outer_rate: float = Field(
+        1.0,
+        gt=0,
+        description="with rounds: the next one starts at so much of the way from the last start to the merge",
+    )
+    outer_momentum: float = Field(
+        0.0, ge=0, lt=1, description="with rounds: Nesterov momentum of the starts, as DiLoCo's (arXiv 2311.08105)"
+    )
     mixture: dict[str, Any] = Field(
         {},
         description="training keys of the mixture that differ from `branch`; steps: by default the branches' sum",
@@ -184,6 +230,22 @@ class RunSettings(Settings):
             raise ValueError("give 'student' (a backbone that exists) or 'backbone' (how a new one is trained)")
         if (self.backbone is None) != (self.model is None):
             raise ValueError("'backbone' (how a new backbone is trained) and 'model' (its shape) go together")
+        if self.backbone is not None and self.backbone.learning_rate is None:
+            raise ValueError(
+                "backbone.learning_rate: give it; what is chosen for a branch is too low for random weights (a small "
+                "model takes about 3e-3)"
+            )
+        if self.rounds > 1:
+            if self.round_merge is None and len(self.merges) > 1:
+                raise ValueError(f"round_merge: which of {', '.join(self.merges)} merges the branches between rounds?")
+            if self.round_merge is not None and self.round_merge not in self.merges:
+                raise ValueError(
+                    f"round_merge: no merge is named '{self.round_merge}'{nearest(self.round_merge, list(self.merges))}"
+                )
+        else:
+            for key in ("round_merge", "outer_rate", "outer_momentum"):
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    raise ValueError(f"{key}: it is for several rounds; give rounds, or remove the key")
         for name, domain in self.domains.items():
             if domain.problems is not None and not (self.teacher.base_url and self.teacher.model):
                 raise ValueError(
@@ -192,7 +254,9 @@ class RunSettings(Settings):
                 )
             if self.student is not None and (domain.backbone is not None or domain.backbone_rows is not None):
                 raise ValueError(f"domains.{name}.backbone: 'student' is a trained backbone; remove the key")
-            self.branch_training(name)
+            steps = self.branch_training(name).steps
+            if steps is not None and steps < self.rounds:
+                raise ValueError(f"rounds: {self.rounds}, but branch '{name}' has {steps} steps; a round needs one")
         self.mixture_training(1)
         return self
 

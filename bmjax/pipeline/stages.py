@@ -5,18 +5,36 @@ it is written when the stage ends; another, when it starts, tells a killed stage
 """
 
 import contextlib
-import glob
 import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bmjax.errors import UserError
 from bmjax.io.atomic import write_atomic
 from bmjax.log import Log
+from bmjax.urls import url_of
+
+DONE, BEGUN, TO_DO = "done", "begun", "to do"
+
+
+def run_directory(chosen: str | Path | None) -> Path:
+    """Return the run's directory; UserError for one that cannot be."""
+    if chosen is None:
+        raise UserError("output: no directory given; pass --output DIR or set output in the config")
+    if url_of(chosen):
+        raise UserError(
+            f"output: {chosen}: a run's directory must be on a disk of this machine; its students, data and traces may "
+            "be in a bucket, and `bmjax train` and `bmjax merge` write there"
+        )
+    directory = Path(chosen)
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"{directory}: is a file, expected a directory for the run")
+    return directory
 
 
 @dataclass(frozen=True)
@@ -28,6 +46,7 @@ class Stage:
     after: tuple[str, ...]  # names of the stages whose results it reads; they come before it
     outputs: tuple[str, ...]  # paths under the run's directory, removed first when they come from other inputs
     work: Callable[[], object]
+    plan: Callable[[], list[str]] | None = None  # what the work will take, in lines; for a stage that is not done
 
 
 class Stages:
@@ -38,16 +57,37 @@ class Stages:
         self._fingerprints: dict[str, str] = {}
         self.measured: dict[str, dict[str, float]] = {}
 
+    def state(self, stage: Stage) -> str:
+        """Return 'done', 'begun' or 'to do', doing nothing. To be asked of all stages in order."""
+        try:
+            fingerprint = self._fingerprint(stage)
+        except (OSError, KeyError, UserError):  # what it reads is not there, or was made of other inputs
+            self._fingerprints[stage.name] = "unknown"
+            return TO_DO
+        done, started = self._markers(stage)
+        if _read(done).get("fingerprint") == fingerprint and all(path.exists() for path in self._paths(stage)):
+            return DONE
+        return BEGUN if _read(started).get("fingerprint") == fingerprint else TO_DO
+
+    def _fingerprint(self, stage: Stage) -> str:
+        inputs = [stage.name, stage.inputs(), [self._fingerprints[before] for before in stage.after]]
+        text = json.dumps(inputs, sort_keys=True, default=str)
+        self._fingerprints[stage.name] = hashlib.sha256(text.encode()).hexdigest()
+        return self._fingerprints[stage.name]
+
+    def _markers(self, stage: Stage) -> tuple[Path, Path]:
+        """Return the files that say that a stage is done, and that it has begun."""
+        name = self.directory / "stages" / stage.name.replace("/", "-")
+        return name.with_name(f"{name.name}.json"), name.with_name(f"{name.name}.started")
+
+    def _paths(self, stage: Stage) -> list[Path]:
+        return [self.directory / output for output in stage.outputs]
+
     def run(self, stage: Stage) -> None:
         """Do the stage's work unless it is done."""
-        name = stage.name
-        inputs = [name, stage.inputs(), [self._fingerprints[before] for before in stage.after]]
-        text = json.dumps(inputs, sort_keys=True, default=str)
-        fingerprint = self._fingerprints[name] = hashlib.sha256(text.encode()).hexdigest()
-        done, started = (
-            self.directory / "stages" / f"{name.replace('/', '-')}.{suffix}" for suffix in ("json", "started")
-        )
-        paths = [self.directory / output for output in stage.outputs]
+        name, fingerprint = stage.name, self._fingerprint(stage)
+        done, started = self._markers(stage)
+        paths = self._paths(stage)
         # Done already?
         marker = _read(done)
         if marker.pop("fingerprint", None) == fingerprint and all(path.exists() for path in paths):
@@ -76,23 +116,6 @@ def _read(marker: Path) -> dict[str, Any]:
         return json.loads(marker.read_text())
     except (OSError, ValueError):
         return {}
-
-
-def file_states(names: Iterable[str]) -> list[list[Any]]:
-    """Return names with the state of what they name, for a stage's inputs: a changed file redoes what depends on it."""
-    return [[name, *_state(name)] for name in names]
-
-
-def _state(name: str) -> list[Any]:
-    """Size and time of a file, or of all files in a directory or of a pattern; nothing of other names (a hub id)."""
-    path = Path(name).expanduser()
-    if path.is_file():
-        return [path.stat().st_size, path.stat().st_mtime_ns]
-    if path.is_dir():
-        files = [(str(file.relative_to(path)), file) for file in path.rglob("*")]
-    else:
-        files = [(file, Path(file)) for file in glob.glob(str(path), recursive=True)]
-    return [[label, file.stat().st_size, file.stat().st_mtime_ns] for label, file in sorted(files) if file.is_file()]
 
 
 def reset_peak_memory() -> None:

@@ -1,9 +1,12 @@
-"""The student that a run's trainings start from: whether they fit it, and a new backbone with random weights."""
+"""The student that a run's trainings start from: whether they fit it, what they take, and a new one's weights."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bmjax.branch.train import check
+from bmjax.branch.prepare import check
+from bmjax.branch.settings import Training, TrainSettings
+from bmjax.branch.train import describe
 from bmjax.chat.template import chat_template
 from bmjax.config import UserError
 from bmjax.io import hub
@@ -32,6 +35,19 @@ def check_trainings(settings: RunSettings) -> None:
                 check(training, config)
         except UserError as error:
             raise UserError(f"{key}: {error}") from None
+
+
+def plan(keys: Callable[[], Training], settings: Callable[[], TrainSettings], needed: Sequence[Path]) -> list[str]:
+    """Return what a training of a run will take, in lines.
+
+    keys, settings: how it is trained, before and after the sizes are filled in. needed: files without which no more
+    than its length is known.
+    """
+    length = keys()
+    known = f"steps: {length.steps}" if length.steps else f"epochs: {length.epochs:g}"
+    if not all(path.exists() for path in needed):
+        return [f"{known}; more is known when its student and its rows are there"]
+    return describe(settings())
 
 
 def create(settings: ModelSettings, directory: Path, seed: int, template: str | None) -> None:

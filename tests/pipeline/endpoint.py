@@ -12,7 +12,7 @@ class Endpoint:
     """Serves `base_url` while used as a context manager; `asked` holds (prompt, seed, body) of every request."""
 
     def __init__(self, answer):
-        self.answer, self.asked, self.keys = answer, [], set()
+        self.answer, self.asked, self.keys, self.bodies = answer, [], set(), []
 
     def __enter__(self):
         endpoint = self
@@ -24,6 +24,7 @@ class Endpoint:
                 request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 prompt, seed = request["messages"][-1]["content"], request.get("seed", 0)
                 endpoint.asked.append((prompt, seed))
+                endpoint.bodies.append(request)
                 endpoint.keys.add(self.headers.get("Authorization"))
                 content, finish = endpoint.answer(prompt, seed)
                 message = {"role": "assistant", "content": content}

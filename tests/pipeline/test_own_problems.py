@@ -195,7 +195,7 @@ def test_traces_nobody_judged_are_judged(finished, tmp_path):
         (["teacher.base_url=http://127.0.0.1:9/v1", "teacher.retries=0"], "is the server running"),
         (["run_programs=false"], "mbpp.*, row 1: .* set run_programs: true"),
         (["domains.code.problems.reference=null"], "row 1: no reference, so no answer can be judged"),
-        (["domains.code.problems.reference={test: '{test_list}'}"], "row 1: reference: found keys .'test'."),
+        (["domains.code.problems.reference={solutions: '{test_list}'}"], "row 1: reference: found keys .'solutions'."),
         (["domains.math.problems.prompt='{qestion}'"], "did you mean 'question'"),
         (["domains.math.judge=maths"], "domains.math.judge: expected 'math'"),
         (["domains.math.test_share=0.1"], "give exactly one of 'test' and 'test_share'"),
@@ -222,4 +222,6 @@ def test_unanswered_requests_stop_a_run_unless_it_may_lack_them(small, tmp_path)
         with pytest.raises(UserError, match=r"teach/math: 1 requests failed, .*failed_share"):
             run(RunSettings.read(CONFIG, keys), tmp_path / "run", lambda line: None)
         report = run(RunSettings.read(CONFIG, [*keys, "failed_share=0.1"]), tmp_path / "run", lambda line: None)
-    assert report["selection"]["math"]["failed"] == 1
+    selection = report["selection"]["math"]
+    assert selection["failed"] == 1 and selection["asked"] == selection["collected"] + 1
+    assert sum(selection["verdicts"].values()) == selection["collected"]

@@ -15,7 +15,12 @@ def rows(path):
 
 def write_domain(domain, folder, lines=None, **keys):
     """Write the rows of a domain of a run with a new backbone."""
-    keys = {"model": {"tokenizer": "none"}, "backbone": {}, "branch": {}, "merges": {"linear": {}}} | keys
+    keys = {
+        "model": {"tokenizer": "none"},
+        "backbone": {"learning_rate": 1},
+        "branch": {},
+        "merges": {"linear": {}},
+    } | keys
     settings = RunSettings.read({"domains": {"d": domain, "other": domain}} | keys)
     DomainRows("d", settings, folder, (lines if lines is not None else []).append).write_sources()
 
@@ -82,3 +87,43 @@ def test_bad_sources_are_one_line(tmp_path, change, told):
     with pytest.raises(UserError, match=told) as error:
         write_domain(settings, tmp_path / "out")
     assert "\n" not in str(error.value)
+
+
+GSM8K = [{"question": f"What is {n} + 1?", "answer": f"One more.\n#### {n + 1}"} for n in range(8)]
+
+
+def test_problems_and_tests_by_an_adapter(tmp_path):
+    bad = {"question": "What?", "answer": "no answer"}
+    test = [{"problem": f"B or C, {n}?", "answer": "C", "source": "s", "solution": "", "question_type": "MCQ"}
+            for n in range(2)]  # fmt: skip
+    domain = {
+        "problems": {"data": write(tmp_path / "p.jsonl", [*GSM8K, bad]), "adapter": "gsm8k", "instruction": ""},
+        "test": {"data": write(tmp_path / "t.jsonl", test), "adapter": "auto"}, "validation_share": 0.3,
+    }  # fmt: skip
+    lines = []
+    write_domain(domain, tmp_path / "out", lines, teacher={"base_url": "http://localhost:1/v1", "model": "m"})
+    split = [row for name in ("problems", "validation") for row in rows(tmp_path / "out" / f"{name}.jsonl")]
+    assert sorted(split, key=lambda row: row["prompt"]) == [
+        {"prompt": f"What is {n} + 1?", "reference": str(n + 1), "judge": "math"} for n in range(8)
+    ]
+    assert [row["judge"] for row in rows(tmp_path / "out" / "test.jsonl")] == ["choice", "choice"]
+    assert "domains.d.problems: 1 of 9 rows make no problem: no answer 1" in lines
+    assert any("adapter: numina_math, recognised by its columns" in line for line in lines)
+
+
+def test_templates_win_over_an_adapter_and_rows_are_kept_by_their_fields(tmp_path):
+    values = [row | {"level": n % 2} for n, row in enumerate(GSM8K)]
+    source = {"data": write(tmp_path / "p.jsonl", values), "adapter": "gsm8k", "only": {"level": 1}}
+    problems = source | {"prompt": "Say: {question}", "reference": "{level}"}
+    test = {"data": write(tmp_path / "t.jsonl", [{"prompt": "p", "reference": "1"}])}
+    write_domain({"problems": problems, "test": test, "validation": test}, tmp_path / "out",
+                 teacher={"base_url": "http://localhost:1/v1", "model": "m"})  # fmt: skip
+    assert rows(tmp_path / "out" / "problems.jsonl") == [
+        {"prompt": f"Say: What is {n} + 1?", "reference": 1} for n in (1, 3, 5, 7)
+    ]
+
+
+def test_an_adapter_gives_no_training_rows(tmp_path):
+    train = {"data": write(tmp_path / "p.jsonl", GSM8K), "adapter": "gsm8k"}
+    with pytest.raises(UserError, match="train: response is missing"):
+        write_domain({"train": train, "test_share": 0.2}, tmp_path / "out")

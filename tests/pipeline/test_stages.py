@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from bmjax.pipeline.stages import Stage, Stages, file_states
+from bmjax.pipeline.stages import Stage, Stages
 
 
 def stage(name, value, after, outputs, work):
@@ -62,18 +62,6 @@ def test_a_missing_output_is_made_again(tmp_path):
         (tmp_path / "out" / "file").unlink()
         (tmp_path / "out").rmdir()
     assert made == [1, 1]
-
-
-@pytest.mark.parametrize("name", ["~/rows.jsonl", "~/folder"])
-def test_a_changed_file_under_the_home_directory_is_seen(tmp_path, monkeypatch, name):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    file = tmp_path / ("rows.jsonl" if name.endswith("jsonl") else "folder/config.json")
-    file.parent.mkdir(exist_ok=True)
-    file.write_text("1")
-    before = file_states([name, "org/name"])
-    assert before == file_states([name, "org/name"]) and before[1] == ["org/name"]
-    file.write_text("23")
-    assert file_states([name, "org/name"]) != before
 
 
 def test_time_and_memory_are_measured_and_kept(tmp_path):
