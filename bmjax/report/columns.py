@@ -3,13 +3,15 @@
 A model may lack a domain, a domain its accuracy or its loss. `report` is report.json's content.
 """
 
+import csv
+import io
 import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bmjax.report.render import EMPTY, count, listed, number, one_line, render
+from bmjax.report.render import EMPTY, count, latex, listed, number, one_line, render
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Measure:
     factor: int  # from report.json's unit to the unit shown
     digits: int
     unit: str  # behind a number in a sentence
+    interval: str  # its 95% interval's key
 
     def text(self, value: float) -> str:
         return f"{self.factor * value:.{self.digits}f}"
@@ -31,8 +34,8 @@ class Measure:
         return f"{self.factor * difference:+.{self.digits}f}".replace("-", "−")
 
 
-ACCURACY = Measure("accuracy", "accuracy", "accuracy, %", 1, 100, 1, " %")
-LOSS = Measure("loss", "held-out loss", "held-out loss, nats/token", -1, 1, 4, "")
+ACCURACY = Measure("accuracy", "accuracy", "accuracy, %", 1, 100, 1, " %", "ci95")
+LOSS = Measure("loss", "held-out loss", "held-out loss, nats/token", -1, 1, 4, "", "loss_ci95")
 MEASURES = (ACCURACY, LOSS)
 
 
@@ -55,16 +58,29 @@ class Column:
         """Return half of the width of a model's interval."""
         return (self.intervals[model][1] - self.intervals[model][0]) / 2
 
-    def text(self, model: str) -> str:
-        """Format a model's value, with half of its interval where that is known."""
+    def text(self, model: str, halves: bool = True) -> str:
+        """Format a model's value, with half of its interval where that is known and asked for."""
         text = self.measure.text(self.values[model]) if model in self.values else EMPTY
-        return f"{text} ±{self.measure.text(self.half(model))}" if model in self.intervals else text
+        return f"{text} ±{self.measure.text(self.half(model))}" if halves and model in self.intervals else text
+
+    def ends(self, model: str) -> str:
+        """Format a model's interval in words, empty where it is not known."""
+        return " to ".join(map(self.measure.text, self.intervals[model])) if model in self.intervals else ""
 
 
-def interval(score: Mapping[str, Any]) -> tuple[float, float] | None:
-    """Return the ends of an accuracy's 95% interval as shares of 1, None where it is not known."""
-    ends = [end for value in score.get("ci95") or () if (end := number(value)) is not None]
+def interval(score: Mapping[str, Any], key: str = "ci95") -> tuple[float, float] | None:
+    """Return the ends of a score's 95% interval in the score's unit, None where it is not known."""
+    ends = [end for value in score.get(key) or () if (end := number(value)) is not None]
     return (ends[0], ends[1]) if len(ends) == 2 else None
+
+
+def _interval_of_mean(group: Sequence[Column], model: str, mean: float) -> tuple[float, float]:
+    """Return the interval of a mean of domains, whose errors are independent: their half widths add as squares."""
+    below, above = (
+        math.hypot(*(column.intervals[model][end] - column.values[model] for column in group)) / len(group)
+        for end in range(2)
+    )
+    return mean - below, mean + above
 
 
 def columns(models: Mapping[str, Any]) -> list[Column]:
@@ -79,15 +95,16 @@ def columns(models: Mapping[str, Any]) -> list[Column]:
         for domain in domains:
             scores = {name: (entry.get("scores") or {}).get(domain) or {} for name, entry in models.items()}
             values = {name: v for name, score in scores.items() if (v := number(score.get(measure.key))) is not None}
-            known = values if measure is ACCURACY else ()
-            intervals = {name: ends for name in known if (ends := interval(scores[name]))}
+            intervals = {name: ends for name in values if (ends := interval(scores[name], measure.interval))}
             if values:
                 group.append(Column(measure, domain, values, intervals))
         table += group
         if len(group) > 1:
             complete = [name for name in models if all(name in column.values for column in group)]
             means = {name: sum(column.values[name] for column in group) / len(group) for name in complete}
-            table.append(Column(measure, "mean", means, {}, mean=True))
+            known = [name for name in complete if all(name in column.intervals for column in group)]
+            ends_of_means = {name: _interval_of_mean(group, name, means[name]) for name in known}
+            table.append(Column(measure, "mean", means, ends_of_means, mean=True))
     return table
 
 
@@ -109,7 +126,8 @@ def compare(table: Sequence[Column], model: str, other: str) -> list[dict[str, A
         unsure = [
             column.title
             for column in group
-            if {model, other} <= column.intervals.keys()
+            if measure is ACCURACY
+            and {model, other} <= column.intervals.keys()
             and 0 < changes[column.title] < math.hypot(column.half(model), column.half(other))
         ]
         comparisons.append({
@@ -142,7 +160,9 @@ def summary_table(report: Mapping[str, Any]) -> str:
         group = list(same)
         rows = [[group[0].measure.title, *(f"{one_line(column.title)} " for column in group), "tokens"]]
         for model, entry in models.items():
-            marked = [column.text(model) + ("*" if column.best(model) else " ") for column in group]
+            # Intervals of losses and means would not fit; the report has them.
+            shown = [column.text(model, column.measure is ACCURACY and not column.mean) for column in group]
+            marked = [t + ("*" if column.best(model) else " ") for t, column in zip(shown, group, strict=True)]
             rows.append([one_line(model), *marked, count(entry.get("tokens"))])
         # The first column stands to the left, the others to the right.
         first, *widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
@@ -155,3 +175,33 @@ def summary_table(report: Mapping[str, Any]) -> str:
 def markdown_table(report: Mapping[str, Any]) -> str:
     """Return the table models x domains for a README, the best of a column bold."""
     return render("table.md.jinja", models=report["models"], columns=columns(report["models"]))
+
+
+def csv_table(report: Mapping[str, Any]) -> str:
+    """Return the table as CSV: a line for each model, measure and domain, with the interval where it is known."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["model", "measure", "domain", "value", "ci95_low", "ci95_high", "training_tokens"])
+    for model, entry in report["models"].items():
+        for column in columns(report["models"]):
+            if model in column.values:
+                ends = column.intervals.get(model, ("", ""))
+                tokens = entry.get("tokens")
+                writer.writerow([model, column.measure.key, column.title, column.values[model], *ends, tokens])
+    return file.getvalue()
+
+
+def latex_table(report: Mapping[str, Any]) -> str:
+    r"""Return the table for LaTeX with the package booktabs, the best of a column bold."""
+    table = columns(report["models"])
+    groups = [(measure, len(list(same))) for measure, same in itertools.groupby(table, lambda c: c.measure)]
+    spans = [rf"\multicolumn{{{size}}}{{c}}{{{latex(measure.title)}}}" for measure, size in groups]
+    rows = [
+        rf"\begin{{tabular}}{{l{'r' * len(table)}r}}", r"\toprule", " & ".join(["", *spans, ""]) + r" \\",
+        " & ".join(["model", *(latex(column.title) for column in table), "tokens"]) + r" \\", r"\midrule",
+    ]  # fmt: skip
+    for model, entry in report["models"].items():
+        cells = [latex(column.text(model)) for column in table]
+        cells = [rf"\textbf{{{c}}}" if column.best(model) else c for c, column in zip(cells, table, strict=True)]
+        rows.append(" & ".join([latex(model), *cells, latex(count(entry.get("tokens")))]) + r" \\")
+    return "\n".join([*rows, r"\bottomrule", r"\end{tabular}", ""])

@@ -8,10 +8,13 @@ import io
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from markupsafe import escape
 from matplotlib import rc_context, style
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -21,6 +24,7 @@ from bmjax.report.records import Kept, Points, smoothed, thinned
 from bmjax.report.render import number, one_line, shortened
 
 WIDTH = 340
+_UNSEEN = 0.004  # of what is only there for the pointer; a pointer does not meet what is wholly transparent
 # The page maps each of these to a CSS variable of that name; page.css has the dark ones.
 COLOURS = {
     "ink": "#1b2126", "muted": "#5d6872", "line": "#d8dde2", "raw": "#c3cbd3", "paper": "#fefefd", "panel": "#f4f6f5",
@@ -38,6 +42,7 @@ class Panel:
     name: str
     svg: str
     alternative: str
+    pdf: bytes  # the same, for papers
 
 
 def role(model: str) -> str:
@@ -54,8 +59,9 @@ def _axes(title: str, width: float, height: float, left: float, right: float, to
     return figure.add_axes((left / width, bottom / total, (width - left - right) / width, height / total))
 
 
-def _panel(axes: Axes, name: str, alternative: str) -> Panel:
-    figure, file = axes.get_figure(root=True), io.StringIO()
+def _panel(axes: Axes, name: str, alternative: str, titles: Mapping[Artist, str]) -> Panel:
+    """Return axes as a drawing. titles: what a browser shows while the pointer is on an artist."""
+    figure, file, paper = axes.get_figure(root=True), io.StringIO(), io.BytesIO()
     assert figure is not None
     # Several drawings stand in one page: all ids carry the drawing's name.
     for index, artist in enumerate(figure.findobj()):
@@ -64,7 +70,12 @@ def _panel(axes: Axes, name: str, alternative: str) -> Panel:
         # A reader's browser may have the glyphs that DejaVu Sans lacks.
         warnings.filterwarnings("ignore", message="Glyph")
         figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    return Panel(name, file.getvalue(), alternative)
+        figure.savefig(paper, format="pdf", metadata=dict.fromkeys(("CreationDate", "Creator", "Producer")))
+    svg = file.getvalue()
+    for artist, title in titles.items():
+        group = f'<g id="{artist.get_gid()}">'
+        svg = svg.replace(group, f"{group}<title>{escape(title)}</title>", 1)
+    return Panel(name, svg, alternative, paper.getvalue())
 
 
 @in_page_style
@@ -77,12 +88,13 @@ def bars(column: Column, name: str) -> Panel:
     models, values, domain = list(column.values), list(column.values.values()), one_line(column.title)
     texts = [column.measure.text(value) for value in values]
     words = {model: f"{one_line(model)} {text}" for model, text in zip(models, texts, strict=True)}
-    intervals = {model: (100 * low, 100 * high) for model, (low, high) in column.intervals.items()}
+    words |= {model: f"{words[model]} ({column.ends(model)})" for model in models if model in column.intervals}
+    intervals: dict[str, tuple[float, float]] = {}
     backbone = column.values.get("backbone")
     # The scale, and what a bar stands for.
     if column.measure is ACCURACY:
         title, quantity = f"{domain}: accuracy, %", f"Accuracy in {domain}, per cent"
-        words |= {m: f"{words[m]} ({low:.1f} to {high:.1f})" for m, (low, high) in intervals.items()}
+        intervals = {model: (100 * low, 100 * high) for model, (low, high) in column.intervals.items()}
         lengths = [100 * value for value in values]
         ends = 0.0, 1.02 * max([*lengths, *(high for _, high in intervals.values())]) or 1.0
     else:
@@ -104,12 +116,17 @@ def bars(column: Column, name: str) -> Panel:
         axes.text(1.015, y, texts[y], transform=axes.get_yaxis_transform(), va="center", fontsize=10)
         if model in intervals:
             axes.plot(intervals[model], [y, y], color=COLOURS["ink"], lw=1.1, solid_capstyle="butt")
+    # What a pointer on a row shows.
+    titles: dict[Artist, str] = {}
+    for y, model in enumerate(models):
+        row = axes.axhspan(y - 0.5, y + 0.5, color=COLOURS["paper"], alpha=_UNSEEN, lw=0, zorder=9)
+        titles[row] = words[model]
     # The backbone as a line.
     if column.measure is not ACCURACY:
         axes.axvline(0, color=COLOURS["backbone"], lw=1)
     elif backbone is not None:
         axes.axvline(100 * backbone, color=COLOURS["backbone"], lw=1, ls=(0, (3, 2)), zorder=0.5)
-    return _panel(axes, name, f"{quantity}: {'; '.join(words.values())}")
+    return _panel(axes, name, f"{quantity}: {'; '.join(words.values())}", titles)
 
 
 @in_page_style
@@ -125,7 +142,22 @@ def loss_curve(model: str, losses: Points, limits: tuple[float, float] | None, n
     _label(axes, f"{end:.3f}", line[-1], COLOURS["ink"])
     _step_axis(axes, last)
     words = f"Training loss of {one_line(model)}: {start:.3f} at step {first:.0f}, {end:.3f} at step {last:.0f}"
-    return _panel(axes, name, words)
+    return _panel(axes, name, words, _bands(axes, {"running mean ": line}, ".4f"))
+
+
+def _bands(axes: Axes, lines: Mapping[str, Points], form: str, most: int = 24) -> dict[Artist, str]:
+    """Put unseen upright bands on curves, and return what a pointer on each shows: the values of all curves there."""
+    longest = max(lines.values(), key=lambda line: line[-1][0])
+    picked = [x for x, _ in longest[:: max(1, -(-len(longest) // most))]]
+    edges = [picked[0], *((a + b) / 2 for a, b in pairwise(picked)), longest[-1][0]]
+    titles: dict[Artist, str] = {}
+    for x, start, end in zip(picked, edges, edges[1:], strict=False):
+        values = {name: min(line, key=lambda point: abs(point[0] - x))[1] for name, line in lines.items()
+                  if line[-1][0] >= start}  # fmt: skip
+        words = "; ".join(f"{name}{format(value, form)}" for name, value in values.items())
+        band = axes.axvspan(start, end, color=COLOURS["paper"], alpha=_UNSEEN, lw=0, zorder=9)
+        titles[band] = f"step {x:.0f}: {words}"
+    return titles
 
 
 def _label(axes: Axes, text: str, point: tuple[float, float], colour: str) -> None:
@@ -172,7 +204,8 @@ def move_curves(curves: Mapping[str, Mapping[str, Points]], name: str) -> Panel:
         _label(axes, f"{shortened(model, 14)} {y:.2f} %", (last, label_y), colour)
     _step_axis(axes, last)
     words = [f"{one_line(model)} {line[-1][1]:.2f} % after {line[-1][0]:.0f} steps" for model, line in lines.items()]
-    return _panel(axes, name, f"Distance from the backbone: {'; '.join(words)}")
+    titles = _bands(axes, {f"{one_line(model)} ": line for model, line in lines.items()}, ".2f")
+    return _panel(axes, name, f"Distance from the backbone: {'; '.join(words)}", titles)
 
 
 def spread(positions: Sequence[float], gap: float, top: float) -> list[float]:
@@ -190,15 +223,22 @@ def spread(positions: Sequence[float], gap: float, top: float) -> list[float]:
 
 
 @in_page_style
-def heat(title: str, what: str, rows: Mapping[str, Sequence[Kept]], value: Callable[[Kept], float], name: str) -> Panel:
-    """Draw layers x models as cells: the larger the number, the darker. Numbers are shares and shown in per cent.
+def heat(
+    title: str, what: str, rows: Mapping[str, Sequence[Kept]], value: Callable[[Kept], float], name: str,
+    factor: float = 100, unit: str = " %", largest: float | None = None,
+) -> Panel:  # fmt: skip
+    """Draw layers x models as cells: the larger the number, the darker.
 
-    `what` says what the numbers are, for readers who do not see the drawing. `rows` has the cells of every layer, the
-    same models in each, and `value` returns the number of a cell.
+    Arguments:
+        what: what the numbers are, for readers who do not see the drawing.
+        rows: the cells of every layer, the same models in each.
+        value: returns the number of a cell, which is shown times `factor`, with `unit` in words.
+        largest: of the scale, as shown; None: the largest number.
     """
-    values = {layer: [100 * value(cell) for cell in row] for layer, row in rows.items()}
-    largest = max((v for row in values.values() for v in row if number(v) is not None), default=1.0) or 1.0
-    digits = 2 if largest < 10 else 1 if largest < 99.5 else 0
+    values = {layer: [factor * value(cell) for cell in row] for layer, row in rows.items()}
+    top_value = max((v for row in values.values() for v in row if number(v) is not None), default=1.0) or 1.0
+    scale = largest or top_value
+    digits = 2 if top_value < 10 else 1 if top_value < 99.5 else 0
     # Column names. Of several steps, the step stands above the model it takes in. Long names are slanted.
     cells = next(iter(rows.values()))
     if len({cell.step for cell in cells}) > 1:
@@ -209,21 +249,39 @@ def heat(title: str, what: str, rows: Mapping[str, Sequence[Kept]], value: Calla
     if max(len(line) for text in names for line in text.split("\n")) * 6.4 > (WIDTH - 86 - right) / len(names):
         names = [text.replace("\n", " ") for text in names]
         right, top, slant = 66, 118, {"ha": "left", "rotation": 32, "rotation_mode": "anchor"}
-    axes = _axes(title, WIDTH, 17 * len(rows), left=86, right=right, top=top, bottom=6)
+    axes = _axes(title, WIDTH, 17 * len(rows), left=86, right=right, top=top, bottom=22)
     axes.set(xlim=(0, len(names)), ylim=(len(rows), 0))
     axes.tick_params(labeltop=True, labelbottom=False, pad=6)
     axes.set_xticks([x + 0.5 for x in range(len(names))], names, **slant)
     axes.set_yticks([y + 0.5 for y in range(len(rows))], [shortened(n, 13) for n in rows], color=COLOURS["ink"])
     # Cells.
-    for y, row in enumerate(values.values()):
+    titles: dict[Artist, str] = {}
+    for y, (layer, row) in enumerate(values.items()):
         for x, v in enumerate(row):
-            share = v / largest if number(v) is not None else 0.0
+            share = min(1.0, max(0.0, v / scale)) if number(v) is not None else 0.0
             alpha, ink = 0.06 + 0.94 * share, COLOURS["paper" if share > 0.55 else "ink"]
-            axes.add_patch(Rectangle((x + 0.02, y + 0.04), 0.96, 0.92, color=COLOURS["merged"], alpha=alpha, lw=0))
+            cell = Rectangle((x + 0.02, y + 0.04), 0.96, 0.92, color=COLOURS["merged"], alpha=alpha, lw=0)
+            titles[axes.add_patch(cell)] = f"layer {one_line(layer)}, {names[x]}: {v:.4g}{unit}".replace("\n", " ")
             axes.text(x + 0.5, y + 0.5, f"{v:.{digits}f}", ha="center", va="center", color=ink, fontsize=9)
+    _scale(axes, scale, unit)
     models = [text.replace("\n", " ") for text in names]
     words = [
         f"layer {one_line(layer)}: " + ", ".join(f"{model} {v:.2f}" for model, v in zip(models, row, strict=True))
         for layer, row in values.items()
     ]
-    return _panel(axes, name, f"{one_line(what)}, per cent: {'; '.join(words)}")
+    return _panel(axes, name, f"{one_line(what)}{', per cent' if unit else ''}: {'; '.join(words)}", titles)
+
+
+def _scale(axes: Axes, largest: float, unit: str) -> None:
+    """Write the legend of cells below them: from 0, pale, to the largest number, dark."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    width, height = (72 * size for size in figure.get_size_inches())
+    text: dict[str, Any] = {"fontsize": 9, "va": "center", "color": COLOURS["muted"]}
+    figure.text(80 / width, 9 / height, f"0{unit}", ha="right", **text)
+    for i in range(5):
+        left, alpha = (86 + 18 * i) / width, 0.06 + 0.94 * i / 4
+        cell = Rectangle((left, 4 / height), 17 / width, 10 / height, color=COLOURS["merged"], alpha=alpha, lw=0)
+        cell.set_transform(figure.transFigure)
+        figure.add_artist(cell)
+    figure.text((86 + 18 * 5 + 5) / width, 9 / height, f"{largest:.3g}{unit}", ha="left", **text)

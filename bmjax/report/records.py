@@ -27,6 +27,7 @@ class Kept:
     model: str
     kept: float
     move: float
+    coefficient: float = math.nan  # where it was learned
 
 
 def read_all(models: Mapping[str, Any], kind: str, read: Callable[[Any], Any]) -> tuple[dict[str, Any], list[str]]:
@@ -84,7 +85,8 @@ def kept(summary: Any) -> list[Kept]:
             reference = number(entry.get("reference_norm"))
             move = delta / reference if delta is not None and reference else math.nan
             if share is not None:
-                cells.append(Kept(step, model, share, move))
+                coefficient = number(statistics.get("coefficient"))
+                cells.append(Kept(step, model, share, move, math.nan if coefficient is None else coefficient))
     return cells
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 EMPTY = "–"
 
@@ -47,10 +47,27 @@ def one_line(text: Any) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
 
 
+def block(text: Any) -> Markup:
+    """Return text of several lines, escaped, without the control characters that a browser or terminal would obey."""
+    lines = "\n".join(str(text).splitlines()).replace("\t", "    ")
+    return escape("".join(c if c.isprintable() or c == "\n" else " " for c in lines))
+
+
 def shortened(name: str, limit: int = 26) -> str:
     """Return a name on one line, cut to `limit` characters."""
     text = one_line(name)
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def first_sentence(text: str) -> str:
+    """Return the first sentence of a text whose lines may be broken anywhere."""
+    return re.split(r"(?<=[.:]) (?=[A-Z])", one_line(text.split("\n\n")[0]))[0]
+
+
+def latex(text: str) -> str:
+    """Escape what LaTeX would obey."""
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
+    return re.sub(r"[\\~^±&%$#_{}]", lambda match: special.get(match[0], "\\" + match[0]), one_line(text))
 
 
 def listed(parts: Sequence[str]) -> str:
@@ -72,7 +89,7 @@ ENVIRONMENT = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-ENVIRONMENT.filters.update(count=count, decimal=decimal, listed=listed, markdown=markdown, number=number)
+ENVIRONMENT.filters.update(block=block, count=count, decimal=decimal, listed=listed, markdown=markdown, number=number)
 ENVIRONMENT.globals.update(EMPTY=EMPTY)
 
 

@@ -45,10 +45,8 @@ def synthetic_run(directory: Path, layers: int = 3, merges: tuple[str, ...] = ME
     for name in ["backbone", *(f"branch/{d}" for d in DOMAINS), *(f"merge/{m}" for m in merges), "mixture"]:
         folder = name.replace("merge/", "merges/")
         if name == "mixture":
-            models["merged"] = models["merge/linear"] | {
-                "hf": "merged/hf",
-                "merge_report": "merged/hf/merge_report.json",
-            }
+            merged = {"hf": "merged/hf", "merge_report": "merged/hf/merge_report.json"}
+            models["merged"] = models["merge/linear"] | merged
         trained, move = not name.startswith("merge/"), None
         if trained:
             move = write_metrics(directory / folder / "metrics.jsonl", name, rng)
@@ -63,7 +61,9 @@ def synthetic_run(directory: Path, layers: int = 3, merges: tuple[str, ...] = ME
             "tokens": {"backbone": 0, "mixture": 1_158_340}.get(name, 386_113 if trained else 1_158_340),
             "move": move,
             "scores": {d: synthetic_score(name, d, 600, rng) for d in DOMAINS},
+            "samples": f"scores/test/{name.replace('/', '-')}/samples",
         }
+        write_samples(directory / models[name]["samples"], name)
     (directory / "merged" / "hf").mkdir(parents=True)
     source = directory / "merges" / "linear" / "hf" / "merge_report.json"
     (directory / "merged" / "hf" / "merge_report.json").write_bytes(source.read_bytes())
@@ -76,7 +76,7 @@ def synthetic_run(directory: Path, layers: int = 3, merges: tuple[str, ...] = ME
             "validation": {"backbone": {d: synthetic_score("backbone", d, 300, rng) for d in DOMAINS}, **validation},
         },
         "selection": {
-            "math": synthetic_selection(3109, duplicate=12, truncated=204, wrong=611, malformed=64),
+            "math": synthetic_selection(3109, duplicate=12, repetition=9, truncated=204, wrong=611, malformed=64),
             "code": synthetic_selection(2877, truncated=310, wrong=702, malformed=111),
             "science": synthetic_selection(3321, truncated=95, wrong=501, malformed=52, enough=31),
         },
@@ -92,8 +92,24 @@ def synthetic_run(directory: Path, layers: int = 3, merges: tuple[str, ...] = ME
     return report
 
 
+def write_samples(folder: Path, name: str) -> None:
+    """The first question is right everywhere, of the next two the merges answer one, the backbone the other."""
+    folder.mkdir(parents=True)
+    right = {"backbone": (0, 2), "merge/linear": (0, 1)}.get(name, (0,))
+    for domain in DOMAINS:
+        samples = [
+            {"id": f"{domain}{i}", "prompt": f"{domain} question {i}", "reference": str(i), "verdict":
+             "right" if i in right else "wrong", "answer": f"<think>\nlet me see\n</think>\n{name} says {i}"}
+            for i in range(4)
+        ]  # fmt: skip
+        (folder / f"{domain}.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+
+
 def synthetic_selection(kept: int, **dropped: int) -> dict[str, Any]:
-    return {"collected": kept + sum(dropped.values()), "kept": kept, "dropped": dropped}
+    collected = kept + sum(dropped.values())
+    verdicts = {"right": kept + 1, "wrong": collected - kept - 4, "unjudged": 3}
+    return {"asked": collected + 2, "failed": 2, "verdicts": verdicts, "collected": collected, "kept": kept,
+            "dropped": dropped}  # fmt: skip
 
 
 def synthetic_score(name: str, domain: str, n: int, rng: np.random.Generator) -> dict[str, Any]:

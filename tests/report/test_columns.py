@@ -42,7 +42,16 @@ def test_the_best_of_each_column_is_marked():
         ["mixture", "0.2500*", "0.6250", "0.4375*", "3k"],
     ]
     rows = [line.strip("| ").split(" | ") for line in markdown_table(report).splitlines()]
-    assert rows[4] == ["merged", "62.5 ±1.0", "**50.0 ±1.0**", "**56.2**", "0.3750", "**0.5000**", "**0.4375**", "2k"]
+    assert rows[4] == [
+        "merged",
+        "62.5 ±1.0",
+        "**50.0 ±1.0**",
+        "**56.2 ±0.7**",
+        "0.3750",
+        "**0.5000**",
+        "**0.4375**",
+        "2k",
+    ]
 
 
 def test_summary_table_fits_a_terminal(run):

@@ -6,7 +6,9 @@ from itertools import pairwise
 from xml.etree import ElementTree
 
 from bmjax.report.figures import COLOURS, spread
+from bmjax.report.page import write_report
 from tests.report.page_parser import Page
+from tests.report.synthetic import synthetic_run
 
 
 def test_every_figure_has_a_caption_and_every_picture_a_text(run):
@@ -37,9 +39,34 @@ def test_every_figure_is_a_file_beside_the_page(run):
     paths = sorted((directory / "figures").glob("*.svg"))
     assert len(paths) == html.count("<svg") == 16
     for path in paths:
+        assert path.with_suffix(".pdf").read_bytes().startswith(b"%PDF-")
+    for path in paths:
         assert ElementTree.parse(path).getroot().tag == "{http://www.w3.org/2000/svg}svg"
         text = path.read_text(encoding="utf-8")
         assert text[text.index("<svg") :] in html
+
+
+def test_a_pointer_is_shown_the_numbers(run):
+    _, report, html = run
+    titles = re.findall(r"<title>(.*?)</title>", html)
+    score = report["models"]["mixture"]["scores"]["code"]
+    low, high = (f"{100 * end:.1f}" for end in score["ci95"])
+    assert f"mixture {100 * score['accuracy']:.1f} ({low} to {high})" in titles
+    assert any(title.startswith("step 1: running mean") for title in titles)
+    assert any(title.startswith("layer 0, math: ") for title in titles)
+
+
+def test_a_learned_merge_shows_its_coefficients(tmp_path):
+    report = synthetic_run(tmp_path, merges=("linear",))
+    path = tmp_path / "merges/linear/hf/merge_report.json"
+    saved = json.loads(path.read_text())
+    for layer in saved["layers"].values():
+        for step in layer.values():
+            for values in step["models"].values() if isinstance(step, dict) else ():
+                values["coefficient"] = 1.37
+    path.write_text(json.dumps(saved))
+    page = Page(write_report(tmp_path, report).read_text(encoding="utf-8"))
+    assert "1.37" in page.svg_texts and any("multiplied each branch" in text for text in page.texts)
 
 
 def test_the_heat_map_shows_what_the_merges_kept(run):

@@ -15,14 +15,15 @@ from tests.report.synthetic import DOMAINS, synthetic_run
 def test_every_model_and_number_is_on_the_page(run):
     _, report, html = run
     page = Page(html)
-    rows = [row for row in page.rows if row and row[0] in report["models"]]
+    rows = [[row[0].removesuffix(" (chosen)"), *row[1:]] for row in page.rows if row]
+    rows = [row for row in rows if row[0] in report["models"]]
     for name, entry in report["models"].items():
         table = next(row for row in rows if row[0] == name)
         accuracies = [entry["scores"][d]["accuracy"] for d in DOMAINS]
         losses = [entry["scores"][d]["loss"] for d in DOMAINS]
         halves = [(entry["scores"][d]["ci95"][1] - entry["scores"][d]["ci95"][0]) / 2 for d in DOMAINS]
         assert table[1:4] == [f"{100 * a:.1f} ±{100 * h:.1f}" for a, h in zip(accuracies, halves, strict=True)]
-        assert table[4] == f"{100 * np.mean(accuracies):.1f}"
+        assert table[4].startswith(f"{100 * np.mean(accuracies):.1f} ±")
         assert table[5:8] == [f"{loss:.4f}" for loss in losses]
         assert table[8] == f"{np.mean(losses):.4f}"
         for domain in DOMAINS:
@@ -31,7 +32,7 @@ def test_every_model_and_number_is_on_the_page(run):
             assert full[2] == f"{100 * score['accuracy']:.2f}"
             assert full[4:6] == [str(score["n"]), str(score["k"])]
             assert full[6] == f"{100 * score['truncated']:.1f}"
-            assert full[7:] == [f"{score['loss']:.5f}", f"{score['bits_per_byte']:.5f}", str(score["loss_tokens"])]
+            assert full[7:] == [f"{score['loss']:.5f}", "–", f"{score['bits_per_byte']:.5f}", str(score["loss_tokens"])]
         assert any(row == [name, entry["hf"]] for row in page.rows)
         assert name in page.svg_texts
     for name, score in report["chosen"]["validation"].items():
@@ -39,8 +40,9 @@ def test_every_model_and_number_is_on_the_page(run):
         expected = [f"{score[d]['loss']:.4f}" for d in DOMAINS]
         assert any(row[0] == label and row[5:8] == expected for row in page.rows if len(row) == 9)
     for domain, entry in report["selection"].items():
-        row = next(row for row in page.rows if row[:3] == [domain, str(entry["collected"]), str(entry["kept"])])
-        assert set(map(str, entry["dropped"].values())) <= set(row[4:])
+        numbers = [entry["asked"], entry["failed"], entry["collected"], *entry["verdicts"].values(), entry["kept"]]
+        row = next(row for row in page.rows if row[:8] == [domain, *map(str, numbers)])
+        assert set(map(str, entry["dropped"].values())) <= set(row[9:])
     stages = [row[:2] for row in page.rows]
     assert all([name, f"{stage['seconds']:.1f}"] in stages for name, stage in report["stages"].items())
     assert all([name, version] in page.rows for name, version in report["versions"].items())
