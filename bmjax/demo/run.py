@@ -22,6 +22,8 @@ from bmjax.pipeline.stages import Stage, Stages
 
 CONFIG = Path(__file__).with_name("demo.yaml")
 OUTPUT = "runs/demo"
+# A letter in the demo's mathematics is no choice, and what a program prints is text.
+_JUDGES = {"math": {"judge": "math"}, "code": {"judge": "exact"}}
 
 
 def run_demo(
@@ -48,7 +50,8 @@ def run_demo(
     values["model"] = {"tokenizer": str(files / "tokenizer")} | values["model"]
     rows = ("problems", "backbone", "validation", "test")
     values["domains"] = {
-        domain: {name: {"data": str(files / domain / f"{name}.jsonl")} for name in rows} for domain in demo.problems
+        domain: {name: {"data": str(files / domain / f"{name}.jsonl")} for name in rows} | _JUDGES.get(domain, {})
+        for domain in demo.problems
     }
     with DemoTeacher() as teacher:
         endpoint = {"base_url": teacher.base_url, "model": MODEL, "extra": {"mistakes": demo.mistakes.model_dump()}}

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from huggingface_hub import ModelCard
 
 import bmjax
 from bmjax.config import UserError
@@ -56,6 +57,25 @@ def test_report_json_holds_every_model_and_stage(finished):
     assert {"backbone", "teach/math", "branch/code", "mixture", "merged"} <= set(report["stages"])
     assert all(stage["seconds"] >= 0 and stage["peak_rss_mib"] > 0 for stage in report["stages"].values())
     assert (directory / "report.html").read_text().startswith("<!doctype html>")
+    assert report["run"]["parameters"] > 0 and report["run"]["finished"].endswith("UTC")
+
+
+def test_every_model_has_a_card_and_answers_as_it_was_scored(finished):
+    directory, report = finished
+    for name, model in report["models"].items():
+        card = ModelCard.load(directory / model["hf"] / "README.md")
+        results = {(r.dataset_name, r.metric_type): r.metric_value for r in card.data.eval_results}
+        for domain, score in model["scores"].items():
+            assert results[f"{domain} (test)", "accuracy"] == round(score["accuracy"], 4)
+        text = card.content
+        assert "## Lineage" in text and "Teacher: `" in text and str(directory) not in text, name
+        generation = json.loads((directory / model["hf"] / "generation_config.json").read_text())
+        assert generation["do_sample"] is False
+        tokenizer = json.loads((directory / model["hf"] / "tokenizer_config.json").read_text())
+        assert tokenizer["model_max_length"] == 256
+    merged = ModelCard.load(directory / "merged" / "hf" / "README.md")
+    assert merged.data.model_name == "merged" and "was chosen on the validation rows" in merged.content
+    assert any(r.dataset_name == "math (validation)" for r in merged.data.eval_results)
 
 
 def test_transformers_writes_the_merged_models_text(finished):
@@ -85,7 +105,10 @@ def test_the_frozen_embedding_is_the_same_in_every_model(finished):
 def test_finished_stages_are_not_redone_and_changed_ones_are(finished):
     directory, report = finished
     lines: list[str] = []
+    card = directory / "merged" / "hf" / "README.md"
+    state = card.stat().st_mtime_ns
     again = tiny_run(directory, log=lines.append)
+    assert card.stat().st_mtime_ns == state and again["run"] == report["run"]
     assert not [line for line in lines if line.startswith("==")]
     assert scores(again) == scores(report)
 
@@ -151,7 +174,8 @@ def run_with_kills(directory, kills, seed, whole):
     return json.loads((directory / "report.json").read_text())
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [1, 10])
 def test_killed_runs_end_with_the_scores_of_an_undisturbed_one(tmp_path, kills):
     began = time.monotonic()
     undisturbed = run_with_kills(tmp_path / "whole", 0, 0, 0)
