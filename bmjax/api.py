@@ -20,7 +20,10 @@ from bmjax.chat.forms import read_conversation
 from bmjax.chat.marks import end_of_turn
 from bmjax.chat.template import chat_template, render_prompt
 from bmjax.config import UserError, nearest
-from bmjax.generate import sampler
+from bmjax.generate import prompts as generation
+from bmjax.generate.requests import Sampling
+from bmjax.generate.text import TextStream
+from bmjax.io.card import code, public_name
 from bmjax.model import qwen2, spec
 from bmjax.model.batch import Batch
 from bmjax.model.config import ModelConfig, read_hf_config
@@ -28,11 +31,12 @@ from bmjax.parallel.mesh import make_mesh, sharding
 from bmjax.teach.judges.judge import judge
 from bmjax.weights import hf
 from bmjax.weights import student as students
+from bmjax.weights.card import write_copy_card
 from bmjax.weights.tokenizer import end_tokens
 
 __all__ = [
-    "Model", "collect", "convert", "evaluate", "generate", "judge", "load", "merge", "plan", "run", "save", "select",
-    "tokenize", "train",
+    "Model", "collect", "convert", "evaluate", "generate", "judge", "load", "merge", "plan", "rejudge", "run", "save",
+    "select", "tokenize", "train",
 ]  # fmt: skip
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -88,7 +92,8 @@ class Model:
             tokens_BT: token ids, whole numbers [B, T].
             loss_mask_BT: [B, T]; 1 makes tokens[b, t] a target, predicted from the tokens before it. The first token
                 of a document has nothing before it and is never counted.
-            segment_ids, positions: as for `logits`.
+            segment_ids: as for `logits`.
+            positions: as for `logits`.
 
         Returns: (nats, count): the loss summed over the targets, and how many those are.
         Raises: UserError as `logits`.
@@ -176,7 +181,12 @@ def save(model: Model, output: str | Path) -> Path:
     Raises: UserError when it cannot be written.
     """
     _check_loaded(model)
-    hf.save_hf(Path(output), model.params, read_hf_config(model.directory), side_files=model.directory)
+    source = str(model.directory)
+    about = f"Saved by bmjax, with the config and the tokenizer of {code(public_name(source))}."
+    hf.save_hf(
+        Path(output), model.params, read_hf_config(model.directory), side_files=model.directory,
+        card=lambda folder: write_copy_card(folder, source, model.directory, about),
+    )  # fmt: skip
     return Path(output)
 
 
@@ -189,6 +199,10 @@ def generate(
     top_p: float = 1.0,
     batch: int = 64,
     template: str | None = None,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    stop: str | Sequence[str] = (),
 ) -> list[str] | list[list[int]]:
     """Continue every prompt.
 
@@ -202,10 +216,15 @@ def generate(
         top_p: sample from the least set of tokens that has this probability.
         batch: the most prompts that are computed at once.
         template: of chats: None for the tokenizer's own, chatml, deepseek-r1, or FILE.jinja.
+        top_k: sample from so many of the likeliest tokens; 0: all.
+        min_p: sample from the tokens that have at least this share of the likeliest one's probability.
+        repetition_penalty: above 1 makes tokens that are in the prompt or the continuation less likely.
+        stop: strings that end a continuation; its text ends before them.
 
     Returns: the continuations in order, without prompt and end token: texts, or lists of token ids where the model has
     no tokenizer.
-    Raises: UserError for a prompt that is empty, of another kind, or longer than the context.
+    Raises: UserError for a prompt that is empty, of another kind, or longer than the context, and for settings of the
+    sampling that mean nothing.
     """
     _check_loaded(model)
     ends = list(end_tokens(model.directory, model.config.eos_token_ids, model.tokenizer))
@@ -234,12 +253,29 @@ def generate(
         if not isinstance(tokens, Sequence) or not all(type(t) is int or isinstance(t, np.integer) for t in tokens):
             raise UserError(f"prompt {number}: expected a text, a list of token ids or a list of chat turns")
         encoded.append(tokens)
-    sampling = sampler.Sampling(max_new_tokens, temperature, top_p, seed)
+    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed)
+    texts = []
+    if stop:
+        if model.tokenizer is None:
+            raise UserError(f"{model.directory}: no tokenizer, so there is no text to look for stop strings in")
+        texts = [TextStream(model.tokenizer, stop) for _ in encoded]
+
+    def is_over(number: int, tokens: Sequence[int]) -> bool:
+        texts[number].push(tokens)
+        return texts[number].stopped is not None
+
+    dtype = jnp.dtype(model.dtype)
     with jax.set_mesh(model.mesh):
-        outs = sampler.generate(model.config, model.params, encoded, sampling, ends, batch, jnp.dtype(model.dtype))
+        outs = generation.generate(
+            model.config, model.params, encoded, sampling, ends, batch, dtype, is_over if stop else None
+        )
     if model.tokenizer is None:
         return [list(out.tokens) for out in outs]
-    return [model.tokenizer.decode(out.tokens, skip_special_tokens=True) for out in outs]
+    for stream in texts:
+        stream.finish()
+    return [stream.text for stream in texts] or model.tokenizer.batch_decode(
+        [out.tokens for out in outs], skip_special_tokens=True
+    )
 
 
 def _check_loaded(model: Any) -> None:
@@ -255,13 +291,32 @@ def collect(settings: Source, *overrides: str) -> dict[str, int]:
         settings: the keys of `bmjax collect`, or the path of a YAML file.
         overrides: `key.sub=value` changes to them.
 
-    Returns: how many traces were wanted, present, collected, failed, right, wrong, unjudged and truncated.
+    Returns: how many traces were wanted, present, collected, failed, right, wrong, unjudged, truncated and refused, and
+    "ended by NAME" for each finish reason of answers that are not whole.
     Raises: UserError for bad settings or problems, and an endpoint that cannot be reached or refuses the key.
+    KeyboardInterrupt after an interrupt, once the answers in flight are kept; a second one does not wait for them.
     """
     from bmjax.teach.collect import collect as collect_traces
     from bmjax.teach.settings import CollectSettings
 
     return collect_traces(CollectSettings.read(settings, overrides))
+
+
+def rejudge(settings: Source, *overrides: str) -> dict[str, Any]:
+    """Judge existing traces anew, with new references where there are problems; `bmjax judge`. No teacher is asked.
+
+    Arguments:
+        settings: the keys of `bmjax judge`, or the path of a YAML file.
+        overrides: `key.sub=value` changes to them.
+
+    Returns: traces, before and after (the number of each verdict), changed (of each change, as "wrong -> right"),
+    references (how many are new), kept (verdicts that could not be made anew, by reason), no_problem and output.
+    Raises: UserError for bad settings, traces or problems, and a reference that no judge can read.
+    """
+    from bmjax.teach.rejudge import rejudge as judge_traces
+    from bmjax.teach.settings import JudgeSettings
+
+    return judge_traces(JudgeSettings.read(settings, overrides))
 
 
 def select(settings: Source, *overrides: str) -> dict[str, dict[str, int]]:
@@ -298,14 +353,14 @@ def train(settings: Source, *overrides: str) -> dict[str, Any]:
 
 
 def evaluate(settings: Source, *overrides: str) -> dict[str, dict[str, Any]]:
-    """Score a model on tasks; `bmjax eval`. Writes scores.json and every sample.
+    """Score a model, here or behind an endpoint, on tasks; `bmjax eval`. Writes scores.json and every sample.
 
     Arguments:
         settings: the keys of `bmjax eval`, or the path of a YAML file.
         overrides: `key.sub=value` changes to them.
 
-    Returns: {task: scores}: accuracy with its 95 % interval, and held-out loss in nats a token, as far as the task has
-    questions and traces.
+    Returns: {task: scores}: accuracy with its 95 % interval and what belongs to it, and held-out loss in nats a token,
+    as far as the task has questions and traces.
     Raises: UserError for bad settings, tasks or models.
     """
     from bmjax.evaluate.run import evaluate as run_evaluation

@@ -4,19 +4,28 @@ The compiler's optimizations are off, for compiling is most of the tests' time a
 JAX_DISABLE_MOST_OPTIMIZATIONS=0 tests what users run.
 """
 
+import atexit
 import json
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from tests.emulators import buckets, emulator_environment  # noqa: F401 - fixtures
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
     " --xla_force_host_platform_device_count=8 --xla_gpu_autotune_level=0"  # trying products out takes longer than them
 )
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")  # commands called here would set one for all tests
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the workers of a run and the processes of its tests share one
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="bmjax-compiled-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads spin for each other: 50 times the time on busy cores
@@ -99,7 +108,9 @@ def byte_tokenizer():
     return tokenizer
 
 
-def write_student(directory: Path, seed: int = 0, dtype: str = "float32", scale: float = 0.05, **changes) -> Path:
+def write_student(
+    directory: Path, seed: int = 0, dtype: str = "float32", scale: float = 0.05, tokenizer=None, **changes
+) -> Path:
     """A random Qwen2 with 2 layers, D 32, V 300 and context 256 as a Hugging Face directory, with `byte_tokenizer`."""
     from bmjax.model import qwen2
     from bmjax.model.config import ModelConfig
@@ -113,7 +124,7 @@ def write_student(directory: Path, seed: int = 0, dtype: str = "float32", scale:
         "bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0,
     } | changes  # fmt: skip
     params = qwen2.init(ModelConfig.from_hf(hf_config), seed)
-    save_hf(directory, params, hf_config, tokenizer=byte_tokenizer(), dtype=dtype)
+    save_hf(directory, params, hf_config, tokenizer=tokenizer or byte_tokenizer(), dtype=dtype)
     return directory
 
 

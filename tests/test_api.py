@@ -134,9 +134,23 @@ def test_generate_equals_greedy_text_of_transformers(model, hf):
     assert bmjax.generate(model, []) == []
 
 
+def test_generate_takes_stop_strings_and_filters(model):
+    greedy = bmjax.generate(model, TEXTS, max_new_tokens=10)
+    assert bmjax.generate(model, TEXTS, max_new_tokens=10, temperature=1.0, top_k=1) == greedy
+    assert bmjax.generate(model, TEXTS, max_new_tokens=10, temperature=1.0, min_p=1.0) == greedy
+    number = max(range(len(greedy)), key=lambda n: len(greedy[n]))
+    stop = greedy[number][2:4]
+    stopped = bmjax.generate(model, TEXTS, max_new_tokens=10, stop=stop)
+    assert len(stop) == 2 and stopped == [text.split(stop)[0] for text in greedy] != greedy
+    with pytest.raises(UserError, match="stop: expected strings that are not empty"):
+        bmjax.generate(model, TEXTS, stop=["a", ""])
+    with pytest.raises(UserError, match=r"min_p is 2; expected in \[0, 1\]"):
+        bmjax.generate(model, TEXTS, min_p=2)
+
+
 def test_functions_win_over_folders_of_their_names(model):
     from bmjax.calibrate import dispatch
-    from bmjax.generate import sampler
+    from bmjax.generate import prompts
 
     assert bmjax.generate(model, [[5]], max_new_tokens=1)
     once, again = (inspect.signature(f).parameters for f in (bmjax.api.merge, dispatch.merge))
@@ -145,7 +159,7 @@ def test_functions_win_over_folders_of_their_names(model):
     for _ in range(2):
         with pytest.raises(UserError, match="no such file"):
             bmjax.merge("nowhere.yaml", output="OUT", overwrite=True)
-    assert sampler.Sampling
+    assert prompts.generate is not bmjax.generate
 
 
 def test_transformers_loads_a_saved_model(model, hf, tmp_path):
@@ -229,7 +243,7 @@ def test_model_without_tokenizer_takes_token_ids(student, model, tmp_path):
     (lambda m: bmjax.convert(m.directory, "OUT", to="gguf"), "to: expected hf or orbax, found 'gguf'"),
     (lambda m: bmjax.plan(TRAINING, topology="64"), "'64' is not like v5p:4x4x4"),
     (lambda m: bmjax.merge({"merge_method": "learned", "base_model": "a", "models": [{"model": "b", "data": "c"}]},
-                           "OUT", memory=1), "memory: learned holds all its models in memory; leave it out"),
+                           "OUT", memory=1), "memory: learned holds one layer of every model at a time; leave it out"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(model, call, problem):
     with pytest.raises(UserError, match=problem) as error:

@@ -5,12 +5,14 @@ import json
 import pytest
 
 from bmjax.api import load, merge
-from bmjax.branch import train
+from bmjax.branch import prepare
+from bmjax.branch.export import open_student
 from bmjax.branch.settings import TrainSettings
 from bmjax.calibrate import data as calibration_data
 from bmjax.evaluate import run as evaluation
+from bmjax.evaluate.answering import Generated
+from bmjax.evaluate.local import LocalAnswerer
 from bmjax.evaluate.settings import EvalSettings
-from bmjax.generate.sampler import Generation
 from bmjax.io import hub
 from bmjax.io.rows import read_rows
 from bmjax.merge.recipe.recipe import read_recipe
@@ -56,7 +58,7 @@ def test_train_reads_data(student, data):
     settings = TrainSettings.read(
         {"student": str(student), "data": data, "output": "unused", "seq_len": 200, "steps": 1, "batch": 1}
     )
-    loader = train.load_data(settings, train.open_student(settings))
+    loader = prepare.load_data(settings, open_student(settings))
     assert len(loader.dataset.examples) == len(ROWS)
 
 
@@ -88,11 +90,13 @@ def test_select_reads_traces(tmp_path, data):
     assert rows == [{name: row[name] for name in names} for row in sorted(ROWS, key=lambda row: row["id"])]
 
 
-def test_evaluate_reads_questions_and_traces(student, tokenizer, tmp_path, data, monkeypatch):
-    def generate(config, params, prompts, *arguments):
-        return [Generation(tuple(tokenizer(row["reference"])["input_ids"]), "stop") for row in ROWS[: len(prompts)]]
+def test_evaluate_reads_questions_and_traces(student, tmp_path, data, monkeypatch):
+    def answer(self, name, asked, receive):
+        for sample in asked:
+            receive(sample, Generated(sample.reference, "stop", 1, 1))
+        return []
 
-    monkeypatch.setattr(evaluation.sampler, "generate", generate)
+    monkeypatch.setattr(LocalAnswerer, "answer", answer)
     task = {"questions": data, "traces": data, "limit": 8}
     settings = EvalSettings.read(
         {"model": str(student), "output": str(tmp_path / "out"), "tasks": {"sums": task}, "seq_len": 200, "mesh": {}}
@@ -127,7 +131,7 @@ def model(request, tmp_path_factory, student, monkeypatch):
 
 def test_train_opens_the_student(student, model):
     settings = TrainSettings.read({"student": model, "data": "unused", "output": "unused", "steps": 1})
-    assert train.open_student(settings).directory == student
+    assert open_student(settings).directory == student
 
 
 def test_evaluate_loads_the_model(tmp_path, train_file, model):

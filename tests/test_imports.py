@@ -14,7 +14,8 @@ FILES = sorted((ROOT / "bmjax").rglob("*.py"))
 # A module may import its own part and the parts before it; parts in one set know nothing of each other. An entry point
 # is a file that Python runs (`__main__.py`): nothing imports one.
 ORDER = [
-    {"version"}, {"errors"}, {"safe_yaml"}, {"config"}, {"log"}, {"io"}, {"chat", "parallel"}, {"model"}, {"weights"},
+    {"version"}, {"errors"}, {"safe_yaml", "urls"}, {"config"}, {"starter"}, {"log"}, {"io"}, {"chat", "parallel"},
+    {"model"}, {"weights"},
     {"teach", "branch", "merge", "generate"},
     {"plan", "calibrate", "evaluate"}, {"report"}, {"pipeline"}, {"demo"}, {"api"}, {"cli"}, {"__init__"},
     {"entry point"},
@@ -155,7 +156,14 @@ def test_the_public_names_are_there():
 
 @pytest.mark.parametrize(
     "module",
-    ["bmjax.config", "bmjax.cli.main", "bmjax.branch.settings", "bmjax.evaluate.settings", "bmjax.teach.settings"],
+    [
+        "bmjax.config",
+        "bmjax.cli.main",
+        "bmjax.branch.settings",
+        "bmjax.evaluate.settings",
+        "bmjax.teach.settings",
+        "bmjax.generate.settings",
+    ],
 )
 def test_help_needs_nothing_heavy(module):
     modules = run(f"import sys, {module}; print(*sorted({{name.split('.')[0] for name in sys.modules}}))")

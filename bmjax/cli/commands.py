@@ -8,11 +8,14 @@ import json
 import time
 import warnings
 from argparse import Namespace
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-from bmjax.cli.parser import Command, Option
+from bmjax.cli.methods_help import methods_text
+from bmjax.cli.parser import Command, Option, Outcome
 from bmjax.errors import UserError
-from bmjax.log import progress_bar, silent, write_line
+from bmjax.log import progress_bar, stage, write_line
 
 
 def _use_machine() -> None:
@@ -22,11 +25,11 @@ def _use_machine() -> None:
     use_gpu_memory()
 
 
-def _demo(options: Namespace) -> None:
+def _demo(options: Namespace) -> Outcome:
     from bmjax.demo.run import run_demo
 
     _use_machine()
-    run_demo(options.output, options.overrides)
+    return Outcome(value=run_demo(options.output, options.overrides))
 
 
 def _demo_keys() -> str:
@@ -36,198 +39,345 @@ def _demo_keys() -> str:
     return "\n".join(["keys, beside those of `bmjax run`:", *describe(DemoSettings)])
 
 
-def _run(options: Namespace) -> None:
+def _run(options: Namespace) -> Outcome:
     from bmjax.pipeline.phases import run
 
     _use_machine()
-    run(options.settings, options.output)
+    return Outcome(value=run(options.settings, options.output))
 
 
-def _collect(options: Namespace) -> None:
-    from bmjax.teach.collect import collect
-
-    failed = collect(options.settings, write_line)["failed"]
-    if failed:
-        failures = f"{options.settings.output}/failures.jsonl"
-        raise UserError(f"{failed} requests failed, see {failures}; the same command asks again")
-
-
-def _select(options: Namespace) -> None:
-    from bmjax.teach.select import render_table, select
-
-    print(render_table(select(options.settings, write_line)))
-
-
-def _train(options: Namespace) -> None:
-    from bmjax.branch.train import describe, train
+def _check_run(options: Namespace) -> list[str]:
+    from bmjax.pipeline.check import describe
 
     _use_machine()
-    if options.check:
-        print(*describe(options.settings), sep="\n")
-    else:
-        train(options.settings)
+    return describe(options.settings, options.output)
 
 
-def _cache(options: Namespace) -> None:
+def _init(options: Namespace) -> Outcome:
+    from bmjax.cli.init import write_config
+
+    return write_config(options, {name: command.settings_class for name, command in COMMANDS.items()})
+
+
+def _collect(options: Namespace) -> Outcome:
+    from bmjax.teach.collect import FAILURES, collect, output_folder
+
+    counts = collect(options.settings, write_line)
+    failures = output_folder(options.settings) / FAILURES
+    problem = f"{counts['failed']} requests failed, see {failures}; the same command asks again"
+    return Outcome(value=counts, problem=problem if counts["failed"] else None)
+
+
+def _check_collect(options: Namespace) -> list[str]:
+    from bmjax.teach.estimate import describe
+
+    return describe(options.settings, write_line)
+
+
+def _judge(options: Namespace) -> Outcome:
+    from bmjax.teach.rejudge import rejudge, summary
+    from bmjax.teach.settings import JudgeSettings
+
+    is_config = options.traces.endswith((".yaml", ".yml"))
+    source = options.traces if is_config else {"traces": options.traces}
+    counts = rejudge(JudgeSettings.read(source, options.overrides), write_line)
+    return Outcome([summary(counts)], counts)
+
+
+def _judge_keys() -> str:
+    from bmjax.config import describe
+    from bmjax.teach.settings import JudgeSettings
+
+    return "\n".join(["keys, given as key=value, or in FILE.yaml in place of TRACES:", *describe(JudgeSettings)])
+
+
+def _select(options: Namespace) -> Outcome:
+    from bmjax.teach.select import render_table, select
+
+    settings = options.settings
+    if options.show is not None:
+        if not options.show.isdecimal():
+            raise UserError(f"--show: expected a whole number, found '{options.show}'")
+        settings = settings.model_copy(update={"show": int(options.show)})
+    table = select(settings, write_line)
+    return Outcome([render_table(table)], table)
+
+
+def _train(options: Namespace) -> Outcome:
+    from bmjax.branch.train import train
+
+    _use_machine()
+    return Outcome(value=train(options.settings))
+
+
+def _check_train(options: Namespace) -> list[str]:
+    from bmjax.branch.train import describe
+
+    _use_machine()
+    return describe(options.settings)
+
+
+def _cache(options: Namespace) -> Outcome:
     from bmjax.branch.cache import caches, folder
+    from bmjax.io import bucket
 
-    entries = caches()
+    entries, copies, lines = caches(), bucket.copies(), list[str]()
     for cache in entries:
         age = f"used {(time.time() - cache.used) / 86400:.0f} days ago"
         removed = options.all or (options.clear and cache.is_dead)
         state = "removed" if removed else "its data changed or are gone" if cache.is_dead else "in use"
-        print(f"{cache.path}: {cache.size / 1e9:.2f} GB of {', '.join(cache.data)}, {age}; {state}")
+        lines.append(f"{cache.path}: {cache.size / 1e9:.2f} GB of {', '.join(cache.data)}, {age}; {state}")
         if removed:
             cache.remove()
-    if not entries:
-        print(f"{folder()}: nothing is cached")
+    if copies:
+        size = sum(copy.stat().st_size for copy in copies) / 1e9
+        state = "removed" if options.all else "--all removes them"
+        lines.append(
+            f"{bucket.cache_folder('buckets')}: {size:.2f} GB in {len(copies)} copies of files of buckets; {state}"
+        )
+        for copy in copies if options.all else ():
+            bucket.remove_copy(copy)
+    if not entries and not copies:
+        lines.append(f"{folder().parent}: nothing is cached")
+    return Outcome(lines)
 
 
-def _eval(options: Namespace) -> None:
+def _eval(options: Namespace) -> Outcome:
+    if options.compare is not None:
+        from bmjax.evaluate.compare import compare, lines
+
+        comparison = compare(*options.compare)
+        return Outcome([*lines(comparison)], comparison)
     from bmjax.evaluate.run import evaluate, summary
-    from bmjax.parallel.start import use_cpu_cores
 
-    use_cpu_cores()
-    for task, score in evaluate(options.settings).items():
-        print(f"{task}: {summary(score)}")
+    if options.settings.base_url is None:
+        _use_machine()
+    scores = evaluate(options.settings, write_line)
+    texts = [f"{task}: {summary(score)}" for task, score in scores.items()]
+    if options.settings.table is not None:
+        texts.append((Path(options.settings.output) / "table.md").read_text(encoding="utf-8").rstrip("\n"))
+    return Outcome(texts, scores)
 
 
-def _plan(options: Namespace) -> None:
+def _check_eval(options: Namespace) -> list[str]:
+    from bmjax.evaluate.run import describe
+
+    if options.settings.base_url is None:
+        _use_machine()
+    return describe(options.settings, write_line)
+
+
+def _plan(options: Namespace) -> Outcome:
+    from bmjax.branch.choose import without_data
+    from bmjax.parallel.chips import topology_devices
+    from bmjax.parallel.processes import stopping_at_once
     from bmjax.plan import plan
 
-    result = plan.plan_training(options.settings, options.topology, options.search, write_line)
-    if options.json:
-        print(json.dumps(result))
-        return
+    topology_devices(options.topology)  # loads the TPU's compiler, and with it its handlers of signals
+    with stopping_at_once("stopped; nothing was written"):
+        result = plan.plan_training(options.settings, options.topology, options.search, write_line)
     changes = result.get("overrides", {})
-    for line in plan.lines(result, options.settings.model_copy(update=changes)):
-        print(line)
+    texts = [*plan.lines(result, without_data(options.settings, "a plan").model_copy(update=changes))]
     if changes:
-        print("with", *(f"{key}={json.dumps(value)}" for key, value in changes.items()))
+        texts.append(" ".join(["with", *(f"{key}={json.dumps(value)}" for key, value in changes.items())]))
+    return Outcome(texts, result)
 
 
-def _merge(options: Namespace) -> None:
-    from bmjax.calibrate import dispatch
+def _read_merge(options: Namespace) -> tuple[Any, dict[str, Any]]:
+    """Return the recipe of a merge, and the sizes that its options give."""
     from bmjax.merge.plan.output import parse_size
     from bmjax.merge.recipe.recipe import read_recipe
 
     seed = [] if options.seed is None else [f"seed={options.seed}"]
     recipe = read_recipe(options.recipe, [*options.overrides, *seed])
     memory = None if options.memory is None else parse_size(options.memory, "--memory")
-    sizes: dict[str, Any] = {"shard_bytes": parse_size(options.shard_size, "--shard-size"), "memory": memory}
-    if options.check:
-        for line in dispatch.check(recipe, options.out, options.overwrite, **sizes):
-            print(line)
-        return
+    return recipe, {"shard_bytes": parse_size(options.shard_size, "--shard-size"), "memory": memory}
+
+
+def _check_merge(options: Namespace) -> Iterable[str]:
+    from bmjax.calibrate import dispatch
+
+    recipe, sizes = _read_merge(options)
+    return dispatch.check(recipe, options.out, options.overwrite, **sizes)
+
+
+def _merge(options: Namespace) -> Outcome:
+    from bmjax.calibrate import dispatch
+
+    recipe, sizes = _read_merge(options)
+    from bmjax.merge.plan.output import size_text
     from bmjax.merge.report.statistics import summary_lines
-    from bmjax.parallel.start import keep_compiled_programs, use_cpu_cores, use_own_threads
+    from bmjax.parallel.start import use_cpu_cores, use_own_threads
 
     if recipe.is_calibrated:
-        use_cpu_cores()
+        use_cpu_cores(keep_memory=False)
     else:
         use_own_threads()
-        keep_compiled_programs()
     start = time.perf_counter()
-    bar = progress_bar("merge", "B", shown=not options.quiet)
-    bytes_read = 0
+    bar = progress_bar("merge", "B", shown=not recipe.is_calibrated, compiles=True)
 
     def progress(done: int, total: int, name: str) -> None:
-        nonlocal bytes_read
         bar.total = total
-        bar.update(done - bytes_read)
-        bytes_read = done
+        bar.update(done - bar.count)
 
-    log = silent if options.quiet else lambda line: write_line(f"bmjax: note: {line}")
+    def log(line: str) -> None:
+        write_line(f"bmjax: note: {line}")
+
     with bar, warnings.catch_warnings():
         # What is not finite is said once, in words.
         warnings.simplefilter("ignore", RuntimeWarning)
         report = dispatch.merge(recipe, options.out, options.overwrite, log=log, progress=progress, **sizes)
-    if not options.quiet:
-        for line in summary_lines(report):
-            print(line)
-        seconds = time.perf_counter() - start
-        read = f"{bytes_read / 1e9:.2f} GB read, " if bytes_read else ""
-        print(f"{options.out}: {len(report['tensors'])} tensors, {read}{seconds:.1f} s")
+    seconds, tensors = round(time.perf_counter() - start, 1), len(report["tensors"])
+    read = f"{size_text(bar.count)} read, " if bar.count else ""
+    lines = [*summary_lines(report), f"{options.out}: {tensors} tensors, {read}{seconds:.1f} s"]
+    whole = {name: value for name, value in report.items() if name != "tensors"}
+    return Outcome(lines, {**whole, "output": options.out, "tensors": tensors, "seconds": seconds})
 
 
-def _methods_text() -> str:
-    from bmjax.config import describe
-    from bmjax.merge.methods import METHODS
-    from bmjax.merge.methods.method import WITHOUT_EFFECT
-    from bmjax.merge.recipe.calibration import CALIBRATED, CalibrationSettings
-
-    lines = ["methods and their parameters (a * marks those given per model, or once for all):"]
-    lines += [f"  all accept {p.name}, which has no effect: {p.about.text}" for p in WITHOUT_EFFECT.values()]
-    for method in METHODS.values():
-        least, most = method.branches
-        count = f"{least} or more" if most is None else str(least) if least == most else f"{least} to {most}"
-        base = "base_model and " if method.base == "required" else ""
-        lines += ["", f"  {method.name}: {base}{count} model{'s' * (count != '1')}"]
-        lines += [f"    {line}".rstrip() for line in method.summary.splitlines()]
-        for p in method.parameters.values():
-            default = p.default[0] if isinstance(p.default, tuple) else p.default  # one number for all models
-            # A parameter that must be given has inspect's mark, a type.
-            text = "(required)" if isinstance(default, type) else str(default).lower()
-            title = f"{p.name}{'*' if p.about.per_model else ''}: {text}"
-            lines.append(f"      {title:<18} {p.expected}. {p.about.text[:1].upper()}{p.about.text[1:]}.")
-    lines += [
-        "",
-        f"  {', '.join(CALIBRATED)}: base_model and 1 or more models, each with `data:` (rows of its domain)",
-        "    Merges that look at data: student = base + sum of coefficient * contribution, the coefficients learned",
-        "    by gradient descent through the merge and the model. regmean: not learned, all 1. All in memory.",
-        *(f"      {line}" for line in describe(CalibrationSettings)),
-    ]
-    return "\n".join(lines)
-
-
-def _convert(options: Namespace) -> None:
+def _convert(options: Namespace) -> Outcome:
     from bmjax.api import convert
 
-    convert(options.src, options.dst, options.to)
-    print(f"{options.dst}: written")
+    with stage(f"converting {options.src}", write_line, patience=2):
+        convert(options.src, options.dst, options.to)
+    return Outcome([f"{options.dst}: written"], {"output": options.dst, "to": options.to})
+
+
+def _completion(options: Namespace) -> Outcome:
+    from bmjax.cli.completion import script
+
+    return Outcome([script(options.shell, COMMANDS).rstrip("\n")])
+
+
+def _push(options: Namespace) -> Outcome:
+    from bmjax.io.push import prepare, push
+
+    upload = prepare(options.dir, options.repository)
+    for note in upload.notes:
+        write_line(note)
+    url = push(upload, options.private, options.revision, write_line)
+    return Outcome([url], {"url": url})
+
+
+def _check_push(options: Namespace) -> list[str]:
+    from bmjax.io.push import prepare
+
+    return prepare(options.dir, options.repository).lines(options.private, options.revision)
+
+
+def _model_source(model: str, options: Namespace, key: str = "model") -> tuple[Any, list[str]]:
+    """Return the settings' source and overrides of a command whose word is a model, or a FILE.yaml of its keys."""
+    values = {name: getattr(options, name, None) for name in ("host", "port", "api_key_env")}
+    overrides = [f"{name}={json.dumps(value)}" for name, value in values.items() if value is not None]
+    return model if model.endswith((".yaml", ".yml")) else {key: model}, [*options.overrides, *overrides]
+
+
+def _serve(options: Namespace) -> None:
+    from bmjax.generate.settings import ServeSettings
+
+    if options.port is not None and not options.port.isdecimal():
+        raise UserError(f"--port: expected a whole number, found '{options.port}'")
+    options.port = None if options.port is None else int(options.port)
+    settings = ServeSettings.read(*_model_source(options.model, options))
+    from bmjax.generate.server.serve import serve
+
+    _use_machine()
+    serve(settings, options.api_key, write_line)
+
+
+def _serve_keys() -> str:
+    from bmjax.config import describe
+    from bmjax.generate.settings import ServeSettings
+
+    return "\n".join(["keys, given as key=value, or in FILE.yaml in place of MODEL:", *describe(ServeSettings)])
+
+
+def _chat(options: Namespace) -> None:
+    from bmjax.generate.settings import ChatSettings
+
+    key = "base_url" if options.model.startswith(("http://", "https://")) else "model"
+    settings = ChatSettings.read(*_model_source(options.model, options, key))
+    from bmjax.generate.terminal import chat
+
+    if settings.base_url is None:
+        _use_machine()
+    chat(settings)
+
+
+def _chat_keys() -> str:
+    from bmjax.config import describe
+    from bmjax.generate.settings import ChatSettings
+
+    return "\n".join(["keys, given as key=value, or in FILE.yaml in place of MODEL:", *describe(ChatSettings)])
 
 
 _MERGE_OPTIONS = (
-    Option("--check", action="store_true", help="only say what would be read and written; headers are read"),
     Option("--overwrite", action="store_true", help="replace a model directory OUT once the merge is done"),
     Option("--seed", metavar="N", help="of random masks, in place of the recipe's"),
     Option("--memory", metavar="SIZE", help="of tensors in memory at a time: 512MiB, 2GiB"),
     Option("--shard-size", metavar="SIZE", default="5GB", help="of a file of the result (5GB)"),
-    Option("--quiet", "-q", action="store_true", help="print nothing but errors"),
 )
 _TRAINING = "bmjax.branch.settings:TrainSettings"
 _ROWS = (
     Command("demo", "the whole experiment in small, with problems and a teacher of its own; no config needed", _demo,
         words=(), details=_demo_keys,
-        options=(Option("--output", metavar="DIR", help="directory of the run (runs/demo)"),)),
+        options=(Option("--output", metavar="DIR", help="directory of the run (runs/demo)"),), json=True),
     Command("run", "the whole experiment: teacher, branches, merges, mixture, scores, report.html", _run,
-        settings="bmjax.pipeline.settings:RunSettings",
-        options=(Option("--output", metavar="DIR", help="directory of the run, in place of the config's `output`"),)),
-    Command("collect", "ask a teacher (any OpenAI-compatible endpoint) for reasoning traces", _collect,
-        settings="bmjax.teach.settings:CollectSettings"),
-    Command("select", "keep the traces worth training on, and say why the others were dropped", _select,
-        settings="bmjax.teach.settings:SelectSettings", stopped="stopped; the same command begins again"),
-    Command("train", "fine-tune a student on a dataset (a branch, the mixture, a backbone)", _train,
-        settings=_TRAINING,
-        options=(Option("--check", action="store_true", help="say documents, tokens, rows and steps; do not train"),)),
-    Command("cache", "list the tokenized data on disk, and clear what is of no use", _cache, words=(), overrides=False,
+        settings="bmjax.pipeline.settings:RunSettings", check=_check_run,
+        options=(Option("--output", metavar="DIR", help="directory of the run, in place of the config's `output`"),),
+        json=True),
+    Command("init", "write a first config for a command, every key explained", _init, words=("COMMAND",),
+        stopped="stopped; nothing was written",
         options=(
+            Option("--output", metavar="FILE", help="the file to write (COMMAND.yaml)"),
+            Option("--schema", action="store_true", help="print the config's JSON Schema instead, for editors"))),
+    Command("collect", "ask a teacher (any OpenAI-compatible endpoint) for reasoning traces", _collect,
+        settings="bmjax.teach.settings:CollectSettings", check=_check_collect, json=True),
+    Command("judge", "verdicts and references of existing traces made anew; no teacher is asked", _judge,
+        words=("TRACES",), details=_judge_keys, stopped="stopped; the traces are as they were", json=True),
+    Command("select", "keep the traces worth training on, and say why the others were dropped", _select,
+        settings="bmjax.teach.settings:SelectSettings", stopped="stopped; the same command begins again",
+        options=(Option("--show", metavar="N", help="print N examples kept, and N dropped by each rule"),), json=True),
+    Command("train", "fine-tune a student on a dataset (a branch, the mixture, a backbone)", _train,
+        settings=_TRAINING, check=_check_train, json=True),
+    Command("cache", "list tokenized data and copies of buckets' files on disk, and clear them", _cache, words=(),
+        overrides=False, options=(
             Option("--clear", action="store_true", help="remove those whose data have changed or are gone"),
-            Option("--all", action="store_true", help="remove all of them"))),
+            Option("--all", action="store_true", help="remove all of them, copies too"))),
     Command("plan", "compile a training for TPUs that are not there: does it fit, how fast at most", _plan,
         settings=_TRAINING, stopped="stopped; nothing was written",
         options=(
             Option("--topology", metavar="CHIP:SHAPE", required=True, help="the slice, for instance v5p:4x4x4"),
-            Option("--search", action="store_true", help="try meshes, microbatches, remat; print the best that fits"),
-            Option("--json", action="store_true", help="print one JSON object"))),
+            Option("--search", action="store_true", help="try meshes, microbatches, remat; print the best that fits")),
+        json=True),
     Command("merge", "merge Hugging Face directories; the same as python -m bmjax.merge", _merge,
-        words=("RECIPE", "OUT"), options=_MERGE_OPTIONS, details=_methods_text,
-        stopped="interrupted; OUT is as it was, and the same command goes on with the merge"),
+        words=("RECIPE", "OUT"), options=_MERGE_OPTIONS, details=methods_text, check=_check_merge,
+        stopped="interrupted; OUT is as it was, and the same command goes on with the merge", json=True),
     Command("convert", "a Hugging Face directory to an Orbax checkpoint of parameters, and back", _convert,
         words=("SRC", "DST"), overrides=False, stopped="stopped; DST is as it was",
         options=(
-            Option("--to", metavar="hf|orbax", required=True, choices=("hf", "orbax"), help="what DST is to be"),)),
-    Command("eval", "accuracy with 95% intervals and held-out loss of a model", _eval,
-        settings="bmjax.evaluate.settings:EvalSettings", stopped="stopped; the same command begins again"),
+            Option("--to", metavar="hf|orbax", required=True, choices=("hf", "orbax"), help="what DST is to be"),),
+        json=True),
+    Command("push", "put a model or a data set on the Hugging Face Hub, in one commit", _push,
+        words=("DIR", "REPOSITORY"), overrides=False, check=_check_push, stopped="stopped; the hub has what it had",
+        options=(
+            Option("--private", action="store_true", default=None, help="make a new repository private"),
+            Option("--revision", metavar="BRANCH", help="the branch to commit to, made where it is missing (main)")),
+        json=True),
+    Command("serve", "a model behind an OpenAI-compatible endpoint", _serve, words=("MODEL",), details=_serve_keys,
+        stopped="stopped",
+        options=(
+            Option("--host", metavar="HOST", help="address to listen at (127.0.0.1; 0.0.0.0: all of this machine's)"),
+            Option("--port", metavar="N", help="port to listen at (8000; 0: a free one)"),
+            Option("--api-key", metavar="KEY", help="what clients must send; other users of this machine can see it"),
+            Option("--api-key-env", metavar="NAME", help="the same, from an environment variable"))),
+    Command("chat", "talk to a model in the terminal, computed here or behind an endpoint's URL", _chat,
+        words=("MODEL",), details=_chat_keys, stopped="stopped"),
+    Command("eval", "scores of a model, or behind an endpoint, with 95% intervals; compares two evaluations", _eval,
+        settings="bmjax.evaluate.settings:EvalSettings", alone="compare", check=_check_eval,
+        options=(
+            Option("--compare", nargs=2, metavar=("A", "B"), help="instead of CONFIG: how B differs from A, by task"),),
+        json=True),
+    Command("completion", "print what completes these commands in bash, zsh or fish", _completion, words=("SHELL",),
+        overrides=False),
 )  # fmt: skip
 COMMANDS = {row.name: row for row in _ROWS}

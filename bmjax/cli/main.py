@@ -3,11 +3,13 @@
 import gc
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 from typing import NoReturn
 
 from bmjax.cli.commands import COMMANDS
-from bmjax.cli.parser import make_parser, parse
-from bmjax.errors import DISK_ERRORS, UserError
+from bmjax.cli.parser import Outcome, make_parser, parse
+from bmjax.errors import DISK_ERRORS, UserError, disk_problem, missing_package
+from bmjax.log import quieted
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,18 +25,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command, options = parse(COMMANDS, [*words[1:], "--help"] if words[0] == "help" else words)
         stopped = command.stopped
-        if command.settings is not None:
+        if command.settings is not None and "config" in options:
             options.settings = command.settings_class().read(options.config, options.overrides)
-        command.call(options)
+        as_json = command.json and options.json
+        with quieted() if options.quiet else nullcontext():
+            with redirect_stdout(sys.stderr) if as_json else nullcontext():
+                if command.check is not None and options.check:
+                    lines = [*command.check(options)]
+                    outcome: Outcome | None = Outcome(lines, {"check": lines})
+                else:
+                    outcome = command.call(options)
+            if outcome is not None:
+                outcome.tell(as_json, options.quiet)
     except SystemExit as end:  # argparse has printed a help or the version
         return int(end.code or 0)
     except UserError as error:
         print(f"bmjax: error: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        missing = missing_package(error)
+        if missing is None:
+            raise
+        print(f"bmjax: error: {missing}", file=sys.stderr)
+        return 2
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        line = UserError(f"{error.filename or 'writing'}: {error.strerror}")
+        line = UserError(f"{error.filename or 'writing'}: {disk_problem(error)}")
         print(f"bmjax: error: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -6,8 +6,11 @@ texts are loaded for the one command that needs them.
 
 import argparse
 import importlib
+import json
+import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,8 +30,34 @@ class Option:
 
     @property
     def usage(self) -> str:
-        text = " ".join([self.flags[0], *filter(None, [self.keywords.get("metavar")])])
+        metavar = self.keywords.get("metavar") or ()
+        text = " ".join([self.flags[0], *([metavar] if isinstance(metavar, str) else metavar)])
         return text if self.keywords.get("required") else f"[{text}]"
+
+
+CHECK = Option("--check", action="store_true", help="only say what would be done, and what it takes; write nothing")
+QUIET = Option("--quiet", "-q", action="store_true", help="print nothing but errors")
+JSON = Option("--json", action="store_true", help="print one JSON object; all else goes to standard error")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command has to tell when it is done: lines for a person, or the same as one JSON object for a script."""
+
+    lines: Sequence[str] = ()
+    value: Mapping[str, Any] | None = None
+    problem: str | None = None  # what its user has to mend all the same
+
+    def tell(self, as_json: bool, quiet: bool) -> None:
+        """Print it on standard output. Raises UserError for the problem, after that."""
+        lines = [json.dumps(self.value, default=str)] if as_json else () if quiet else self.lines
+        try:
+            for line in lines:
+                print(line, flush=True)
+        except BrokenPipeError:  # who read them has enough, as `| head` has
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if self.problem is not None:
+            raise UserError(self.problem)
 
 
 @dataclass(frozen=True)
@@ -42,18 +71,27 @@ class Command:
 
     name: str
     summary: str  # its line in the overview
-    call: Callable[[argparse.Namespace], None]
+    call: Callable[[argparse.Namespace], Outcome | None]
     words: tuple[str, ...] = ("CONFIG",)  # those that must be given, in order
-    options: tuple[Option, ...] = ()  # beside --help
+    options: tuple[Option, ...] = ()  # beside --help, --quiet and --json
+    json: bool = False  # whether scripts may want its outcome
     settings: str | None = None  # "module:class" of the settings in CONFIG; None: `call` reads the words itself
     overrides: bool = True  # whether key=value may follow
     details: Callable[[], str] | None = None
+    check: Callable[[argparse.Namespace], Iterable[str]] | None = None  # the lines of --check, where it is an option
+    alone: str | None = None  # the option that stands in place of the words, as --compare does
     stopped: str = "stopped; the same command continues where it was"  # said after an interrupt
+
+    @property
+    def all_options(self) -> tuple[Option, ...]:
+        """The options, --check before the others where there is one, those of all commands behind them."""
+        check = () if self.check is None else (CHECK,)
+        return (*check, *self.options, *((JSON,) if self.json else ()), QUIET)
 
     @property
     def usage(self) -> str:
         ending = ["[key=value ...]"] if self.overrides else []
-        return " ".join(["bmjax", self.name, *self.words, *(option.usage for option in self.options), *ending])
+        return " ".join(["bmjax", self.name, *self.words, *(option.usage for option in self.all_options), *ending])
 
     def settings_class(self) -> Any:
         module, _, name = (self.settings or "").partition(":")
@@ -86,6 +124,8 @@ class _Parser(argparse.ArgumentParser):
         argument, _, problem = message.removeprefix("argument ").partition(": ")
         if problem == "expected one argument":
             raise UserError(f"{argument}: a value must follow")
+        if match := re.fullmatch(r"expected (\d+) arguments", problem):
+            raise UserError(f"{argument}: {match[1]} values must follow")
         if argument == "the following arguments are required":
             raise UserError(f"{self.prog}: {problem} is missing; see {self.prog} --help")
         problem = problem.replace("ignored explicit argument", "takes no value, found")
@@ -100,7 +140,7 @@ def make_parser(commands: Mapping[str, Command], name: str | None = None) -> arg
     if name is not None:
         command = commands[name]
         parser = _Parser(f"bmjax {name}", command.usage, command.help_texts)
-        for row in command.options:
+        for row in command.all_options:
             parser.add_argument(*row.flags, **row.keywords)
         return parser
 
@@ -133,12 +173,17 @@ def parse(commands: Mapping[str, Command], arguments: Sequence[str]) -> tuple[Co
     options, rest = make_parser(commands, name).parse_known_args(words)
     # Everything that is no known option of the command is in `rest`, in order.
     for flag in (word.partition("=")[0] for word in rest if word.startswith("-")):
-        hint = nearest(flag, [spelling for row in command.options for spelling in row.flags])
+        hint = nearest(flag, [spelling for row in command.all_options for spelling in row.flags])
         hint = hint if "did you mean" in hint else ""
         settings = "settings are given as key=value, " if command.overrides else ""
         raise UserError(f"unknown option '{flag}'; {settings}see bmjax {name} --help{hint}")
     overrides = []
-    missing = list(command.words)
+    is_alone = command.alone is not None and getattr(options, command.alone) is not None
+    missing = [] if is_alone else list(command.words)
+    if is_alone and getattr(options, "check", False):
+        raise UserError(f"--check: --{command.alone} writes nothing; leave out one of them")
+    if is_alone and rest:
+        raise UserError(f"'{rest[0]}': --{command.alone} takes no other words; see bmjax {name} --help")
     for word in rest:
         if missing and not (command.overrides and re.match(r"[^/=]*=", word)):
             setattr(options, missing.pop(0).lower(), word)
