@@ -1,10 +1,14 @@
 #!/usr/bin/env python
-"""Branches, merges and the mixture side by side over several seeds: the table of the README.
+"""Branches, merges and the mixture side by side over several seeds: the tables of docs/results.md.
 
     .venv/bin/python scripts/bench_branch_merge.py --seeds 5 [--config CONFIG] [--output runs/bench]
 
-Every seed is a whole `bmjax demo`, or `bmjax run CONFIG`: other problems, initial weights and order of rows. A killed
-bench continues.
+Every seed is a whole `bmjax demo`, or `bmjax run CONFIG`: other problems, initial weights and order of rows. To the
+demo's merges come those of MERGES. The demo's VARIANTS (branches in rounds) are runs of their own from the backbone and
+rows of the seed, with its mixture to compare with (--mixtures: also one trained as they are). A killed bench continues.
+
+For exploring: --loss asks no questions, --only makes some of the merges, --variants some of the variants ("" for none),
+--first begins at another seed, and key=value overrides what `bmjax run` reads.
 """
 
 import argparse
@@ -15,8 +19,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from bmjax.config import UserError
-from bmjax.demo.run import run_demo
+from bmjax.config import UserError, nearest, read_yaml
+from bmjax.demo.run import CONFIG, run_demo
 from bmjax.io.atomic import write_atomic
 from bmjax.parallel.start import use_cpu_cores
 from bmjax.pipeline.phases import run
@@ -25,15 +29,42 @@ from bmjax.pipeline.settings import RunSettings
 # Student's t, 97.5% quantile, by degrees of freedom.
 T975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
-DIGITS = {"accuracy": 3, "loss": 4}
+# How a measure is printed: by what it is multiplied, digits, the unit in a table's head, what the table is called.
+SCALES = {"accuracy": (100, 1, ", %", "Accuracy"), "loss": (1, 4, "", "Held-out loss, nats a token")}
+# What a token costs beside one that is trained on: forward alone is a third of forward and backward.
+FORWARD_ONLY = {"grams": 1 / 3, "held_out": 1 / 3, "distilling_teachers": 1 / 3}
+
+CALIBRATION = {
+    "start": 1.4, "off_diagonal": 1.0, "rows": 16, "batch": 2, "documents": 500, "held_out": 16, "seq_len": 128,
+    "remat": "none",
+}  # fmt: skip
+MODELS = {"base_model": "backbone", "models": ["math", "code", "science"]}
+MERGES = {
+    "distilled": {
+        "merge_method": "regmean",
+        **MODELS,
+        "parameters": CALIBRATION | {"distill": 12, "batch": 5, "distill_rate": 2e-4},
+    },
+}
+SPLITS = ("train", "validation", "test")
+# NAME: keys of `bmjax run` that differ from those of the seed's own run.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "rounds": {
+        "rounds": 5,
+        "round_merge": "task_arithmetic",
+        "merges": {"task_arithmetic": {"merge_method": "task_arithmetic", **MODELS, "parameters": {"weight": 0.7}}},
+    },
+}
+VARIANTS["rounds_faster"] = VARIANTS["rounds"] | {"branch.learning_rate": 1.4e-3}
 
 
-def interval(values: list[float], digits: int) -> str:
-    """Mean and half width of the 95% interval of the mean over seeds."""
-    if len(values) == 1:
-        return f"{values[0]:.{digits}f}"
-    half = T975.get(len(values) - 1, 1.96) * stdev(values) / math.sqrt(len(values))
-    return f"{mean(values):.{digits}f} ± {half:.{digits}f}"
+def interval(values: list[float], digits: int, unit: str = "") -> str:
+    """Mean and half width of the 95% interval of the mean over seeds, as a cell of docs/results.md."""
+    text = f"{mean(values):.{digits}f}"
+    if len(values) > 1:
+        half = T975.get(len(values) - 1, 1.96) * stdev(values) / math.sqrt(len(values))
+        text += f" ±{half:.{digits}f}"
+    return (text + unit).replace("-", "−")
 
 
 def better_everywhere(report: dict[str, Any], model: str, key: str) -> bool:
@@ -45,31 +76,38 @@ def better_everywhere(report: dict[str, Any], model: str, key: str) -> bool:
 
 def measured(reports: list[dict[str, Any]]) -> list[str]:
     """What there is a score of: accuracy only where a domain has questions."""
-    return [name for name in DIGITS if name in next(iter(reports[0]["models"]["backbone"]["scores"].values()))]
+    return [name for name in SCALES if name in next(iter(reports[0]["models"]["backbone"]["scores"].values()))]
 
 
-def table(reports: list[dict[str, Any]]) -> str:
-    """The Markdown table over all seeds."""
+def markdown(rows: list[list[str]]) -> str:
+    """A Markdown table of a head and rows; numbers stand right."""
+    lines = ["| " + " | ".join(cell.replace("_", r"\_") for cell in row) + " |" for row in rows]
+    return "\n".join([lines[0], "| --- |" + " ---: |" * (len(rows[0]) - 1), *lines[1:]])
+
+
+def table(reports: list[dict[str, Any]], key: str) -> str:
+    """The table of one measure over all seeds. The gain is a mean of differences within a seed: seeds differ more."""
+    scale, digits, unit, _ = SCALES[key]
     domains = list(reports[0]["models"]["backbone"]["scores"])
-    names = measured(reports)
-    head = ["model", *(f"{d} {name}" for name in names for d in [*domains, "mean", "mean minus backbone's,"]),
-            "training tokens", f"seeds better everywhere ({', '.join(names)})"]  # fmt: skip
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    head = [f"{name}{unit}" for name in [*domains, "mean"]]
+    rows = [["model", *head, "mean − backbone", "seeds better in every domain"]]
+    if key == "accuracy":
+        rows[0].append("training tokens")
     for model in reports[0]["models"]:
-        cells = [model]
-        for key in names:
-            digits = DIGITS[key]
-            by_domain = [[r["models"][model]["scores"][d][key] for r in reports] for d in domains]
-            cells += [interval(values, digits) for values in by_domain]
-            means = [mean(column) for column in zip(*by_domain, strict=True)]
-            starts = [mean_score(r, "backbone", key) for r in reports]
-            gains = [score - start for score, start in zip(means, starts, strict=True)]  # paired: seeds differ more
-            cells += [interval(means, digits), "-" if model == "backbone" else interval(gains, digits)]
-        cells.append(f"{mean(r['models'][model]['tokens'] for r in reports):,.0f}")
-        wins = [str(sum(better_everywhere(r, model, name) for r in reports)) for name in names]
-        cells.append("-" if model == "backbone" else f"{', '.join(wins)} of {len(reports)}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        scores = [[scale * r["models"][model]["scores"][d][key] for r in reports] for d in domains]
+        means = [scale * mean_score(r, model, key) for r in reports]
+        gains = [score - scale * mean_score(r, "backbone", key) for score, r in zip(means, reports, strict=True)]
+        wins = sum(better_everywhere(r, model, key) for r in reports)
+        cells = [interval(values, digits) for values in (*scores, means, gains)] + [str(wins)]
+        if model == "backbone":
+            cells[-2:] = ["–", "–"]
+        if key == "accuracy":
+            tokens = mean(r["models"][model]["tokens"] for r in reports)
+            cells.append(f"{tokens / 1000:.0f}k" if tokens else "0")
+        if model == "merged":
+            cells = [f"**{cell}**" for cell in cells[: len(domains) + 2]] + cells[len(domains) + 2 :]
+        rows.append([f"**{model}**" if model == "merged" else model, *cells])
+    return markdown(rows)
 
 
 def mean_score(report: dict[str, Any], model: str, key: str) -> float:
@@ -84,59 +122,131 @@ def way(report: dict[str, Any], model: str, key: str) -> float:
     return (mean_score(report, model, key) - start) / (end - start)
 
 
-def beside(models: dict[str, Any], merge: str) -> int:
-    """The tokens that a merge took beside the branches' training."""
-    return models[merge]["tokens"] - sum(
-        model["tokens"] for name, model in models.items() if name.startswith("branch/")
-    )
+def cost(directory: Path, report: dict[str, Any], name: str) -> dict[str, float]:
+    """Tokens that a merge and those between its rounds took beside the branches' training, and what they compute.
+
+    compute: in tokens trained on.
+    """
+    merge_reports = [
+        report["models"][name]["merge_report"],
+        *(r["merge_report"] for r in report.get("rounds", [])[:-1]),
+    ]
+    costs = {"tokens": 0.0, "compute": 0.0}
+    for path in merge_reports:
+        for purpose, tokens in json.loads((directory / path).read_text()).get("tokens", {}).items():
+            costs["tokens"] += tokens
+            costs["compute"] += tokens * FORWARD_ONLY.get(purpose, 1.0)
+    return costs
 
 
-def closed(reports: list[dict[str, Any]]) -> list[str]:
-    """The share of the way to the mixture that each merge closes, with the tokens it took beside the branches'."""
-    names = [model for model in reports[0]["models"] if model.startswith("merge/")]
-    lines = []
-    for model in names:
-        extra = [beside(r["models"], model) / r["models"]["mixture"]["tokens"] for r in reports]
-        shares = "; ".join(f"{key} {interval([way(r, model, key) for r in reports], 3)}" for key in measured(reports))
-        lines.append(f"{model}: {shares}; extra tokens {mean(extra):.1%} of the mixture's")
-    for key in measured(reports):
-        best = max(names, key=lambda model: mean(way(r, model, key) for r in reports))
-        lines.append(f"closest by {key}: {best}, {interval([way(r, best, key) for r in reports], 3)} of the way")
-    return lines
+def way_table(reports: list[dict[str, Any]]) -> str:
+    """The share of the way to the mixture that each merge closes, and what it took beside the branches' training."""
+    keys = measured(reports)[::-1]
+    rows = [["merge", *(f"by {key}" for key in keys), "tokens, of the mixture's", "compute, of the mixture's"]]
+    for model in (name for name in reports[0]["models"] if "merge/" in name):
+        mixture = [r["models"]["mixture"]["tokens"] for r in reports]
+        costs = [
+            mean(r["models"][model]["cost"][kind] / tokens for r, tokens in zip(reports, mixture, strict=True))
+            for kind in ("tokens", "compute")
+        ]
+        shares = [interval([100 * way(r, model, key) for r in reports], 1, " %") for key in keys]
+        rows.append([model.replace("merge/", ""), *shares, *(f"{100 * cost:.1f} %" if cost else "0" for cost in costs)])
+    return markdown(rows)
+
+
+def variant(report: dict[str, Any], base: Path, name: str, mixture: bool) -> dict[str, Any]:
+    """Run a variant from the backbone and rows of a seed's run in `base`; its report, with costs.
+
+    mixture: train one with the variant's keys, too. Else it has one step, for the seed's own is compared with.
+    """
+    config = report["config"]
+    values = {key: config[key] for key in ("seed", "template", "branch", "choose", "evaluate", "run_programs")} | {
+        "student": str((base / report["models"]["backbone"]["hf"]).resolve()),
+        "domains": {
+            domain: {
+                split: {"data": str((base / "data" / domain / f"{split}.jsonl").resolve())} for split in SPLITS
+            } | {key: settings[key] for key in ("judge", "branch")}
+            for domain, settings in config["domains"].items()
+        },
+        "mixture": {} if mixture else {"steps": 1},
+    }  # fmt: skip
+    directory = base.with_name(f"{base.name}-{name}")
+    keys = [f"{key}={json.dumps(value)}" for key, value in VARIANTS[name].items()]
+    return with_costs(directory, run(RunSettings.read(values, keys), directory))
+
+
+def with_costs(directory: Path, report: dict[str, Any]) -> dict[str, Any]:
+    """Add to every merge of a report what it cost beside the branches' training."""
+    for name, model in report["models"].items():
+        if name.startswith("merge/"):
+            model["cost"] = cost(directory, report, name)
+    return report
+
+
+def seed_report(arguments: argparse.Namespace, seed: int, overrides: list[str]) -> dict[str, Any]:
+    """Run a seed and its variants; one report with the models of all."""
+    base = Path(arguments.output) / f"seed{seed}"
+    overrides = [*overrides, f"seed={seed}"]
+    if arguments.config is None:
+        report = run_demo(base, overrides)
+    else:
+        report = run(RunSettings.read(arguments.config, overrides), base)
+    report = with_costs(base, report)
+    report["models"] |= {"merged": report["models"].pop("merged")}
+    for name in arguments.variants:
+        models = variant(report, base, name, arguments.mixtures)["models"]
+        wanted = [key for key in models if key.startswith("merge/") or (key == "mixture" and arguments.mixtures)]
+        report["models"] |= {f"{name}/{key}": models[key] for key in wanted}
+    report["models"] |= {"mixture": report["models"].pop("mixture")}
+    return report
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5, help="how many seeds (0, 1, ...)")
+    parser.add_argument("--seeds", type=int, default=5, help="how many seeds")
+    parser.add_argument("--first", type=int, default=0, help="the first of them")
     parser.add_argument("--config", help="of `bmjax run`; default: the demo")
-    parser.add_argument("--output", default="runs/bench", help="one run directory per seed lies in it")
+    parser.add_argument("--output", default="runs/bench", help="one run directory per seed and variant lies in it")
+    parser.add_argument("--only", help="merges of the config to make, by name, separated by commas; default: all")
+    parser.add_argument("--variants", help="variants to run, by name, separated by commas; default: all")
+    parser.add_argument("--mixtures", action="store_true", help="train a mixture with every variant's keys, too")
+    parser.add_argument("--loss", action="store_true", help="held-out loss alone: nothing is generated")
     parser.add_argument("overrides", nargs="*", help="key=value, as for bmjax run")
     arguments = parser.parse_args()
     if arguments.seeds < 1:
         parser.error("--seeds: at least 1")
+    named = VARIANTS if arguments.variants is None else filter(None, arguments.variants.split(","))
+    arguments.variants = list(named)
+    for name in arguments.variants:
+        if name not in VARIANTS:
+            parser.error(f"--variants: no '{name}'{nearest(name, list(VARIANTS))}")
+    if arguments.config is not None:
+        arguments.variants = []  # they are the demo's
     use_cpu_cores()
+    overrides = [*arguments.overrides, *(["evaluate.accuracy=false"] if arguments.loss else [])]
     reports = []
     try:
-        for seed in range(arguments.seeds):
-            output, overrides = Path(arguments.output) / f"seed{seed}", [*arguments.overrides, f"seed={seed}"]
-            if arguments.config is None:
-                reports.append(run_demo(output, overrides))
-            else:
-                reports.append(run(RunSettings.read(arguments.config, overrides), output))
+        merges = read_yaml(arguments.config or CONFIG)["merges"] | (MERGES if arguments.config is None else {})
+        wanted = arguments.only.split(",") if arguments.only else list(merges)
+        for name in wanted:
+            if name not in merges:
+                parser.error(f"--only: no merge is named '{name}'{nearest(name, list(merges))}")
+        overrides.append(f"merges={json.dumps({name: merges[name] for name in wanted})}")
+        for seed in range(arguments.first, arguments.first + arguments.seeds):
+            reports.append(seed_report(arguments, seed, overrides))
     except UserError as error:
         print(f"bench_branch_merge: error: {error}", file=sys.stderr)
         return 2
-    rows = [s["n"] for r in reports for s in r["models"]["merged"]["scores"].values() if "n" in s]
-    each = f", {min(rows)} test rows a domain" if rows else ""
-    print(f"{len(reports)} seeds{each}; mean over seeds, ± half a 95% interval of that mean\n")
-    print(table(reports))
-    chosen = [r["chosen"]["merge"] for r in reports]
-    print(f"\nmerged (chosen on validation): {', '.join(chosen)}")
-    for name in measured(reports):
-        wins = sum(better_everywhere(r, "merged", name) for r in reports)
-        print(f"merged beats the backbone in every domain by {name} in {wins} of {len(reports)} seeds")
-    print("\nshare of the way from the backbone to the mixture, of the means over domains:")
-    print("\n".join(closed(reports)))
+    counts = [s["n"] for r in reports for s in r["models"]["merged"]["scores"].values() if "n" in s]
+    each = f", {min(counts)} test rows a domain" if counts else ""
+    print(f"{len(reports)} seeds{each}; mean over seeds, ± half a 95% interval of that mean")
+    for key in measured(reports):
+        print(f"\n{SCALES[key][3]}:\n\n{table(reports, key)}")
+    print(f"\nThe share of the way from the backbone to the mixture, means over domains:\n\n{way_table(reports)}\n")
+    print(f"merged (chosen on validation): {', '.join(r['chosen']['merge'] for r in reports)}")
+    for key in measured(reports):
+        wins = sum(better_everywhere(r, "merged", key) for r in reports)
+        print(f"merged beats the backbone in every domain by {key} in {wins} of {len(reports)} seeds")
     write_atomic(Path(arguments.output) / "bench.json", json.dumps(reports))
     return 0
 

@@ -34,6 +34,8 @@ PACKAGES = ("torch==2.13.0", "mergekit==0.1.5")
 BRANCHES = 3
 CHUNK_BYTES = 16 * 2**20
 CHUNK_ELEMENTS = 4 * 2**20
+OUTLIERS = 4  # entries of each tensor that a branch changed much
+LARGEST = 0.3  # change of an entry
 ABSENT = "unknown merge_method"
 
 
@@ -133,11 +135,11 @@ def tensors(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "model.norm.weight", (shape.hidden,)
 
 
-def make_models(folder: Path, shape: Shape) -> None:
+def make_models(folder: Path, shape: Shape, largest: float) -> None:
     """`base` and its branches under `folder`, bf16, each made whole or not at all.
 
-    Weights are normal with rms 0.02, norms near 1; a branch's change of a tensor is normal too, its rms between 2e-4
-    and 8e-4 before rounding, as fine-tuning leaves it.
+    Weights are normal with rms 0.02, norms near 1. A branch's change of a tensor is as fine-tuning leaves it: normal,
+    its rms between 2e-4 and 5e-4 before rounding, but for OUTLIERS entries of a sixth of `largest` to `largest`.
     """
     import ml_dtypes
     import numpy as np
@@ -157,7 +159,9 @@ def make_models(folder: Path, shape: Shape) -> None:
                 for i, (name, dtype, size) in enumerate(plan):
                     random = np.random.Generator(np.random.SFC64([number, i]))
                     tensor = np.empty(size, dtype)
-                    scale = np.float32(math.exp(random.uniform(math.log(2e-4), math.log(8e-4))))
+                    scale = np.float32(math.exp(random.uniform(math.log(2e-4), math.log(5e-4))))
+                    outliers = random.integers(math.prod(size), size=OUTLIERS)
+                    changes = random.choice([-1, 1], OUTLIERS) * random.uniform(largest / 6, largest, OUTLIERS)
                     rows = max(1, CHUNK_ELEMENTS // math.prod(size[1:]))
                     for start in range(0, size[0], rows):
                         part = slice(start, min(start + rows, size[0]))
@@ -166,6 +170,9 @@ def make_models(folder: Path, shape: Shape) -> None:
                             tensor[part] = base.read(name, (part,)).astype(np.float32) + scale * unit
                         else:
                             tensor[part] = 1 + 0.1 * unit if "norm" in name else 0.02 * unit
+                    if base:
+                        flat = tensor.reshape(-1)
+                        flat[outliers] = flat[outliers].astype(np.float32) + changes
                     writer.write(name, 0, tensor)
             write_side_files(whole, shape, "bfloat16")
 
@@ -214,6 +221,7 @@ class Run(NamedTuple):
 def run(command: Sequence[str | Path]) -> Run:
     """Runs a whole process on the CPU, from the repository's root, off the network."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # installed packages have their bytecode
     with tempfile.TemporaryFile() as log:
         began = time.perf_counter()
         child = subprocess.Popen(
@@ -294,14 +302,15 @@ def row(method: str, result: dict[str, Any]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def small(tools: dict[str, list[str | Path]], work: Path, name: str, runs: int) -> Iterator[str]:
+def small(tools: dict[str, list[str | Path]], models: Path, shape: Shape, runs: int) -> Iterator[str]:
     """Lines of what a user waits for before any weights are read, and for a merge of next to no weights."""
-    recipe, out = work / "recipe.yaml", work / "out"
+    recipe, out, tiny = models.parent / "recipe.yaml", models.parent / "out", models.parent / "tiny"
     case = CASES["linear"]
-    for what, models in (("--help", None), ("--check", name), ("a tiny merge", "tiny")):
+    for what, folder in (("--help", None), ("--check", models), ("a tiny merge", tiny)):
         option = [what] if what.startswith("--") else []
-        if models:
-            top = case.recipe(work / models, SHAPES[models].branches, dtype="bfloat16")
+        if folder:
+            branches = (shape if folder == models else SHAPES["tiny"]).branches
+            top = case.recipe(folder, branches, dtype="bfloat16")
             recipe.write_text(yaml.safe_dump(top, sort_keys=False))
         cells = []
         for tool, command in tools.items():
@@ -310,7 +319,7 @@ def small(tools: dict[str, list[str | Path]], work: Path, name: str, runs: int) 
             results = []
             for _ in range(runs):
                 clear(out)
-                results.append(run([*command, *([recipe, out] if models else []), *option]))
+                results.append(run([*command, *([recipe, out] if folder else []), *option]))
             if any(r.code for r in results):
                 unknown = what == "--check" and "unrecognized arguments: --check" in results[0].said
                 cells.append(f"{tool} {'has no --check' if unknown else 'failed: ' + results[0].said}")
@@ -336,6 +345,8 @@ def main() -> int:
     parser.add_argument("--work", type=Path, help="where checkpoints and mergekit are kept (default: nowhere)")
     parser.add_argument("--shape", choices=SHAPES, default="0.5b")
     parser.add_argument("--methods", type=_methods, default=list(CASES), metavar="A,B", help="default: all")
+    parser.add_argument("--largest", type=float, default=LARGEST, metavar="X",
+                        help=f"largest change of an entry, {OUTLIERS} a tensor ({LARGEST}; 0: none)")  # fmt: skip
     parser.add_argument("--runs", type=int, default=1, help="rounds of each method; their median counts")
     parser.add_argument("--mergekit-env", type=Path, metavar="DIR",
                         help="mergekit's environment, made if need be (default: WORK/mergekit)")  # fmt: skip
@@ -344,14 +355,16 @@ def main() -> int:
     parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.make:
-        make_models(arguments.make, SHAPES[arguments.shape])
+        make_models(arguments.make, SHAPES[arguments.shape], arguments.largest)
         return 0
 
     with tempfile.TemporaryDirectory() as temporary:
         work = (arguments.work or Path(temporary)).resolve()
         work.mkdir(parents=True, exist_ok=True)
-        for name in {arguments.shape, "tiny"}:
-            making = [sys.executable, __file__, "--shape", name, "--make", str(work / name)]
+        models = work / (arguments.shape + ("" if arguments.largest == LARGEST else f"-{arguments.largest:g}"))
+        for name, folder in {arguments.shape: models, "tiny": work / "tiny"}.items():
+            making = [sys.executable, __file__, "--shape", name, "--make", str(folder)]
+            making += ["--largest", str(arguments.largest)]
             subprocess.run(making, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
         tools: dict[str, list[str | Path]] = {}
         if not arguments.skip_bmjax:
@@ -359,13 +372,13 @@ def main() -> int:
         if not arguments.skip_mergekit and (arguments.shape != "3b" or arguments.mergekit_env):
             environment = (arguments.mergekit_env or work / "mergekit").resolve()
             tools["mergekit"] = [make_mergekit(environment) / "mergekit-yaml"]
-        failed = bench(tools, work, arguments.shape, arguments.methods, arguments.runs)
+        failed = bench(tools, models, arguments.shape, arguments.methods, arguments.runs)
     return failed
 
 
-def bench(tools: dict[str, list[str | Path]], work: Path, name: str, methods: Sequence[str], runs: int) -> int:
+def bench(tools: dict[str, list[str | Path]], models: Path, name: str, methods: Sequence[str], runs: int) -> int:
     """Prints the table; 1 when a tool failed at a method that it has."""
-    shape, models = SHAPES[name], work / name
+    shape = SHAPES[name]
     weights = sorted(models.glob("*/*.safetensors"))
     total = sum(path.stat().st_size for path in weights)
     for path in weights:
@@ -374,8 +387,8 @@ def bench(tools: dict[str, list[str | Path]], work: Path, name: str, methods: Se
                 pass
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     fits = "" if total < 0.8 * memory else "; the inputs do not fit in it"
-    print(f"{name}: {shape.branches} branches and their base, {total / 1e9:.1f} GB bf16; {os.cpu_count()} cores, "
-          f"{memory / 2**30:.0f} GiB memory{fits}\n")  # fmt: skip
+    print(f"{models.name}: {shape.branches} branches and their base, {total / 1e9:.1f} GB bf16; "
+          f"{os.cpu_count()} cores, {memory / 2**30:.0f} GiB memory{fits}\n")  # fmt: skip
     print("| method | bmjax s | mergekit s | ratio | bmjax MiB | mergekit MiB | copy s | bmjax / copy |")
     print("|---|---|---|---|---|---|---|---|")
     failed = False
@@ -384,7 +397,7 @@ def bench(tools: dict[str, list[str | Path]], work: Path, name: str, methods: Se
         failed |= "failed" in result.values()
         print(row(method, result), flush=True)
     print()
-    for line in small(tools, work, name, runs):
+    for line in small(tools, models, shape, runs):
         print(line, flush=True)
     return int(failed)
 

@@ -75,7 +75,8 @@ def run_bmjax(arguments: argparse.Namespace) -> dict:
     import jax
     import numpy as np
 
-    from bmjax.branch import train as training
+    from bmjax.branch import prepare
+    from bmjax.branch.choose import without_data
     from bmjax.branch.examples import Dataset, Example
     from bmjax.branch.loader import Loader, read_ahead
     from bmjax.branch.settings import TrainSettings
@@ -87,12 +88,13 @@ def run_bmjax(arguments: argparse.Namespace) -> dict:
 
     config = ModelConfig.from_hf(hf_config(arguments))
     on_cpu = jax.default_backend() == "cpu"
-    settings = TrainSettings(
+    given = TrainSettings(
         student="-", data="-", output="-", seq_len=arguments.seq_len, batch=arguments.batch, steps=arguments.steps,
         accumulate=arguments.accumulate, learning_rate=LEARNING_RATE, compute_dtype="float32" if on_cpu else "bfloat16",
         remat=arguments.remat, attention=arguments.attention, moments_dtype=arguments.moments_dtype, shuffle=False,
         track_move=False, mesh={"data": -1},
     )  # fmt: skip
+    settings = without_data(given, "a benchmark")
     mesh = make_mesh(settings.mesh)
     examples, packed = [], []
     rows, lengths = documents(arguments)
@@ -101,10 +103,15 @@ def run_bmjax(arguments: argparse.Namespace) -> dict:
         packed.append(list(range(len(examples), len(examples) + len(pieces))))
         examples += [Example(piece, np.ones(len(piece), np.uint8)) for piece in pieces]
     loader = Loader(
-        Dataset(tuple(examples), 0, 0, ""), arguments.seq_len, arguments.batch, packing=True, shuffle=False, seed=0
+        Dataset(tuple(examples), 0, 0, "", sum(map(len, rows)), 0),
+        arguments.seq_len,
+        arguments.batch,
+        packing=True,
+        shuffle=False,
+        seed=0,
     )
     loader.rows = packed  # the same rows as the other side's
-    plan = training.step_plan(settings, config, mesh, max(map(len, packed)))
+    plan = prepare.step_plan(settings, config, mesh, max(map(len, packed)))
     seconds = []
     with jax.set_mesh(mesh), read_ahead(mesh, loader, 0, arguments.steps) as batches:
         state = init_state(plan, qwen2.init(config, 0, mesh))

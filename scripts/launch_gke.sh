@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Train on a TPU slice of a GKE cluster as a JobSet (one pod a host; GKE tells the pods of each other):
 #
-#   IMAGE=registry/bmjax:1 CLAIM=runs ACCELERATOR=tpu-v5p-slice TOPOLOGY=4x4x4 scripts/launch_gke.sh CONFIG [key=value ...]
+#   IMAGE=registry/bmjax:1 ACCELERATOR=tpu-v5p-slice TOPOLOGY=4x4x4 scripts/launch_gke.sh CONFIG [key=value ...]
 #
-# IMAGE            an image with bmjax[tpu] installed
-# CLAIM            a ReadWriteMany volume claim (Filestore) with the data, for the output: mounted as /mnt/bmjax, where
-#                  relative paths of CONFIG start
+# IMAGE            an image with bmjax[tpu,buckets] installed
+# CLAIM            a ReadWriteMany volume claim (Filestore), mounted as /mnt/bmjax, where relative paths of CONFIG start.
+#                  Without one, student, data and output of CONFIG lie in a bucket (gs://...).
+# ACCOUNT          the Kubernetes service account that may use the bucket (default)
 # ACCELERATOR      tpu-v5p-slice, tpu-v6e-slice, tpu-v5-lite-podslice
 # TOPOLOGY         the slice's shape, 4x4x4 or 16x16
 # CHIPS            of a host (4)
@@ -16,11 +17,27 @@
 set -euo pipefail
 
 if [[ $# -lt 1 || $1 == -* ]]; then sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0"; exit 2; fi
-: "${IMAGE:?}" "${CLAIM:?}" "${ACCELERATOR:?}" "${TOPOLOGY:?}"
+: "${IMAGE:?}" "${ACCELERATOR:?}" "${TOPOLOGY:?}"
 name=${NAME:-bmjax} chips=${CHIPS:-4}
 hosts=$((${TOPOLOGY//x/*} / chips))
 config=$1; shift
-command=$(python3 -c 'import json, sys; print(json.dumps(["python", "-m", "bmjax", "train", "/config/train.yaml", *sys.argv[1:]]))' "$@" stop_code=75)
+# A pod's first process must outlive the training to say what to do; it passes SIGTERM on to it.
+wrapper='trap "kill -TERM \$!" TERM
+"$@" & child=$!
+wait $child; code=$?
+while kill -0 $child 2>/dev/null; do wait $child; code=$?; done
+[ $code = 0 ] || [ $code = 75 ] ||
+  echo "bmjax: a process ended with code $code; it goes on from the newest checkpoint, here or by the same command" >&2
+exit $code'
+command=$(python3 -c 'import json, sys; print(json.dumps(["sh", "-c", *sys.argv[1:]]))' \
+  "$wrapper" bmjax python -m bmjax train /config/train.yaml "$@" stop_code=75)
+
+folder=/tmp mounted= volume=
+if [[ -n ${CLAIM:-} ]]; then
+  folder=/mnt/bmjax
+  mounted="- {name: runs, mountPath: /mnt/bmjax}"
+  volume="- {name: runs, persistentVolumeClaim: {claimName: $CLAIM}}"
+fi
 
 kubectl create configmap "$name-config" --from-file=train.yaml="$config" --dry-run=client -o yaml | kubectl apply -f -
 kubectl apply -f - <<YAML
@@ -44,6 +61,7 @@ spec:
         template:
           spec:
             restartPolicy: Never
+            serviceAccountName: ${ACCOUNT:-default}
             terminationGracePeriodSeconds: 300
             nodeSelector:
               cloud.google.com/gke-tpu-accelerator: $ACCELERATOR
@@ -51,18 +69,17 @@ spec:
             containers:
             - name: train
               image: $IMAGE
-              workingDir: /mnt/bmjax
+              workingDir: $folder
               command: $command
               ports: [{containerPort: 8471}, {containerPort: 8482}]
               resources:
                 limits: {google.com/tpu: $chips}
               volumeMounts:
-              - {name: runs, mountPath: /mnt/bmjax}
               - {name: config, mountPath: /config}
+              $mounted
             volumes:
-            - name: runs
-              persistentVolumeClaim: {claimName: $CLAIM}
             - name: config
               configMap: {name: $name-config}
+            $volume
 YAML
 echo "kubectl logs -f -l jobset.sigs.k8s.io/jobset-name=$name --prefix"

@@ -21,6 +21,6 @@ if [[ $# -lt 1 || $1 == -* ]]; then sed -n '2,/^#SBATCH/{/^#SBATCH/!s/^# \{0,1\}
 code=0
 srun "${PYTHON:-python}" -m bmjax train "$@" stop_code=75 || code=$?
 [[ $code == 75 ]] && exec scontrol requeue "$SLURM_JOB_ID"
-# Where process 0 was killed, the others end with the runtime's own message; this line says what to do.
+# Where a node is gone, nothing on it can say what to do; this line does.
 [[ $code == 0 ]] || echo "bmjax: a process ended with code $code; the same command resumes from the newest checkpoint" >&2
 exit "$code"

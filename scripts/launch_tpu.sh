@@ -2,12 +2,12 @@
 # Train on a Cloud TPU slice: asks for it as a queued resource, installs this checkout on every host, starts the same
 # command on all of them, and goes on after a preemption. The hosts find each other through the slice's metadata.
 #
-#   PROJECT=p ZONE=us-east5-a ACCELERATOR=v5p-128 SHARE=10.0.0.2:/runs scripts/launch_tpu.sh CONFIG [key=value ...]
+#   PROJECT=p ZONE=us-east5-a ACCELERATOR=v5p-128 scripts/launch_tpu.sh CONFIG [key=value ...]
 #
 # PROJECT, ZONE    where the slice is
 # ACCELERATOR      its type: v5p-128 (64 chips), v6e-256, ...
-# SHARE            an NFS export (Filestore) with the data, for the output: mounted on every host as /mnt/bmjax, where
-#                  relative paths of CONFIG start
+# SHARE            an NFS export (Filestore) as 10.0.0.2:/runs, mounted on every host as /mnt/bmjax, where relative paths
+#                  of CONFIG start. Without one, student, data and output of CONFIG lie in a bucket (gs://...).
 # NAME             of the slice (bmjax)
 # RUNTIME          its image (by ACCELERATOR)
 # SPOT             1: a spot slice, asked for again when it is taken away
@@ -16,7 +16,7 @@
 set -euo pipefail
 
 if [[ $# -lt 1 || $1 == -* ]]; then sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0"; exit 2; fi
-: "${PROJECT:?}" "${ZONE:?}" "${ACCELERATOR:?}" "${SHARE:?}"
+: "${PROJECT:?}" "${ZONE:?}" "${ACCELERATOR:?}"
 name=${NAME:-bmjax}
 case $ACCELERATOR in
   v6e-*) image=v2-alpha-tpuv6e ;;
@@ -56,6 +56,13 @@ wait_for_slice() {
 
 on_all() { gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker=all --command "$1"; }
 
+folder=. mount=
+if [[ -n ${SHARE:-} ]]; then
+  folder=/mnt/bmjax
+  mount="sudo mkdir -p /mnt/bmjax
+    mountpoint -q /mnt/bmjax || { sudo apt-get -qq install -y nfs-common; sudo mount $SHARE /mnt/bmjax; }"
+fi
+
 install() {
   local bundle
   bundle=$(mktemp --suffix=.tar.gz)
@@ -64,20 +71,19 @@ install() {
   gcloud compute tpus tpu-vm scp "$config" "$name:bmjax.yaml" "${where[@]}" --worker=all
   rm -f "$bundle"
   on_all "set -e
-    sudo mkdir -p /mnt/bmjax
-    mountpoint -q /mnt/bmjax || { sudo apt-get -qq install -y nfs-common; sudo mount $SHARE /mnt/bmjax; }
+    $mount
     rm -rf bmjax && mkdir bmjax && tar -xzf bmjax.tar.gz -C bmjax
-    python3 -m venv venv && venv/bin/pip install -q './bmjax[tpu]'"
+    python3 -m venv venv && venv/bin/pip install -q './bmjax[tpu,buckets]'"
 }
 
 tries=0
 while true; do
   wait_for_slice
-  if install && on_all "cd /mnt/bmjax && ~/venv/bin/python -m bmjax train ~/bmjax.yaml$arguments stop_code=75"; then break; fi
+  if install && on_all "cd $folder && ~/venv/bin/python -m bmjax train ~/bmjax.yaml$arguments stop_code=75"; then break; fi
   if [[ $(state) == ACTIVE ]]; then
     tries=$((tries + 1))
-    if [[ $tries -gt ${RETRIES:-2} ]]; then echo "the training failed; see above" >&2; exit 1; fi
-    echo "the training stopped; starting it again, which resumes" >&2
+    if [[ $tries -gt ${RETRIES:-2} ]]; then echo "the training failed; see above; the same command resumes from the newest checkpoint" >&2; exit 1; fi
+    echo "a process of the training was killed or failed, see above; starting it again, which resumes" >&2
   else
     echo "the slice was taken away; asking for another one, on which it resumes" >&2
   fi

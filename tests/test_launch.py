@@ -65,6 +65,19 @@ esac""")  # fmt: skip
     assert "[delete]" in calls[-1]
 
 
+def test_tpu_without_a_share_runs_from_a_bucket(cluster):
+    add, log, folder = cluster
+    add("gcloud", 'case "$*" in *" list "*) echo ACTIVE;; esac')
+    done = run(
+        "launch_tpu.sh", folder, str(CONFIG), "output=gs://b/run", PROJECT="p", ZONE="z", ACCELERATOR="v6e-16",
+        POLL="0",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    calls = log.read_text()
+    assert "/mnt/bmjax" not in calls and "mount" not in calls and "[tpu,buckets]" in calls
+    assert "train ~/bmjax.yaml output=gs://b/run stop_code=75" in calls
+
+
 def test_failed_training_on_a_healthy_slice_is_an_error(cluster):
     add, log, folder = cluster
     add("gcloud", 'case "$*" in *" list "*) echo ACTIVE;; *"bmjax train"*) exit 1;; esac')
@@ -73,6 +86,7 @@ def test_failed_training_on_a_healthy_slice_is_an_error(cluster):
         RETRIES="1",
     )  # fmt: skip
     assert done.returncode == 1 and "the training failed" in done.stderr
+    assert "the same command resumes from the newest checkpoint" in done.stderr.splitlines()[-1]
     assert log.read_text().count("bmjax train ~/bmjax.yaml stop_code=75]") == 2
 
 
@@ -105,3 +119,42 @@ def test_gke_writes_a_jobset_of_a_pod_a_host(cluster):
     (container,) = pod["containers"]
     assert container["command"][-3:] == ["/config/train.yaml", 'data=["a", "b"]', "stop_code=75"]
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
+    assert container["workingDir"] == "/mnt/bmjax"
+    assert {"name": "runs", "persistentVolumeClaim": {"claimName": "runs"}} in pod["volumes"]
+    assert {"name": "runs", "mountPath": "/mnt/bmjax"} in container["volumeMounts"]
+
+
+def test_gke_without_a_claim_runs_from_a_bucket(cluster):
+    add, log, folder = cluster
+    add("kubectl", f'[[ "$*" == "apply -f -" ]] && (cat; echo ---) >> {folder}/applied; exit 0')
+    done = run(
+        "launch_gke.sh", folder, str(CONFIG), "output=gs://b/run", IMAGE="i", ACCELERATOR="a", TOPOLOGY="2x2",
+        ACCOUNT="trainer",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (jobset,) = [document for document in yaml.safe_load_all((folder / "applied").read_text()) if document]
+    pod = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert pod["serviceAccountName"] == "trainer" and [volume["name"] for volume in pod["volumes"]] == ["config"]
+    (container,) = pod["containers"]
+    assert [mount["name"] for mount in container["volumeMounts"]] == ["config"]
+    assert container["command"][-2:] == ["output=gs://b/run", "stop_code=75"]
+
+
+@pytest.mark.parametrize("script, code, lines", [
+    ("exit 0", 0, 0), ("exit 75", 75, 0), ("exit 2", 2, 1), ("kill -ABRT $$", 134, 1), ("kill -KILL $$", 137, 1),
+    ("trap 'exit 75' TERM; kill -TERM $PPID; sleep 0.5 & wait; sleep 5", 75, 0),  # the pod is told to go
+])  # fmt: skip
+def test_gke_pod_says_what_to_do_when_its_training_dies(cluster, script, code, lines):
+    add, log, folder = cluster
+    add("kubectl", f'[[ "$*" == "apply -f -" ]] && (cat; echo ---) >> {folder}/applied; exit 0')
+    add("python", script)
+    done = run("launch_gke.sh", folder, str(CONFIG), IMAGE="i", CLAIM="c", ACCELERATOR="a", TOPOLOGY="2x2")
+    assert done.returncode == 0, done.stderr
+    (jobset,) = [document for document in yaml.safe_load_all((folder / "applied").read_text()) if document]
+    pod = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    environment = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"}
+    ended = subprocess.run(
+        pod["containers"][0]["command"], env=environment, capture_output=True, text=True, timeout=30
+    )  # fmt: skip
+    assert ended.returncode == code
+    assert ended.stderr.count("from the newest checkpoint") == lines, ended.stderr
