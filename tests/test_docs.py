@@ -9,9 +9,11 @@ import pytest
 from bmjax.chat.forms import read_conversation
 from bmjax.cli.commands import COMMANDS
 from bmjax.io.model_files import QUANTIZED_TENSORS
+from bmjax.teach.adapters.table import ADAPTERS
+from bmjax.teach.traces import FORMS, read_traces
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def anchors(page: Path) -> set[str]:
@@ -56,9 +58,9 @@ def test_architecture_names_every_folder():
         assert f"`{folder}/`" in text, folder
 
 
-def table_after(marker: str) -> list[list[str]]:
-    """The cells of the table that follows a comment in docs/training.md, without its header."""
-    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8").split(marker, 1)[1]
+def table_after(marker: str, page: str = "training.md") -> list[list[str]]:
+    """The cells of the table that follows a comment in a page, without its header."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8").split(marker, 1)[1]
     lines = text.split("\n\n", 1)[0].strip().splitlines()[1:]
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[2:]]
 
@@ -83,3 +85,34 @@ def test_the_table_of_students_names_every_scheme_that_is_refused():
     assert set(re.findall(r"GPTQ|AWQ|bitsandbytes|FP8", " ".join(QUANTIZED_TENSORS.values()))) <= set(
         re.findall(r"\w+", text)
     )
+
+
+def test_the_table_of_adapters_lists_them_as_they_are():
+    rows = table_after("<!-- adapters:", "data.md")
+    assert [cells[0].strip("`") for cells in rows] == list(ADAPTERS)
+    for (_, data_sets, columns, _), adapter in zip(rows, ADAPTERS.values(), strict=True):
+        assert data_sets == (", ".join(adapter.hub) or "-")
+        assert [re.findall(r"`([^`]+)`", part) for part in columns.split(" or ")] == [*map(list, adapter.columns)]
+
+
+def test_rows_of_the_table_of_traces_are_read_as_they_say(tmp_path):
+    rows = table_after("<!-- forms of traces:", "data.md")
+    assert {cells[0] for cells in rows} == {form.name for form in FORMS}
+    for name, _, row in rows:
+        file, lines = tmp_path / "rows.jsonl", []
+        file.write_text(row.strip("`").replace("\\|", "|") + "\n")
+        (record,) = read_traces([str(file)], domain="sums", log=lines.append)
+        assert (record.prompt, record.reasoning, record.response) == ("2 + 2?", "two and two", "4")
+        assert record.finish_reason == "stop" and any(line.endswith(f"of the form {name}") for line in lines)
+
+
+def test_messages_of_troubleshooting_exist():
+    rows = re.findall(
+        r"^\| (`[^|]+) \|", (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert len(rows) >= 25
+    sources = " ".join(file.read_text(encoding="utf-8") for file in (ROOT / "bmjax").rglob("*.py"))
+    # A message may be written over several lines of the source.
+    joined = re.sub(r'"\s*\n\s*f?"', "", sources)
+    for message in re.findall(r"`([^`]+)`", " ".join(rows)):
+        assert message in joined, message
