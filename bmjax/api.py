@@ -215,7 +215,7 @@ def generate(
         seed: of the sampling. A prompt's tokens depend on the seed and its number only.
         top_p: sample from the least set of tokens that has this probability.
         batch: the most prompts that are computed at once.
-        template: of chats: None for the tokenizer's own, chatml, deepseek-r1, or FILE.jinja.
+        template: of chats: None for the tokenizer's own, a name of bmjax/chat/templates, or FILE.jinja.
         top_k: sample from so many of the likeliest tokens; 0: all.
         min_p: sample from the tokens that have at least this share of the likeliest one's probability.
         repetition_penalty: above 1 makes tokens that are in the prompt or the continuation less likely.
@@ -291,8 +291,8 @@ def collect(settings: Source, *overrides: str) -> dict[str, int]:
         settings: the keys of `bmjax collect`, or the path of a YAML file.
         overrides: `key.sub=value` changes to them.
 
-    Returns: how many traces were wanted, present, collected, failed, right, wrong, unjudged, truncated and refused, and
-    "ended by NAME" for each finish reason of answers that are not whole.
+    Returns: how many traces were wanted, present, collected, failed, right, wrong, unjudged, disputed (a second judge
+    says otherwise), truncated and refused, and "ended by NAME" for each finish reason of answers that are not whole.
     Raises: UserError for bad settings or problems, and an endpoint that cannot be reached or refuses the key.
     KeyboardInterrupt after an interrupt, once the answers in flight are kept; a second one does not wait for them.
     """

@@ -1,10 +1,13 @@
-"""Tells paths of buckets, such as gs://bucket/x, from paths of this machine. Settings and bmjax/io call it."""
+"""Addresses: paths of buckets, such as gs://bucket/x, apart from paths of this machine, and those of endpoints."""
 
 import importlib.util
+import ipaddress
 import re
+from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
 
-from bmjax.errors import install, nearest
+from bmjax.errors import UserError, first_line, install, nearest
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9.-]+):/+(.*)", re.DOTALL)  # pathlib leaves a single slash of two
 _CUT = re.compile(r"(gs|gcs|s3|s3a|abfss?|az|hdfs|https?):(?!/)", re.IGNORECASE)  # no local folder `gs:` is meant
@@ -42,3 +45,46 @@ def url_problem(path: str | Path) -> str | None:
         how = install("buckets") if package in ("gcsfs", "s3fs") else f"pip install {package}"
         return f"{scheme}:// needs the package {package}; {how}"
     return None
+
+
+@dataclass(frozen=True)
+class Address:
+    """An endpoint's address. url: of chat completions. label: what errors show, without passwords and parameters."""
+
+    url: str
+    label: str
+    scheme: str
+    host: str
+
+    @classmethod
+    def parse(cls, base_url: str) -> "Address":
+        """Read `base_url`, which ends before /chat/completions. UserError when it is no http(s) URL."""
+        safe = re.sub(r"//[^/@]*@", "//***@", base_url)
+        try:
+            parts = urlsplit(base_url.strip())
+            host, port = parts.hostname, parts.port
+        except ValueError as error:  # a port that is no number, an IPv6 address without brackets
+            raise UserError(
+                f"base_url: '{safe}' is no address: {first_line(error)}; expected http://HOST:PORT/v1, an IPv6 "
+                "address in brackets: http://[::1]:8000/v1"
+            ) from None
+        if parts.scheme not in ("http", "https") or not host:
+            raise UserError(f"base_url: found '{safe}', expected http://HOST:PORT/v1 or https://HOST/v1")
+        path = parts.path.rstrip("/").removesuffix("/chat/completions")
+        shown = f"[{host}]" if ":" in host else host
+        location = shown if port is None else f"{shown}:{port}"
+        url = urlunsplit(parts._replace(path=f"{path}/chat/completions", fragment=""))
+        return cls(url, f"{parts.scheme}://{location}{path}", parts.scheme, host)
+
+    @property
+    def models_url(self) -> str:
+        """The address that lists the models."""
+        return self.url.replace("/chat/completions", "/models", 1)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is this machine, which no proxy leads to."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost" or self.host.endswith(".localhost")

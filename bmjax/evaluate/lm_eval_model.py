@@ -33,7 +33,7 @@ class BmjaxLM(TemplateLM):
         max_gen_toks: longest answer of tasks that do not say.
         batch_size: rows that are computed at once; results do not depend on it in float32.
         seed: of tasks that sample.
-        template: of chats: None for the tokenizer's own, chatml, deepseek-r1, or FILE.jinja.
+        template: of chats: None for the tokenizer's own, a name of bmjax/chat/templates, or FILE.jinja.
         mesh: devices along data, fsdp, context, tensor: '{"pretrained": DIR, "mesh": {"data": 8}}'.
         max_batch_size, device: lm-eval gives them to every model; they have no effect here.
     """

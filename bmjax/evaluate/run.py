@@ -26,6 +26,7 @@ from bmjax.io.atomic import held, write_atomic
 from bmjax.io.rows import read_rows
 from bmjax.log import Log, progress_bar, silent
 from bmjax.teach.record import ending
+from bmjax.urls import Address, url_of
 
 if TYPE_CHECKING:
     from bmjax.evaluate.local import LocalAnswerer
@@ -63,7 +64,10 @@ def evaluate(settings: EvalSettings, log: Log = silent) -> Scores:
             asked[name] = samples_of(settings, name, questions, answerer.identity, sampling_of(settings, name))
             answerer.check(name, asked[name])
 
-        bucket.mirror(output / SCORES).unlink(missing_ok=True)  # it says nothing of the samples that now change
+        # The scores of before say nothing of the samples that now change.
+        bucket.mirror(output / SCORES).unlink(missing_ok=True)
+        if url := url_of(output):
+            bucket.remove(f"{url}/{SCORES}")
         scores: Scores = {}
         failures: list[str] = []
         for name, task in settings.tasks.items():
@@ -117,7 +121,9 @@ def describe(settings: EvalSettings, log: Log = silent) -> list[str]:
             count = sum(1 for _ in itertools.islice(read_rows(task.traces, "traces"), task.limit))
             lines.append(f"{name}: held-out loss of {count:,} traces")
     if local is None:
-        where = f"{total:,} requests of {settings.model} at {settings.base_url}, {settings.concurrency} at a time"
+        assert settings.base_url is not None  # else the model is in this process
+        place = Address.parse(settings.base_url).label
+        where = f"{total:,} requests of {settings.model} at {place}, {settings.concurrency} at a time"
         return [*lines, f"{where}; nothing was asked or written"]
     return [*lines, f"{local.memory_line()}; nothing was written"]
 

@@ -62,7 +62,7 @@ class EvalSettings(ConnectionSettings, ProgramSettings):
         min_length=1, description="directory for scores.json and samples/TASK.jsonl; a stopped run continues there"
     )
     template: str | None = Field(
-        None, description="chat template: null for the model's own, chatml, deepseek-r1, or FILE.jinja"
+        None, description="chat template: null for the model's own, a name that bmjax train lists, or FILE.jinja"
     )
     system: str | None = Field(None, description="a system turn before every question")
     seq_len: int = Field(4096, ge=2, description="tokens a row when measuring the loss")

@@ -11,7 +11,7 @@ class EngineSettings(Settings):
     """A model that generates, and how it is computed."""
 
     template: str | None = Field(
-        None, description="chat template: null for the model's own, chatml, deepseek-r1, or FILE.jinja"
+        None, description="chat template: null for the model's own, a name that bmjax train lists, or FILE.jinja"
     )
     context: int | None = Field(None, ge=2, description="most tokens of prompt and answer; null: the model's context")
     compute_dtype: Literal["bfloat16", "float32"] = Field("float32", description="of weights and activations")

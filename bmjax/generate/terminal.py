@@ -20,6 +20,7 @@ from bmjax.chat.template import render_prompt
 from bmjax.config import UserError, first_line
 from bmjax.generate.settings import ChatSettings
 from bmjax.log import write_line
+from bmjax.urls import Address
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 HELP = "Ctrl-C stops an answer, Ctrl-D ends; /reset begins a new conversation"
@@ -117,7 +118,9 @@ def _engine(settings: ChatSettings) -> Iterator[Ask]:
     assert settings.model is not None
     student = open_model(settings.model, settings.template)
     if student.template is None:
-        raise UserError(f"{student.directory}: no chat template; set template: chatml, deepseek-r1 or FILE.jinja")
+        raise UserError(
+            f"{student.directory}: no chat template; set template: a name that bmjax train lists, or FILE.jinja"
+        )
     engine = load_engine(student, settings, 1, write_line)
     tokenizer, template, asked = student.tokenizer, student.template, 0
 
@@ -155,11 +158,11 @@ def _endpoint(settings: ChatSettings) -> Iterator[Ask]:
     if settings.api_key_env and not key:
         raise UserError(f"api_key_env: the environment variable {settings.api_key_env} is not set or empty")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    url = str(settings.base_url).rstrip("/")
+    address = Address.parse(str(settings.base_url))
     timeout = httpx.Timeout(600.0, connect=30.0)
     with httpx.Client(headers=headers, timeout=timeout) as client:
-        with _reported(url):
-            model = settings.model or _only_model(client, url)
+        with _reported(address.label):
+            model = settings.model or _only_model(client, address)
         asked = 0
 
         def ask(turns: Turns) -> Pieces:
@@ -170,24 +173,26 @@ def _endpoint(settings: ChatSettings) -> Iterator[Ask]:
             )  # fmt: skip
             asked += 1
             body = request.model_dump(exclude_none=True)
-            with _reported(url), client.stream("POST", f"{url}/chat/completions", json=body) as reply:
+            with _reported(address.label), client.stream("POST", address.url, json=body) as reply:
                 if reply.status_code != 200:
-                    raise UserError(f"{url}: {_refusal(reply)}")
+                    raise UserError(f"{address.label}: {_refusal(reply)}")
                 yield from _deltas(reply)
 
         yield ask
 
 
-def _only_model(client: httpx.Client, url: str) -> str:
-    reply = client.get(f"{url}/models")
+def _only_model(client: httpx.Client, address: Address) -> str:
+    reply = client.get(address.models_url)
     if reply.status_code != 200:
-        raise UserError(f"{url}: {_refusal(reply)}; or name the model: model=NAME")
+        raise UserError(f"{address.label}: {_refusal(reply)}; or name the model: model=NAME")
     try:
         names = [str(entry["id"]) for entry in reply.json()["data"]]
     except (ValueError, KeyError, TypeError):
         names = []
     if len(names) != 1:
-        raise UserError(f"{url}: {len(names)} models are served; name one: model={'|'.join(names[:5]) or 'NAME'}")
+        raise UserError(
+            f"{address.label}: {len(names)} models are served; name one: model={'|'.join(names[:5]) or 'NAME'}"
+        )
     return names[0]
 
 
@@ -217,11 +222,11 @@ def _deltas(reply: httpx.Response) -> Iterator[tuple[str, str]]:
 
 
 @contextlib.contextmanager
-def _reported(url: str) -> Iterator[None]:
+def _reported(label: str) -> Iterator[None]:
     """Turn what an endpoint does wrong into a UserError."""
     try:
         yield
     except httpx.HTTPError as error:
-        raise UserError(f"{url}: {first_line(error)}; is the server running?") from None
+        raise UserError(f"{label}: {first_line(error)}; is the server running?") from None
     except (ReplyError, NoCompletion, AttributeError, LookupError, TypeError) as error:
-        raise UserError(f"{url}: {first_line(error)}") from None
+        raise UserError(f"{label}: {first_line(error)}") from None

@@ -15,6 +15,8 @@ def describe(settings: RunSettings, output: str | Path | None = None) -> list[st
     """
     directory = run_directory(output or settings.output)
     experiment, stages = Experiment(settings, directory, silent), Stages(directory, silent)
+    for rows in experiment.rows.values():
+        rows.check_sources()
     lines, left, all_stages = [], 0, experiment.stages()
     for stage in all_stages:
         state = stages.state(stage)

@@ -18,6 +18,7 @@ from bmjax.merge.engine.files import REPORT
 from bmjax.model import spec
 from bmjax.model.config import ModelConfig
 from bmjax.pipeline.settings import RunSettings
+from bmjax.urls import Address
 from bmjax.version import __version__
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
@@ -148,8 +149,16 @@ def build_report(
         "stages": measured,
         "run": _run_facts(directory, models),
         "versions": {"bmjax": __version__, "python": platform.python_version()} | {p: version(p) for p in PACKAGES},
-        "config": settings.model_dump(mode="json"),
+        "config": _shown(settings),
     }
+
+
+def _shown(settings: RunSettings) -> dict[str, Any]:
+    """Return the settings for a report that is passed on: without passwords in the teacher's address."""
+    config = settings.model_dump(mode="json")
+    if config["teacher"]["base_url"]:
+        config["teacher"]["base_url"] = Address.parse(config["teacher"]["base_url"]).label
+    return config
 
 
 def _run_facts(directory: Path, models: list[Model]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from bmjax.pipeline.settings import DomainSettings, RunSettings, SourceSettings,
 from bmjax.teach.adapters.reading import adapted, lies_in, matching
 from bmjax.teach.decontaminate import digest
 from bmjax.teach.judges.judge import choose
+from bmjax.teach.record import trace_files
 from bmjax.urls import url_of
 
 HELD_OUT = ("test", "validation")  # the order in which shares are taken
@@ -56,6 +57,9 @@ class DomainRows:
             for name in as_list(source.data) if source is not None else ():
                 if not is_dataset_id(name) and url_of(name) is None:
                     next(read_rows(name, f"domains.{self.name}.{key}.data", silent))
+        for name in trace_files(domain.traces) if domain.traces is not None else ():
+            if not is_dataset_id(name) and url_of(name) is None:
+                next(read_rows(name, f"domains.{self.name}.traces", silent), None)
 
     def file(self, split: str) -> Path:
         """Return the file for train, backbone, validation or test; a backbone without its own rows shares train's."""

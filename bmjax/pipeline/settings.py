@@ -157,7 +157,7 @@ class ScoreSettings(Settings):
         "domain has texts",
     )  # fmt: skip
     seq_len: int = Field(512, ge=2, description="tokens a row when measuring the loss")
-    max_new_tokens: int = Field(96, ge=1, description="longest answer, reasoning included")
+    max_new_tokens: int = Field(2048, ge=1, description="longest answer, reasoning included; what is cut off is wrong")
     temperature: float = Field(0.0, ge=0, description="0 is greedy")
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling")
     samples: int = Field(1, ge=1, description="answers a question")
@@ -178,7 +178,7 @@ class RunSettings(ProgramSettings):
     )
     model: ModelSettings | None = Field(None, description="the new backbone's shape")
     template: str | None = Field(
-        None, description="chat template: null for the student's own, chatml, deepseek-r1, or FILE.jinja"
+        None, description="chat template: null for the student's own, a name that bmjax train lists, or FILE.jinja"
     )
     backbone: Training | None = Field(
         None, description="how a new backbone is trained; on every domain's backbone rows"

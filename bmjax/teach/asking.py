@@ -4,8 +4,9 @@ from typing import Any
 
 from bmjax.config import UserError
 from bmjax.teach.client import ChatClient, Limits
-from bmjax.teach.endpoint import Address, api_key
+from bmjax.teach.endpoint import api_key
 from bmjax.teach.settings import ConnectionSettings, EndpointSettings, TeacherSettings
+from bmjax.urls import Address
 
 
 def request_parameters(teacher: TeacherSettings, index: int) -> dict[str, Any]:

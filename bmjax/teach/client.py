@@ -22,10 +22,11 @@ import httpx
 from bmjax.chat.openai import ChatMessage, ChatRequest
 from bmjax.chat.replies import Completion, NoCompletion, ReplyError, ReplyReader, read_error
 from bmjax.config import UserError, first_line
-from bmjax.teach.endpoint import Address, proxy_of, redact, trusted_certificates
+from bmjax.teach.endpoint import proxy_of, redact, trusted_certificates
 from bmjax.teach.health import Health
 from bmjax.teach.limits import Entry, SlidingWindow, Stopped
 from bmjax.teach.waits import backoff, jittered, retry_after
+from bmjax.urls import Address
 
 RETRYABLE = frozenset({408, 409, 425, 429, 498, *range(500, 600)})
 NO_BALANCE = 402

@@ -79,10 +79,7 @@ def collect(settings: CollectSettings, log: Log = silent) -> dict[str, int]:
         KeyboardInterrupt: after an interrupt, once what arrived is on disk.
     """
     domain, folder, output = settings.domain, Path(settings.output), output_folder(settings)
-    for model, key in ((settings.teacher, "teacher"), (settings.judge_model, "judge_model")):
-        if model is not None:
-            endpoint(model, key)
-            api_key(model.api_key_env)
+    check_endpoints(settings)
     with contextlib.ExitStack() as stack:
         if url_of(output):  # files of a bucket are locked on this machine only
             stack.enter_context(held(output / ".lock", "another process collects into it"))
@@ -114,6 +111,14 @@ def collect(settings: CollectSettings, log: Log = silent) -> dict[str, int]:
     if collector.interrupted:
         raise KeyboardInterrupt
     return counts | {f"ended by {name}": count for name, count in progress.finish_reasons.items()}
+
+
+def check_endpoints(settings: CollectSettings) -> None:
+    """Raise UserError for a teacher, or a model that judges, whose address, name or key is missing."""
+    for model, key in ((settings.teacher, "teacher"), (settings.judge_model, "judge_model")):
+        if model is not None:
+            endpoint(model, key)
+            api_key(model.api_key_env)
 
 
 def _is_traces(name: str) -> bool:

@@ -10,12 +10,12 @@ import re
 import ssl
 import unicodedata
 import urllib.request
-from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote, urlsplit
 
-from bmjax.config import UserError, first_line
+from bmjax.config import UserError
 from bmjax.errors import install
+from bmjax.urls import Address
 
 _CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 _PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")
@@ -54,44 +54,6 @@ def redact(text: str, key: str | None) -> str:
     for secret in (key, quote(key, safe="")) if key else ():
         text = text.replace(secret, "***")
     return text
-
-
-@dataclass(frozen=True)
-class Address:
-    """An endpoint's address. url: of chat completions. label: what errors show, without passwords and parameters."""
-
-    url: str
-    label: str
-    scheme: str
-    host: str
-
-    @classmethod
-    def parse(cls, base_url: str) -> "Address":
-        """Read `base_url`, which ends before /chat/completions. UserError when it is no http(s) URL."""
-        safe = re.sub(r"//[^/@]*@", "//***@", base_url)
-        try:
-            parts = urlsplit(base_url.strip())
-            host, port = parts.hostname, parts.port
-        except ValueError as error:  # a port that is no number, an IPv6 address without brackets
-            raise UserError(
-                f"base_url: '{safe}' is no address: {first_line(error)}; expected http://HOST:PORT/v1, an IPv6 "
-                "address in brackets: http://[::1]:8000/v1"
-            ) from None
-        if parts.scheme not in ("http", "https") or not host:
-            raise UserError(f"base_url: found '{safe}', expected http://HOST:PORT/v1 or https://HOST/v1")
-        path = parts.path.rstrip("/").removesuffix("/chat/completions")
-        shown = f"[{host}]" if ":" in host else host
-        location = shown if port is None else f"{shown}:{port}"
-        url = urlunsplit(parts._replace(path=f"{path}/chat/completions", fragment=""))
-        return cls(url, f"{parts.scheme}://{location}{path}", parts.scheme, host)
-
-    @property
-    def is_local(self) -> bool:
-        """Whether it is this machine, which no proxy leads to."""
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return self.host == "localhost" or self.host.endswith(".localhost")
 
 
 def proxy_of(address: Address) -> tuple[str, str] | None:

@@ -7,12 +7,12 @@ from pathlib import Path
 from bmjax.io import bucket
 from bmjax.log import Log, silent
 from bmjax.teach.asking import endpoint
-from bmjax.teach.collect import output_folder, samples_of
-from bmjax.teach.endpoint import api_key
+from bmjax.teach.collect import check_endpoints, output_folder, samples_of
 from bmjax.teach.index import read_ids
 from bmjax.teach.problems import checked
 from bmjax.teach.record import TRACES, Record, read_records, shard_files
 from bmjax.teach.settings import CollectSettings, TeacherSettings
+from bmjax.urls import Address
 
 LOOKED_AT = 1000  # traces from which the mean length of an answer is taken
 CHARACTERS_A_TOKEN = 4  # of English
@@ -24,8 +24,7 @@ def describe(settings: CollectSettings, log: Log = silent) -> list[str]:
     It reads problems and traces, asks and writes nothing. Raises UserError for what `collect` refuses before it asks.
     """
     teacher = settings.teacher
-    endpoint(teacher)
-    api_key(teacher.api_key_env)
+    check_endpoints(settings)
     here = bucket.mirror(Path(settings.output))
     present: set[bytes] = set()
     for path in {here / TRACES, *shard_files(here).values(), bucket.mirror(output_folder(settings)) / TRACES}:
@@ -54,7 +53,7 @@ def requests(teacher: TeacherSettings, count: int, characters: int, used: Sequen
     base_url, model = endpoint(teacher)
     prompts = characters / CHARACTERS_A_TOKEN
     lines = [
-        f"{count:,} requests of {model} at {base_url}, {teacher.concurrency} at a time",
+        f"{count:,} requests of {model} at {Address.parse(base_url).label}, {teacher.concurrency} at a time",
         f"prompts of about {prompts:,.0f} tokens ({CHARACTERS_A_TOKEN} characters each)",
     ]
     answers = []

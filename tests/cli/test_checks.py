@@ -83,3 +83,31 @@ def test_train_tells_steps_and_memory(folder, student, capsys):
     lines = lines_of(capsys, "train", config, "--check")
     assert lines[0].startswith("chosen,") and any(line.startswith("a step takes ") for line in lines)
     assert "5.00 epochs" in lines[-1] and not (folder / "out").exists()
+
+
+def test_a_password_in_an_address_is_not_shown(folder, capsys):
+    secret = "http://me:hunter2@127.0.0.1:9/v1"
+    rows = str(folder / "rows.jsonl")
+    collect = {"problems": rows, "prompt": "{prompt}", "reference": "{reference}", "domain": "sums",
+               "output": str(folder / "out"), "teacher": {"base_url": secret, "model": "m"}}  # fmt: skip
+    task = {"questions": rows, "prompt": "{prompt}", "reference": "{reference}"}
+    evaluation = {"model": "m", "base_url": secret, "output": str(folder / "scores"), "tasks": {"sums": task}}
+    for name, values in (("collect", collect), ("eval", evaluation)):
+        config = folder / f"{name}.yaml"
+        config.write_text(json.dumps(values))
+        lines = lines_of(capsys, name, config, "--check")
+        assert any("http://127.0.0.1:9/v1" in line for line in lines) and "hunter2" not in "".join(lines)
+    assert main(["chat", secret]) == 2
+    error = capsys.readouterr().err
+    assert "http://127.0.0.1:9/v1" in error and "hunter2" not in error
+
+
+def test_ctrl_d_at_a_question_of_init_writes_nothing(folder, capsys, monkeypatch):
+    def end(question: str) -> str:
+        raise EOFError
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", end)
+    assert main(["init", "train"]) == 130
+    assert not (folder / "train.yaml").exists() and "nothing was written" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from bmjax.config import UserError
 from bmjax.pipeline import sizes
 from bmjax.pipeline.check import describe
 from bmjax.pipeline.phases import Experiment
+from bmjax.pipeline.results import _shown
 from bmjax.pipeline.settings import RunSettings
 from bmjax.pipeline.stages import Stages
 from tests.conftest import sums, write_rows
@@ -87,3 +88,21 @@ def test_random_weights_need_a_rate_of_their_own(folder):
             "domains": {"a": domain, "b": domain}, "merges": {"linear": {}}, "branch": {}, "model": {"tokenizer": "t"},
             "backbone": {"steps": 3},
         })  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["traces", "test"])
+def test_a_missing_file_is_told_before_anything_is_asked(folder, student, tmp_path, key):
+    missing = str(folder / "missing.jsonl")
+    domain = {"traces": missing, "test_share": 0.2} if key == "traces" else {
+        "train": {"data": str(folder / "a.jsonl"), "prompt": "{prompt}", "response": "{response}"},
+        "test": {"data": missing, "prompt": "{prompt}", "response": "{response}"},
+    }  # fmt: skip
+    given = settings(folder, student, domains={"b": settings(folder, student).domains["b"].model_dump(), "a": domain})
+    with pytest.raises(UserError, match=r"missing\.jsonl"):
+        describe(given, tmp_path / "run")
+
+
+def test_a_report_shows_no_password_of_the_teacher(folder, student):
+    teacher = {"base_url": "http://me:hunter2@127.0.0.1:9/v1", "model": "m"}
+    shown = _shown(settings(folder, student, teacher=teacher))
+    assert shown["teacher"]["base_url"] == "http://127.0.0.1:9/v1"

@@ -21,9 +21,10 @@ import pytest
 from bmjax.config import UserError
 from bmjax.teach import waits
 from bmjax.teach.client import ChatClient, Reply, RequestFailed, run_async
-from bmjax.teach.endpoint import Address, api_key, proxy_of
+from bmjax.teach.endpoint import api_key, proxy_of
 from bmjax.teach.limits import Stopped
 from bmjax.teach.waits import backoff
+from bmjax.urls import Address
 from tests.teach import faulty
 
 Answer = tuple[int, dict[str, str], bytes]

@@ -198,12 +198,6 @@ def stated_letters(answer: Answer, key: Key) -> frozenset[str] | None:
     return _bare_letters(tail, key) or _judged_letters(tail, key)
 
 
-def choice_letter(text: str) -> str | None:
-    """Return the one letter that a text states, None where there is none or several."""
-    letters = stated_letters(Answer(text), Key(frozenset("J"), last="J"))
-    return next(iter(letters)) if letters and len(letters) == 1 else None
-
-
 def _as_statement(match: re.Match[str], text: str) -> Statement:
     letters = next(group for group in match.groups() if group)
     line = text[match.start() :].partition("\n")[0]

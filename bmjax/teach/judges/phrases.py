@@ -36,7 +36,6 @@ _LABEL = re.compile(
     r"|methods?|theorem|example|options?|items?)\.?|[第#])\s*\(?$",
     re.I,
 )
-_ORDINAL = re.compile(r"(?:st|nd|rd|th)\b|[.)]\s+\*{0,2}[A-Z]")
 _COMMENT = re.compile(
     r"\s*[(（\[](?!\s*[-−]?[\d\\$∞]).*[)）\]]\s*$"
     r"|\s+(?:because|since|as|when|where|which|if|for|per|in total|altogether|each)\b.*$",

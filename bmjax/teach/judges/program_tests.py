@@ -49,7 +49,6 @@ _ROLES = {
     "correct_output.txt": ("expected", "correct", "reference", "answer", "expected_output", "correct_output", "gold"),
     "solution_output.txt": ("output", "actual", "printed", "stdout", "solution_output", "got", "participant_output"),
 }
-_AMOUNT = re.compile(r"(\d+(?:\.\d+)?(?:[eE]-?\d+)?)\s*([A-Za-z]*)")
 _EXPECTED = "expected asserts, {input, output}, {inputs: [...], outputs: [...]} or a list of these"
 
 

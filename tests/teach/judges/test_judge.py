@@ -8,7 +8,6 @@ import pytest
 from bmjax.config import UserError
 from bmjax.teach.judges import symbolic
 from bmjax.teach.judges.answer import last_boxed
-from bmjax.teach.judges.choice import choice_letter
 from bmjax.teach.judges.judge import JUDGES, choose, judge
 from bmjax.teach.judges.verdict import JudgeError, Verdict
 from bmjax.teach.settings import ProblemSettings
@@ -226,7 +225,6 @@ def test_mathematics_is_judged_off_the_main_thread() -> None:
 def test_boxes_and_letters() -> None:
     assert last_boxed(r"\boxed{a{b}c} {x} \boxed{unclosed") == "a{b}c"
     assert last_boxed("none } {") is None
-    assert choice_letter("I") == "I"
     with pytest.raises(UserError, match="test: found int"):
         choose({"test": 1})
 
