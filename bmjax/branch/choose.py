@@ -26,6 +26,7 @@ from bmjax.io import bucket
 from bmjax.log import Log, silent
 from bmjax.model import spec
 from bmjax.parallel import processes
+from bmjax.parallel.chips import gpu_capability
 from bmjax.parallel.memory import usable_memory
 from bmjax.weights.checkpoint import meta_of
 from bmjax.weights.student import Student
@@ -113,10 +114,10 @@ def _stored(settings: TrainSettings, earlier: Predecessor | None) -> list[tuple[
 
 def compute_dtype(device: Any) -> Choice:
     """Choose the type of activations and products by the device."""
-    capability = float(getattr(device, "compute_capability", None) or 0)
+    capability = gpu_capability(device)
     if device.platform == "cpu":
         return Choice("compute_dtype", "float32", "a CPU computes it faster than bfloat16")
-    if device.platform == "gpu" and 0 < capability < 8:
+    if device.platform == "gpu" and capability is not None and capability < (8, 0):
         return Choice("compute_dtype", "float32", f"{device.device_kind} has no fast bfloat16")
     return Choice("compute_dtype", "bfloat16", f"{device.device_kind} computes it fastest; weights stay float32")
 
@@ -189,7 +190,7 @@ def choose_sizes(
         fit = Fit.of(training, trainings[number].accumulate is None, student, mesh, loaders[number])
         if fit.fits or fit.state > fit.limit:
             break
-        shorter = max(SHORTEST, length // 2 // multiple * multiple)
+        shorter = max(-(-SHORTEST // multiple) * multiple, length // 2 // multiple * multiple)
         reason = f"the longest document has {longest} tokens; a step of {length} does not fit: {fit.text}"
         choices["seq_len"] = Choice("seq_len", shorter, reason)
         datasets = [d if t.seq_len else load_dataset(t, its, shorter, log)

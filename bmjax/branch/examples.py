@@ -173,7 +173,7 @@ def tokenize(
     Arguments:
         source: the student, a directory or a hub id.
         rows: rows in a form that `data` of `bmjax train` takes; or the name, or names, of files or hub data sets.
-        template: chat template: None for the student's own, chatml, deepseek-r1, or FILE.jinja.
+        template: chat template: None for the student's own, a name of bmjax/chat/templates, or FILE.jinja.
         seq_len: the most tokens of a document; longer ones are cut, as by default in training.
 
     Returns:

@@ -166,7 +166,7 @@ def tracking(settings: TrainSettings, begin: int, log: Log) -> Iterator[Callable
     begin: optimizer steps done before; a resumed training goes on with the runs that trackers.json names.
     """
     output, trackers = Path(settings.output), list[Tracker]()
-    runs = _read(output / RUNS)
+    runs = _read(output / RUNS) if begin else {}
 
     def keep(name: str, identity: str) -> None:
         runs[name] = identity

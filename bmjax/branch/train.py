@@ -31,12 +31,13 @@ from bmjax.model import spec
 from bmjax.parallel import processes
 from bmjax.urls import url_of
 from bmjax.weights import hf
-from bmjax.weights.checkpoint import open_checkpoints
+from bmjax.weights.checkpoint import meta_of, open_checkpoints
 from bmjax.weights.checkpoint_base import Checkpoints
 from bmjax.weights.student import Student
 
 # What a training leaves in its output.
 OWN_FILES = {"checkpoints", "metrics.jsonl", "result.json", "hf", "exports", "importances", "profile"}
+OWN_FILES |= {"tensorboard", "trackers.json"}
 BESIDE = {".log", ".out", ".err", ".txt", ".yaml", ".yml"}  # what a scheduler, or a user, may have put there
 
 
@@ -95,7 +96,17 @@ def _prepare(settings: TrainSettings, log: Log) -> _Prepared:
     expected = fingerprint(settings, student.directory, chosen.loader.dataset.digest, steps, identity)
     if earlier:
         check_follows(earlier, expected, settings, stop)
+    if (checkpoint := checkpoint_of(settings.output)) is not None:
+        _check_resumes(checkpoint, expected, settings, stop)
     return _Prepared(student, mesh, chosen, steps, stop, earlier, expected)
+
+
+def _check_resumes(checkpoint: str | Path, expected: dict[str, str], settings: ChosenTraining, stop: int) -> None:
+    """Raise UserError where the newest checkpoint is of another training, or behind the step that this one ends at."""
+    folder, _, step = str(checkpoint).rpartition("/")
+    check_same(meta_of(checkpoint)["fingerprint"], expected, settings, Path(folder))
+    if int(step) > stop:
+        raise UserError(f"until: {stop} steps, but {folder} holds step {step}; raise it")
 
 
 def _check_output(output: Path) -> None:
@@ -212,9 +223,6 @@ def _resume(run: Run, state: State, checkpoints: Checkpoints) -> tuple[State, in
         return state | {"moments": moments}, run.earlier.step, run.earlier.meta["tokens"]
     if latest is None:
         return state, 0, 0
-    check_same(checkpoints.meta()["fingerprint"], run.fingerprint, run.settings, checkpoints.directory)
-    if latest > run.stop:
-        raise UserError(f"until: {run.stop} steps, but {checkpoints.directory} holds step {latest}; raise it")
     restored, meta = checkpoints.restore(abstract_of(saved(state)))
     run.log(f"resuming at step {latest}")
     return state | restored, latest, meta["tokens"]

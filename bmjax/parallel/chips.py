@@ -27,9 +27,13 @@ def peak_flops(device_kind: str) -> float | None:
     return PEAK_FLOPS.get(next(kinds, ""))
 
 
-def gpu_capability() -> tuple[int, int] | None:
-    """Return (major, minor) of the first device's CUDA compute capability; None where it is no NVIDIA GPU."""
-    match = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(jax.devices()[0], "compute_capability", "")))
+def gpu_capability(device: Any = None) -> tuple[int, int] | None:
+    """Return (major, minor) of a device's CUDA compute capability; None where it is no NVIDIA GPU.
+
+    device: None for the first one.
+    """
+    device = device or jax.devices()[0]
+    match = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
     return None if match is None else (int(match[1]), int(match[2]))
 
 

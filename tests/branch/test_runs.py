@@ -12,7 +12,7 @@ import pytest
 
 import bmjax
 from bmjax.branch.settings import TrainSettings
-from bmjax.branch.train import train
+from bmjax.branch.train import describe, train
 from bmjax.config import UserError
 from bmjax.io.safetensors import open_checkpoint
 
@@ -144,3 +144,11 @@ def test_a_refused_run_leaves_no_directory(student, tmp_path):
     with pytest.raises(UserError, match="row 1: expected messages"):
         run(settings(student, tmp_path / "rows.jsonl", tmp_path / "new/run"))
     assert not (tmp_path / "new").exists()
+
+
+def test_check_refuses_what_training_would(student, train_file, tmp_path):
+    run(settings(student, train_file, tmp_path / "run", steps=2))
+    with pytest.raises(UserError, match=r"learning_rate: it had 0\.001, now 0\.01"):
+        describe(settings(student, train_file, tmp_path / "run", steps=2, learning_rate=1e-2))
+    with pytest.raises(UserError, match=r"until: 1 steps, but .* holds step 2"):
+        describe(settings(student, train_file, tmp_path / "run", steps=2, until=1))
