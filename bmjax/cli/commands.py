@@ -9,7 +9,6 @@ import time
 import warnings
 from argparse import Namespace
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from bmjax.cli.methods_help import methods_text
@@ -149,13 +148,15 @@ def _eval(options: Namespace) -> Outcome:
         comparison = compare(*options.compare)
         return Outcome([*lines(comparison)], comparison)
     from bmjax.evaluate.run import evaluate, summary
+    from bmjax.io import bucket
 
     if options.settings.base_url is None:
         _use_machine()
     scores = evaluate(options.settings, write_line)
     texts = [f"{task}: {summary(score)}" for task, score in scores.items()]
     if options.settings.table is not None:
-        texts.append((Path(options.settings.output) / "table.md").read_text(encoding="utf-8").rstrip("\n"))
+        table = bucket.local(bucket.join(options.settings.output, "table.md"))
+        texts.append(table.read_text(encoding="utf-8").rstrip("\n"))
     return Outcome(texts, scores)
 
 
@@ -358,7 +359,8 @@ _ROWS = (
             Option("--to", metavar="hf|orbax", required=True, choices=("hf", "orbax"), help="what DST is to be"),),
         json=True),
     Command("push", "put a model or a data set on the Hugging Face Hub, in one commit", _push,
-        words=("DIR", "REPOSITORY"), overrides=False, check=_check_push, stopped="stopped; the hub has what it had",
+        words=("DIR", "REPOSITORY"), overrides=False, check=_check_push,
+        stopped="stopped; no file on the hub has changed",
         options=(
             Option("--private", action="store_true", default=None, help="make a new repository private"),
             Option("--revision", metavar="BRANCH", help="the branch to commit to, made where it is missing (main)")),

@@ -23,6 +23,8 @@ def write_config(options: Namespace, settings_of: Mapping[str, Callable[[], Any]
     file = Path(options.output or ("recipe.yaml" if name == "merge" else f"{name}.yaml"))
     if name not in STARTERS and name != "merge":
         raise UserError(f"bmjax init: '{name}' takes no config{nearest(name, [*STARTERS, 'merge'])}")
+    if file.exists() and not options.schema:
+        raise UserError(f"{file}: exists; give another file by --output")
     if name == "merge":
         if options.overrides or options.schema:
             raise UserError("bmjax init merge: takes no keys and has no schema; edit the file that it writes")
@@ -35,13 +37,18 @@ def write_config(options: Namespace, settings_of: Mapping[str, Callable[[], Any]
         given = {override.partition("=")[0] for override in options.overrides}
         for question in starter.questions:
             if sys.stdin.isatty() and question.key not in given:
-                answers[question.key] = input(f"{question.text} [{question.default}]: ").strip()
+                answers[question.key] = _ask(f"{question.text} [{question.default}]: ")
         values = with_overrides(settings, with_answers(starter, answers), options.overrides)
         settings.read(values)  # a wrong key or value is told now
         then = starter.next
         head = f"# bmjax {name} {file}\n# Keys behind a `#` have the value shown; take the `# ` away to change one."
         text = "\n".join([head, *commented(settings, values), ""])
-    if file.exists():
-        raise UserError(f"{file}: exists; give another file by --output")
     write_atomic(file, text)
     return Outcome([f"{file}: written. Look it through, then: {then.replace('FILE', str(file))}"])
+
+
+def _ask(question: str) -> str:
+    try:
+        return input(question).strip()
+    except EOFError:  # Ctrl-D
+        raise KeyboardInterrupt from None

@@ -18,7 +18,7 @@ from bmjax.log import Log, silent
 # What a directory may hold that no reader of a hub wants, as patterns of huggingface_hub.
 LEFT_OUT = (
     ".*", "**/.*", "*.started", "stages/**", "checkpoints/**", "exports/**", "tensorboard/**", "profile/**", "wandb/**",
-    "parts/**", "*.lock", "*.tmp",
+    "parts/**", "*.lock", "*.tmp", "failures.jsonl",
 )  # fmt: skip
 _REPOSITORY = r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}"
 
@@ -170,6 +170,8 @@ def _reason(error: Exception) -> str:
         return "the hub has no such repository for you; look at the owner's name, and at `hf auth whoami`"
     # huggingface_hub's HTTP library has changed more than once: requests, httpx, httpx2.
     names = {base.__name__ for base in type(error).__mro__}
+    if isinstance(error, OSError) and error.filename:
+        return first_line(error)  # a file here, not the hub
     if status is None and names & {"OSError", "RequestException", "TransportError"}:
         return f"the hub cannot be reached ({_without_secrets(first_line(error))}); the same command tries again"
     return _without_secrets(first_line(error))

@@ -4,6 +4,7 @@ Trainings, conversions and merges write a card into every directory that they ex
 text is templates/*.md.jinja. No JAX is imported here, and no transformers.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -30,7 +31,7 @@ from bmjax.io.card import (
 )
 from bmjax.model.config import ModelConfig
 from bmjax.version import __version__
-from bmjax.weights.tokenizer import read_json, stored_template, write_json
+from bmjax.weights.tokenizer import read_json, stored_template
 
 TEMPLATES = Path(__file__).parent / "templates"
 QUESTION = "What is 2 + 3?"
@@ -159,8 +160,7 @@ def store_sampling(folder: Path, temperature: float, top_p: float = 1.0) -> None
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
     if (new := kept | sampling) != stored:
         new.pop("transformers_version", None)  # another program wrote this
-        path.unlink(missing_ok=True)
-        write_json(path, new)
+        write_atomic(path, json.dumps(new, indent=2) + "\n")
 
 
 _SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "num_beams")

@@ -59,7 +59,7 @@ class CalibrationSettings(Settings):
     )
     seq_len: int = Field(1024, ge=2, description="tokens a packed row")
     template: str | None = Field(
-        None, description="chat template: null for the base's own, chatml, deepseek-r1, or FILE.jinja"
+        None, description="chat template: null for the base's own, a name that bmjax train lists, or FILE.jinja"
     )
     compute_dtype: Literal["bfloat16", "float32"] = Field("float32", description="of activations and products")
     remat: Literal["full", "none"] = Field(
