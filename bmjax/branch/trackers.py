@@ -92,7 +92,8 @@ class TensorBoard:
         from tensorboardX import SummaryWriter
 
         folder.mkdir(parents=True, exist_ok=True)
-        self._writer = SummaryWriter(str(folder), purge_step=begin + 1, flush_secs=10)
+        # A file is named by the second: a training that goes on within it must not write over what there is.
+        self._writer = SummaryWriter(str(folder), purge_step=begin + 1, flush_secs=10, filename_suffix=f".{begin}")
 
     def write(self, step: int, numbers: Numbers) -> None:
         for key, value in numbers.items():
