@@ -23,8 +23,6 @@ def write_config(options: Namespace, settings_of: Mapping[str, Callable[[], Any]
     file = Path(options.output or ("recipe.yaml" if name == "merge" else f"{name}.yaml"))
     if name not in STARTERS and name != "merge":
         raise UserError(f"bmjax init: '{name}' takes no config{nearest(name, [*STARTERS, 'merge'])}")
-    if file.exists() and not options.schema:
-        raise UserError(f"{file}: exists; give another file by --output")
     if name == "merge":
         if options.overrides or options.schema:
             raise UserError("bmjax init merge: takes no keys and has no schema; edit the file that it writes")
@@ -33,18 +31,24 @@ def write_config(options: Namespace, settings_of: Mapping[str, Callable[[], Any]
         settings, starter = settings_of[name](), STARTERS[name]
         if options.schema:
             return Outcome([schema(settings, name)])
-        answers = {}
         given = {override.partition("=")[0] for override in options.overrides}
-        for question in starter.questions:
-            if sys.stdin.isatty() and question.key not in given:
-                answers[question.key] = _ask(f"{question.text} [{question.default}]: ")
+        open_questions = [q for q in starter.questions if q.key not in given] if sys.stdin.isatty() else []
+        if open_questions:
+            _check_new(file)  # before anybody answers
+        answers = {q.key: _ask(f"{q.text} [{q.default}]: ") for q in open_questions}
         values = with_overrides(settings, with_answers(starter, answers), options.overrides)
         settings.read(values)  # a wrong key or value is told now
         then = starter.next
         head = f"# bmjax {name} {file}\n# Keys behind a `#` have the value shown; take the `# ` away to change one."
         text = "\n".join([head, *commented(settings, values), ""])
+    _check_new(file)
     write_atomic(file, text)
     return Outcome([f"{file}: written. Look it through, then: {then.replace('FILE', str(file))}"])
+
+
+def _check_new(file: Path) -> None:
+    if file.exists():
+        raise UserError(f"{file}: exists; give another file by --output")
 
 
 def _ask(question: str) -> str:

@@ -131,7 +131,7 @@ def test_a_stop_string_ends_the_answer_and_frees_the_slot(client, serving, stop,
     else:
         text, reason = reply.choices[0].message.content, reply.choices[0].finish_reason
     assert (text, reason) == (expected, "stop")
-    wait_until(lambda: serving.worker.active == 0, 1)
+    wait_until(lambda: serving.worker.active == 0, 10)
 
 
 def test_logprobs_of_a_chat(client):

@@ -101,4 +101,4 @@ def test_a_path_that_is_not_there(http, path, method, status):
 def test_there_are_50_kinds_and_the_server_lives(client, serving):
     assert len(BODIES) + len(WRONG) >= 50
     assert ask(client, "still here").choices[0].message.content == "still here"
-    wait_until(lambda: serving.worker.active == 0, 1)
+    wait_until(lambda: serving.worker.active == 0, 10)

@@ -77,7 +77,7 @@ def test_ctrl_c_stops_an_answer_and_frees_its_slot(typed, capsys):
         target = Interrupted()
         terminal.chat(settings(serving), Terminal(), target)
         assert target.getvalue() == "on\n\n" and "(stopped)" in capsys.readouterr().err
-        wait_until(lambda: serving.worker.active == 0, 1)
+        wait_until(lambda: serving.worker.active == 0, 10)
 
 
 def test_an_error_is_said_and_the_conversation_goes_on(serving, typed, capsys):
