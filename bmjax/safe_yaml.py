@@ -1,9 +1,10 @@
-"""Reads text files and YAML of any origin safely: size limits, no Python tags, no duplicate keys, no alias bombs.
+"""Reads text, YAML and JSON objects of any origin safely: size limits, no Python tags, no double keys, no alias bombs.
 
 Settings and recipes are read through this module. It knows nothing of their keys.
 """
 
 import difflib
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -163,3 +164,14 @@ def read_yaml(path: str | Path) -> Any:
     if len(documents) > 1:
         raise UserError(f"{path}: {len(documents)} YAML documents, expected one")
     return documents[0] if documents and documents[0] is not None else {}
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file. Raises UserError where it holds none."""
+    try:
+        value = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not JSON: {first_line(error)}; expected a JSON object") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return value

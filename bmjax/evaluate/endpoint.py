@@ -13,7 +13,7 @@ from bmjax.evaluate.settings import EvalSettings
 from bmjax.log import Log
 from bmjax.teach.asking import endpoint, make_client
 from bmjax.teach.client import NO_BALANCE, ChatClient, Reply, RequestFailed, run_async
-from bmjax.teach.collect import REFUSALS, SAME_FAILURES_THAT_END, interrupts
+from bmjax.teach.collect import REFUSALS, REFUSALS_THAT_END, SAME_FAILURES_THAT_END, interrupts
 from bmjax.teach.endpoint import api_key
 from bmjax.teach.limits import Stopped
 
@@ -139,7 +139,7 @@ class _Asking:
             self._end(client, UserError(f"{label}: {error}; no balance is left: top it up, the same command continues"))
         elif error.status in REFUSALS and not self.answered:
             self._refused.append(error)
-            if len(self._refused) >= 3:  # a single one may be that prompt's
+            if len(self._refused) >= REFUSALS_THAT_END:
                 self._end(client, self._refusal(client, error))
         elif self._same_failures >= SAME_FAILURES_THAT_END[bool(self.answered)]:
             self._end(client, UserError(f"{label}: {self._same_failures} requests in a row failed: {error}"))

@@ -147,3 +147,8 @@ def fenced(text: str, language: str = "yaml") -> str:
 
 def _longest_run(text: str) -> int:
     return max((len(run) for run in re.findall("`+", text)), default=0)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Join names as in a sentence: "a", "a and b", "a, b and c"."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

@@ -3,17 +3,16 @@
 `bmjax push` calls it. Who may write is huggingface_hub's affair: its login or HF_TOKEN, which nothing here reads.
 """
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from bmjax.config import UserError, first_line, parse_yaml_documents, read_text
 from bmjax.io.card import NAME as CARD
 from bmjax.io.hub import is_data_file
 from bmjax.io.safetensors import INDEX, open_checkpoint
 from bmjax.log import Log, silent
+from bmjax.safe_yaml import read_object
 
 # What a directory may hold that no reader of a hub wants, as patterns of huggingface_hub.
 LEFT_OUT = (
@@ -108,17 +107,6 @@ def _check_card(path: Path, kind: str) -> None:
         (ModelCard if kind == "model" else DatasetCard)(text)
     except Exception as error:  # whatever its parser raises is the card's mistake
         raise UserError(f"{path}: huggingface_hub cannot read its head: {first_line(error)}") from None
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; UserError where it holds none."""
-    try:
-        value = json.loads(read_text(path))
-    except ValueError as error:
-        raise UserError(f"{path}: is not JSON: {first_line(error)}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return value
 
 
 def _names_directories(path: Path) -> bool:

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bmjax.io.card import NAME, code, dataset_ids, public_name
+from bmjax.io.card import NAME, code, dataset_ids, listed, public_name
 from bmjax.pipeline.results import Model
 from bmjax.pipeline.settings import RunSettings, SourceSettings, as_list
-from bmjax.weights.card import add_results, listed, store_sampling, write_copy_card
+from bmjax.weights.card import add_results, store_sampling, write_copy_card
 
 
 def write_results(models: Sequence[Model], winner: Model, settings: RunSettings, directory: Path) -> None:

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bmjax.report.render import EMPTY, count, latex, listed, number, one_line, render
+from bmjax.io.card import listed
+from bmjax.report.render import EMPTY, count, latex, number, one_line, render
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,13 @@ HTML templates escape every value. A name that a template lacks is an error.
 
 import math
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup, escape
+
+from bmjax.io.card import listed
 
 EMPTY = "–"
 
@@ -68,11 +69,6 @@ def latex(text: str) -> str:
     """Escape what LaTeX would obey."""
     special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
     return re.sub(r"[\\~^±&%$#_{}]", lambda match: special.get(match[0], "\\" + match[0]), one_line(text))
-
-
-def listed(parts: Sequence[str]) -> str:
-    """Join parts as in a sentence: "a", "a and b", "a, b and c"."""
-    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
 def markdown(text: str) -> str:

@@ -58,7 +58,7 @@ REFUSALS = {
     404: "check teacher.base_url and teacher.model",
     405: "check teacher.base_url",
 }
-_REFUSALS_THAT_END = 3  # a single one may be that prompt's
+REFUSALS_THAT_END = 3  # a single one may be that prompt's
 SAME_FAILURES_THAT_END = (20, 100)  # in a row, in the same words: before the first answer, and after it
 
 Sample = tuple[bytes, Problem, int]  # the 32 bytes of the record's id, the problem and which of its samples
@@ -379,7 +379,7 @@ class _Collector:
             )
         if error.status in REFUSALS and not collected:
             self._refused.append((sample, error))
-            if len(self._refused) >= _REFUSALS_THAT_END and not self.progress.counts["present"]:
+            if len(self._refused) >= REFUSALS_THAT_END and not self.progress.counts["present"]:
                 self._end(UserError(f"teacher {label}: {error}; {REFUSALS[error.status]}"))
         else:
             self._list_failure(sample, error)

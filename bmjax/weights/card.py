@@ -6,7 +6,7 @@ text is templates/*.md.jinja. No JAX is imported here, and no transformers.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -220,8 +220,3 @@ def _render(template: str, folder: Path) -> str:
     return environment.from_string(plain).render(
         messages=turns, add_generation_prompt=True, tools=None, documents=None, **{"bos_token": "", **tokens}
     )
-
-
-def listed(names: Sequence[str]) -> str:
-    """Join names as in a sentence: "a", "a and b", "a, b and c"."""
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

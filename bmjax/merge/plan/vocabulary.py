@@ -17,7 +17,8 @@ import numpy as np
 from bmjax.config import UserError, first_line
 from bmjax.merge.plan.layout import Layout
 from bmjax.merge.plan.side_files import tokenizer_files
-from bmjax.merge.recipe.tokenizer import TokenizerSettings, read_object
+from bmjax.merge.recipe.tokenizer import TokenizerSettings
+from bmjax.safe_yaml import read_object
 from bmjax.weights.tokenizer import load_tokenizer
 
 MAX_ROWS = 2**24  # of tokens; an array as long is made for every model

@@ -1,6 +1,5 @@
 """The tokenizer keys of a recipe: which tokenizer the result gets, rules of single tokens, and its chat template."""
 
-import contextlib
 import json
 import re
 from pathlib import Path
@@ -9,7 +8,8 @@ from typing import Any, Self
 from pydantic import Field, field_validator, model_validator
 
 from bmjax.chat.template import TEMPLATE_NAMES, named_template
-from bmjax.config import Settings, UserError, nearest, read_text
+from bmjax.config import Settings, UserError, nearest
+from bmjax.safe_yaml import read_object
 
 _KINDS = ("zero", "model_token")
 
@@ -109,14 +109,6 @@ def chat_template(text: str | None) -> str | None:
     except TemplateSyntaxError as error:
         raise UserError(f"chat_template: line {error.lineno}: not valid jinja: {error.message}") from None
     return text
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a tokenizer's file, or raise a UserError."""
-    with contextlib.suppress(ValueError, RecursionError):
-        if isinstance(content := json.loads(read_text(path)), dict):
-            return content
-    raise UserError(f"{path}: expected a JSON object")
 
 
 def write_chat_template(folder: Path, template: str) -> None:

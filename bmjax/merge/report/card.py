@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bmjax.io.card import bases, is_word, license_fields, public_name, public_values, read_head
+from bmjax.io.card import bases, is_word, license_fields, listed, public_name, public_values, read_head
 from bmjax.merge.report.statistics import methods_by_step
 from bmjax.weights import card
 
@@ -30,7 +30,7 @@ def write_card(folder: Path, report: Mapping[str, Any], directories: Mapping[str
         head |= {"base_model": list(dict.fromkeys(base_ids)), "base_model_relation": "merge"}
     card.write_card(
         folder,
-        title=f"A merge of {card.listed(names)}",
+        title=f"A merge of {listed(names)}",
         head=head | license_fields(part for parts in heads.values() for part in parts),
         versions=report["versions"],
         template=Path(__file__).with_name("card.md.jinja"),
