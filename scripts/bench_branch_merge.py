@@ -45,6 +45,12 @@ MERGES = {
         **MODELS,
         "parameters": CALIBRATION | {"distill": 12, "batch": 5, "distill_rate": 2e-4},
     },
+    "layerwise": {
+        "merge_method": "layerwise",
+        **MODELS,
+        "parameters": {"rows": 16, "batch": 2, "steps": 60, "documents": 500, "held_out": 16, "seq_len": 128},
+    },
+    "ties": {"merge_method": "ties", **MODELS, "parameters": {"weight": 1.0, "density": 0.5}},
 }
 SPLITS = ("train", "validation", "test")
 # NAME: keys of `bmjax run` that differ from those of the seed's own run.

@@ -22,6 +22,9 @@ from bmjax.generate.settings import ServeSettings
 from bmjax.log import Log, silent, stage
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+# Clients drop a connection that was idle for a time of their own: httpx and the openai client for 5 seconds. A server
+# with the same limit may close it just as the next request is sent, and that request is lost.
+KEEP_ALIVE_SECONDS = 75
 
 
 def serve(settings: ServeSettings, api_key: str | None = None, log: Log = silent) -> None:
@@ -83,7 +86,8 @@ class EngineServer:
         app = App(served, self.worker, Metrics(self.worker, settings.slots))
         config = uvicorn.Config(
             make_app(app, key, self._lifespan), log_config=None, access_log=False, lifespan="on",
-            timeout_graceful_shutdown=int(settings.drain_seconds), server_header=False, ws="none",
+            timeout_graceful_shutdown=int(settings.drain_seconds), timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            server_header=False, ws="none",
         )  # fmt: skip
         self._server = uvicorn.Server(config)
 
