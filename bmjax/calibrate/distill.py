@@ -21,6 +21,7 @@ from bmjax.model import loss, qwen2
 from bmjax.model.attention.options import Remat
 from bmjax.model.batch import Batch
 from bmjax.model.config import ModelConfig
+from bmjax.parallel import turns
 from bmjax.parallel.mesh import sharding
 
 CHUNK_ELEMENTS = 2**26  # logits of one model held at once: 256 MiB in float32
@@ -82,7 +83,7 @@ def _rows_of(batch: Batch[jax.Array], domain: int, domains: int) -> Batch[jax.Ar
     return jax.tree.map(lambda array: array[domain * count : (domain + 1) * count], batch)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3, 4))
+@functools.partial(turns.jit, static_argnums=(0, 3, 4))
 def _hidden(config: ModelConfig, params: Tree, batch: Batch[jax.Array], dtype: str, remat: Remat) -> jax.Array:
     """Return the final hidden states [B, T, D] in `dtype`."""
     weights = jax.tree.map(lambda a: a.astype(dtype), params)
@@ -91,7 +92,7 @@ def _hidden(config: ModelConfig, params: Tree, batch: Batch[jax.Array], dtype: s
     return hidden
 
 
-@functools.partial(jax.jit, static_argnums=range(4))
+@functools.partial(turns.jit, static_argnums=range(4))
 def _step(
     config: ModelConfig, dtype: str, remat: Remat, temperature: float, params: Tree, moments: Any, moving: Tree,
     batch: Batch[jax.Array], hidden: list[jax.Array], heads: list[jax.Array], rate: jax.Array,

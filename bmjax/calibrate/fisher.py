@@ -24,6 +24,7 @@ from bmjax.model import parts
 from bmjax.model.batch import Batch
 from bmjax.model.config import ModelConfig
 from bmjax.model.spec import get
+from bmjax.parallel import turns
 from bmjax.parallel.mesh import sharding
 
 
@@ -52,7 +53,7 @@ class Fisher:
         """Nothing of it changes while parts are merged."""
 
 
-@jax.jit
+@turns.jit
 def weighted(models: Sequence[jax.Array], squared: Sequence[jax.Array]) -> list[jax.Array]:
     """Return contributions by squared gradients, each over its mean; the plain ones where all are 0.
 
@@ -128,7 +129,7 @@ def _add(kept: dict[tuple[str, ...], jax.Array], gradients: Tree) -> dict[tuple[
     return {path: total + jnp.square(get(gradients, path)) for path, total in kept.items()}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=7)
+@functools.partial(turns.jit, static_argnums=(0, 1), donate_argnums=7)
 def _part_squares(
     config: ModelConfig, dtype: Any, params: Tree, batch: Batch[jax.Array], x_BTD: jax.Array, window: Any, dy_BTD: Any,
     kept: Any,
@@ -150,7 +151,7 @@ def _part_squares(
     return dx_BTD, kept
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=7)
+@functools.partial(turns.jit, static_argnums=(0, 1), donate_argnums=7)
 def _embedding_squares(
     config: ModelConfig, dtype: Any, params: Tree, norm: Tree, batch: Batch[jax.Array], final_BTD: Any,
     dx_BTD: jax.Array, kept: Any,

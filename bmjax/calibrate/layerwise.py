@@ -29,6 +29,7 @@ from bmjax.calibrate.walk import Work
 from bmjax.model import parts
 from bmjax.model.batch import Batch
 from bmjax.model.config import ModelConfig
+from bmjax.parallel import turns
 
 _ADAM = optax.scale_by_adam()
 
@@ -112,7 +113,7 @@ class Layerwise:
             stream.flush(position)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(turns.jit, static_argnums=(0, 1, 2))
 def _distance(
     config: ModelConfig, paths: Any, dtype: Any, models: Any, shares: Any, factors: Any, x_BTD: jax.Array,
     target_BTD: jax.Array, batch: Batch[jax.Array], window: Any,
@@ -124,10 +125,10 @@ def _distance(
     return jnp.sum(difference**2 * (batch.segment_ids > 0)[..., None])
 
 
-_gradient = jax.jit(jax.grad(_distance, argnums=5), static_argnums=(0, 1, 2))
+_gradient = turns.jit(jax.grad(_distance, argnums=5), static_argnums=(0, 1, 2))
 
 
-@functools.partial(jax.jit, donate_argnums=(1, 2))
+@functools.partial(turns.jit, donate_argnums=(1, 2))
 def _update(factors: Any, moments: Any, gradients: Any, rate: jax.Array) -> tuple[Any, Any]:
     updates, moments = _ADAM.update(gradients, moments)
     return jax.tree.map(lambda leaf, u: leaf - rate * u, factors, updates), moments

@@ -29,6 +29,7 @@ from bmjax.model.attention.options import Remat
 from bmjax.model.batch import Batch
 from bmjax.model.config import ModelConfig
 from bmjax.model.spec import Param, unflatten
+from bmjax.parallel import turns
 
 _ADAM = optax.scale_by_adam(0.9, 0.95)
 _CLIPPED_ADAM = optax.chain(optax.clip_by_global_norm(1.0), _ADAM)
@@ -96,7 +97,7 @@ def _restore(file: Path, state: Any, steps: int) -> Any:
     return jax.tree.unflatten(jax.tree.structure(state), leaves)
 
 
-@jax.jit
+@turns.jit
 def _update(factors: Factors, moments: Any, gradients: Factors, rate: jax.Array) -> tuple[Factors, Any]:
     updates, moments = _ADAM.update(gradients, moments)
     return jax.tree.map(lambda leaf, u: leaf - rate * u, factors, updates), moments
@@ -153,7 +154,7 @@ def _pull_back_head(
     return _head_gradients(config, dtype, domains, paths, arrays, factors, x_BTD, batch)
 
 
-@functools.partial(jax.jit, static_argnums=range(4))
+@functools.partial(turns.jit, static_argnums=range(4))
 def _head_gradients(
     config: ModelConfig, dtype: Any, domains: int, paths: Any, of_parts: Any, factors: Any, x_BTD: jax.Array,
     batch: Batch[jax.Array],
@@ -167,7 +168,7 @@ def _head_gradients(
     return jax.grad(run, argnums=(0, 1))(factors, x_BTD)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(turns.jit, static_argnums=(0, 1, 2))
 def _pull_back_embedding(
     config: ModelConfig, dtype: Any, paths: Any, models: Any, shares: Any, factors: Any, batch: Batch[jax.Array],
     dx_BTD: jax.Array,
@@ -190,7 +191,7 @@ def _nats(
     return loss.cross_entropy_sum(hidden, qwen2.head_weight(config, weights), labels, shares)
 
 
-_judge = jax.jit(_nats, static_argnums=(0, 3, 4, 5))
+_judge = turns.jit(_nats, static_argnums=(0, 3, 4, 5))
 
 
 def held_out_losses(config: ModelConfig, params: Tree, calibration: Calibration, dtype: str) -> list[float]:
@@ -218,7 +219,7 @@ def polish(
     return params
 
 
-@functools.partial(jax.jit, static_argnums=range(4))
+@functools.partial(turns.jit, static_argnums=range(4))
 def _step(
     config: ModelConfig, domains: int, dtype: str, remat: Remat, params: Tree, moments: Any, moving: Tree,
     batch: Batch[jax.Array], rate: jax.Array,

@@ -18,13 +18,14 @@ from bmjax.model import parts
 from bmjax.model.batch import Batch
 from bmjax.model.config import ModelConfig
 from bmjax.model.spec import Param, get, unflatten
+from bmjax.parallel import turns
 from bmjax.parallel.mesh import sharding
 
 Path = tuple[str, ...]
 Shares = Mapping[Path, Sequence[jax.Array]]  # of a part, each branch's contribution to a parameter, float32
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(turns.jit, static_argnums=0)
 def _cast(dtype: Any, params: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
@@ -34,9 +35,9 @@ def cast(dtype: Any, params: Any) -> Any:
     return _cast(dtype, whole(params))
 
 
-embed = functools.partial(jax.jit, static_argnums=(0, 3))(parts.embed)
-layer = functools.partial(jax.jit, static_argnums=0)(parts.layer)
-loss_sum = functools.partial(jax.jit, static_argnums=0)(parts.loss_sum)
+embed = functools.partial(turns.jit, static_argnums=(0, 3))(parts.embed)
+layer = functools.partial(turns.jit, static_argnums=0)(parts.layer)
+loss_sum = functools.partial(turns.jit, static_argnums=0)(parts.loss_sum)
 
 
 def advance(config: ModelConfig, part: int, params: Tree, hidden: Hidden, dtype: Any) -> None:
@@ -84,13 +85,13 @@ def _merge_arrays(
     return given, base + sum(given)
 
 
-@jax.jit
+@turns.jit
 def merge_chunk(models: Any, shares: Any, factors: Any) -> jax.Array:
     """Return a merged block, float32."""
     return _merge_arrays(models, shares, factors)[1]
 
 
-@jax.jit
+@turns.jit
 def merge_chunk_with_sums(models: Any, shares: Any, factors: Any) -> tuple[jax.Array, jax.Array]:
     """Return a merged block, and sums over the last axis, float32 [1 + 2 N, ...].
 
@@ -127,7 +128,7 @@ def merge_part(
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(turns.jit, static_argnums=(0, 1, 2))
 def pull_back_layer(
     config: ModelConfig, paths: Sequence[Path], dtype: Any, models: Any, shares: Shares, factors: Any, x_BTD: jax.Array,
     batch: Batch[jax.Array], window: Any, dy_BTD: jax.Array,

@@ -27,6 +27,7 @@ from bmjax.model import parts
 from bmjax.model.batch import Batch
 from bmjax.model.config import ModelConfig
 from bmjax.model.spec import get
+from bmjax.parallel import turns
 
 # Linear layers that read the same input: it is looked at once.
 SAME_INPUT = {"k": "q", "v": "q", "up": "gate"}
@@ -196,7 +197,7 @@ def _float64(leaf: jax.Array) -> np.ndarray:
     return np.asarray(cast(np.dtype(np.float32), leaf), np.float64)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=6)
+@functools.partial(turns.jit, static_argnums=(0, 1), donate_argnums=6)
 def _layer_and_inputs(
     config: ModelConfig, as_rows: frozenset[int], params: Tree, x_BTD: jax.Array, batch: Batch[jax.Array], window: Any,
     grams: dict[str, jax.Array] | None,

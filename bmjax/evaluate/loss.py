@@ -19,6 +19,7 @@ from bmjax.log import Log, silent
 from bmjax.model import qwen2
 from bmjax.model.config import ModelConfig
 from bmjax.model.loss import cross_entropy_sum, next_token_targets
+from bmjax.parallel import turns
 from bmjax.weights.student import Student
 
 DRAWS, FEWEST_BLOCKS = 2000, 10  # of the bootstrap; with fewer blocks there is no interval
@@ -42,7 +43,7 @@ def _loss_function(config: ModelConfig, dtype: Any, ways: int) -> Any:
         parts = (blocks(h_BTD), blocks(labels_BT), blocks(mask_BT))
         return jax.lax.map(lambda part: cross_entropy_sum(part[0], w_DV, *part[1:]), parts), parts[2].sum((1, 2))
 
-    return jax.jit(of_blocks)
+    return turns.jit(of_blocks)
 
 
 def interval_of_ratio(nats: np.ndarray, tokens: np.ndarray, seed: int = 0) -> list[float] | None:

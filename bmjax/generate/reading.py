@@ -14,6 +14,7 @@ from bmjax.generate.answer import Answer, with_logprobs
 from bmjax.generate.programs import PACKED, Programs
 from bmjax.generate.requests import Token
 from bmjax.generate.slots import SlotTable
+from bmjax.parallel import turns
 
 CHUNKS = {"cpu": (64, 256)}  # tokens of prompts that a row reads at once, by platform
 OTHER_CHUNKS = (128, 1024)
@@ -117,7 +118,7 @@ class PromptReader:
         return size
 
     def _run(self, program: Any, *arguments: Any) -> Any:
-        return self._table.finished(program(self._weights, *arguments))
+        return turns.finished(program(self._weights, *arguments))
 
     def _score(self, answer: Answer, h_RTD: Any, row: int, start: int) -> None:
         """Compute the log-probabilities of the tokens after those of a chunk, where they are asked for."""

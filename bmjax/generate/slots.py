@@ -17,6 +17,7 @@ from bmjax.generate.answer import Answer
 from bmjax.generate.programs import PACKED
 from bmjax.model.attention.cached import Pieces
 from bmjax.model.config import ModelConfig
+from bmjax.parallel import turns
 
 LEAST_SHARED = 32  # tokens of a common beginning that are worth a copy
 NOTHING = np.zeros(0, np.int32)
@@ -54,7 +55,6 @@ class SlotTable:
         self.shards = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
         self.slots, self.context, self.columns = -(-slots // self.shards) * self.shards, context, columns
         self._config, self._dtype, self._quantized = config, dtype, quantized
-        self._one_at_a_time = not mesh.empty and mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
         self.widths = buckets.widths(self.slots, self.shards)
         self.lengths = buckets.lengths(context)
 
@@ -116,8 +116,8 @@ class SlotTable:
         """Give the cache another width and length, keeping what its rows hold."""
         if not self.cache:
             slots = caches.allocate(self._config, width, length, self._dtype, self._quantized, self.columns)
-            self.cache = self.finished(slots)
-            self.hidden = self.finished(caches.no_hidden(self._config, width, self._dtype))
+            self.cache = turns.finished(slots)
+            self.hidden = turns.finished(caches.no_hidden(self._config, width, self._dtype))
             self.rows, self.resident = [None] * width, [NOTHING] * width
             self.width, self.length = width, length
             return
@@ -131,7 +131,7 @@ class SlotTable:
                 empty = next_width - len(kept)
                 self.rows = [self.rows[slot] for slot in kept] + [None] * empty
                 self.resident = [self.resident[slot] for slot in kept] + [NOTHING] * empty
-                self.hidden = self.finished(caches.rows_of(self.hidden, order))
+                self.hidden = turns.finished(caches.rows_of(self.hidden, order))
                 for slot, row in enumerate(self.rows):
                     if row is not None:
                         row.slot = slot
@@ -154,10 +154,10 @@ class SlotTable:
         for width in (width for pair in pairwise(self.widths) if self.width in pair for width in pair):
             if width != self.width and self.holds(width, self.length):
                 order = np.zeros(width, np.int32)
-                self.finished((caches.rows_of(self.hidden, order), self._resized(order, self.length)))
+                turns.finished((caches.rows_of(self.hidden, order), self._resized(order, self.length)))
         for length in (length for pair in pairwise(self.lengths) if self.length in pair for length in pair):
             if length != self.length and self.holds(self.width, length):
-                self.finished(self._resized(None, length))
+                turns.finished(self._resized(None, length))
 
     def _resized(self, rows: np.ndarray | None, length: int) -> Any:
         return caches.resized(self.cache[0], rows, length, self.columns)
@@ -202,7 +202,7 @@ class SlotTable:
     def copy(self, source: int, target: int) -> None:
         """Copy a whole slot with its hidden state, that of the last token that was read."""
         copied = caches.copy(self.cache, self.hidden, np.int32(source), np.int32(target), self.columns)
-        self.cache, self.hidden = self.finished(copied)
+        self.cache, self.hidden = turns.finished(copied)
 
     def insert(self, chunk: Any, h_RTD: Any, pieces: Sequence[Piece]) -> None:
         """Put pieces of a chunk, with its hidden states, into the slots."""
@@ -211,15 +211,8 @@ class SlotTable:
             table[: len(pieces)] = pieces
         arrays = Pieces(*table.T.copy())
         inserted = caches.insert(self.cache, self.hidden, chunk, h_RTD, arrays, np.int32(len(pieces)), self.columns)
-        self.cache, self.hidden = self.finished(inserted)
+        self.cache, self.hidden = turns.finished(inserted)
 
     def take(self, slot: int) -> caches.Cache:
         """Return the cache of one slot."""
-        return self.finished(caches.take(self.cache, np.int32(slot)))
-
-    def finished(self, results: Any) -> Any:
-        """Return a program's results; on several CPU devices, once they are there.
-
-        XLA's threads on a CPU may otherwise stand in two programs at once, each waiting for the other devices' part.
-        """
-        return jax.block_until_ready(results) if self._one_at_a_time else results
+        return turns.finished(caches.take(self.cache, np.int32(slot)))
