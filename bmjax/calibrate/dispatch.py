@@ -28,6 +28,7 @@ def merge(
     overrides: Sequence[str] = (),
     shard_bytes: float = 5e9,
     memory: int | None = None,
+    device: str = "auto",
     log: Log | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, Any]:
@@ -39,6 +40,8 @@ def merge(
         overrides: `key.sub=value`, of a file or mapping.
         shard_bytes: the largest file of weights.
         memory: bytes for the file engine's buffers; changes no result.
+        device: auto, cpu, gpu or tpu, for the file engine to compute on. auto: the CPU for methods that are as quick as
+            copying, else the device that JAX computes on.
         log: gets one line a remark.
         progress: of the file engine; is called with (bytes of inputs done, bytes in all, tensor name).
 
@@ -51,6 +54,7 @@ def merge(
     if not isinstance(recipe, Recipe):
         recipe = read_recipe(recipe, overrides)
     _refuse_memory(recipe, memory)
+    _refuse_device(recipe, device)
     plan = prepare(recipe, output, overwrite)
     # Everything that can be known beforehand, before the first step takes its time.
     if recipe.is_calibrated:
@@ -66,14 +70,21 @@ def merge(
     from bmjax.parallel.start import keep_compiled_programs
 
     keep_compiled_programs()
-    return files.merge(plan, output, shard_bytes=shard_bytes, memory=memory, progress=progress)
+    return files.merge(plan, output, shard_bytes=shard_bytes, memory=memory, device=device, progress=progress)
 
 
 def check(
-    recipe: Recipe, output: str | Path, overwrite: bool = False, *, memory: int | None = None, shard_bytes: float = 5e9
+    recipe: Recipe,
+    output: str | Path,
+    overwrite: bool = False,
+    *,
+    memory: int | None = None,
+    device: str = "auto",
+    shard_bytes: float = 5e9,
 ) -> Iterator[str]:
     """Yield what `merge` with the same arguments would do, line by line. Raises UserError as it would."""
     _refuse_memory(recipe, memory)
+    _refuse_device(recipe, device)
     plan = prepare(recipe, output, overwrite, download=False)
     yield from check_plan(plan, output, memory=memory, shard_bytes=shard_bytes)
     if recipe.is_calibrated:
@@ -89,6 +100,17 @@ def _refuse_memory(recipe: Recipe, memory: int | None) -> None:
     if recipe.is_calibrated and memory is not None:
         method = next(step.method.name for step in recipe.steps if step.calibration is not None)
         raise UserError(f"--memory: {method} holds one layer of every model at a time; leave it out")
+
+
+def _refuse_device(recipe: Recipe, device: str) -> None:
+    if device == "auto":
+        return
+    if recipe.is_calibrated:
+        method = next(step.method.name for step in recipe.steps if step.calibration is not None)
+        raise UserError(f"device: {method} computes on the devices of its `mesh`; leave it out")
+    from bmjax.merge.engine.device import choose
+
+    choose(device, [step.method.name for step in recipe.steps])
 
 
 def _check_steps(plan: MergePlan) -> list[tuple[Step, Needs]]:

@@ -192,7 +192,8 @@ def _read_merge(options: Namespace) -> tuple[Any, dict[str, Any]]:
     seed = [] if options.seed is None else [f"seed={options.seed}"]
     recipe = read_recipe(options.recipe, [*options.overrides, *seed])
     memory = None if options.memory is None else parse_size(options.memory, "--memory")
-    return recipe, {"shard_bytes": parse_size(options.shard_size, "--shard-size"), "memory": memory}
+    shard_bytes = parse_size(options.shard_size, "--shard-size")
+    return recipe, {"shard_bytes": shard_bytes, "memory": memory, "device": options.device}
 
 
 def _check_merge(options: Namespace) -> Iterable[str]:
@@ -316,6 +317,13 @@ _MERGE_OPTIONS = (
     Option("--seed", metavar="N", help="of random masks, in place of the recipe's"),
     Option("--memory", metavar="SIZE", help="of tensors in memory at a time: 512MiB, 2GiB"),
     Option("--shard-size", metavar="SIZE", default="5GB", help="of a file of the result (5GB)"),
+    Option(
+        "--device",
+        metavar="auto|cpu|gpu|tpu",
+        default="auto",
+        choices=("auto", "cpu", "gpu", "tpu"),
+        help="to compute on; auto: the CPU for methods as quick as copying, else what JAX finds",
+    ),
 )
 _TRAINING = "bmjax.branch.settings:TrainSettings"
 _ROWS = (

@@ -18,6 +18,7 @@ import yaml
 
 from bmjax.io.atomic import replacing
 from bmjax.io.safetensors import Plan, SharedWriter
+from bmjax.merge.engine.device import choose, computing_on
 from bmjax.merge.engine.journal import Journal, clear
 from bmjax.merge.engine.stream import Progress, Stream
 from bmjax.merge.plan.merged_config import set_type
@@ -42,6 +43,7 @@ def merge(
     *,
     shard_bytes: float = 5e9,
     memory: int | None = None,
+    device: str = "auto",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Carry out a plan: merge its models into a Hugging Face directory.
@@ -55,6 +57,7 @@ def merge(
         output: the directory that the plan was made for.
         shard_bytes: of a file of the result.
         memory: bytes for buffers (None: MEMORY). It changes no result.
+        device: see `bmjax.merge.engine.device.choose`. Another kind of device may round sums otherwise.
         progress: is called with (bytes of inputs done, bytes of inputs in all, tensor name).
 
     Returns:
@@ -64,10 +67,13 @@ def merge(
         UserError: one line, for anything a user can mend. `output` is then as it was.
     """
     recipe, models, donor = plan.recipe, plan.models, plan.models[plan.recipe.donor]
+    chosen = choose(device, [step.method.name for step in recipe.steps])
     rows = [(node.name, node.dtype, node.shape) for node in plan.nodes]
     check_space(Path(output), plan.nbytes + sum(path.stat().st_size for path in side_files(donor.directory).paths))
     with replacing(Path(output), resume=True) as folder, contextlib.ExitStack() as stack:
-        journal = stack.enter_context(contextlib.closing(Journal(folder, _fingerprint(plan, rows, shard_bytes))))
+        stack.enter_context(computing_on(chosen))
+        fingerprint = _fingerprint(plan, rows, shard_bytes, chosen.platform)
+        journal = stack.enter_context(contextlib.closing(Journal(folder, fingerprint)))
         writer = stack.enter_context(contextlib.closing(SharedWriter(folder, rows, shard_bytes)))
         # What was killed while it copied the donor's files may have left others than those of now.
         clear(folder, [*writer.files, journal.path])
@@ -85,6 +91,7 @@ def merge(
         dtypes = sorted({dtype.name for _, dtype, _ in rows})
         statistics = report(recipe.steps, tensors)
         result = merge_report(recipe.text, recipe.seed, sources, journal.checksums(), dtypes, statistics)
+        result["device"] = chosen.device_kind
         finish(folder, plan, result)
         journal.close(remove=True)
     return result
@@ -110,7 +117,7 @@ def recipe_text(recipe: Recipe) -> str:
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 
-def _fingerprint(plan: MergePlan, rows: Plan, shard_bytes: float) -> dict[str, Any]:
+def _fingerprint(plan: MergePlan, rows: Plan, shard_bytes: float, platform: str) -> dict[str, Any]:
     """Return a hash of what must be the same for an unfinished merge to go on."""
     recipe, models, tokens = plan.recipe, plan.models, plan.vocabulary
     files = {file for model in models.values() for info in model.tensors.values() for file in info.files}
@@ -120,7 +127,17 @@ def _fingerprint(plan: MergePlan, rows: Plan, shard_bytes: float) -> dict[str, A
         files |= {path for folder in folders for path in side_files(folder).paths}
     state = {str(file): [(stat := file.stat()).st_size, stat.st_mtime_ns] for file in sorted(files)}
     written = [[name, dtype.name, list(shape)] for name, dtype, shape in rows]
-    plain = [recipe.text, recipe.seed, recipe.compat, state, written, shard_bytes, version("jax"), __version__]
+    plain = [
+        recipe.text,
+        recipe.seed,
+        recipe.compat,
+        state,
+        written,
+        shard_bytes,
+        platform,
+        version("jax"),
+        __version__,
+    ]
     return {"merge": hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()}
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from bmjax.merge.engine.device import platform
 from bmjax.merge.engine.quantile import add_pairs
 from bmjax.merge.methods.kernels import Block, Kernel
 
@@ -23,7 +24,13 @@ def block(base: Any, branches: Sequence[Any], models: Mapping[str, Any], start: 
     return Block(base, tuple(branches), dict(models), np.array([start >> 32, start & 0xFFFFFFFF], np.uint32))
 
 
-@functools.cache
+def _kept(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `make`, whose programs are kept for the platform that they are made on."""
+    kept = functools.cache(lambda on, *arguments, **static: make(*arguments, **static))
+    return functools.wraps(make)(lambda *arguments, **static: kept(platform(), *arguments, **static))
+
+
+@_kept
 def values(
     kernel: Kernel, reorder: bool = False, then: Callable[[Any], Any] | None = None, /, **static: Any
 ) -> Callable[..., Any]:
@@ -39,14 +46,14 @@ def values(
     return _compiled(run, reorder)
 
 
-@functools.cache
+@_kept
 def lookup() -> Callable[..., jax.Array]:
     """Compile (values [rows, columns], columns) -> the values in those columns of their rows."""
     # A program of its own, because inside a loop with other work a lookup keeps that from being vector code.
     return _compiled(functools.partial(jnp.take_along_axis, axis=-1, mode="clip"))
 
 
-@functools.cache
+@_kept
 def brackets(kernel: Kernel, owners: tuple[int, ...], /, **static: Any) -> Callable[..., Any]:
     """Compile (block, operands, low [B], high [B]) -> (inside, counts), for brackets of the kernel's K arrays.
 
@@ -65,7 +72,7 @@ def brackets(kernel: Kernel, owners: tuple[int, ...], /, **static: Any) -> Calla
     return _compiled(run)
 
 
-@functools.cache
+@_kept
 def leaves(kernel: Kernel, dtype: Any, /, **static: Any) -> Callable[..., Any]:
     """Compile (block, operands) -> (leaf in `dtype`, packed masks of what is kept).
 
@@ -82,7 +89,7 @@ def leaves(kernel: Kernel, dtype: Any, /, **static: Any) -> Callable[..., Any]:
     return _compiled(run)
 
 
-@functools.cache
+@_kept
 def statistics() -> Callable[..., Any]:
     """Compile (block, leaf, packed masks) -> (row sums of what `report.statistics.Stats` holds, float32 [K, rows]).
 
@@ -110,14 +117,14 @@ def _compiled(run: Callable[..., Any], reorder: bool = False) -> Callable[..., A
     return jax.jit(run, compiler_options=_options(reorder))
 
 
-@functools.cache
+@_kept
 def _options(reorder: bool) -> dict[str, Any] | None:
-    """Return options for XLA's CPU compiler, None on other backends and where a version does not know them.
+    """Return options for XLA's CPU compiler, None on other platforms and where a version does not know them.
 
     It must not hand parts of a loop to a library, which splits it at every operation: a quarter of the speed. With
     `reorder`, sums may be taken in any order.
     """
-    if jax.default_backend() != "cpu":
+    if platform() != "cpu":
         return None
     options: dict[str, Any] = {"xla_cpu_experimental_ynn_fusion_type": ""}
     if reorder:
