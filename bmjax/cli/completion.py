@@ -13,7 +13,7 @@ from bmjax.errors import UserError
 SHELLS = ("bash", "zsh", "fish")
 
 _BASH = """\
-# Completion of bmjax, by `bmjax completion {shell}`.
+# Completion of bmjax, by `bmjax completion bash`.
 _bmjax() {{
     local word="${{COMP_WORDS[COMP_CWORD]}}" words=""
     COMPREPLY=()
@@ -34,6 +34,27 @@ _bmjax() {{
 }}
 complete -o bashdefault -o default -F _bmjax bmjax
 """
+# compinit defines compdef; -u: without a question about directories that others may write to.
+_ZSH = """\
+# Completion of bmjax, by `bmjax completion zsh`.
+(( $+functions[compdef] )) || {{ autoload -Uz compinit && compinit -u }}
+_bmjax() {{
+    local -a values
+    if (( CURRENT == 2 )); then
+        values=({commands})
+        compadd -a values
+        return
+    fi
+    case "$words[2]" in
+{cases}
+    esac
+    compadd -S "" -- ${{(M)values:#*=}}
+    compadd -- ${{values:#*=}}
+    compset -P "*="  # a value is completed as a path
+    _files
+}}
+compdef _bmjax bmjax
+"""
 
 
 def script(shell: str, commands: Mapping[str, Command]) -> str:
@@ -42,11 +63,12 @@ def script(shell: str, commands: Mapping[str, Command]) -> str:
         raise UserError(f"bmjax completion: expected {', '.join(SHELLS)}, found '{shell}'")
     if shell == "fish":
         return _fish(commands)
-    cases = [f'            {name}) words="{" ".join(words_of(command))}" ;;' for name, command in commands.items()]
-    text = _BASH.format(shell=shell, commands=" ".join(["help", *commands]), cases="\n".join(cases))
+    names = " ".join(["help", *commands])
     if shell == "zsh":
-        text = text.replace("\n", "\nautoload -U +X bashcompinit && bashcompinit\n", 1)
-    return text
+        cases = [f"        {name}) values=({' '.join(words_of(command))}) ;;" for name, command in commands.items()]
+        return _ZSH.format(commands=names, cases="\n".join(cases))
+    cases = [f'            {name}) words="{" ".join(words_of(command))}" ;;' for name, command in commands.items()]
+    return _BASH.format(commands=names, cases="\n".join(cases))
 
 
 def words_of(command: Command) -> list[str]:

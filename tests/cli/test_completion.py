@@ -1,5 +1,7 @@
-"""Completion of the command line: bash completes commands, options and keys; the other shells get the same words."""
+"""Completion of the command line: the shells complete commands, options and keys."""
 
+import re
+import shutil
 import subprocess
 
 import pytest
@@ -43,6 +45,34 @@ def test_every_command_and_key_is_in_the_script(bash):
     assert set(complete(bash, "''")) == {"help", *COMMANDS}
     keys = set(keys_of(COMMANDS["train"].settings_class()))
     assert {word.rstrip("=") for word in complete(bash, "train", "''") if word.endswith("=")} == keys
+
+
+def test_zsh_gets_the_words_of_bash(bash):
+    text = script("zsh", COMMANDS)
+    values = dict(re.findall(r"^ +(\S+)\) values=\((.*)\) ;;$", text, re.MULTILINE))
+    assert values == dict(re.findall(r'^ +(\S+)\) words="(.*)" ;;$', bash, re.MULTILINE))
+    assert values.keys() == COMMANDS.keys()
+    # A ~/.zshrc need not have called compinit before.
+    assert text.index("compinit") < text.index("compdef _bmjax")
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="zsh is not installed")
+def test_zsh_defines_the_completion():
+    text = script("zsh", COMMANDS) + "\nprint $_comps[bmjax]"
+    done = subprocess.run(["zsh", "-f", "-c", text], capture_output=True, text=True, check=True, timeout=60)
+    assert (done.stdout.strip(), done.stderr) == ("_bmjax", "")
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="fish is not installed")
+@pytest.mark.parametrize(
+    ("line", "offered"), [("tr", "train\t"), ("train lear", "learning_rate="), ("eval --ch", "--check")]
+)
+def test_fish_offers(tmp_path, line, offered):
+    file = tmp_path / "bmjax.fish"
+    file.write_text(script("fish", COMMANDS))
+    command = f'source {file}; complete -C "bmjax {line}"'
+    done = subprocess.run(["fish", "--no-config", "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith(offered)
 
 
 @pytest.mark.parametrize("shell", SHELLS)
