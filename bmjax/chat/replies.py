@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bmjax.chat.context_length import Excess, context_excess
 from bmjax.chat.reasoning import CLOSE, OPEN, split_think
 
 UNREADABLE = "unreadable"  # the finish reason of an answer that was paid for and is none
@@ -51,11 +52,16 @@ class Completion:
 
 
 class ReplyError(Exception):
-    """An error object in place of an answer. status: the HTTP status that it stands for, None where it does not say."""
+    """An error object in place of an answer.
 
-    def __init__(self, message: str, status: int | None) -> None:
+    Attributes:
+        status: the HTTP status that it stands for, None where it does not say.
+        excess: what it says of the context's length, None where it speaks of something else.
+    """
+
+    def __init__(self, message: str, status: int | None, excess: Excess | None = None) -> None:
         super().__init__(message)
-        self.status = status
+        self.status, self.excess = status, excess
 
 
 class NoCompletion(Exception):
@@ -96,24 +102,48 @@ def read_completion(values: Any) -> Completion:
     return Completion(reasoning, response, REFUSAL if refused else finish_reason, usage, logprobs)
 
 
-def read_error(values: Mapping[str, Any]) -> tuple[str, int | None]:
-    """Return the words of an error body and the HTTP status that its code stands for; 402 where no balance is left."""
+def read_error(values: Mapping[str, Any], status: int | None = None) -> tuple[str, int | None, Excess | None]:
+    """Return an error body's words, the HTTP status that its code stands for, and its `Excess` over the context.
+
+    The status is 402 where no balance is left. status: of the reply that holds the body; None where that is an answer.
+    """
     words = (values.get(key) for key in ("error", "detail", "message", "errors"))
     error = next((value for value in words if value and isinstance(value, (str, dict, list))), values)
     if not isinstance(error, Mapping):
-        return error if isinstance(error, str) else json.dumps(error), None
-    message = error.get("message") or error.get("detail") or json.dumps(error)
+        message = error if isinstance(error, str) else _list_message(error)
+        return message, None, context_excess(message, [str(values.get(key, "")) for key in ("code", "type")], status)
+    message = str(error.get("message") or error.get("detail") or json.dumps(error))
     metadata = error.get("metadata")
     if isinstance(metadata, dict) and isinstance(metadata.get("raw"), str):
         message = f"{message}: {metadata['raw']}"
     names = [str(error.get(key, "")).lower() for key in ("code", "type", "status")]
+    code = _status_of(names)
+    excess = None if code == 402 else context_excess(message, names, code if status is None else status)
+    return message, 400 if code is None and excess else code, excess
+
+
+def _list_message(errors: Sequence[Any]) -> str:
+    """Return the words of a list of errors. FastAPI's hold the request, whose words are none of the error's."""
+    texts = []
+    for error in errors:
+        words = error.get("msg") if isinstance(error, Mapping) else None
+        if isinstance(words, str):
+            path = error.get("loc")
+            keys = path if isinstance(path, list) else []
+            texts.append(": ".join([*([".".join(map(str, keys))] if keys else []), words]))
+        else:
+            texts.append(json.dumps(error))
+    return "; ".join(texts)
+
+
+def _status_of(names: Sequence[str]) -> int | None:
+    """Return the HTTP status that the names of an error object stand for."""
     if _NO_BALANCE.intersection(names):
-        return str(message), 402
+        return 402
     for name in names:
         if re.fullmatch(r"[45]\d\d", name):
-            return str(message), int(name)
-    statuses = (status for name in names for part, status in _STATUS_OF_NAME if part in name)
-    return str(message), next(statuses, None)
+            return int(name)
+    return next((status for name in names for part, status in _STATUS_OF_NAME if part in name), None)
 
 
 def _finish_reason(value: Any) -> str | None:

@@ -1,8 +1,8 @@
 """Answers samples through an OpenAI-compatible endpoint, with teach's client: its limits, retries and proxies."""
 
 import asyncio
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from bmjax.chat.reasoning import OPEN, join_think
 from bmjax.config import UserError
@@ -17,13 +17,7 @@ from bmjax.teach.collect import REFUSALS, REFUSALS_THAT_END, SAME_FAILURES_THAT_
 from bmjax.teach.endpoint import api_key
 from bmjax.teach.limits import Stopped
 
-_TOO_LONG = re.compile(
-    r"\b(?:prompt|input (?:length|tokens?))\b[^.]{0,80}\b(?:too long|longer than|exceeds?)\b", re.IGNORECASE
-)
-_LIMIT = re.compile(r"(?:context length|context window) (?:is|of) (?:only )?(\d+)", re.IGNORECASE)
-_ASKED = re.compile(
-    r"\((\d+) in the messages|(\d+) input tokens|prompt (?:contains|has) (?:at least )?(\d+)", re.IGNORECASE
-)
+_LIMITS = ("max_tokens", "max_completion_tokens")  # fields of requests that say how long an answer may be
 
 
 class EndpointAnswerer:
@@ -59,6 +53,7 @@ class _Asking:
         self._problem: BaseException | None = None
         self._refused: list[RequestFailed] = []
         self._same_failures, self._last_failure = 0, ""
+        self._told_of_context = False
         self._tasks: list[asyncio.Task[None]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._client: ChatClient | None = None
@@ -115,16 +110,44 @@ class _Asking:
         if "max_completion_tokens" in settings.extra:
             del request["max_tokens"]
         try:
-            reply = await client.complete(turns(settings, name, asked.prompt), request | settings.extra)
+            reply = await self._complete(client, turns(settings, name, asked.prompt), request | settings.extra)
         except RequestFailed as error:
-            if is_over_context(error):
-                self.receive(asked, Generated("", OVER_CONTEXT))
-            else:
-                self._failed(client, asked, error)
+            self._failed(client, asked, error)
             return
         self._same_failures = 0
         self.answered += 1
-        self.receive(asked, _generated(reply, request["seed"]))
+        self.receive(asked, Generated("", OVER_CONTEXT) if reply is None else _generated(reply, request["seed"]))
+
+    async def _complete(
+        self, client: ChatClient, chat: Sequence[Mapping[str, str]], request: Mapping[str, Any]
+    ) -> Reply | None:
+        """Return the answer to a chat; None where its prompt alone is over the model's context.
+
+        Many endpoints refuse a prompt whose longest answer would pass the end of the context. It is then asked again
+        without that limit: the answer ends where the context does, as it does of a model in this process.
+        """
+        try:
+            return await client.complete(chat, request)
+        except RequestFailed as error:
+            if error.excess is None:
+                raise
+            if error.excess.is_of_prompt or not any(request.get(key) for key in _LIMITS):
+                return None
+            first = error
+        unlimited = {key: value for key, value in request.items() if key not in _LIMITS}
+        try:
+            reply = await client.complete(chat, unlimited)
+        except RequestFailed as error:
+            if error.excess is None:
+                raise
+            return None
+        if not self._told_of_context:
+            self._told_of_context = True
+            self.log(
+                f"eval {self.name}: the endpoint holds no prompt with max_new_tokens beside it ({first}); such samples "
+                "are asked for without max_tokens and end where its context does"
+            )
+        return reply
 
     def _failed(self, client: ChatClient, asked: Asked, error: RequestFailed) -> None:
         """Note a request without an answer. Some say that all others will have none either, and end the run."""
@@ -152,17 +175,6 @@ class _Asking:
         """End the run: nothing more is asked, answers in flight are waited for."""
         self._problem = self._problem or problem
         client.stop()
-
-
-def is_over_context(error: RequestFailed) -> bool:
-    """Return whether an endpoint refused a prompt because it alone, without its answer, is too long for the model."""
-    words = str(error)
-    if error.status not in (400, 413, 422):
-        return False
-    limit, prompt = _LIMIT.search(words), _ASKED.search(words)
-    if limit and prompt:
-        return int(next(number for number in prompt.groups() if number)) >= int(limit[1])
-    return _TOO_LONG.search(words) is not None
 
 
 def _generated(reply: Reply, seed: int | None) -> Generated:

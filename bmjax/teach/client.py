@@ -19,6 +19,7 @@ from typing import Any, Self, TypeVar
 import anyio
 import httpx
 
+from bmjax.chat.context_length import Excess, context_excess
 from bmjax.chat.openai import ChatMessage, ChatRequest
 from bmjax.chat.replies import Completion, NoCompletion, ReplyError, ReplyReader, read_error
 from bmjax.config import UserError, first_line
@@ -59,21 +60,37 @@ class Limits:
 
 
 class RequestFailed(Exception):
-    """A request without an answer. status: the last HTTP status, None without a connection."""
+    """A request without an answer.
 
-    def __init__(self, message: str, status: int | None, attempts: int) -> None:
+    Attributes:
+        status: the last HTTP status, None without a connection.
+        attempts: how many there were.
+        excess: of a request that is longer than the model's context; None where it failed for another reason.
+    """
+
+    def __init__(self, message: str, status: int | None, attempts: int, excess: Excess | None = None) -> None:
         super().__init__(message)
-        self.status, self.attempts = status, attempts
+        self.status, self.attempts, self.excess = status, attempts, excess
 
 
 class _AttemptFailed(Exception):
-    """An attempt without an answer. wait: seconds that the endpoint asks for. contact: whether it was heard from."""
+    """An attempt without an answer.
+
+    Attributes:
+        status: the HTTP status, None without one.
+        is_retryable: whether another attempt may succeed; never of a request over the context.
+        wait: seconds that the endpoint asks for.
+        contact: whether it was heard from.
+        excess: as of `RequestFailed`.
+    """
 
     def __init__(
-        self, message: str, status: int | None, is_retryable: bool, wait: float | None = None, contact: str = "heard"
-    ) -> None:
+        self, message: str, status: int | None, is_retryable: bool, wait: float | None = None, contact: str = "heard",
+        excess: Excess | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(message)
-        self.status, self.is_retryable, self.wait, self.contact = status, is_retryable, wait, contact
+        self.status, self.wait, self.contact, self.excess = status, wait, contact, excess
+        self.is_retryable = is_retryable and excess is None
 
 
 class ChatClient:
@@ -201,7 +218,7 @@ class ChatClient:
             self.stop()
             raise UserError(f"{self.address.label}: {problem} ({failure}); is the server running?")
         if not failure.is_retryable or is_last:
-            raise RequestFailed(str(failure), failure.status, attempt)
+            raise RequestFailed(str(failure), failure.status, attempt, failure.excess)
         wait = backoff(attempt) if failure.wait is None else jittered(failure.wait, attempt)
         if failure.contact == "lost":
             wait = min(wait, self.patience / 3)
@@ -271,7 +288,8 @@ class ChatClient:
                 raise _AttemptFailed(message, status, True, contact=contact) from None
             except ReplyError as error:
                 retryable = error.status is None or error.status in RETRYABLE
-                raise _AttemptFailed(self._clean(str(error)), error.status, retryable) from None
+                words = self._clean(str(error))
+                raise _AttemptFailed(words, error.status, retryable, excess=error.excess) from None
             except NoCompletion as error:
                 raise _AttemptFailed(self._clean(str(error)), status, True) from None
             except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -302,13 +320,18 @@ class ChatClient:
             values = json.loads(text)
         except (ValueError, RecursionError):
             values = text
+        if isinstance(values, list) and values:  # Gemini's
+            values = values[0]
         if isinstance(values, dict):
-            text, code = read_error(values)
+            text, code, excess = read_error(values, status)
             status = NO_BALANCE if code == NO_BALANCE else status
+        else:
+            excess = context_excess(text, (), status)
         if answer.is_redirect:
             text = f"redirects to {answer.headers.get('Location', 'nowhere')}; set base_url to that address"
         message = self._clean(f"HTTP {answer.status_code}: {text}")
-        return _AttemptFailed(message, status, status in RETRYABLE, retry_after(answer.headers, answer.status_code))
+        wait = retry_after(answer.headers, answer.status_code)
+        return _AttemptFailed(message, status, status in RETRYABLE, wait, excess=excess)
 
     def _lost(self, error: Exception, status: int | None) -> _AttemptFailed:
         """Return the failure of a connection. UserError for one that no retry mends."""

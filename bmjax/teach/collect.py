@@ -369,6 +369,8 @@ class _Collector:
 
     def _failed(self, sample: Sample, error: RequestFailed) -> None:
         """Note a request without an answer. Some say that all others will have none either, and end the run."""
+        if error.excess is not None and error.excess.is_of_prompt:  # says nothing of other prompts
+            return self._list_failure(sample, error)
         label, collected = self._client.address.label, self.progress.counts["collected"]
         words = str(error)
         self._same_failures = self._same_failures + 1 if words == self._last_failure else 1

@@ -13,13 +13,12 @@ import pytest
 from bmjax.config import UserError
 from bmjax.evaluate import judging
 from bmjax.evaluate import run as running
-from bmjax.evaluate.endpoint import is_over_context
 from bmjax.evaluate.run import evaluate
 from bmjax.evaluate.score import bootstrap, pass_at_k
 from bmjax.evaluate.settings import EvalSettings
 from bmjax.io.jsonl import JsonLines
-from bmjax.teach.client import RequestFailed
 from tests.conftest import SHARED, write_rows
+from tests.generate.server.scripted import ScriptedEngine, Serving, echo
 from tests.pipeline.endpoint import Endpoint
 
 
@@ -199,19 +198,63 @@ def test_a_prompt_over_the_context_is_counted_and_wrong(tmp_path):
     assert "4 samples' prompts are over the context and count as wrong" in running.summary(score)
 
 
-@pytest.mark.parametrize("words, expected", [
-    ("This model's maximum context length is 4096 tokens. However, you requested 9000 tokens (5000 in the messages, "
-     "4000 in the completion).", True),
-    ("This model's maximum context length is 4096 tokens. However, you requested 5000 tokens (1000 in the messages, "
-     "4000 in the completion).", False),
-    ("'max_tokens' is too large: 32768. This model's maximum context length is 32768 tokens and your request has 100 "
-     "input tokens", False),
-    ("the prompt is longer than the context", True),
-    ("unknown field 'top_k'", False),
+def test_a_refusal_is_told_by_its_code_whatever_its_words(tmp_path):
+    refusal = {"error": {"message": "No.", "type": "invalid_request_error", "code": "context_length_exceeded"}}
+
+    def answer(prompt, seed):
+        return ("2", "stop") if prompt == "1 + 1?" else (refusal, 400)
+
+    with Endpoint(answer) as server:
+        score = evaluate(settings(server, tmp_path / "out", {"t": {"questions": rows_of(tmp_path)}}))["t"]
+    assert (score["accuracy"], score["over_context"]) == (pytest.approx(1 / 3), 2)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_over_the_context_of_bmjax_serve_is_counted(tmp_path, stream):
+    rows = [{"prompt": "2", "reference": "2"}, {"prompt": "long " * 200, "reference": "2"}]
+    tasks = {"t": {"questions": str(write_rows(tmp_path / "q.jsonl", rows))}}
+    with Serving(ScriptedEngine(echo)) as serving:
+        values = {"base_url": f"{serving.url}/v1", "model": "tiny", "output": str(tmp_path / "out"), "tasks": tasks}
+        score = evaluate(EvalSettings.read(values | {"stream": stream}))["t"]
+    assert (score["accuracy"], score["n"], score["over_context"]) == (0.5, 2, 1)
+
+
+def test_where_only_prompt_and_longest_answer_pass_the_context_the_answer_gets_the_rest(tmp_path):
+    """As vLLM does it, with a context of 1,000 tokens, of which the long prompt alone has 1,500."""
+
+    def answer(prompt, seed):
+        length = 1500 if prompt == "2 + 2?" else 10
+        longest = server.bodies[-1].get("max_tokens", 0)
+        if length + longest < 1000:
+            return "2", "length"
+        return {"error": {"code": 400, "type": "BadRequestError", "message": (
+            f"This model's maximum context length is 1000 tokens. However, you requested {longest} output tokens and "
+            f"your prompt contains at least {max(1, 1001 - longest)} input tokens, for a total of at least 1001 tokens."
+        )}}, 400  # fmt: skip
+
+    lines = []
+    with Endpoint(answer) as server:
+        asking = settings(server, tmp_path / "out", {"t": {"questions": rows_of(tmp_path)}}, concurrency=1)
+        score = evaluate(asking.model_copy(update={"max_new_tokens": 1000}), lines.append)["t"]
+    assert (score["over_context"], score["truncated"]) == (1, pytest.approx(2 / 3))
+    assert [body.get("max_tokens") for body in server.bodies] == [1000, None] * 3
+    assert sum("asked for without max_tokens" in line for line in lines) == 1
+
+
+@pytest.mark.parametrize("words", [
+    "Request too large for model `m` on tokens per minute (TPM): Limit 6000, Requested 9512, please reduce your "
+    "message size and try again.",
+    "max_tokens is too large: 32768. This model supports at most 16384 completion tokens.",
+    "unknown field 'top_k'",
 ])  # fmt: skip
-def test_only_a_prompt_that_is_too_long_by_itself_is_over_the_context(words, expected):
-    assert is_over_context(RequestFailed(words, 400, 1)) == expected
-    assert not is_over_context(RequestFailed(words, 500, 1))
+def test_other_refusals_are_no_prompt_over_the_context(tmp_path, words):
+    refusal = {"error": {"message": words, "type": "invalid_request_error"}}
+    with (
+        Endpoint(lambda prompt, seed: (refusal, 400)) as server,
+        pytest.raises(UserError, match=r"3 requests failed, the first: .*HTTP 400"),
+    ):
+        evaluate(settings(server, tmp_path / "out", {"t": {"questions": rows_of(tmp_path)}}))
+    assert len(server.asked) == 3
 
 
 def test_no_score_is_made_of_fewer_samples_and_the_same_command_asks_again(tmp_path):

@@ -1,6 +1,7 @@
 """An OpenAI-compatible endpoint for tests: a function from prompt and seed to (content, finish reason) serves it.
 
-A number in place of the finish reason refuses the request with that HTTP status.
+A number in place of the finish reason refuses the request with that HTTP status. A dict in place of the content is the
+whole body of the reply.
 """
 
 import json
@@ -28,12 +29,13 @@ class Endpoint:
                 endpoint.keys.add(self.headers.get("Authorization"))
                 content, finish = endpoint.answer(prompt, seed)
                 message = {"role": "assistant", "content": content}
-                body = json.dumps(
-                    {
+                values = content
+                if not isinstance(content, dict):
+                    values = {
                         "choices": [{"index": 0, "message": message, "finish_reason": finish}],
                         "usage": {"completion_tokens": len(content.split())},
                     }
-                ).encode()
+                body = json.dumps(values).encode()
                 self.send_response(finish if isinstance(finish, int) else 200)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()

@@ -318,6 +318,18 @@ def test_an_endpoint_that_refuses_every_request_alike_ends_the_run(tmp_path: Pat
         assert len(server.asked) < 30
 
 
+def test_samples_of_a_prompt_over_the_context_do_not_end_the_run(tmp_path: Path) -> None:
+    words = "prompt is too long: 300 tokens > 200 maximum"
+
+    def answer(prompt: str, seed: int) -> tuple[object, object]:
+        return ({"error": {"message": words}}, 400) if prompt == "q0" else ("7", "stop")
+
+    with Endpoint(answer) as server:
+        teacher = {"concurrency": 1, "samples": 25}
+        counts = collect(own_settings(tmp_path, server, text_rows(2), teacher=teacher))
+        assert (counts["failed"], counts["collected"]) == (25, 25)
+
+
 def test_answers_that_are_not_whole_are_counted_by_name(tmp_path: Path) -> None:
     reasons = [
         "stop",
