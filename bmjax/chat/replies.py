@@ -68,6 +68,18 @@ class NoCompletion(Exception):
     """A body without an answer, such as a page of HTML, half a JSON object or a stream that broke off."""
 
 
+class EmptyCompletion(NoCompletion):
+    """An answer without a token: a failure of the endpoint's, or a model that ended its turn at once.
+
+    Attributes:
+        completion: the answer.
+    """
+
+    def __init__(self, completion: Completion) -> None:
+        super().__init__("an answer without a single token")
+        self.completion = completion
+
+
 def read_completion(values: Any) -> Completion:
     """Return the first answer in a decoded body.
 
@@ -76,6 +88,7 @@ def read_completion(values: Any) -> Completion:
     Raises:
         ReplyError: for an error object, of the body or of the answer.
         NoCompletion: when there is no answer, nor a sign that one was paid for.
+        EmptyCompletion: for an answer without a token.
     """
     if not isinstance(values, dict):
         raise NoCompletion(f"not a chat completion: a JSON {type(values).__name__}")
@@ -96,10 +109,11 @@ def read_completion(values: Any) -> Completion:
         if not message and not generated:
             raise NoCompletion(f"not a chat completion: {problem}") from None
         return Completion("", json.dumps(message or choice), UNREADABLE, usage)
-    if generated == 0 and not (reasoning or response) and finish_reason in (None, "stop"):
-        raise NoCompletion("an answer without a single token")
     logprobs = _without_bytes(choice.get("logprobs"))
-    return Completion(reasoning, response, REFUSAL if refused else finish_reason, usage, logprobs)
+    completion = Completion(reasoning, response, REFUSAL if refused else finish_reason, usage, logprobs)
+    if generated == 0 and not (reasoning or response) and finish_reason in (None, "stop"):
+        raise EmptyCompletion(completion)
+    return completion
 
 
 def read_error(values: Mapping[str, Any], status: int | None = None) -> tuple[str, int | None, Excess | None]:

@@ -74,7 +74,8 @@ class _Asking:
         """Ask for all samples. Raises what ended the run early."""
         self._loop = asyncio.get_running_loop()
         concurrency = min(self.settings.concurrency, self.total)
-        async with make_client(self.settings, concurrency) as client:
+        # A model that ends its turn at once has answered, and wrongly; another try would favour it.
+        async with make_client(self.settings, concurrency, takes_empty=True) as client:
             self._client = client
             self._tasks = [asyncio.create_task(self._work(client)) for _ in range(concurrency)]
             try:

@@ -26,13 +26,16 @@ def system_turn(model: EndpointSettings) -> list[dict[str, str]]:
     return [] if model.system is None else [{"role": "system", "content": model.system}]
 
 
-def make_client(model: ConnectionSettings, concurrency: int) -> ChatClient:
-    """Return a client of a model. UserError for a key, an address or an environment that cannot be used."""
+def make_client(model: ConnectionSettings, concurrency: int, takes_empty: bool = False) -> ChatClient:
+    """Return a client of a model. UserError for a key, an address or an environment that cannot be used.
+
+    takes_empty: as of `ChatClient`.
+    """
     base_url, name = endpoint(model)
     limits = Limits(model.requests_per_second, model.requests_per_minute, model.tokens_per_minute)
     return ChatClient(
         base_url, name, api_key(model.api_key_env), concurrency, model.retries, model.timeout, model.stream, limits,
-        model.patience,
+        model.patience, takes_empty,
     )  # fmt: skip
 
 

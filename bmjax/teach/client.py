@@ -21,7 +21,7 @@ import httpx
 
 from bmjax.chat.context_length import Excess, context_excess
 from bmjax.chat.openai import ChatMessage, ChatRequest
-from bmjax.chat.replies import Completion, NoCompletion, ReplyError, ReplyReader, read_error
+from bmjax.chat.replies import Completion, EmptyCompletion, NoCompletion, ReplyError, ReplyReader, read_error
 from bmjax.config import UserError, first_line
 from bmjax.teach.endpoint import proxy_of, redact, trusted_certificates
 from bmjax.teach.health import Health
@@ -113,10 +113,11 @@ class ChatClient:
         stream: bool = False,
         limits: Limits = Limits(),
         patience: float = 30.0,
+        takes_empty: bool = False,
     ) -> None:
         self.address = Address.parse(base_url)
         self.model, self.retries, self.timeout, self.stream, self.patience = model, retries, timeout, stream, patience
-        self._key = key
+        self._key, self._takes_empty = key, takes_empty
         self._windows = [
             SlidingWindow(limit, seconds)
             for limit, seconds in ((limits.requests_per_second, 1.0), (limits.requests_per_minute, 60.0))
@@ -300,7 +301,12 @@ class ChatClient:
                 raise
 
     def _finish(self, reader: ReplyReader, tokens: Entry | None) -> Completion:
-        completion = reader.finish()
+        try:
+            completion = reader.finish()
+        except EmptyCompletion as empty:
+            completion = empty.completion
+            if not self._takes_empty or completion.finish_reason != "stop":
+                raise
         if tokens is not None:
             counts = [completion.usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
             known = [count for count in counts if isinstance(count, int)]

@@ -18,7 +18,7 @@ from bmjax.evaluate.score import bootstrap, pass_at_k
 from bmjax.evaluate.settings import EvalSettings
 from bmjax.io.jsonl import JsonLines
 from tests.conftest import SHARED, write_rows
-from tests.generate.server.scripted import ScriptedEngine, Serving, echo
+from tests.generate.server.scripted import ScriptedEngine, Serving, echo, question
 from tests.pipeline.endpoint import Endpoint
 
 
@@ -255,6 +255,44 @@ def test_other_refusals_are_no_prompt_over_the_context(tmp_path, words):
     ):
         evaluate(settings(server, tmp_path / "out", {"t": {"questions": rows_of(tmp_path)}}))
     assert len(server.asked) == 3
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_model_that_ends_its_turn_at_once_is_wrong(tmp_path, stream):
+    """As bmjax serve answers where the first token is an end token."""
+    rows = [{"prompt": "2", "reference": "2"}, {"prompt": "silence", "reference": "2"}]
+    tasks = {"t": {"questions": str(write_rows(tmp_path / "q.jsonl", rows)), "k": 2}}
+    engine = ScriptedEngine(lambda request: [] if question(request) == "silence" else echo(request))
+    with Serving(engine) as serving:
+        values = {"base_url": f"{serving.url}/v1", "model": "tiny", "output": str(tmp_path / "out"), "tasks": tasks}
+        score = evaluate(EvalSettings.read(values | {"stream": stream}))["t"]
+    assert (score["accuracy"], score["n"], score["unjudged"], score["truncated"]) == (0.5, 2, 0, 0)
+    assert [sample["tokens"] for sample in samples(tmp_path / "out", "t")] == [1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("reply", [
+    {"choices": [{"message": {"role": "assistant", "content": ""}, "finish_reason": "stop"}]},
+    {"choices": [{"message": {"role": "assistant", "content": None}, "finish_reason": "stop"}],
+     "usage": {"completion_tokens": 0}},
+])  # fmt: skip
+def test_an_empty_answer_of_any_endpoint_is_wrong_and_asked_for_once(tmp_path, reply):
+    with Endpoint(lambda prompt, seed: (reply, 200)) as server:
+        score = evaluate(settings(server, tmp_path / "out", {"t": {"questions": rows_of(tmp_path)}}))["t"]
+    assert (score["accuracy"], score["n"], len(server.asked)) == (0, 3, 3)
+
+
+@pytest.mark.parametrize("reply", [
+    {"choices": []},
+    {"choices": [{"message": {}, "finish_reason": "stop"}]},
+    {"choices": [{"message": {"content": ""}, "finish_reason": None}], "usage": {"completion_tokens": 0}},
+    {"error": {"message": "busy", "code": 503}},
+])  # fmt: skip
+def test_a_reply_without_an_answer_is_none(tmp_path, reply):
+    with (
+        Endpoint(lambda prompt, seed: (reply, 200)) as server,
+        pytest.raises(UserError, match=r"tasks.t: .*3 requests failed"),
+    ):
+        evaluate(settings(server, tmp_path / "out", {"t": {"questions": rows_of(tmp_path)}}, retries=0))
 
 
 def test_no_score_is_made_of_fewer_samples_and_the_same_command_asks_again(tmp_path):
