@@ -25,6 +25,7 @@ from bmjax.io import bucket
 from bmjax.io.atomic import held, write_atomic
 from bmjax.io.rows import read_rows
 from bmjax.log import Log, progress_bar, silent
+from bmjax.teach.endpoint import api_key, redact
 from bmjax.teach.record import ending
 from bmjax.urls import Address, url_of
 
@@ -108,22 +109,23 @@ def describe(settings: EvalSettings, log: Log = silent) -> list[str]:
         if questions := read_questions(settings, name, log):
             asked = samples_of(settings, name, questions, answerer.identity, sampling_of(settings, name))
             answerer.check(name, asked)
-            present = stored_samples(settings.output, name)
-            missing = sum(sample.id not in present for sample in asked)
+            stored = stored_samples(settings.output, name)
+            present = [stored[sample.id] for sample in asked if sample.id in stored]
+            missing = len(asked) - len(present)
             longest = settings.of_task(name, "max_new_tokens")
             total += missing
             lines.append(
                 f"{name}: {len(questions):,} questions, {len(asked) // len(questions)} samples each; "
-                f"{len(asked) - missing:,} answers are there, {missing:,} to ask for, at most {missing * longest:,} "
+                f"{len(present):,} answers are there, {missing:,} to ask for, at most {missing * longest:,} "
                 f"tokens ({longest:,} each)"
             )
+            if warning := _of_another_endpoint(present, settings):
+                lines.append(f"{name}: {warning}")
         if task.traces is not None:
             count = sum(1 for _ in itertools.islice(read_rows(task.traces, "traces"), task.limit))
             lines.append(f"{name}: held-out loss of {count:,} traces")
     if local is None:
-        assert settings.base_url is not None  # else the model is in this process
-        place = Address.parse(settings.base_url).label
-        where = f"{total:,} requests of {settings.model} at {place}, {settings.concurrency} at a time"
+        where = f"{total:,} requests of {settings.model} at {_endpoint(settings)}, {settings.concurrency} at a time"
         return [*lines, f"{where}; nothing was asked or written"]
     return [*lines, f"{local.memory_line()}; nothing was written"]
 
@@ -169,6 +171,8 @@ def _collect(
         if present:
             again = f", {len(stale)} to be judged anew" if stale else ""
             log(f"eval {name}: {len(asked)} samples wanted, {len(present)} already there{again}")
+            if warning := _of_another_endpoint([store.by_id[sample.id] for sample in present], settings):
+                log(f"eval {name}: {warning}")
         judging += [pool.submit(judge, sample) for sample in stale]
         failed: list[str] = []
         try:
@@ -183,6 +187,37 @@ def _collect(
             raise
     store.settle()
     return [store.by_id[sample.id] for sample in asked if sample.id in store.by_id], failed
+
+
+def _endpoint(settings: EvalSettings) -> str | None:
+    """Return the address of the model's endpoint as samples hold it, without secrets; None for a model here."""
+    if settings.base_url is None:
+        return None
+    return redact(Address.parse(settings.base_url).label, api_key(settings.api_key_env))
+
+
+def _of_another_endpoint(present: Sequence[Sample], settings: EvalSettings) -> str | None:
+    """Return a warning where samples that are there came from another address than today's; None elsewhere.
+
+    An endpoint's model is known by its name alone, and a server that was started again may have another port.
+    """
+    here = _endpoint(settings)
+    counts = Counter(sample["endpoint"] for sample in present if here is not None and sample.get("endpoint"))
+    others = {address: count for address, count in counts.items() if _machine(address) != _machine(str(here))}
+    if not others:
+        return None
+    listed = " and ".join(f"{count} at {address}" for address, count in others.items())
+    return (
+        f"warning: of these samples '{settings.model}' answered {listed}, not at {here}; they are kept, for the name "
+        "is the same: give another `output` if this is another model"
+    )
+
+
+def _machine(address: str) -> str:
+    """Return an address with one name for this machine's loopback."""
+    parsed = Address.parse(address)
+    shown = f"[{parsed.host}]" if ":" in parsed.host else parsed.host
+    return address.replace(shown, "localhost", 1) if parsed.is_local else address
 
 
 def _is_judged(asked: Asked, sample: Sample, settings: EvalSettings, lcb_compat: bool) -> bool:
@@ -202,6 +237,7 @@ def _fields(
         "reference": shown_reference(asked.reference), "answer": generated.text,
         "finish_reason": generated.finish_reason, "tokens": generated.tokens, "prompt_tokens": generated.prompt_tokens,
     }  # fmt: skip
+    fields |= {} if (address := _endpoint(settings)) is None else {"endpoint": address}
     return fields | ({"options": list(asked.order)} if asked.order else {})
 
 

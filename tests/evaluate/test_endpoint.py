@@ -187,6 +187,37 @@ def test_fewer_samples_and_other_sampling_lose_no_answer(tmp_path):
         assert run(samples=4) == four and len(server.asked) == 24
 
 
+def test_samples_of_another_endpoint_are_kept_and_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("THE_KEY", "sk-secret")
+    tasks, lines = {"t": {"questions": rows_of(tmp_path), "k": 2}}, []
+
+    def run(server, **changes):
+        lines.clear()
+        return evaluate(settings(server, tmp_path / "out", tasks, **changes), lines.append)["t"]
+
+    with Endpoint(lambda prompt, seed: ("0", "stop")) as first, Endpoint(lambda prompt, seed: ("2", "stop")) as second:
+        port = first.base_url.removeprefix("http://127.0.0.1:")
+        secret = f"http://user:sk-secret@127.0.0.1:{port.replace('/v1', '/sk-secret/v1')}?key=sk-secret"
+        run(first, base_url=secret, api_key_env="THE_KEY")
+        stored = (tmp_path / "out" / "samples" / "t.jsonl").read_text()
+        assert "sk-secret" not in stored and "user" not in stored
+        place = f"http://127.0.0.1:{port.replace('/v1', '/***/v1')}"
+        assert {sample["endpoint"] for sample in samples(tmp_path / "out", "t")} == {place}
+        assert not any("warning" in line for line in lines)
+        run(first, base_url=secret.replace("127.0.0.1", "localhost"), api_key_env="THE_KEY")  # the same one
+        assert not any("warning" in line for line in lines)
+        # Another address goes on with what is there, and says so, in --check as well.
+        score = run(second)
+        (warning,) = [line for line in lines if "warning" in line]
+        assert f"'served' answered 6 at {place}, not at {second.base_url}" in warning and "another `output`" in warning
+        assert score["accuracy"] == pytest.approx(1 / 3) and not second.asked
+        checked = running.describe(settings(second, tmp_path / "out", tasks))
+        assert [line for line in checked if "warning" in line] == [warning.removeprefix("eval ")]
+        tasks["t"]["k"] = 3
+        run(second)
+        assert len(second.asked) == 3 and sum("answered 6 at" in line for line in lines) == 1
+
+
 def test_a_prompt_over_the_context_is_counted_and_wrong(tmp_path):
     def answer(prompt, seed):
         return ("2", "stop") if prompt == "1 + 1?" else ("This prompt is too long for the model", 400)
