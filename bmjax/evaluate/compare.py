@@ -4,11 +4,13 @@ Two models that answer the same problems differ by less chance than their two in
 for both. So the difference is taken within each problem, and the bootstrap draws problems.
 """
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from bmjax.config import UserError
-from bmjax.evaluate.samples import Sample, read_samples
+from bmjax.evaluate.samples import Sample, read_samples, samples_file
 from bmjax.evaluate.score import interval
 from bmjax.io import bucket
 
@@ -44,12 +46,8 @@ def compare(first: str, second: str, seed: int = 0) -> dict[str, Any]:
 def _read(name: str) -> dict[str, list[Sample]]:
     """Return the samples of an evaluation by task."""
     path = bucket.local(name)
-    path = path.parent if path.name == "scores.json" else path
-    folder = path if path.name == "samples" else path / "samples"
-    if not path.is_file() and folder.is_dir() and not (folder.parent / "scores.json").is_file():
-        raise UserError(f"--compare: {name}: no scores.json; the evaluation is not complete, run it to its end")
-    files = [path] if path.is_file() else sorted(folder.glob("*.jsonl"))
-    files = [file for file in files if not file.name.endswith(".former.jsonl")]
+    folder = path.parent if path.name in ("scores.json", "samples") else path
+    files = [path] if path.is_file() and path.name != "scores.json" else _sample_files(name, folder)
     tasks: dict[str, list[Sample]] = {}
     for file in files:
         for sample in read_samples(file).values():
@@ -59,6 +57,25 @@ def _read(name: str) -> dict[str, list[Sample]]:
     if not tasks:
         raise UserError(f"--compare: {name}: no samples; expected a directory that `bmjax eval` wrote")
     return tasks
+
+
+def _sample_files(name: str, folder: Path) -> list[Path]:
+    """Return the files of an evaluation's samples: of the tasks that it scored, for those dropped since stay there."""
+    if not (folder / "samples").is_dir():
+        return []
+    file = folder / "scores.json"
+    if not file.is_file():
+        raise UserError(f"--compare: {name}: no scores.json; the evaluation is not complete, run it to its end")
+    try:
+        scores = json.loads(file.read_text(encoding="utf-8"))
+        tasks = [task for task, score in scores.items() if "accuracy" in score]
+    except (ValueError, AttributeError, TypeError):
+        raise UserError(f"--compare: {file}: no scores of `bmjax eval`; the same evaluation writes it anew") from None
+    files = [samples_file(folder, task) for task in tasks]
+    for path in files:
+        if not path.is_file():
+            raise UserError(f"--compare: {path}: missing, though {file} has its score; evaluate again")
+    return files
 
 
 def _compare_task(name: str, left: list[Sample], right: list[Sample], seed: int) -> dict[str, Any]:

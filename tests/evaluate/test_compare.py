@@ -21,7 +21,9 @@ def write(folder, task, verdicts, prompt="Q {}?"):
     ]  # fmt: skip
     (folder / "samples").mkdir(parents=True, exist_ok=True)
     write_rows(folder / "samples" / f"{task}.jsonl", rows)
-    (folder / "scores.json").write_text("{}")
+    file = folder / "scores.json"
+    scores = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(scores | {task: {"accuracy": 0.5}}))
     return str(folder)
 
 
@@ -67,6 +69,21 @@ def test_text_and_json_say_the_same(tmp_path, capsys):
     assert "only in the first: other" in printed
 
 
+def test_tasks_that_a_later_run_dropped_are_left_out(tmp_path):
+    for name in ("x", "y"):
+        folder = tmp_path / name
+        write(folder, "dropped", {"a": "r"})
+        (folder / "scores.json").unlink()
+        write(folder, "t", BEFORE)
+        (folder / "samples" / "t.former.jsonl").write_text((folder / "samples" / "dropped.jsonl").read_text())
+    for ending in ("", "/scores.json", "/samples"):
+        comparison = compare(f"{tmp_path}/x{ending}", f"{tmp_path}/y{ending}")
+        assert list(comparison["tasks"]) == ["t"] and not comparison["only_first"] + comparison["only_second"]
+    # A file of samples is what was asked for.
+    file = tmp_path / "x" / "samples" / "dropped.jsonl"
+    assert list(compare(str(file), str(file))["tasks"]) == ["dropped"]
+
+
 def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path, capsys):
     first = write(tmp_path / "x", "t", BEFORE)
     for name, second, problem in (
@@ -82,6 +99,14 @@ def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path, capsys):
     (tmp_path / "prompt" / "scores.json").unlink()
     with pytest.raises(UserError, match=r"no scores.json; the evaluation is not complete"):
         compare(first, str(tmp_path / "prompt"))
+    scores = tmp_path / "problems" / "scores.json"
+    for text in ("[1]", "{", '{"t": 1}'):
+        scores.write_text(text)
+        with pytest.raises(UserError, match=r"scores.json: no scores of `bmjax eval`"):
+            compare(first, str(scores.parent))
+    scores.write_text('{"gone": {"accuracy": 1}}')
+    with pytest.raises(UserError, match=r"gone.jsonl: missing, though .*scores.json has its score"):
+        compare(first, str(scores.parent))
     write_rows(tmp_path / "x" / "samples" / "t.jsonl", [{"id": "1", "answer": "x"}])
     assert main(["eval", "--compare", first, first]) == 2
     assert "no sample of `bmjax eval`; evaluate again" in capsys.readouterr().err
