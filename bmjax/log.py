@@ -34,6 +34,11 @@ def write_line(text: str) -> None:
     sys.stderr.flush()
 
 
+def is_seen_with_results() -> bool:
+    """Whether one terminal shows standard error and standard output, so that a result need not be said on both."""
+    return not _state["quiet"] and sys.stderr.isatty() and sys.stdout.isatty()
+
+
 def silent(text: str) -> None:
     """Say nothing: the log of a caller that wants none, and of all processes but the first."""
 

@@ -14,7 +14,7 @@ from typing import Any
 from bmjax.cli.methods_help import methods_text
 from bmjax.cli.parser import Command, Option, Outcome
 from bmjax.errors import UserError
-from bmjax.log import progress_bar, stage, write_line
+from bmjax.log import is_seen_with_results, progress_bar, stage, write_line
 
 
 def _use_machine() -> None:
@@ -153,7 +153,8 @@ def _eval(options: Namespace) -> Outcome:
     if options.settings.base_url is None:
         _use_machine()
     scores = evaluate(options.settings, write_line)
-    texts = [f"{task}: {summary(score)}" for task, score in scores.items()]
+    # On a terminal every score stands there since its task was done.
+    texts = [] if is_seen_with_results() else [f"{task}: {summary(score)}" for task, score in scores.items()]
     if options.settings.table is not None:
         table = bucket.local(bucket.join(options.settings.output, "table.md"))
         texts.append(table.read_text(encoding="utf-8").rstrip("\n"))

@@ -5,7 +5,7 @@ for both. So the difference is taken within each problem, and the bootstrap draw
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from bmjax.config import UserError
 from bmjax.evaluate.samples import Sample, read_samples, samples_file
 from bmjax.evaluate.score import interval
 from bmjax.io import bucket
+
+SHOWN, LONGEST_NAME = 10, 40  # flipped problems of a task in text, and letters of a problem's name
 
 Shares = dict[str, tuple[float, int]]  # of each problem: the share of right samples, and how many were judged
 
@@ -138,8 +140,15 @@ def _difference_interval(differences: list[float], seed: int) -> tuple[list[floa
     return [max(-1.0, differences[0] - width), min(1.0, differences[0] + width)], by
 
 
+def _cut(problems: Sequence[str]) -> str:
+    """Return a list of problems that fits a few lines of a terminal; --json has them all."""
+    most = SHOWN if len(problems) > SHOWN + 1 else len(problems)  # "and 1 more" would be no shorter
+    shown = ", ".join(name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}..." for name in problems[:most])
+    return shown if most == len(problems) else f"{shown} and {len(problems) - most:,} more (--json lists all)"
+
+
 def lines(comparison: Mapping[str, Any]) -> list[str]:
-    """Return a comparison as lines of text."""
+    """Return a comparison as lines of text, with the first of many flipped problems."""
     text = [f"{comparison['second']} against {comparison['first']}"]
     for name, task in comparison["tasks"].items():
         low, high = (f"{100 * end:+.1f}" for end in task["ci95"])
@@ -152,7 +161,7 @@ def lines(comparison: Mapping[str, Any]) -> list[str]:
         )
         for key, words in (("right_to_wrong", "right -> wrong"), ("wrong_to_right", "wrong -> right")):
             if task[key]:
-                text.append(f"  {words} ({len(task[key])}): {', '.join(task[key])}")
+                text.append(f"  {words} ({len(task[key])}): {_cut(task[key])}")
         if task["only_first"] or task["only_second"]:
             text.append(
                 f"  left out: {task['only_first']} problems that only the first has judged, {task['only_second']} only "

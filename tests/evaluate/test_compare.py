@@ -84,6 +84,21 @@ def test_tasks_that_a_later_run_dropped_are_left_out(tmp_path):
     assert list(compare(str(file), str(file))["tasks"]) == ["dropped"]
 
 
+def test_long_lists_of_flips_are_cut_in_text_alone(tmp_path, capsys):
+    names = [f"problem-{n}" for n in range(38)] + ["x" * 200]
+    first = write(tmp_path / "x", "t", dict.fromkeys(names, "r"))
+    second = write(tmp_path / "y", "t", dict.fromkeys(names, "w"))
+    assert main(["eval", "--compare", first, second]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "right -> wrong" in line]
+    assert line == f"  right -> wrong (39): {', '.join(names[:10])} and 29 more (--json lists all)"
+    assert main(["eval", "--compare", first, second, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tasks"]["t"]["right_to_wrong"] == names
+    # One that is longer than the rest by one name is whole, and a very long name is cut.
+    few = compare(write(tmp_path / "v", "t", dict.fromkeys(names[-11:], "r")), write(tmp_path / "w", "t", dict.fromkeys(
+        names[-11:], "w")))  # fmt: skip
+    assert f"  right -> wrong (11): {', '.join(names[-11:-1])}, {'x' * 40}..." in lines(few)
+
+
 def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path, capsys):
     first = write(tmp_path / "x", "t", BEFORE)
     for name, second, problem in (

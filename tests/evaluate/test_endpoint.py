@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -384,6 +385,33 @@ def test_an_endpoint_needs_no_jax(tmp_path):
         command = [sys.executable, "-c", program, str(tmp_path / "eval.yaml")]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "\n" and json.loads((tmp_path / "out" / "scores.json").read_text())["t"]["n"] == 3
+
+
+def on_terminal(command, out, err) -> bytes:
+    """Run a command with a terminal as standard output, standard error or both; return what it shows."""
+    ours, theirs = pty.openpty()
+    streams = {"stdout": theirs if out else subprocess.DEVNULL, "stderr": theirs if err else subprocess.DEVNULL}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(command, env=environment, **streams)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # Linux' word for the end of a terminal
+        while chunk := os.read(ours, 65536):
+            shown += chunk
+    os.close(ours)
+    assert process.wait() == 0
+    return shown
+
+
+def test_a_terminal_shows_every_score_once(tmp_path):
+    with Endpoint(lambda prompt, seed: ("2", "stop")) as server:
+        tasks = {name: {"questions": rows_of(tmp_path)} for name in ("a", "b")}
+        asking = settings(server, tmp_path / "out", tasks)
+        (tmp_path / "eval.yaml").write_text(json.dumps(asking.model_dump(exclude_unset=True)))
+        command = [sys.executable, "-m", "bmjax", "eval", str(tmp_path / "eval.yaml")]
+        for out, err in ((True, True), (True, False), (False, True)):
+            shown = on_terminal(command, out, err)
+            assert [shown.count(name + b": accuracy 0.333") for name in (b"a", b"b")] == [1, 1], (out, err)
 
 
 def test_an_interrupt_keeps_what_is_in_flight_and_the_same_command_continues(tmp_path):
