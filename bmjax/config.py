@@ -4,6 +4,7 @@ Every phase declares its settings next to the code that reads them. This module 
 and lists all keys for `--help`. It is also the door to errors.py and safe_yaml.py.
 """
 
+import itertools
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -37,15 +38,17 @@ class Settings(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown_keys(cls, values: Any) -> Any:
-        aliases = (field.validation_alias for field in cls.model_fields.values())
-        known = {
-            *cls.model_fields,
-            *(name for alias in aliases if isinstance(alias, AliasChoices) for name in alias.choices),
-        }
+        aliases = [field.validation_alias for field in cls.model_fields.values()]
+        synonyms = [alias.choices for alias in aliases if isinstance(alias, AliasChoices)]
+        known = {*cls.model_fields, *itertools.chain(*synonyms)}
         for key in values if isinstance(values, Mapping) else ():
             if isinstance(key, str) and key not in known:
                 hint = nearest(key, list(cls.model_fields))
                 raise PydanticCustomError("unknown_key", "unknown key", {"key": key, "hint": hint})
+        for names in synonyms:
+            both = [str(name) for name in names if isinstance(values, Mapping) and name in values]
+            if len(both) > 1:
+                raise ValueError(f"{' and '.join(both)} are names of one key; give one of them")
         return values
 
     @model_validator(mode="after")

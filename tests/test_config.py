@@ -47,6 +47,21 @@ def problem(source, *overrides) -> str:
 
 
 @pytest.mark.parametrize("values, line", [
+    ({"max_tokens": 1, "max_new_tokens": 2}, "max_new_tokens and max_tokens are names of one key; give one of them"),
+    ({"tasks": {"t": {"questions": "f", "k": 2, "samples": 2}}},
+     "tasks.t: samples and k are names of one key; give one of them"),
+    ({"tasks": {"aime24": {"data": "f", "questions": "f"}}},
+     "tasks.aime24: questions and data are names of one key; give one of them"),
+    ({"tasks": {"t": {"questions": "f", "verify": "math", "kind": "math", "judge": None}}},
+     "tasks.t: judge and verify and kind are names of one key; give one of them"),
+])  # fmt: skip
+def test_two_names_of_one_key_are_told(values, line):
+    with pytest.raises(UserError) as error:
+        EvalSettings.read({"model": "m", "output": "o", "tasks": {"t": {"questions": "f"}}} | values)
+    assert str(error.value) == f"settings: {line}"
+
+
+@pytest.mark.parametrize("values, line", [
     ({}, "key 'steps' is missing; it has no default"),
     ({"stpes": 1}, "unknown key 'stpes'; did you mean 'steps'?"),
     ({"steps": 1, "zzz": 1}, "unknown key 'zzz'; known here: flag, inner, kind, maybe, pairs, source, steps, tasks"),
