@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from bmjax.io.atomic import write_atomic
@@ -47,27 +47,27 @@ def paper_rows() -> list[dict[str, Any]]:
     return rows
 
 
-def measured_row(model: str, scores: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def measured_row(model: str, scores: Mapping[str, Mapping[str, Any]], folder: str = "") -> dict[str, Any]:
     """Return a row like the paper's of what was measured.
 
     Arguments:
         model: the measured one.
         scores: by task, as `evaluate` returns them; tasks that the paper lacks are left out.
+        folder: the evaluation's output as a reader of the table finds it; empty: the table lies in it.
     """
-    measured = {task: _measured(scores[task]) for task in TASKS if "accuracy" in scores.get(task, {})}
+    measured = {task: _measured(scores[task], folder) for task in TASKS if "accuracy" in scores.get(task, {})}
     return {"model": model, "source": "measured", "tasks": measured}
 
 
-def _measured(score: Mapping[str, Any]) -> dict[str, Any]:
-    samples = score["samples"]
-    source = (
-        f"{samples['file']}, {samples['count']} samples: {score['k']} of each problem, {score['n']} problems judged"
-    )
+def _measured(score: Mapping[str, Any], folder: str) -> dict[str, Any]:
+    file, count = str(PurePosixPath(folder, score["samples"]["file"])), score["samples"]["count"]
+    source = f"{file}, {count} samples: {score['k']} of each problem, {score['n']} problems judged"
     lcb = score.get("lcb_compat") or {}
     return {
         "accuracy": 100 * score["accuracy"], "ci95": [100 * end for end in score["ci95"]],
         "tokens": (score.get("tokens") or {}).get("mean"), "truncated": score["truncated"],
         "unjudged": score["unjudged"], "over_context": score["over_context"], "source": source,
+        "file": file, "samples": count, "k": score["k"], "n": score["n"],
         "by_livecodebench": 100 * lcb["accuracy"] if lcb.get("n") else None,
     }  # fmt: skip
 

@@ -8,7 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
@@ -148,7 +148,8 @@ def _paper_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
         scores = {
             benchmarks[domain]: score for domain, score in (entry.get("scores") or {}).items() if domain in benchmarks
         }
-        row = paper.measured_row(model, scores)
+        folder = str(PurePosixPath(entry["samples"]).parent) if entry.get("samples") else ""
+        row = paper.measured_row(model, scores, folder)
         rows += [row] if row["tasks"] else []
     return rows
 

@@ -60,10 +60,15 @@ def test_the_papers_table_is_there_and_takes_rows_of_its_benchmarks(tmp_path):
     report["config"]["domains"]["math"] = {"test": {"benchmark": "aime24", "data": "aime"}}
     for entry in report["models"].values():
         entry["scores"]["math"] |= {
-            "samples": {"file": "samples/math.jsonl", "count": 4}, "unjudged": 0, "over_context": 0,
+            "samples": {"file": "samples/math.jsonl", "count": 23}, "k": 4, "n": 5, "truncated": 0.125, "unjudged": 3,
+            "over_context": 2,
         }  # fmt: skip
     page = Page(write_report(tmp_path, report).read_text(encoding="utf-8"))
     accuracy = 100 * report["models"]["merged"]["scores"]["math"]["accuracy"]
     row = next(row for row in page.rows if row and row[0] == "merged (this run)")
     assert row[1].startswith(f"{accuracy:.1f} [") and row[2:] == ["–", "–"]
     assert "was not tested on these benchmarks" not in "".join(page.texts)
+    # What a reader sees, not a pointer's tip, says where each number is from and what it leaves out.
+    file = f"{report['models']['merged']['samples']}/math.jsonl"
+    assert (tmp_path / file).is_file()
+    assert ["merged", "AIME 2024", file, "23", "4", "5", "12.5 %", "3", "2"] in page.rows
