@@ -1,5 +1,7 @@
 """Log-likelihoods through the engine equal the model's held-out loss; texts are those of generate."""
 
+import math
+
 import jax
 import numpy as np
 import pytest
@@ -7,8 +9,11 @@ import pytest
 import bmjax
 from bmjax.config import UserError
 from bmjax.evaluate.likelihood import continue_texts, loglikelihoods
+from bmjax.evaluate.run import evaluate
+from bmjax.evaluate.settings import EvalSettings
 from bmjax.generate.engine import Engine
 from bmjax.generate.requests import Request, Sampling
+from tests.conftest import sums, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +42,24 @@ def test_a_loglikelihood_is_minus_the_held_out_loss(model, engine, pairs):
         assert count == len(after) and score.logprob == pytest.approx(-nats, rel=1e-6, abs=1e-6)
         best = np.asarray(model.logits([before + after]))[0, len(before) - 1 : -1].argmax(-1).tolist()
         assert score.is_greedy == (best == after)
+
+
+def test_loglikelihoods_of_a_data_set_add_up_to_evals_held_out_loss(engine, student, tokenizer, tmp_path):
+    """`bmjax eval` packs whole chats into rows; lm-eval's requests come one by one, tokenized by the caller."""
+    rows = [{key: value for key, value in row.items() if key != "reasoning"} for row in sums(40, seed=3)]
+    values = {
+        "model": str(student), "output": str(tmp_path / "out"), "seq_len": 128, "batch": 4, "mesh": {},
+        "tasks": {"held_out_loss": {"traces": str(write_rows(tmp_path / "traces.jsonl", rows))}},
+    }  # fmt: skip
+    score = evaluate(EvalSettings.read(values))["held_out_loss"]
+    asked = []
+    for row in rows:
+        before = f"<|im_start|>user\n{row['prompt']}<|im_end|>\n<|im_start|>assistant\n"
+        asked.append(tuple(tokenizer(text)["input_ids"] for text in (before, f"{row['response']}<|im_end|>")))
+    scores, cut = loglikelihoods(engine, asked, 256)
+    assert cut == score["cut_rows"] == 0 and score["loss_tokens"] == sum(len(after) for _, after in asked) > 400
+    nats = -math.fsum(score.logprob for score in scores)
+    assert nats == pytest.approx(score["loss"] * score["loss_tokens"], rel=1e-6)
 
 
 def test_what_greedy_decoding_writes_is_greedy(model, engine, pairs):

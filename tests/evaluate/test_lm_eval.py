@@ -110,6 +110,27 @@ def test_the_model_class_agrees_with_hf(tasks, directory, theirs):
     check(evaluate(tasks, "bmjax", {"pretrained": str(directory)}, ALL, batch_size=8), theirs)
 
 
+def test_loglikelihoods_of_the_model_class_add_up_to_evals_held_out_loss(directory, tmp_path):
+    from bmjax.evaluate.lm_eval_model import BmjaxLM
+    from bmjax.evaluate.run import evaluate as score_tasks
+    from bmjax.evaluate.settings import EvalSettings
+
+    rows = [{key: value for key, value in row.items() if key != "reasoning"} for row in sums(40, seed=3)]
+    tasks = {"held_out_loss": {"traces": str(write_rows(tmp_path / "traces.jsonl", rows))}}
+    values = {"model": str(directory), "output": str(tmp_path / "out"), "seq_len": 256, "mesh": {}, "tasks": tasks}
+    score = score_tasks(EvalSettings.read(values))["held_out_loss"]
+    model = BmjaxLM(str(directory), batch_size=8)
+    asked = []
+    for row in rows:
+        before = model.apply_chat_template([{"role": "user", "content": row["prompt"]}])
+        after = f"{row['response']}{model.tokenizer.eos_token}"
+        asked.append(((before, after), model.tok_encode(before), model.tok_encode(after)))
+    results = model._loglikelihood_tokens(asked)
+    assert sum(len(after) for _, _, after in asked) == score["loss_tokens"]
+    nats = -sum(logprob for logprob, _ in results)
+    assert nats == pytest.approx(score["loss"] * score["loss_tokens"], rel=1e-6)
+
+
 @pytest.fixture(scope="module")
 def serving(directory):
     from bmjax.generate.load import load_engine, open_model
