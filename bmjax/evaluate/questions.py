@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bmjax.config import UserError
+from bmjax.evaluate import livecodebench_release
 from bmjax.evaluate.livecodebench_form import has_its_tests, is_iso_date
 from bmjax.evaluate.settings import EvalSettings
 from bmjax.log import Log
@@ -73,8 +74,10 @@ def read_questions(settings: EvalSettings, name: str, log: Log) -> list[Question
     task = settings.tasks[name]
     if task.questions is None:
         return []
-    key = f"tasks.{name}.questions"
-    problems = list(read_unchecked(task.questions, key, task, log))
+    data, key = task.questions, f"tasks.{name}.questions"
+    if task.release is not None:
+        data = livecodebench_release.questions_of(data, task.release, f"tasks.{name}.release")
+    problems = list(read_unchecked(data, key, task, log))
     names = _names(problems)
     questions, reasons = [], Counter[str]()
     for number, (problem, called) in enumerate(zip(problems, names, strict=True)):

@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import AliasChoices, Field, model_validator
+from pydantic import AliasChoices, Field, field_validator, model_validator
 
 from bmjax.config import UserError, nearest
+from bmjax.evaluate.livecodebench_release import files_of
 from bmjax.evaluate.tasks import TASKS, Task
 from bmjax.evaluate.tasks.task import METRIC
 from bmjax.teach.benchmarks import benchmark_name
@@ -25,6 +26,11 @@ class TaskSettings(ProblemSettings):
         validation_alias=AliasChoices("questions", "data"),
         description="accuracy: file(s) or hub data set(s), by the names that `data` of training takes",
     )
+    release: str | None = Field(
+        None,
+        description="of LiveCodeBench, whose files are in the folder `questions`: release_v5; v6 for what that one "
+        "added; v5_v6. null: all rows of `questions`",
+    )
     traces: str | list[str] | None = Field(None, description="held-out loss: the same, with whole answers")
     response: str = Field("{response}", description="the answer in a row of traces")
     system: str | None = Field(None, description="as above, for this task")
@@ -42,6 +48,13 @@ class TaskSettings(ProblemSettings):
         False, description="ask every sample of a choice with its options in an order of its own, which is stored"
     )
     lcb_compat: bool = Field(False, description="also judge programs as LiveCodeBench's own code does, faults included")
+
+    @field_validator("release")
+    @classmethod
+    def _release_is_known(cls, value: str | None) -> str | None:
+        if value is not None:
+            files_of(value)
+        return value
 
     @model_validator(mode="after")
     def _metrics_are_known(self) -> Self:
@@ -117,6 +130,9 @@ class EvalSettings(ConnectionSettings, ProgramSettings):
                     f"tasks: '{name}' is used as a file name; it must not hold '/', end in .former or be empty"
                 )
             _check_source(name, task)
+            known = benchmark_of(name, task)
+            if task.release is not None and (known is None or known.name != "livecodebench"):
+                raise ValueError(f"tasks.{name}.release: only livecodebench has releases; remove the key")
             if self.base_url is not None and task.traces is not None:
                 raise ValueError(
                     f"tasks.{name}.traces: an endpoint gives no held-out loss; score the model's directory: remove "

@@ -132,6 +132,45 @@ def test_livecodebench_is_read_within_its_window_and_stays_packed(tmp_path):
         read(tmp_path, "livecodebench", bad)
 
 
+@pytest.mark.parametrize("release, numbers", [
+    ("release_v1", [1]), ("release_v2", [1, 2]), ("release_v5", [1, 2, 3, 4, 5]), ("release_v6", [1, 2, 3, 4, 5, 6]),
+    ("release_latest", [1, 2, 3, 4, 5, 6]), ("v1", [1]), ("v6", [6]), ("v2_v4", [2, 3, 4]),
+    ("v1_v6", [1, 2, 3, 4, 5, 6]),
+])  # fmt: skip
+def test_a_release_of_livecodebench_is_its_files_of_a_folder(tmp_path, release, numbers):
+    for number in range(1, 7):
+        write_rows(tmp_path / f"test{number if number > 1 else ''}.jsonl", [lcb_row(number, "2024-09-01")])
+    write_rows(tmp_path / "other.jsonl", [lcb_row(9, "2024-09-01")])
+    questions, _, _ = read(tmp_path, "livecodebench", file=tmp_path, release=release)
+    assert [question.problem for question in questions] == [f"q{number}" for number in numbers]
+    # A window is of the release's rows.
+    write_rows(tmp_path / f"test{numbers[-1] if numbers[-1] > 1 else ''}.jsonl", [lcb_row(7, "2023-09-01")])
+    if len(numbers) > 1:
+        questions, _, _ = read(tmp_path, "livecodebench", file=tmp_path, release=release)
+        assert [question.problem for question in questions] == [f"q{number}" for number in numbers[:-1]]
+
+
+@pytest.mark.parametrize("release", ["v7", "release_v0", "release_v7", "v4_v2", "5", "V5", "release_5", "v1_v2_v3", ""])
+def test_a_name_of_no_release_is_told_in_one_line(release):
+    with pytest.raises(UserError, match=r"tasks.livecodebench.release: found '.*', expected release_v1 to") as error:
+        settings({"livecodebench": {"questions": "d", "release": release}})
+    assert "\n" not in str(error.value)
+
+
+def test_a_release_needs_its_files_and_is_livecodebenchs(tmp_path):
+    file = write_rows(tmp_path / "test.jsonl", [lcb_row(1, "2024-09-01")])
+    with pytest.raises(UserError, match=r"tasks.livecodebench.release: release_v2 needs .*test2.jsonl, which is not"):
+        read(tmp_path, "livecodebench", file=tmp_path, release="release_v2")
+    for wrong in (str(file), f"{tmp_path}/test*.jsonl", [str(file)]):
+        asked = settings({"livecodebench": {"questions": wrong, "release": "v1"}})
+        with pytest.raises(UserError, match=r"tasks.livecodebench.release: it chooses files of the folder"):
+            read_questions(asked, "livecodebench", silent)
+    with pytest.raises(UserError, match=r"tasks.gsm8k.release: only livecodebench has releases"):
+        settings({"gsm8k": {"release": "v1"}})
+    named = settings({"code": {"task": "livecodebench", "questions": str(tmp_path), "release": "v1"}})
+    assert len(read_questions(named, "code", silent)) == 1
+
+
 def test_a_run_keeps_tests_packed_until_they_are_judged(tmp_path):
     file = write_rows(tmp_path / "lcb.jsonl", [lcb_row(1, "2024-09-01"), lcb_row(2, "2025-09-01", calls=True)])
     source = SourceSettings.read({"data": str(file), "adapter": "livecodebench"} | WINDOW)

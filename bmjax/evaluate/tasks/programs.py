@@ -13,7 +13,8 @@ register(
         samples=4,
         between={"contest_date": ("2024-08-01", "2025-02-01")},
         lcb_compat=True,
-        copy="a release is several large files, which the hub gives one by one; give the release's files, for v5: "
-        "[test.jsonl, test2.jsonl, test3.jsonl, test4.jsonl, test5.jsonl] of livecodebench/code_generation_lite",
+        copy="a release is several large files, which the hub gives one by one; fetch those of "
+        "livecodebench/code_generation_lite (release_v5: test.jsonl, test2.jsonl to test5.jsonl), and give their "
+        "folder and `release: release_v5`, or the files",
     )
 )
