@@ -222,7 +222,8 @@ def generate(
         stop: strings that end a continuation; its text ends before them.
 
     Returns: the continuations in order, without prompt and end token: texts, or lists of token ids where the model has
-    no tokenizer.
+    no tokenizer. Texts are those of transformers with skip_special_tokens: a special token has none, and a <think> that
+    is one leaves none either.
     Raises: UserError for a prompt that is empty, of another kind, or longer than the context, and for settings of the
     sampling that mean nothing.
     """

@@ -15,6 +15,9 @@ THOUGHT_MARKS = (
 )  # fmt: skip
 ANSWER_MARKS = (("<|begin_of_solution|>", "<|end_of_solution|>"), ("<answer>", "</answer>"))
 
+# Some tokenizers have these as special tokens. Text that is to be split or judged keeps them all the same.
+THINKING_TAGS = (OPEN, CLOSE, *(tag for pair in THOUGHT_MARKS for tag in pair))
+
 
 def split_think(content: str, reasoning: str | None = None) -> tuple[str, str]:
     """Split a reply into (reasoning, response).
@@ -33,6 +36,16 @@ def split_think(content: str, reasoning: str | None = None) -> tuple[str, str]:
     if opened == 1 and closed == 0 and text.startswith(OPEN):
         return text.removeprefix(OPEN).strip(), ""
     return "", text
+
+
+def opens_thought(prompt: str) -> bool:
+    """Return whether a prompt ends with <think>, so that its answer begins inside the thought."""
+    return prompt.rstrip().endswith(OPEN)
+
+
+def with_opening(text: str, is_open: bool) -> str:
+    """Return an answer with the <think> that its prompt ended with, where it does not repeat it."""
+    return f"{OPEN}{text}" if is_open and not text.lstrip().startswith(OPEN) else text
 
 
 class ThinkSplitter:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bmjax.branch.step import size_text
-from bmjax.chat.reasoning import OPEN
+from bmjax.chat.reasoning import opens_thought, with_opening
 from bmjax.chat.template import render_prompt
 from bmjax.evaluate.answering import Generated, Receive, turns
 from bmjax.evaluate.judging import OVER_CONTEXT
@@ -22,6 +22,7 @@ from bmjax.generate.answer import check_prompt
 from bmjax.generate.cache import FEWEST, token_bytes
 from bmjax.generate.engine import Engine
 from bmjax.generate.requests import FinishReason, Request, Sampling, Token
+from bmjax.generate.text import answer_text
 from bmjax.log import Log
 from bmjax.model import spec
 from bmjax.parallel.mesh import make_mesh
@@ -147,6 +148,6 @@ class LocalAnswerer:
     def _generated(self, prompt: Sequence[int], tokens: Sequence[int], finish_reason: str, seed: int) -> Generated:
         """Return an answer as text. Where the template opens the thought, a text without its end is all thought."""
         tokenizer = self.student.tokenizer
-        text = tokenizer.decode(tokens, skip_special_tokens=True)
-        is_open = tokenizer.decode(prompt[-8:]).rstrip().endswith(OPEN)
-        return Generated(f"{OPEN}{text}" if is_open else text, finish_reason, len(tokens), len(prompt), seed)
+        is_open = opens_thought(tokenizer.decode(prompt[-32:]))  # a tag that is no token of its own is at most 7
+        text = with_opening(answer_text(tokenizer, tokens), is_open)
+        return Generated(text, finish_reason, len(tokens), len(prompt), seed)

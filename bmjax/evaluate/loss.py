@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from bmjax.branch.examples import Encoding, build_dataset, check_vocabulary
 from bmjax.branch.loader import Loader, best_fit, load_batch
 from bmjax.evaluate.settings import EvalSettings, TaskSettings
+from bmjax.generate.text import answer_text
 from bmjax.io.rows import Row, fill, read_rows
 from bmjax.log import Log, silent
 from bmjax.model import qwen2
@@ -101,7 +102,7 @@ def held_out_loss(
     nats, tokens = float(nats_of_blocks.sum()), float(tokens_of_blocks.sum())
     ends = interval_of_ratio(nats_of_blocks, tokens_of_blocks, settings.seed or 0)
     targets = [example.tokens[example.loss_mask.astype(bool)].tolist() for example in dataset.examples]
-    texts = student.tokenizer.batch_decode(targets, skip_special_tokens=True)
+    texts = (answer_text(student.tokenizer, target) for target in targets)
     bits_per_byte = nats / math.log(2) / sum(len(text.encode()) for text in texts)
     return {
         "loss": nats / tokens, **({"loss_ci95": ends} if ends else {}), "bits_per_byte": bits_per_byte,

@@ -7,7 +7,7 @@ written differently by some of them.
 
 import codecs
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -26,12 +26,18 @@ class TokenDecoder(Protocol):
         """Return the rest of the text."""
 
 
-def token_decoder(tokenizer: Any) -> TokenDecoder:
-    """Return a decoder of one text for transformers' fast tokenizer; special tokens have no text."""
+def token_decoder(tokenizer: Any, keep: Collection[str] = ()) -> TokenDecoder:
+    """Return a decoder of one text for transformers' fast tokenizer.
+
+    Special tokens have no text, but for those in `keep`.
+    """
     backend = tokenizer.backend_tokenizer
-    kinds = _kinds(backend)
-    is_byte_level, has_byte_tokens = kinds == ("ByteLevel",), "ByteFallback" in kinds
-    decoder: TokenDecoder = ByteDecoder(backend) if is_byte_level else WindowDecoder(backend, has_byte_tokens)
+    kinds, skipped = _kinds(backend), special_tokens(backend).difference(keep)
+    decoder: TokenDecoder
+    if kinds == ("ByteLevel",):
+        decoder = ByteDecoder(backend, skipped)
+    else:
+        decoder = WindowDecoder(backend, skipped, has_byte_tokens="ByteFallback" in kinds)
     if not getattr(tokenizer, "clean_up_tokenization_spaces", False):
         return decoder
     # transformers cleans no BPE tokenizer up, unless this is set.
@@ -49,7 +55,7 @@ def _kinds(backend: Any) -> tuple[str, ...]:
 
 
 def special_tokens(backend: Any) -> set[str]:
-    """Return the special tokens of a tokenizer, which have no text."""
+    """Return the special tokens of a tokenizer."""
     return {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
 
 
@@ -75,16 +81,17 @@ class ByteDecoder:
 
     Arguments:
         backend: the tokenizer of the package tokenizers.
+        skipped: tokens that have no text.
     """
 
-    def __init__(self, backend: Any) -> None:
-        self._backend, self._special = backend, special_tokens(backend)
+    def __init__(self, backend: Any, skipped: Collection[str]) -> None:
+        self._backend, self._skipped = backend, skipped
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, tokens: Sequence[int]) -> str:
         """See `TokenDecoder`."""
         names = (self._backend.id_to_token(token) for token in tokens)  # None: a free row of the vocabulary
-        return self._utf8.decode(b"".join(token_bytes(name) for name in names if name and name not in self._special))
+        return self._utf8.decode(b"".join(token_bytes(name) for name in names if name and name not in self._skipped))
 
     def finish(self) -> str:
         """See `TokenDecoder`."""
@@ -99,11 +106,12 @@ class WindowDecoder:
 
     Arguments:
         backend: the tokenizer of the package tokenizers.
+        skipped: tokens that have no text.
         has_byte_tokens: whether its decoder makes bytes of tokens like `<0xE2>`.
     """
 
-    def __init__(self, backend: Any, has_byte_tokens: bool) -> None:
-        self._backend, self._has_byte_tokens, self._special = backend, has_byte_tokens, special_tokens(backend)
+    def __init__(self, backend: Any, skipped: Collection[str], has_byte_tokens: bool) -> None:
+        self._backend, self._skipped, self._has_byte_tokens = backend, skipped, has_byte_tokens
         self._told: list[int] = []  # the last tokens that were told, as few as have a text
         self._new: list[int] = []
 
@@ -120,14 +128,15 @@ class WindowDecoder:
         return self._tell(self._decode([*self._told, *self._new]))
 
     def _decode(self, tokens: Sequence[int]) -> str:
-        return str(self._backend.decode(tokens, skip_special_tokens=True))
+        kept = [token for token in tokens if self._backend.id_to_token(token) not in self._skipped]
+        return str(self._backend.decode(kept, skip_special_tokens=False))
 
     def _ends_in_bytes(self) -> bool:
         if not self._has_byte_tokens:
             return False
-        # Special tokens and free rows of the vocabulary stand between bytes as nothing would.
+        # Skipped tokens and free rows of the vocabulary stand between bytes as nothing would.
         names = (self._backend.id_to_token(token) for token in reversed(self._new))
-        name = next((name for name in names if name and name not in self._special), "")
+        name = next((name for name in names if name and name not in self._skipped), "")
         return len(name) == 6 and name.startswith("<0x") and name.endswith(">")
 
     def _tell(self, text: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 import httpx
 
 from bmjax.chat.openai import ChatMessage, ChatRequest
-from bmjax.chat.reasoning import OPEN, ThinkSplitter
+from bmjax.chat.reasoning import THINKING_TAGS, ThinkSplitter, opens_thought
 from bmjax.chat.replies import Events, NoCompletion, ReplyError, read_error
 from bmjax.chat.template import render_prompt
 from bmjax.config import UserError, first_line
@@ -133,7 +133,7 @@ def _engine(settings: ChatSettings) -> Iterator[Ask]:
             settings.temperature, settings.top_p, seed=settings.seed + asked,
         )  # fmt: skip
         asked += 1
-        text, splitter = TextStream(tokenizer), ThinkSplitter(prompt.rstrip().endswith(OPEN))
+        text, splitter = TextStream(tokenizer, keep=THINKING_TAGS), ThinkSplitter(opens_thought(prompt))
         new: list[Token] = []
         running = engine.submit(Request(tokens, sampling), lambda tokens, _: new.extend(tokens))
         try:

@@ -1,13 +1,20 @@
 """An answer's text, as its tokens come: no character is cut, and it ends before a stop string.
 
-The server, the terminal and `bmjax.generate` use it. One object an answer.
+The server, the terminal and `bmjax.generate` use it. One object an answer. `answer_text` is for whole answers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
+from bmjax.chat.reasoning import THINKING_TAGS
 from bmjax.config import UserError
 from bmjax.generate.decoding import token_decoder
+
+
+def answer_text(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """Return the text of a whole answer with its thinking tags, also where they are special tokens."""
+    stream = TextStream(tokenizer, keep=THINKING_TAGS)
+    return stream.push(tokens) + stream.finish()
 
 
 class TextStream:
@@ -16,6 +23,7 @@ class TextStream:
     Arguments:
         tokenizer: transformers' fast tokenizer; special tokens have no text.
         stop: strings that end the answer; the text ends before the first that appears in it.
+        keep: special tokens that have their text all the same.
 
     Attributes:
         text: what has been returned so far.
@@ -24,14 +32,14 @@ class TextStream:
     Raises UserError for an empty stop string.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), keep: Collection[str] = ()) -> None:
         if isinstance(stop, str):
             stop = (stop,)
         if not all(isinstance(string, str) and string for string in stop):
             raise UserError("stop: expected strings that are not empty")
         self.text = ""
         self.stopped: str | None = None
-        self._decoder, self._stop = token_decoder(tokenizer), tuple(stop)
+        self._decoder, self._stop = token_decoder(tokenizer, keep), tuple(stop)
         self._held = ""  # decoded, but it may be the beginning of a stop string
 
     def push(self, tokens: Sequence[int]) -> str:

@@ -1,14 +1,18 @@
 """Verdicts on labelled answers, and which answers are the same one."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
+from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerFast
 
 from bmjax.evaluate import judging
 from bmjax.evaluate.judging import OVER_CONTEXT, judge_answer, judged_by, votes
 from bmjax.evaluate.local import LocalAnswerer
 from bmjax.evaluate.questions import Asked, Question
 from bmjax.evaluate.settings import EvalSettings
+from tests.conftest import byte_tokenizer
 from tests.evaluate.labelled import LABELLED
 
 
@@ -77,12 +81,40 @@ def test_letters_stand_for_options_in_every_order():
     assert votes(samples, [(text, "stop") for text in texts]) == [0, 0, 0, None]
 
 
-def test_where_the_template_opens_the_thought_an_answer_without_its_end_is_none():
-    answerer = object.__new__(LocalAnswerer)
-    characters = SimpleNamespace(decode=lambda tokens, skip_special_tokens=False: "".join(map(chr, tokens)))
-    answerer.student = SimpleNamespace(tokenizer=characters)
-    prompts = [[*map(ord, f"Assistant:\n{opening}")] for opening in ("<think>\n", "")]
-    for text, verdicts in ((r"so \boxed{12} it", ["wrong", "right"]), (r"hm</think>\boxed{12}", ["right", "right"])):
-        answers = [answerer._generated(prompt, [*map(ord, text)], "stop", 0) for prompt in prompts]
+def with_tags(kind: str):
+    """A tokenizer whose thinking tags are special tokens, tokens of text, or pieces of text."""
+    tokenizer = byte_tokenizer()
+    if kind == "special":
+        return tokenizer
+    backend = tokenizer.backend_tokenizer
+    values = json.loads(backend.to_str())
+    values["added_tokens"] = [token for token in values["added_tokens"] if "think" not in token["content"]]
+    values["model"]["vocab"] = {
+        token.replace("think", "thought"): index for token, index in values["model"]["vocab"].items()
+    }
+    backend = backend.from_str(json.dumps(values))
+    if kind == "text":
+        backend.add_tokens([AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+
+
+@pytest.mark.parametrize("kind", ["special", "text", "pieces"])
+def test_an_answer_is_judged_by_what_follows_its_thought(kind):
+    answerer, tokenizer = object.__new__(LocalAnswerer), with_tags(kind)
+    answerer.student = SimpleNamespace(tokenizer=tokenizer)
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    assert len(encode("<think>")) == (7 if kind == "pieces" else 1)
+    prompts = [encode(f"<|im_start|>assistant\n{opening}") for opening in ("<think>\n\n", "")]
+    for text, verdicts in (
+        (r"so \boxed{12} it", ["wrong", "right"]), (r"hm</think>\boxed{12}", ["right", "right"]),
+        (r"\boxed{5}</think>\boxed{12}", ["right", "right"]),
+        (r"<think>\boxed{5}</think>\boxed{12}", ["right", "right"]),
+        (r"<think>so \boxed{12}", ["wrong", "wrong"]),
+    ):  # fmt: skip
+        answers = [answerer._generated(prompt, encode(text), "stop", 0) for prompt in prompts]
+        assert [answer.text.count("<think>") for answer in answers] == [1, text.count("<think>")]
         judged = [judge_answer(asked("math", "12"), a.text, a.finish_reason, settings(), False) for a in answers]
-        assert [fields["verdict"] for fields in judged] == verdicts
+        assert [fields["verdict"] for fields in judged] == verdicts, text

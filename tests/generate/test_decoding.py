@@ -72,10 +72,13 @@ KINDS = {
 }  # fmt: skip
 
 
-def assert_streamed(tokenizer, tokens, rng) -> None:
+def assert_streamed(tokenizer, tokens, rng, keep=()) -> None:
     """What comes in runs of 1 to 4 tokens is the text of all tokens."""
-    whole = tokenizer.decode(tokens, skip_special_tokens=True)
-    stream, start, told = TextStream(tokenizer), 0, ""
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    kept = [t for t in tokens if t not in special or tokenizer.convert_ids_to_tokens(t) in keep]
+    whole = tokenizer.decode(kept, skip_special_tokens=False)
+    assert keep or whole == tokenizer.decode(tokens, skip_special_tokens=True)
+    stream, start, told = TextStream(tokenizer, keep=keep), 0, ""
     while start < len(tokens):
         size = int(rng.integers(1, 5))
         told += stream.push(tokens[start : start + size])
@@ -85,14 +88,15 @@ def assert_streamed(tokenizer, tokens, rng) -> None:
     assert told == stream.text == whole, tokens
 
 
+@pytest.mark.parametrize("keep", [(), ("<think>", "</think>", "<s>")])
 @pytest.mark.parametrize("kind", KINDS)
-def test_random_tokens_stream_to_the_text_of_all(kind):
+def test_random_tokens_stream_to_the_text_of_all(kind, keep):
     tokenizer, rng = KINDS[kind](), np.random.default_rng(0)
     ids = len(tokenizer) + 3  # a model's vocabulary has free rows
     several = 0
     for _ in range(1500):
         tokens = rng.integers(0, ids, rng.integers(0, 24)).tolist()
-        assert_streamed(tokenizer, tokens, rng)
+        assert_streamed(tokenizer, tokens, rng, keep)
         several += len(tokenizer.decode(tokens, skip_special_tokens=True)) > 5
     assert several > 500
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from bmjax.config import UserError
-from bmjax.generate.text import TextStream
+from bmjax.generate.text import TextStream, answer_text
 
 FAMILY = "\u200d".join("👩👩👧👦")  # one picture of several characters
 TEXTS = [
@@ -65,6 +65,14 @@ def test_special_tokens_have_no_text(tokenizer):
     stream = TextStream(tokenizer)
     tokens = tokenizer("a<|im_end|>b", add_special_tokens=False)["input_ids"]
     assert "".join(stream.push([token]) for token in tokens) == "ab"
+
+
+def test_thinking_tags_that_are_special_tokens_stay_in_answers(tokenizer):
+    text = "<|im_start|><think>two</think>4<|im_end|>"
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert {"<think>", "</think>"} <= {*tokenizer.convert_ids_to_tokens(tokens)}
+    assert tokenizer.decode(tokens, skip_special_tokens=True) == "two4"
+    assert answer_text(tokenizer, tokens) == "<think>two</think>4"
 
 
 @pytest.mark.parametrize(("text", "stop", "want", "stopped"), [

@@ -10,7 +10,7 @@ from typing import Any
 
 from bmjax.chat.forms import read_conversation
 from bmjax.chat.openai import RequestError, ServedChat, ServedCompletion, ServedRequest
-from bmjax.chat.reasoning import OPEN, ThinkSplitter
+from bmjax.chat.reasoning import THINKING_TAGS, ThinkSplitter, opens_thought
 from bmjax.chat.template import render_prompt
 from bmjax.config import UserError
 from bmjax.generate.requests import FinishReason, Request, Sampling, Token
@@ -71,7 +71,7 @@ def chat_prompt(served: Served, chat: ServedChat) -> Prompt:
         text = render_prompt(served.tokenizer, messages, served.template, "messages")
     except UserError as error:
         raise RequestError(str(error), "messages") from None
-    prompt = Prompt(text, _encode(served, text), text.rstrip().endswith(OPEN))
+    prompt = Prompt(text, _encode(served, text), opens_thought(text))
     _check_tokens(served, prompt.tokens, "messages")
     return prompt
 
@@ -154,8 +154,9 @@ class Answer:
 
     def __init__(self, served: Served, asked: ServedRequest, prompt: Prompt) -> None:
         self.is_ended, self.count = False, 0
-        self._text = TextStream(served.tokenizer, asked.stop or ())
-        self._splitter = ThinkSplitter(prompt.is_open) if isinstance(asked, ServedChat) else None
+        is_chat = isinstance(asked, ServedChat)  # a completion's text is that of `bmjax.generate`
+        self._text = TextStream(served.tokenizer, asked.stop or (), THINKING_TAGS if is_chat else ())
+        self._splitter = ThinkSplitter(prompt.is_open) if is_chat else None
         self._echo = prompt.text if isinstance(asked, ServedCompletion) and asked.echo else None
 
     def add(self, tokens: Sequence[Token], reason: FinishReason | None, prompt_tokens: Sequence[Token] = ()) -> Piece:

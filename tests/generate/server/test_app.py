@@ -63,6 +63,23 @@ def test_reasoning_is_apart_where_the_template_opens_the_thought():
             assert (message.reasoning_content, message.content) == expected
 
 
+@pytest.mark.parametrize(("opening", "answer"), [("", "<think>two</think>4"), ("<think>\\n", "two</think>4")])
+def test_thinking_tags_that_are_special_tokens_are_split_off(opening, answer):
+    template = TOKENIZER.chat_template.replace("assistant\\n", f"assistant\\n{opening}")
+    tokens = encode(answer)
+    assert TOKENIZER.decode(tokens, skip_special_tokens=True) == "two4"  # the tags are special
+    with Serving(ScriptedEngine(lambda request: tokens), template=template) as serving:
+        client = make_client(serving)
+        message = ask(client, "?").choices[0].message
+        assert (message.reasoning_content, message.content) == ("two", "4")
+        deltas = [chunk.choices[0].delta for chunk in ask(client, "?", stream=True)]
+        assert "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas) == "two"
+        assert "".join(delta.content or "" for delta in deltas) == "4"
+        assert ask(client, "?", stop="</think>").choices[0].message.reasoning_content == "two"
+        # A completion's text is that of bmjax.generate.
+        assert client.completions.create(model="tiny", prompt="?").choices[0].text == "two4"
+
+
 @pytest.mark.parametrize("text", ["plain text\n", THOUGHT, "\u2603" * 5])
 def test_a_stream_holds_what_the_whole_reply_does(client, text):
     whole = ask(client, text).choices[0]

@@ -3,14 +3,15 @@
 import io
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 import bmjax
 from bmjax.config import UserError
-from bmjax.generate import terminal
+from bmjax.generate import load, terminal
 from bmjax.generate.settings import ChatSettings
-from tests.generate.server.scripted import ScriptedEngine, Serving, echo, wait_until
+from tests.generate.server.scripted import TOKENIZER, ScriptedEngine, Serving, echo, encode, wait_until
 
 
 class Terminal(io.StringIO):
@@ -47,8 +48,6 @@ def test_a_conversation_keeps_its_turns_dims_thinking_and_begins_anew(serving, t
     seen = []
 
     def answer(request):
-        from tests.generate.server.scripted import TOKENIZER
-
         seen.append(TOKENIZER.decode(request.tokens))
         return echo(request)
 
@@ -100,6 +99,17 @@ def test_a_model_of_this_process_answers_as_generate_does(student):
     values = {"model": str(student), "temperature": 0, "max_tokens": 10}
     terminal.chat(ChatSettings.read(values), io.StringIO("1 + 2?\nand 3?\n"), target)
     assert target.getvalue() == "".join(" ".join(terminal.printable(text).split()) + "\n" for text in expected)
+
+
+def test_thinking_tags_that_are_special_tokens_are_known(monkeypatch):
+    engine = ScriptedEngine(lambda request: encode("<think>two</think>4"))
+    engine.context = 256
+    student = SimpleNamespace(tokenizer=TOKENIZER, template=TOKENIZER.chat_template)
+    monkeypatch.setattr(load, "open_model", lambda *_: student)
+    monkeypatch.setattr(load, "load_engine", lambda *_: engine)
+    target = io.StringIO()
+    terminal.chat(ChatSettings.read({"model": "m"}), io.StringIO("?\n"), target)
+    assert target.getvalue() == "4\n"
 
 
 def test_the_command_reads_lines_and_answers_lines(serving):
