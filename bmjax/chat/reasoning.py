@@ -48,26 +48,38 @@ def with_opening(text: str, is_open: bool) -> str:
     return f"{OPEN}{text}" if is_open and not text.lstrip().startswith(OPEN) else text
 
 
-class ThinkSplitter:
-    """Splits an answer into reasoning and response while its text arrives, as `split_think` does with all of it.
+def split_answer(text: str, is_open: bool = False) -> tuple[str, str]:
+    """Split a whole answer into (reasoning, response), as `split_think` does. Without a thought it stays as it is.
 
-    Only a block that begins the answer counts. Spaces around the reasoning, and before the response that follows it,
-    are left out; an answer without reasoning stays as it is.
+    is_open: whether the prompt ends with <think>, see `opens_thought`.
+    """
+    reasoning, response = split_think(with_opening(text, is_open))
+    return reasoning, text if response == text.strip() else response
+
+
+class ThinkSplitter:
+    """Splits an answer into reasoning and response while its text arrives.
+
+    The joined parts are what `split_answer` makes of the whole answer, where it has one thought at its beginning or no
+    tags at all. A stream cannot take back what it has told: a thought ends at its first closing tag, whatever follows,
+    and where neither prompt nor answer opens one, all is response, a later </think> included. Who has the whole can
+    split it with `split_answer` then.
     """
 
     def __init__(self, is_open: bool) -> None:
         """is_open: whether the prompt ends with <think>, so that the answer begins inside the block."""
         self._state: Literal["start", "opened", "thinking", "closed", "answering"] = "opened" if is_open else "start"
         self._held = ""
+        self._has_thought = is_open
 
     def feed(self, text: str, is_last: bool = False) -> tuple[str, str]:
         """Take the next text; return the (reasoning, response) that it adds. What may be part of a tag is held back."""
         text, self._held = self._held + text, ""
-        reasoning = response = ""
+        reasoning = ""
         if self._state == "start":
             begun = text.lstrip()
             if begun.startswith(OPEN):
-                self._state = "opened"
+                self._state, self._has_thought = "opened", True
             elif OPEN.startswith(begun) and not is_last:  # nothing but spaces, or the beginning of the tag
                 self._held = text
                 return "", ""
@@ -92,9 +104,11 @@ class ThinkSplitter:
         if self._state == "closed":
             text = text.lstrip()
             self._state = "answering" if text else "closed"
-        if self._state == "answering":
-            response = text
-        return reasoning, response
+        if self._state == "answering" and self._has_thought:  # spaces at the end of the response are left out
+            response = text.rstrip()
+            self._held = text[len(response) :]
+            return reasoning, response
+        return reasoning, text
 
 
 def _overlap(text: str, tag: str) -> int:

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 import httpx
 
 from bmjax.chat.openai import ChatMessage, ChatRequest
-from bmjax.chat.reasoning import THINKING_TAGS, ThinkSplitter, opens_thought
+from bmjax.chat.reasoning import THINKING_TAGS, ThinkSplitter, opens_thought, split_answer
 from bmjax.chat.replies import Events, NoCompletion, ReplyError, read_error
 from bmjax.chat.template import render_prompt
 from bmjax.config import UserError, first_line
@@ -70,32 +70,38 @@ def _converse(ask: Ask, settings: ChatSettings, target: TextIO) -> None:
 def _show(ask: Ask, turns: Turns, target: TextIO) -> str:
     """Write an answer as it comes; return its response, or as much as came before it was stopped."""
     dim, plain = (DIM, PLAIN) if target.isatty() else ("", "")
-    parts, is_thinking = [], False
+    is_thinking = False
+    pairs: list[tuple[str, str]] = []
     try:
         with contextlib.closing(ask(turns)) as pieces:  # closed, it is no longer generated
             for reasoning, response in pieces:
+                pairs.append((reasoning, response))
                 if reasoning:
                     target.write(printable(reasoning) if is_thinking else dim + printable(reasoning))
                     is_thinking = True
                 if response:
                     target.write(f"{plain}\n\n" * is_thinking + printable(response))
                     is_thinking = False
-                    parts.append(response)
                 target.flush()
     except KeyboardInterrupt:
         write_line(" (stopped)")
     finally:
         target.write(plain * is_thinking + "\n")
         target.flush()
-    return "".join(parts)
+    return _response(pairs)
+
+
+def _response(pairs: Sequence[tuple[str, str]]) -> str:
+    """Return the response in a stream's pairs; a thought whose beginning nothing told is only known at its end."""
+    response = "".join(response for _, response in pairs)
+    return response if any(reasoning for reasoning, _ in pairs) else split_answer(response)[1]
 
 
 def _answer_lines(ask: Ask, settings: ChatSettings, source: TextIO, target: TextIO) -> None:
     for line in source:
         if line.strip():
             turns = [*_begin(settings), {"role": "user", "content": line.strip()}]
-            response = "".join(response for _, response in ask(turns))
-            target.write(" ".join(printable(response).split()) + "\n")
+            target.write(" ".join(printable(_response(list(ask(turns)))).split()) + "\n")
             target.flush()
 
 

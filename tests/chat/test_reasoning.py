@@ -2,7 +2,15 @@
 
 import pytest
 
-from bmjax.chat.reasoning import ThinkSplitter, answer_of, has_tags, join_think, split_marked, split_think
+from bmjax.chat.reasoning import (
+    ThinkSplitter,
+    answer_of,
+    has_tags,
+    join_think,
+    split_answer,
+    split_marked,
+    split_think,
+)
 
 
 @pytest.mark.parametrize(
@@ -69,11 +77,12 @@ def test_marks_of_others_count_as_tags(content: str, expected: tuple[str, str, b
 @pytest.mark.parametrize(
     ("text", "is_open", "expected"),
     [
-        ("<think>\na b\n</think>\n\nc d\n", False, ("a b", "c d\n")),
+        ("<think>\na b\n</think>\n\nc d\n", False, ("a b", "c d")),
+        ("a</think>\nb\n\n c \n", True, ("a", "b\n\n c")),
         (" \n<think>a</think>b", False, ("a", "b")),
         ("a\n\nb\n</think>\nc", True, ("a\n\nb", "c")),
         ("<think>\n a</think>c", True, ("a", "c")),
-        ("a < b </thin> </think> c </think> d", True, ("a < b </thin>", "c </think> d")),
+        ("a < b </thin> </think> c", True, ("a < b </thin>", "c")),
         ("a </thi", True, ("a </thi", "")),
         ("a \n", True, ("a", "")),
         ("</think>c", True, ("", "c")),
@@ -84,10 +93,31 @@ def test_marks_of_others_count_as_tags(content: str, expected: tuple[str, str, b
         ("", False, ("", "")),
     ],
 )
-def test_a_stream_is_split_alike_wherever_it_is_cut(text: str, is_open: bool, expected, size: int) -> None:
+def test_a_stream_is_split_as_the_whole_is_wherever_it_is_cut(text: str, is_open: bool, expected, size: int) -> None:
+    assert streamed(text, is_open, size) == split_answer(text, is_open) == expected
+
+
+def streamed(text: str, is_open: bool, size: int) -> tuple[str, ...]:
+    """The joined parts of a text that comes so many characters at a time."""
     splitter, parts = ThinkSplitter(is_open), [text[i : i + size] for i in range(0, len(text), size)]
     pairs = [splitter.feed(part) for part in parts] + [splitter.feed("", is_last=True)]
-    assert tuple(map("".join, zip(*pairs, strict=True))) == expected
-    whole = split_think(("<think>" if is_open and "<think>" not in text else "") + text)
-    if text.count("</think>") < 2 and text.find("<think>") < 2:
-        assert whole == tuple(part.strip() for part in expected)
+    return tuple(map("".join, zip(*pairs, strict=True)))
+
+
+@pytest.mark.parametrize("size", [1, 3, 100])
+@pytest.mark.parametrize(
+    ("text", "is_open", "told", "whole"),
+    [
+        ("two</think>4", False, ("", "two</think>4"), ("two", "4")),
+        (" two\n</think>\n4\n", False, ("", " two\n</think>\n4\n"), ("two", "4")),
+        ("a</think>b</think>c", True, ("a", "b</think>c"), ("", "<think>a</think>b</think>c")),
+        ("<think>a</think><think>b</think>c", False, ("a", "<think>b</think>c"), None),
+    ],
+)
+def test_a_stream_takes_nothing_back_that_it_told(text: str, is_open: bool, told, whole, size: int) -> None:
+    assert streamed(text, is_open, size) == told
+    assert split_answer(text, is_open) == (whole or ("", text))
+
+
+def test_a_whole_answer_without_a_thought_stays_as_it_is() -> None:
+    assert split_answer(" plain\n") == ("", " plain\n") and split_answer("<think></think> 4\n") == ("", "4")

@@ -10,7 +10,7 @@ from typing import Any
 
 from bmjax.chat.forms import read_conversation
 from bmjax.chat.openai import RequestError, ServedChat, ServedCompletion, ServedRequest
-from bmjax.chat.reasoning import THINKING_TAGS, ThinkSplitter, opens_thought
+from bmjax.chat.reasoning import THINKING_TAGS, ThinkSplitter, opens_thought, split_answer
 from bmjax.chat.template import render_prompt
 from bmjax.config import UserError
 from bmjax.generate.requests import FinishReason, Request, Sampling, Token
@@ -147,6 +147,8 @@ def engine_requests(served: Served, asked: ServedRequest, prompts: Sequence[Prom
 class Answer:
     """One answer while its tokens arrive: text, reasoning apart, stop strings, the echoed prompt.
 
+    A chat that is not streamed is split once all of its text is there.
+
     Attributes:
         is_ended: whether nothing follows; the engine may still go on, and should then be told to stop.
         count: tokens so far.
@@ -156,7 +158,9 @@ class Answer:
         self.is_ended, self.count = False, 0
         is_chat = isinstance(asked, ServedChat)  # a completion's text is that of `bmjax.generate`
         self._text = TextStream(served.tokenizer, asked.stop or (), THINKING_TAGS if is_chat else ())
-        self._splitter = ThinkSplitter(prompt.is_open) if is_chat else None
+        self._splitter = ThinkSplitter(prompt.is_open) if is_chat and asked.stream else None
+        self._unsplit: list[str] | None = [] if is_chat and not asked.stream else None
+        self._is_open = prompt.is_open
         self._echo = prompt.text if isinstance(asked, ServedCompletion) and asked.echo else None
 
     def add(self, tokens: Sequence[Token], reason: FinishReason | None, prompt_tokens: Sequence[Token] = ()) -> Piece:
@@ -178,6 +182,11 @@ class Answer:
         text, reasoning = "".join(texts), ""
         if self._splitter is not None:
             reasoning, text = self._splitter.feed(text, self.is_ended)
+        elif self._unsplit is not None:
+            self._unsplit.append(text)
+            text = ""
+            if self.is_ended:
+                reasoning, text = split_answer("".join(self._unsplit), self._is_open)
         if self._echo is not None:
             text, self._echo = self._echo + text, None
         return Piece(text, reasoning, [*shown, *kept], reason)

@@ -50,7 +50,16 @@ THOUGHT = "[think]\n two and\n\ntwo\n[/think]\n\nf\u00fcr \u2603!\n"
 
 def test_reasoning_is_apart(client):
     message = ask(client, THOUGHT).choices[0].message
-    assert (message.reasoning_content, message.content) == ("two and\n\ntwo", "f\u00fcr \u2603!\n")
+    assert (message.reasoning_content, message.content) == ("two and\n\ntwo", "f\u00fcr \u2603!")
+
+
+def test_a_thought_without_its_opening_tag_is_apart_in_a_whole_reply(client):
+    reply = ask(client, "two[/think]4", n=2)
+    for choice in reply.choices:
+        assert (choice.message.reasoning_content, choice.message.content) == ("two", "4")
+    # A stream has told the thought before its end says what it was; the tag stays, so that the client can split it.
+    deltas = [chunk.choices[0].delta for chunk in ask(client, "two[/think]4", stream=True)]
+    assert "".join(delta.content or "" for delta in deltas) == "two</think>4"
 
 
 def test_reasoning_is_apart_where_the_template_opens_the_thought():

@@ -25,8 +25,8 @@ def settings(serving, **changes) -> ChatSettings:
 
 def test_lines_of_a_file_are_answered_one_by_one(serving):
     target = io.StringIO()
-    terminal.chat(settings(serving), io.StringIO("one two\n\n[think]hm[/think]\n4\x1b[2J\n"), target)
-    assert target.getvalue() == "one two\n\n".replace("\n\n", "\n") + "\n4[2J\n".replace("[", "<")
+    terminal.chat(settings(serving), io.StringIO("one two\n\n[think]hm[/think]\n4\x1b[2J\ntwo[/think]4"), target)
+    assert target.getvalue() == "one two\n\n4<2J\n4\n"
 
 
 @pytest.fixture
@@ -52,12 +52,14 @@ def test_a_conversation_keeps_its_turns_dims_thinking_and_begins_anew(serving, t
         return echo(request)
 
     monkeypatch.setattr(serving.engine, "answer", answer)
-    typed += ["[think]deep[/think]ok", "again", "/reset", "anew", "/what", KeyboardInterrupt(), "   "]
+    typed += ["[think]deep[/think]ok", "again", "/reset", "late[/think]anew", "more", "/what"]
+    typed += [KeyboardInterrupt(), "   "]
     target = Terminal()
     terminal.chat(settings(serving, system="Be brief."), Terminal(), target)
-    assert target.getvalue() == "\x1b[2mdeep\x1b[0m\n\nok\nagain\nanew\n\n\n"
+    assert target.getvalue() == "\x1b[2mdeep\x1b[0m\n\nok\nagain\nlate</think>anew\nmore\n\n\n"
     assert "Be brief." in seen[0] and "[think]deep" in seen[1] and "ok" in seen[1] and "again" in seen[1]
     assert "again" not in seen[2] and "Be brief." in seen[2]
+    assert "<|im_start|>assistant\nanew<|im_end|>" in seen[3]  # a thought is no part of the turn
     said = capsys.readouterr().err
     assert "Ctrl-D ends" in said and "a new conversation" in said and "/what: no such command" in said
 
