@@ -56,7 +56,8 @@ def stored_template(directory: Path) -> str | None:
 def load_tokenizer(directory: str | Path) -> Any:
     """Load the fast tokenizer of a directory; None when it has no tokenizer files. Never runs code from there.
 
-    tokenizer.json is read as it is. transformers' AutoTokenizer is only for directories without it: for some
+    tokenizer.json is read as it is, but for the truncation and padding that it may have been saved with: bmjax encodes
+    whole texts, also by the backend itself. transformers' AutoTokenizer is only for directories without it: for some
     architectures it replaces the splitting and normalizing that tokenizer.json says.
     """
     directory = Path(directory)
@@ -66,10 +67,15 @@ def load_tokenizer(directory: str | Path) -> Any:
 
     try:
         if (directory / "tokenizer.json").is_file():
-            return PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
-        return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
+        if tokenizer.is_fast:
+            tokenizer.backend_tokenizer.no_truncation()
+            tokenizer.backend_tokenizer.no_padding()
     except Exception as error:
         raise UserError(f"{directory}: the tokenizer cannot be loaded: {first_line(error)}") from None
+    return tokenizer
 
 
 def write_tokenizer(

@@ -23,6 +23,7 @@ from bmjax.model.config import ModelConfig, read_hf_config
 from bmjax.parallel.mesh import make_mesh, sharding
 from bmjax.weights import hf
 from bmjax.weights.tokenizer import end_tokens, load_tokenizer
+from tests.conftest import byte_tokenizer
 from tests.model.reference import BASE, from_state
 
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -423,6 +424,17 @@ def test_the_real_tokenizer(qwen2_tokenizer: Path, tmp_path: Path) -> None:
         "It's 1234 für <|im_end|>")["input_ids"]  # fmt: skip
     config = ModelConfig.from_dir(qwen2_tokenizer)
     assert end_tokens(qwen2_tokenizer, config.eos_token_ids, tokenizer) == (151645, 151643)
+
+
+def test_truncation_and_padding_of_a_saved_tokenizer_are_off(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.enable_truncation(8)
+    tokenizer.backend_tokenizer.enable_padding(length=16, pad_id=0, pad_token="<|endoftext|>")
+    tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    backend = load_tokenizer(tmp_path).backend_tokenizer
+    for text in ("What is 12 + 34 + 56 + 78 + 90?", "1"):
+        alone, *batch = [backend.encode(text, add_special_tokens=False), *backend.encode_batch_fast([text, text + "!"])]
+        assert backend.decode(alone.ids) == text and backend.decode(batch[0].ids) == text
 
 
 def test_bad_tokenizers_and_generation_configs(tmp_path: Path) -> None:

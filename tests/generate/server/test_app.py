@@ -6,6 +6,8 @@ import threading
 import openai
 import pytest
 
+from bmjax.weights.tokenizer import load_tokenizer
+from tests.conftest import byte_tokenizer
 from tests.generate.server.scripted import (
     TOKENIZER,
     ScriptedEngine,
@@ -187,6 +189,17 @@ def test_completions_of_texts_and_of_token_ids(client):
     assert client.completions.create(model="tiny", prompt="x" * 30).usage.completion_tokens == 16
     streamed = client.completions.create(model="tiny", prompt="abc", stream=True)
     assert "".join(chunk.choices[0].text for chunk in streamed) == "abc"
+
+
+def test_prompts_are_read_whole_whatever_the_tokenizer_was_saved_with(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.enable_truncation(8)
+    tokenizer.backend_tokenizer.enable_padding(length=16, pad_id=0, pad_token="<|endoftext|>")
+    tokenizer.save_pretrained(tmp_path)
+    with Serving(ScriptedEngine(echo), tokenizer=load_tokenizer(tmp_path)) as serving:
+        for text in ("What is 12 + 34 + 56?", "1"):
+            reply = make_client(serving).completions.create(model="tiny", prompt=text, max_tokens=99)
+            assert (reply.choices[0].text, reply.usage.prompt_tokens) == (text, len(encode(text)))
 
 
 def test_echo_with_logprobs_tells_those_of_the_prompt(client):
