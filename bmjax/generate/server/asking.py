@@ -178,6 +178,7 @@ class Answer:
         self.is_ended = reason is not None
         if self.is_ended:
             texts.append(self._text.finish())
+            reason = reason if self._text.stopped is None else "stop"  # the last text may hold one, too
         self.count += len(kept)
         text, reasoning = "".join(texts), ""
         if self._splitter is not None:
