@@ -72,7 +72,7 @@ def chat_prompt(served: Served, chat: ServedChat) -> Prompt:
     except UserError as error:
         raise RequestError(str(error), "messages") from None
     prompt = Prompt(text, _encode(served, text), opens_thought(text))
-    _check_tokens(served, prompt.tokens, "messages")
+    _check_tokens(served, prompt.tokens, "messages", served.context - 1)
     return prompt
 
 
@@ -80,15 +80,21 @@ def completion_prompts(served: Served, completion: ServedCompletion) -> list[Pro
     """Return the prompts of a completion, as they stand. RequestError for one that the model cannot read."""
     prompts: list[Prompt] = []
     given: Sequence[str | list[int]] = completion.prompt
+    longest = served.context if _is_scoring(completion) else served.context - 1
     for index, prompt in enumerate(given):
         label = "prompt" if len(given) == 1 else f"prompt {index}"
         if isinstance(prompt, str):
             prompts.append(Prompt(prompt, _encode(served, prompt)))
-            _check_tokens(served, prompts[-1].tokens, label)
+            _check_tokens(served, prompts[-1].tokens, label, longest)
         else:
-            _check_tokens(served, prompt, label)
+            _check_tokens(served, prompt, label, longest)
             prompts.append(Prompt(served.tokenizer.decode(prompt), tuple(prompt)))
     return prompts
+
+
+def _is_scoring(completion: ServedCompletion) -> bool:
+    """Return whether only the prompt is read, which may fill the context then."""
+    return bool(completion.echo) and completion.max_tokens == 0
 
 
 def _encode(served: Served, text: str) -> tuple[int, ...]:
@@ -96,14 +102,16 @@ def _encode(served: Served, text: str) -> tuple[int, ...]:
     return tuple(served.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
 
 
-def _check_tokens(served: Served, tokens: Sequence[int], label: str) -> None:
+def _check_tokens(served: Served, tokens: Sequence[int], label: str, longest: int) -> None:
     param = label.split()[0]
     if not tokens:
         raise RequestError(f"{label}: empty; expected at least one token", param)
-    if len(tokens) >= served.context:
+    if len(tokens) > longest:
+        # In words that clients look for: "context length is", "prompt has".
+        answer = " with the answer" if longest < served.context else ""
         raise RequestError(
-            f"{label}: {len(tokens)} tokens, the context holds {served.context} with the answer; shorten it",
-            param, "context_length_exceeded",
+            f"{label}: the prompt has {len(tokens)} tokens, the model's context length is {served.context}{answer}; "
+            "shorten it", param, "context_length_exceeded",
         )  # fmt: skip
     wrong = min(tokens) if min(tokens) < 0 else max(tokens)
     if not 0 <= wrong < served.vocab_size:

@@ -8,14 +8,17 @@ import subprocess
 import sys
 import threading
 
+import httpx
 import numpy as np
 import openai
 import pytest
 
 import bmjax
+from bmjax.evaluate.endpoint import is_over_context
 from bmjax.generate.load import load_engine, open_model
 from bmjax.generate.server.serve import address_line, listening, read_key, serve, served_name
 from bmjax.generate.settings import ServeSettings
+from bmjax.teach.client import RequestFailed
 from bmjax.teach.collect import collect
 from bmjax.teach.settings import CollectSettings
 from tests.conftest import sums, write_rows
@@ -52,6 +55,26 @@ def test_echoed_logprobs_are_the_models(client, model):
     wanted = [expected[i, token] for i, token in enumerate(tokens[1:])] + [expected[-1].max()]
     np.testing.assert_allclose(got.token_logprobs[1:], wanted, atol=1e-5)
     np.testing.assert_allclose([max(top.values()) for top in got.top_logprobs[1:]], expected.max(-1), atol=1e-5)
+
+
+@pytest.mark.parametrize("logprobs", [None, 1])
+def test_a_prompt_that_is_only_read_may_fill_the_context(client, logprobs):
+    tokens = [20 + number % 200 for number in range(257)]
+    asked = {"model": "tiny", "echo": True, "logprobs": logprobs}
+    reply = client.completions.create(prompt=tokens[:256], max_tokens=0, **asked)
+    assert reply.usage.prompt_tokens == 256 and reply.usage.completion_tokens == 0
+    assert logprobs is None or len(reply.choices[0].logprobs.token_logprobs) == 256
+    for prompt, max_tokens in ((tokens, 0), (tokens[:256], 1)):
+        with pytest.raises(openai.BadRequestError, match="context length is 256") as refusal:
+            client.completions.create(prompt=prompt, max_tokens=max_tokens, **asked)
+        assert refusal.value.code == "context_length_exceeded" and refusal.value.param == "prompt"
+
+
+def test_a_prompt_over_the_context_is_known_as_such_by_eval(serving):
+    for path, body in (("completions", {"prompt": "x" * 300}), ("chat/completions", {"messages": [
+        {"role": "user", "content": "x" * 300}]})):  # fmt: skip
+        refusal = httpx.post(f"{serving.url}/v1/{path}", json={"model": "tiny"} | body)
+        assert is_over_context(RequestFailed(refusal.json()["error"]["message"], refusal.status_code, 1))
 
 
 def test_a_seed_gives_the_same_answer_alone_and_among_others(client):
