@@ -125,7 +125,7 @@ class _Answering:
     """The answers to one request, from the worker's events to the reply."""
 
     def __init__(self, app: App, asked: ServedRequest, prompts: Sequence[Prompt], under_way: Asked) -> None:
-        self.worker, self.asked, self.under_way = app.worker, asked, under_way
+        self.worker, self.metrics, self.asked, self.under_way = app.worker, app.metrics, asked, under_way
         samples = asked.n or 1
         self.answers = [Answer(app.served, asked, prompt) for prompt in prompts for _ in range(samples)]
         self.prompt_tokens = sum(len(prompt.tokens) for prompt in prompts)
@@ -135,6 +135,7 @@ class _Answering:
             assert isinstance(asked, ServedCompletion)
             self.form = CompletionForm(asked.model, app.token_text, asked.logprobs is not None)
         self._is_begun = [False] * len(self.answers)
+        self._going = set(range(len(self.answers)))  # indexes of the answers whose end has not been told
 
     async def whole(self) -> dict[str, Any]:
         """Return the reply once all answers have ended."""
@@ -167,21 +168,24 @@ class _Answering:
     def end(self) -> None:
         """End what the engine still works on. To be called however the reply ended."""
         self.worker.cancel(self.under_way)
+        for _ in self._going:
+            self.metrics.ended("cancelled" if self.worker.failure is None else "error")
+        self._going.clear()
 
     def _usage(self) -> dict[str, int]:
         return usage(self.prompt_tokens, sum(answer.count for answer in self.answers))
 
     async def _pieces(self) -> AsyncGenerator[tuple[int, Piece | None], None]:
         """Yield (index of the answer, piece) until all have ended; (0, None) now and then while nothing comes."""
-        going = set(range(len(self.answers)))
-        while going:
+        while self._going:
             event = await self.under_way.next_event(HEARTBEAT_SECONDS)
             if event is None:
                 yield 0, None
-            elif event.index in going:
+            elif event.index in self._going:
                 piece = self._piece(event)
                 if piece.finish_reason is not None:  # perhaps by a stop string, of which the engine knows nothing
-                    going.discard(event.index)
+                    self._going.discard(event.index)
+                    self.metrics.ended(piece.finish_reason)
                     self.worker.cancel(self.under_way, event.index)
                 yield event.index, piece
 

@@ -42,7 +42,10 @@ class Metrics:
         if event.finish_reason is not None or event.error is not None:
             self._begun.discard(key)
             self.whole.observe(seconds)
-            self.answers.labels(event.finish_reason or "error").inc()
+
+    def ended(self, reason: str) -> None:
+        """Count an answer by its end as the client is told it; cancelled where the client had left, or error."""
+        self.answers.labels(reason).inc()
 
     def text(self) -> bytes:
         """Return all values in Prometheus' text form."""

@@ -133,18 +133,41 @@ def test_the_key_is_asked_for_and_never_shown():
         assert "sk-secret" not in httpx.get(f"{serving.url}/metrics").text
 
 
+def counted(serving) -> dict[tuple[str, ...], float]:
+    """The server's metrics by name and labels."""
+    families = text_string_to_metric_families(httpx.get(f"{serving.url}/metrics").text)
+    return {(sample.name, *sample.labels.values()): sample.value for family in families for sample in family.samples}
+
+
+def ends(serving) -> dict[str, float]:
+    """How many answers ended by which reason."""
+    return {key[1]: value for key, value in counted(serving).items() if key[0] == "bmjax_answers_total"}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_answers_are_counted_by_the_end_that_clients_are_told(stream):
+    engine = ScriptedEngine(lambda request: echo(request) * 1000, slots=4, seconds=0.01)
+    with Serving(engine, context=100_000) as serving:
+        client = make_client(serving)
+        for fields in ({"stop": "d", "n": 2}, {"max_tokens": 3}, {"stop": "c", "max_tokens": 3}):
+            reply = ask(client, "abcd", stream=stream, **fields)
+            list(reply) if stream else None
+        wait_until(lambda: serving.worker.active == 0, 10)
+        assert ends(serving) == {"stop": 3, "length": 1}
+        connection = start_request(serving, stream=stream, n=2)
+        wait_until(lambda: serving.worker.active == 2, 5)
+        connection.close()
+        wait_until(lambda: serving.worker.active == 0, 10)
+        assert ends(serving) == {"stop": 3, "length": 1, "cancelled": 2}
+
+
 def test_metrics_count_what_happened():
     with Serving(ScriptedEngine(echo)) as serving:
         client = make_client(serving)
         ask(client, "abc")
         list(ask(client, "abc", stream=True))
         httpx.post(f"{serving.url}{CHAT}", content=b"{")
-        text = httpx.get(f"{serving.url}/metrics").text
-        samples = {
-            (sample.name, *sample.labels.values()): sample.value
-            for family in text_string_to_metric_families(text)
-            for sample in family.samples
-        }
+        samples = counted(serving)
         assert samples["bmjax_answer_tokens_total",] == 6 and samples["bmjax_prompt_tokens_total",] > 6
         assert samples["bmjax_requests_total", CHAT, "200"] == 2 and samples["bmjax_requests_total", CHAT, "400"] == 1
         assert samples["bmjax_answers_total", "stop"] == 2 and samples["bmjax_answers_under_way",] == 0
