@@ -159,5 +159,10 @@ def test_an_address_that_is_taken_and_a_key_that_is_not_set_are_said(monkeypatch
         serve(ServeSettings.read({"model": "m", "port": 0}), "")
 
 
+def test_idle_connections_are_kept_longer_than_clients_keep_them(serving):
+    longest = max(httpx.Limits().keepalive_expiry, openai.DEFAULT_CONNECTION_LIMITS.keepalive_expiry)
+    assert serving.server._server.config.timeout_keep_alive > longest
+
+
 def test_a_model_is_called_by_its_hub_id_or_its_directorys_name(student):
     assert served_name(str(student)) == "student" and served_name("Qwen/Qwen2.5-0.5B") == "Qwen/Qwen2.5-0.5B"
