@@ -21,7 +21,14 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from bmjax.chat.openai import RequestError, ServedChat, ServedCompletion, ServedRequest, read_request
+from bmjax.chat.openai import (
+    RequestError,
+    ServedChat,
+    ServedCompletion,
+    ServedRequest,
+    read_request,
+    unknown_fields,
+)
 from bmjax.config import UserError
 from bmjax.generate.server.asking import (
     Answer,
@@ -36,19 +43,25 @@ from bmjax.generate.server.metrics import Metrics
 from bmjax.generate.server.replies import ChatForm, CompletionForm, Piece, TokenText, joined, usage
 from bmjax.generate.server.token_text import token_texts
 from bmjax.generate.server.worker import Asked, Event, QueueFull, Worker
+from bmjax.log import Log, silent
 
 MAX_BODY_BYTES = 2**23
 DRAINED_BYTES = 2**26  # of a body that is too long: read and dropped, so that its client hears why
 LONG_BODY_BYTES = 2**14  # read and tokenized in another thread, so that streams go on meanwhile
 HEARTBEAT_SECONDS = 15.0  # between signs of life in a stream that waits for a slot
 CLIENT_LEFT = 499
+MAX_NAMED = 100  # unknown fields that the log names
 
 
 class App:
-    """The routes, with what they need: the served model, the worker and the metrics."""
+    """The routes, with what they need: the served model, the worker and the metrics.
 
-    def __init__(self, served: Served, worker: Worker, metrics: Metrics) -> None:
+    log: told of each field of requests that bmjax does not know, once.
+    """
+
+    def __init__(self, served: Served, worker: Worker, metrics: Metrics, log: Log = silent) -> None:
         self.served, self.worker, self.metrics, self.created = served, worker, metrics, int(time.time())
+        self._log, self._named = log, set[str]()
         self.token_text: TokenText = token_texts(served.tokenizer)
 
     def routes(self) -> list[Route]:
@@ -115,10 +128,21 @@ class App:
         except (ValueError, RecursionError) as error:
             raise RequestError(f"the body is no JSON: {str(error)[:200] or 'nested too deeply'}") from None
         asked = read_request(kind, values)
+        self._name(unknown_fields(kind, values))
         check_model(self.served, asked.model)
         if isinstance(asked, ServedChat):
             return asked, [chat_prompt(self.served, asked)]
         return asked, completion_prompts(self.served, asked)
+
+    def _name(self, fields: Sequence[str]) -> None:
+        """Tell the log of unknown fields that it has not heard of."""
+        for field in fields:
+            if field not in self._named and len(self._named) < MAX_NAMED:
+                self._named.add(field)
+                shown = UserError(field[:MAX_NAMED]).args[0]  # printable
+                self._log(
+                    f"{self.served.name}: requests have the field '{shown}', which bmjax does not know: no effect"
+                )
 
 
 class _Answering:

@@ -60,7 +60,7 @@ def serve_engine(
     engine: Generator, served: Served, settings: ServeSettings, listener: socket.socket, key: str | None, log: Log
 ) -> None:
     """Serve an engine at a socket that listens, until a signal; then refuse what is new and answer what was asked."""
-    server = EngineServer(engine, served, settings, key)
+    server = EngineServer(engine, served, settings, key, log)
     log(address_line(served.name, settings, listener, key))
     handlers = {number: signal.signal(number, lambda *_: server.stop()) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -75,15 +75,17 @@ def serve_engine(
 
 
 class EngineServer:
-    """uvicorn around the routes and the worker.
+    """uvicorn around the routes and the worker. log: told of unknown fields in requests.
 
     Attributes:
         worker: the thread that runs the engine.
     """
 
-    def __init__(self, engine: Generator, served: Served, settings: ServeSettings, key: str | None) -> None:
+    def __init__(
+        self, engine: Generator, served: Served, settings: ServeSettings, key: str | None, log: Log = silent
+    ) -> None:
         self.worker = Worker(engine, settings.slots + settings.queue, on_failure=self.stop)
-        app = App(served, self.worker, Metrics(self.worker, settings.slots))
+        app = App(served, self.worker, Metrics(self.worker, settings.slots), log)
         config = uvicorn.Config(
             make_app(app, key, self._lifespan), log_config=None, access_log=False, lifespan="on",
             timeout_graceful_shutdown=int(settings.drain_seconds), timeout_keep_alive=KEEP_ALIVE_SECONDS,

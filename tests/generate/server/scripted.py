@@ -12,6 +12,7 @@ from bmjax.generate.requests import FinishReason, OnTokens, Request, Token
 from bmjax.generate.server.asking import Served
 from bmjax.generate.server.serve import EngineServer, listening
 from bmjax.generate.settings import ServeSettings
+from bmjax.log import silent
 from tests.conftest import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -141,6 +142,7 @@ class Serving:
         context: int = 256,
         template: str = "",
         tokenizer=TOKENIZER,
+        log=silent,
         **settings,
     ):
         self.engine = engine
@@ -155,7 +157,7 @@ class Serving:
             context,
             len(tokenizer),
         )
-        self.server = EngineServer(engine, self.served, self.settings, api_key)
+        self.server = EngineServer(engine, self.served, self.settings, api_key, log)
         self.worker = self.server.worker
 
     def __enter__(self):

@@ -14,6 +14,7 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from bmjax.generate.server.app import MAX_NAMED
 from tests.generate.server.scripted import ScriptedEngine, Serving, ask, echo, letters, make_client, wait_until
 
 CHAT = "/v1/chat/completions"
@@ -131,6 +132,24 @@ def test_the_key_is_asked_for_and_never_shown():
         assert ask(make_client(serving, "sk-secret"), "?").choices[0].message.content == "?"
         assert httpx.get(f"{serving.url}/health").json() == {"status": "ok"}
         assert "sk-secret" not in httpx.get(f"{serving.url}/metrics").text
+
+
+def test_unknown_fields_are_told_the_log_once_and_bounded():
+    said = []
+    with Serving(ScriptedEngine(echo), log=said.append) as serving:
+        client = make_client(serving)
+        for _ in range(3):
+            assert ask(client, "abc", extra_body={"mirostat": 2, "user": "u"}).choices[0].message.content == "abc"
+        assert len(said) == 1 and "'mirostat'" in said[0]
+        for start in range(0, 300, 30):
+            names = [f"{number} \ud800\x1b[2J".ljust(300, "z") for number in range(start, start + 30)]
+            body = {"model": "tiny", "prompt": "a", **dict.fromkeys(names, 1)}
+            reply = httpx.post(f"{serving.url}/v1/completions", content=json.dumps(body).encode())
+            assert reply.json()["choices"][0]["text"] == "a"
+        assert len(said) == MAX_NAMED and all(line.isprintable() and len(line) < 250 for line in said)
+        body = {"model": "tiny", "prompt": "a", "max_token\ud800": 2}
+        error = httpx.post(f"{serving.url}/v1/completions", content=json.dumps(body).encode()).json()["error"]
+        assert error["param"] == "max_token " and error["message"].endswith("did you mean 'max_tokens'?")
 
 
 def counted(serving) -> dict[tuple[str, ...], float]:

@@ -38,6 +38,7 @@ FIELDS = {
         "stream": ["yes", 1], "stream_options": [{"include_usage": True}, [], "usage"],
         "logprobs": [3, "yes"], "top_logprobs": [50, -1, 2, True],
         "tools": [[{"type": "function"}]], "logit_bias": [{"5": 1}], "response_format": [{"type": "json_object"}],
+        "temprature": [0], "max_token": [2],
         "frequency_penalty": [0.5], "presence_penalty": [1, NAN], "reasoning_effort": ["high"],
     },
     TEXT: {
