@@ -47,7 +47,9 @@ class Asked:
         if not self.events.empty():
             return self.events.get_nowait()
         try:
-            return await asyncio.wait_for(self.events.get(), seconds)
+            # Not wait_for: before Python 3.12 it forgets that it is cancelled where an event comes at the same time.
+            async with asyncio.timeout(seconds):
+                return await self.events.get()
         except TimeoutError:
             return None
 
