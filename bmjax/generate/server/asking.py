@@ -132,10 +132,11 @@ def engine_requests(served: Served, asked: ServedRequest, prompts: Sequence[Prom
         limit = COMPLETION_TOKENS if asked.max_tokens is None else asked.max_tokens
         logprobs = asked.logprobs
         is_read = bool(asked.echo) and (logprobs is not None or limit == 0)
-    seed = served.seed if asked.seed is None else asked.seed
-    seed = secrets.randbits(32) if seed is None else seed
+    given_seed = served.seed if asked.seed is None else asked.seed
     requests = []
     for prompt in prompts:
+        # Of their own: a prompt that is there twice would else be answered twice alike.
+        seed = secrets.randbits(32) if given_seed is None else given_seed
         sampling = Sampling(
             max_new_tokens=min(limit, served.context - len(prompt.tokens)),
             temperature=1.0 if asked.temperature is None else asked.temperature,

@@ -74,6 +74,24 @@ def test_reasoning_is_apart_where_the_template_opens_the_thought():
             assert (message.reasoning_content, message.content) == expected
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_chat_that_the_template_refuses_is_a_400_with_its_words(stream):
+    template = (
+        "{% for message in messages %}{{ raise_exception('no system turns') if message.role == 'system' }}"
+        "{{ message.content }}{% endfor %}{{ messages[0].content.missing.deeper if messages[0].content == 'x' }}"
+    )
+    with Serving(ScriptedEngine(echo), template=template) as serving:
+        client = make_client(serving)
+        for turn, words in (({"role": "system", "content": "a"}, "no system turns"),
+                            ({"role": "developer", "content": "a"}, "no system turns"),
+                            ({"role": "user", "content": "x"}, "has no attribute"),
+                            ({"role": "user", "content": []}, "empty")):  # fmt: skip
+            with pytest.raises(openai.BadRequestError, match=words) as refusal:
+                client.chat.completions.create(model="tiny", messages=[turn], stream=stream)
+            assert refusal.value.param == "messages"
+        assert ask(client, "still here").choices[0].message.content == "still here"
+
+
 @pytest.mark.parametrize(("opening", "answer"), [("", "<think>two</think>4"), ("<think>\\n", "two</think>4")])
 def test_thinking_tags_that_are_special_tokens_are_split_off(opening, answer):
     template = TOKENIZER.chat_template.replace("assistant\\n", f"assistant\\n{opening}")
@@ -145,6 +163,16 @@ def test_what_the_engine_is_asked(client, serving, monkeypatch):
     assert first.end_ids == (7,) and first.ignore_end
     assert (second.temperature, second.top_p, second.logprobs) == (1.0, 1.0, None)
     assert second.max_new_tokens == 256 - len(seen[1].tokens) and second.seed != third.seed
+
+
+def test_prompts_without_a_seed_draw_numbers_of_their_own(client, serving, monkeypatch):
+    seen = []
+    monkeypatch.setattr(serving.engine, "answer", lambda request: seen.append(request) or letters("x"))
+    client.completions.create(model="tiny", prompt=["a", "a"], n=2)
+    client.completions.create(model="tiny", prompt=["a", "a"], n=2, seed=5)
+    first, again, other, _ = ((request.sampling.seed, request.sample) for request in seen[:4])
+    assert first[0] == again[0] != other[0] and (first[1], again[1], other[1]) == (0, 1, 0)
+    assert {request.sampling.seed for request in seen[4:]} == {5}
 
 
 @pytest.mark.parametrize("stream", [False, True])
