@@ -305,7 +305,18 @@ def make_app(app: App, api_key: str | None, lifespan: Callable[[Any], Any]) -> A
 
 
 async def _read_body(request: Request) -> bytes:
-    """Return a request's body. RequestError, 413, for one that is too long; no more of it is kept than the limit."""
+    """Return a request's body. No more of it is kept than the limit.
+
+    Raises RequestError: 415 for one that is not said to be JSON as it stands, 413 for one that is too long.
+    """
+    # Other types are what a web page can post to a server on its reader's machine without asking that first.
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if media_type != "application/json":
+        shown = f"Content-Type '{media_type[:100]}'" if media_type else "no Content-Type"
+        raise RequestError(f"{shown}; expected Content-Type: application/json", status=415)
+    if encoding != "identity":
+        raise RequestError(f"Content-Encoding '{encoding[:100]}'; expected the body as it is", status=415)
     chunks, size = [], 0
     async for chunk in request.stream():
         size += len(chunk)

@@ -18,6 +18,7 @@ from bmjax.generate.server.app import MAX_NAMED
 from tests.generate.server.scripted import ScriptedEngine, Serving, ask, echo, letters, make_client, wait_until
 
 CHAT = "/v1/chat/completions"
+JSON = {"Content-Type": "application/json"}
 
 
 def endless(request):
@@ -29,7 +30,7 @@ def start_request(serving, **fields) -> socket.socket:
     body = json.dumps({"model": "tiny", "messages": [{"role": "user", "content": "Q"}]} | fields).encode()
     host, port = serving.url.removeprefix("http://").split(":")
     connection = socket.create_connection((host, int(port)))
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     connection.sendall(head.encode() + body)
     return connection
 
@@ -144,11 +145,13 @@ def test_unknown_fields_are_told_the_log_once_and_bounded():
         for start in range(0, 300, 30):
             names = [f"{number} \ud800\x1b[2J".ljust(300, "z") for number in range(start, start + 30)]
             body = {"model": "tiny", "prompt": "a", **dict.fromkeys(names, 1)}
-            reply = httpx.post(f"{serving.url}/v1/completions", content=json.dumps(body).encode())
+            reply = httpx.post(f"{serving.url}/v1/completions", content=json.dumps(body).encode(), headers=JSON)
             assert reply.json()["choices"][0]["text"] == "a"
         assert len(said) == MAX_NAMED and all(line.isprintable() and len(line) < 250 for line in said)
         body = {"model": "tiny", "prompt": "a", "max_token\ud800": 2}
-        error = httpx.post(f"{serving.url}/v1/completions", content=json.dumps(body).encode()).json()["error"]
+        error = httpx.post(f"{serving.url}/v1/completions", content=json.dumps(body).encode(), headers=JSON).json()[
+            "error"
+        ]
         assert error["param"] == "max_token " and error["message"].endswith("did you mean 'max_tokens'?")
 
 
@@ -185,7 +188,7 @@ def test_metrics_count_what_happened():
         client = make_client(serving)
         ask(client, "abc")
         list(ask(client, "abc", stream=True))
-        httpx.post(f"{serving.url}{CHAT}", content=b"{")
+        httpx.post(f"{serving.url}{CHAT}", content=b"{", headers=JSON)
         samples = counted(serving)
         assert samples["bmjax_answer_tokens_total",] == 6 and samples["bmjax_prompt_tokens_total",] > 6
         assert samples["bmjax_requests_total", CHAT, "200"] == 2 and samples["bmjax_requests_total", CHAT, "400"] == 1

@@ -54,7 +54,7 @@ WRONG = [
 
 @pytest.fixture(scope="module")
 def http(serving):
-    with httpx.Client(base_url=serving.url, timeout=30) as http:
+    with httpx.Client(base_url=serving.url, timeout=30, headers={"Content-Type": "application/json"}) as http:
         yield http
 
 
@@ -85,6 +85,26 @@ def test_a_wrong_value_is_refused_by_name(http, path, field, value):
 ])  # fmt: skip
 def test_a_body_of_10_megabytes_is_refused_while_it_is_read(http, path, body):
     assert "bytes" in refusal(http.post(path, json=body), 413)["message"]
+
+
+@pytest.mark.parametrize(("headers", "named"), [
+    ({"Content-Type": "text/plain"}, "text/plain"), ({"Content-Type": "application/x-www-form-urlencoded"}, "form"),
+    ({"Content-Type": "multipart/form-data; boundary=x"}, "multipart"), ({"Content-Type": ""}, "no Content-Type"),
+    ({"Content-Encoding": "gzip"}, "gzip"),
+])  # fmt: skip
+def test_a_body_that_is_not_said_to_be_json_is_refused(http, headers, named):
+    """As browsers send it for any page, without asking the server first."""
+    body = json.dumps(BASES[CHAT]).encode()
+    assert named in refusal(http.post(CHAT, content=body, headers=headers), 415)["message"]
+    for said in ("application/json; charset=utf-8", "Application/JSON"):
+        assert http.post(CHAT, content=body, headers={"Content-Type": said}).status_code == 200
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "OPTIONS", "PATCH", "HEAD"])
+def test_other_methods_are_refused_and_told_the_right_one(http, method):
+    reply = http.request(method, CHAT)
+    assert (reply.status_code, reply.headers["Allow"]) == (405, "POST")
+    assert not any(name.lower().startswith("access-control") for name in reply.headers)
 
 
 def test_a_prompt_that_the_engine_refuses(http):
