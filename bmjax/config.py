@@ -168,6 +168,9 @@ def _expected(problem: Any) -> str:
     kind, _, fault = problem["type"].partition("_")
     if problem["type"] in ("too_short", "string_too_short") and problem["ctx"]["min_length"] == 1:
         return "text that is not empty" if isinstance(problem["input"], str) else "at least one entry"
+    if problem["type"] in ("too_long", "string_too_long"):
+        unit = "characters" if isinstance(problem["input"], str) else "entries"
+        return f"at most {problem['ctx']['max_length']} {unit}"
     if kind in _EXPECTED and fault in ("type", "attributes_type", "parsing", "from_float"):
         return _EXPECTED[kind]
     text = (problem["msg"][0].lower() + problem["msg"][1:]).removeprefix("input should be ")

@@ -240,7 +240,7 @@ def read_request(kind: type[ServedChat] | type[ServedCompletion], values: Any) -
         raise RequestError(first_problem(values, error), param) from None
     if request.stream_options is not None and not request.stream:
         raise RequestError("stream_options: only with stream: true", "stream_options")
-    if isinstance(request, ServedChat) and request.top_logprobs is not None and not request.logprobs:
+    if isinstance(request, ServedChat) and request.top_logprobs and not request.logprobs:
         raise RequestError("top_logprobs: only with logprobs: true", "top_logprobs")
     if isinstance(request, ServedCompletion) and request.max_tokens == 0 and not request.echo:
         raise RequestError("max_tokens: 0 only with echo: true; expected at least 1", "max_tokens")

@@ -119,3 +119,20 @@ def test_a_field_of_the_other_path_is_refused(kind, body, name, value) -> None:
     with pytest.raises(RequestError, match=f"^{name}: a field of /v1/") as error:
         read_request(kind, body | {name: value})
     assert error.value.param == name and read_request(kind, body | {"echo": False, name: None})
+
+
+@pytest.mark.parametrize(("stop", "words"), [
+    (["x"] * 17, "stop: expected at most 16 entries, found a list"),
+    (["x" * 1001], "stop.0: expected at most 1000 characters, found text"),
+])  # fmt: skip
+def test_long_stop_lists_are_refused_in_words(stop, words) -> None:
+    for kind, body in ((ServedChat, CHAT), (ServedCompletion, TEXT)):
+        with pytest.raises(RequestError, match=f"^{words}"):
+            read_request(kind, body | {"stop": stop})
+        assert read_request(kind, body | {"stop": ["x" * 1000] * 16}).stop
+
+
+def test_no_alternatives_may_be_asked_for_without_logprobs() -> None:
+    assert read_request(ServedChat, CHAT | {"top_logprobs": 0}).logprobs is None
+    with pytest.raises(RequestError, match=r"^top_logprobs: only with logprobs: true"):
+        read_request(ServedChat, CHAT | {"top_logprobs": 1})
