@@ -23,6 +23,7 @@ from bmjax.log import write_line
 from bmjax.urls import Address
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
+CUT = " (cut: the answer reached its longest)"
 HELP = "Ctrl-C stops an answer, Ctrl-D ends; /reset begins a new conversation"
 
 Turns = list[dict[str, str]]
@@ -149,7 +150,7 @@ def _engine(settings: ChatSettings) -> Iterator[Ask]:
                 new.clear()
             yield splitter.feed(text.finish(), is_last=True)
             if running.finish_reason == "length":
-                write_line(" (cut: the answer reached its longest)")
+                write_line(CUT)
         finally:
             engine.cancel(running)
             engine.step()
@@ -211,8 +212,8 @@ def _refusal(reply: httpx.Response) -> str:
 
 
 def _deltas(reply: httpx.Response) -> Iterator[tuple[str, str]]:
-    """Yield (reasoning, response) of a stream's chunks; <think> in the content is split off."""
-    events, splitter = Events(), ThinkSplitter(is_open=False)
+    """Yield (reasoning, response) of a stream's chunks; <think> in the content is split off. Says when it was cut."""
+    events, splitter, finish_reason = Events(), ThinkSplitter(is_open=False), None
     for line in reply.iter_lines():
         for chunk in events.read([line.encode()]):
             if chunk is None:
@@ -221,10 +222,13 @@ def _deltas(reply: httpx.Response) -> Iterator[tuple[str, str]]:
                 raise ReplyError(*read_error(chunk))
             choices: Sequence[Any] = chunk.get("choices") or [{}]
             delta = choices[0].get("delta") or {}
+            finish_reason = choices[0].get("finish_reason") or finish_reason
             apart = delta.get("reasoning_content") or delta.get("reasoning") or ""
             reasoning, response = splitter.feed(str(delta.get("content") or ""))
             yield str(apart) + reasoning, response
     yield splitter.feed("", is_last=True)
+    if finish_reason == "length":
+        write_line(CUT)
 
 
 @contextlib.contextmanager

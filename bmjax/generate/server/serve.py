@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import os
 import signal
 import socket
@@ -88,7 +89,7 @@ class EngineServer:
         app = App(served, self.worker, Metrics(self.worker, settings.slots), log)
         config = uvicorn.Config(
             make_app(app, key, self._lifespan), log_config=None, access_log=False, lifespan="on",
-            timeout_graceful_shutdown=int(settings.drain_seconds), timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=math.ceil(settings.drain_seconds), timeout_keep_alive=KEEP_ALIVE_SECONDS,
             server_header=False, ws="none",
         )  # fmt: skip
         self._server = uvicorn.Server(config)

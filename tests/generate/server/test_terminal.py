@@ -117,4 +117,4 @@ def test_thinking_tags_that_are_special_tokens_are_known(monkeypatch):
 def test_the_command_reads_lines_and_answers_lines(serving):
     command = [sys.executable, "-m", "bmjax", "chat", f"{serving.url}/v1", "max_tokens=3"]
     done = subprocess.run(command, input="abcdef\nghi\n", capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "abc\nghi\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "abc\nghi\n", f"{terminal.CUT}\n" * 2)
