@@ -112,7 +112,7 @@ class ChatForm(Form):
 
 
 class CompletionForm(Form):
-    """Replies of /v1/completions. `text_offset` counts the characters of all text before a token, echoed or not."""
+    """Replies of /v1/completions. `text_offset` counts the characters of earlier tokens, an echoed prompt's too."""
 
     prefix, name, chunk_name = "cmpl-", "text_completion", "text_completion"
 
