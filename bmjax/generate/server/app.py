@@ -307,12 +307,14 @@ def make_app(app: App, api_key: str | None, lifespan: Callable[[Any], Any]) -> A
 async def _read_body(request: Request) -> bytes:
     """Return a request's body. No more of it is kept than the limit.
 
-    Raises RequestError: 415 for one that is not said to be JSON as it stands, 413 for one that is too long.
+    Raises RequestError: 415 for a web page's that is not said to be JSON and for a compressed one, 413 for one that is
+    too long.
     """
-    # Other types are what a web page can post to a server on its reader's machine without asking that first.
+    # Other types are what a page can post to a server on its reader's machine without asking that first. Browsers say
+    # which page it is; other clients that leave out the type, as `curl -d` does, mean JSON.
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
-    if media_type != "application/json":
+    if media_type != "application/json" and "origin" in request.headers:
         shown = f"Content-Type '{media_type[:100]}'" if media_type else "no Content-Type"
         raise RequestError(f"{shown}; expected Content-Type: application/json", status=415)
     if encoding != "identity":
