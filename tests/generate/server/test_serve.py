@@ -14,11 +14,10 @@ import openai
 import pytest
 
 import bmjax
-from bmjax.evaluate.endpoint import is_over_context
+from bmjax.chat.replies import read_error
 from bmjax.generate.load import load_engine, open_model
 from bmjax.generate.server.serve import address_line, listening, read_key, serve, served_name
 from bmjax.generate.settings import ServeSettings
-from bmjax.teach.client import RequestFailed
 from bmjax.teach.collect import collect
 from bmjax.teach.settings import CollectSettings
 from tests.conftest import sums, write_rows
@@ -74,7 +73,8 @@ def test_a_prompt_over_the_context_is_known_as_such_by_eval(serving):
     for path, body in (("completions", {"prompt": "x" * 300}), ("chat/completions", {"messages": [
         {"role": "user", "content": "x" * 300}]})):  # fmt: skip
         refusal = httpx.post(f"{serving.url}/v1/{path}", json={"model": "tiny"} | body)
-        assert is_over_context(RequestFailed(refusal.json()["error"]["message"], refusal.status_code, 1))
+        excess = read_error(refusal.json(), refusal.status_code)[2]
+        assert excess is not None and excess.is_of_prompt, refusal.text
 
 
 def test_a_seed_gives_the_same_answer_alone_and_among_others(client):
