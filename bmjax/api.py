@@ -28,14 +28,13 @@ from bmjax.model import qwen2, spec
 from bmjax.model.batch import Batch
 from bmjax.model.config import ModelConfig, read_hf_config
 from bmjax.parallel.mesh import make_mesh, sharding
-from bmjax.teach.judges.judge import judge
 from bmjax.weights import hf
 from bmjax.weights import student as students
 from bmjax.weights.card import write_copy_card
 from bmjax.weights.tokenizer import end_tokens
 
 __all__ = [
-    "Model", "collect", "convert", "evaluate", "generate", "judge", "load", "merge", "plan", "rejudge", "run", "save",
+    "Model", "collect", "convert", "evaluate", "generate", "load", "merge", "plan", "rejudge", "run", "save",
     "select", "tokenize", "train",
 ]  # fmt: skip
 DTYPES = ("float32", "bfloat16", "float16")

@@ -67,6 +67,7 @@ def demo_hint(path: object) -> str:
 # Where a module is not called as the package that brings it.
 _PACKAGES = {"orbax": "orbax-checkpoint", "markdown-it": "markdown-it-py"}
 _REQUIREMENT = re.compile(r"""([\w.-]+).*;.*\bextra == ["']([\w-]+)["']""")
+_NESTED = re.compile(r"""bmjax\[([\w,-]+)\].*\bextra == ["']([\w-]+)["']""")
 
 
 def install(*extras: str) -> str:
@@ -74,8 +75,11 @@ def install(*extras: str) -> str:
     return f"run pip install '.[{','.join(extras)}]' in bmjax's clone"
 
 
-def missing_package(error: ModuleNotFoundError) -> UserError | None:
-    """Return the line for a package that is not installed and comes with an extra of bmjax; None for other modules."""
+def missing_package(error: ModuleNotFoundError, wanted: str | None = None) -> UserError | None:
+    """Return the line for a package that is not installed and comes with an extra of bmjax; None for other modules.
+
+    wanted: the extra that brings all that is needed, which is named where it brings the package.
+    """
     import importlib.metadata  # takes 30 ms, which no start has to pay
 
     module = (error.name or "").partition(".")[0]
@@ -87,8 +91,13 @@ def missing_package(error: ModuleNotFoundError) -> UserError | None:
         requirements = []
     matches = [match for text in requirements if (match := _REQUIREMENT.match(text))]
     extras = {extra for name, extra in (match.groups() for match in matches) if name.replace("_", "-") == package}
-    extra = next((name for name in ("train", "teach", "report", "serve") if name in extras), None)
-    extra = extra or min(extras, default=None)
+    # An extra may bring others, as serve brings train: "bmjax[train]; extra == 'serve'".
+    for text in requirements:
+        if (nested := _NESTED.match(text)) and extras & {*nested[1].split(",")}:
+            extras.add(nested[2])
+    preferred = (wanted, "train", "teach", "report", "serve")
+    extra = next((name for name in preferred if name in extras), None) or min(extras, default=None)
     if extra is None:
         return None
-    return UserError(f"this needs the package {package}, which is not installed; {install(extra)} (or '.[all]')")
+    otherwise = "" if extra == "all" else " (or '.[all]')"
+    return UserError(f"this needs the package {package}, which is not installed; {install(extra)}{otherwise}")

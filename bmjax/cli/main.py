@@ -21,10 +21,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not words:
         print(make_parser(COMMANDS).format_help(), end="")
         return 2
-    stopped = "stopped"
+    stopped, extra = "stopped", None
     try:
         command, options = parse(COMMANDS, [*words[1:], "--help"] if words[0] == "help" else words)
-        stopped = command.stopped
+        stopped, extra = command.stopped, command.extra
         if command.settings is not None and "config" in options:
             options.settings = command.settings_class().read(options.config, options.overrides)
         as_json = command.json and options.json
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"bmjax: error: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        missing = missing_package(error)
+        missing = missing_package(error, extra)
         if missing is None:
             raise
         print(f"bmjax: error: {missing}", file=sys.stderr)

@@ -296,7 +296,7 @@ def _near(left: Number, right: Number) -> bool:
 def _rounded(expected: Tree, actual: Tree, left: Number, right: Number) -> bool:
     """Return whether a decimal is the other number rounded: 0.333333 is 1/3, and 0.30000000000000004 is 0.3."""
     digits = _decimals(actual)
-    if digits is None or any(isinstance(side, expressions.COMPLEX) for side in (left, right)):
+    if digits is None or any(map(expressions.is_complex, (left, right))):
         return False
     significant, unit = digits
     excess = abs(expressions.real(right)) - abs(expressions.real(left))

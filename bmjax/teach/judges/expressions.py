@@ -6,14 +6,13 @@ expression costs more than some milliseconds: sizes are limited, and a power too
 """
 
 import contextlib
+import math
 import re
 import threading
 from collections.abc import Mapping
 from fractions import Fraction
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
-
-import mpmath
 
 DIGITS = 40
 _LARGEST_EXPONENT = 4_096
@@ -24,10 +23,17 @@ _LONGEST = 1_500
 Number = Any  # a Fraction, or mpmath's mpf or mpc
 Tree = tuple[Any, ...]
 
-_CONTEXT = mpmath.MPContext()
-_CONTEXT.dps = DIGITS
-COMPLEX = _CONTEXT.mpc
 _LOCK = threading.Lock()  # mpmath's functions change the precision of their context for a while
+
+
+@cache
+def _mpmath() -> Any:
+    """Return mpmath's numbers of 40 digits. Imported late: of the extras `teach` alone brings it."""
+    import mpmath
+
+    context = mpmath.MPContext()
+    context.dps = DIGITS
+    return context
 
 
 class Unreadable(Exception):
@@ -45,11 +51,10 @@ _NAMES = re.compile(
 _WORD = re.compile(
     r"(?<![A-Za-z\\])(?:[A-Za-z]{3,}|(?:in|is|of|to|at|on|by|as|it|an|or|if|so|no|we|he|me|my|up|us|am|be|do|go)(?![A-Za-z]))"
 )
+# What mpmath calls the functions.
 _FUNCTIONS = {
-    "sin": _CONTEXT.sin, "cos": _CONTEXT.cos, "tan": _CONTEXT.tan, "cot": _CONTEXT.cot, "sec": _CONTEXT.sec,
-    "csc": _CONTEXT.csc, "ln": _CONTEXT.ln, "exp": _CONTEXT.exp, "arcsin": _CONTEXT.asin, "arccos": _CONTEXT.acos,
-    "arctan": _CONTEXT.atan, "sinh": _CONTEXT.sinh, "cosh": _CONTEXT.cosh, "tanh": _CONTEXT.tanh,
-    "cis": lambda x: _CONTEXT.expj(x),
+    "sin": "sin", "cos": "cos", "tan": "tan", "cot": "cot", "sec": "sec", "csc": "csc", "ln": "ln", "exp": "exp",
+    "arcsin": "asin", "arccos": "acos", "arctan": "atan", "sinh": "sinh", "cosh": "cosh", "tanh": "tanh", "cis": "expj",
 }  # fmt: skip
 # A3F_{16}; a capital alone with an index is a variable, as is 3a_{12}.
 _BASE_OF_LETTERS = re.compile(
@@ -293,16 +298,21 @@ def evaluate(tree: Tree, values: Mapping[str, Number] | None = None) -> Number:
     with _LOCK:
         try:
             value = _evaluate(tree, values or {})
-        except (ZeroDivisionError, ValueError, OverflowError, TypeError, mpmath.libmp.NoConvergence) as error:
+        except (ZeroDivisionError, ValueError, OverflowError, TypeError, _mpmath().NoConvergence) as error:
             raise Unreadable(str(error)) from None
-    if not isinstance(value, Fraction) and not _CONTEXT.isfinite(value):
+    if not isinstance(value, Fraction) and not _mpmath().isfinite(value):
         raise Unreadable("no finite value")
     return value
 
 
+def is_complex(value: Number) -> bool:
+    """Return whether a number that `evaluate` returned has an imaginary part."""
+    return not isinstance(value, Fraction) and isinstance(value, _mpmath().mpc)
+
+
 def real(value: Number) -> Any:
     """Return a number as one of 40 digits."""
-    return _CONTEXT.mpf(value.numerator) / value.denominator if isinstance(value, Fraction) else value
+    return _mpmath().mpf(value.numerator) / value.denominator if isinstance(value, Fraction) else value
 
 
 def _evaluate(tree: Tree, values: Mapping[str, Number]) -> Number:
@@ -312,7 +322,7 @@ def _evaluate(tree: Tree, values: Mapping[str, Number]) -> Number:
     if kind == "name":
         return values[tree[1]]
     if kind == "constant":
-        return {"π": +_CONTEXT.pi, "e": +_CONTEXT.e, "i": _CONTEXT.mpc(0, 1)}[tree[1]]
+        return {"π": +_mpmath().pi, "e": +_mpmath().e, "i": _mpmath().mpc(0, 1)}[tree[1]]
     if kind == "infinity":
         raise Unreadable("infinity")
     if kind == "call":
@@ -320,20 +330,20 @@ def _evaluate(tree: Tree, values: Mapping[str, Number]) -> Number:
         if abs(argument) > 10**30:
             raise Unreadable("a large argument")
         if tree[1] in ("log", "lg"):
-            logarithm = _CONTEXT.ln(argument)
-            return logarithm if tree[3] is None else logarithm / _CONTEXT.ln(real(_evaluate(tree[3], values)))
-        return _FUNCTIONS[tree[1]](argument)
+            logarithm = _mpmath().ln(argument)
+            return logarithm if tree[3] is None else logarithm / _mpmath().ln(real(_evaluate(tree[3], values)))
+        return getattr(_mpmath(), _FUNCTIONS[tree[1]])(argument)
     operands = [_evaluate(part, values) for part in tree[1:]]
     if kind == "group":
         return operands[0]
     if kind == "degree":
-        return real(operands[0]) * _CONTEXT.pi / 180
+        return real(operands[0]) * _mpmath().pi / 180
     if kind == "percent":
         return operands[0] / 100
     if kind == "|":
         return abs(operands[0])
     if kind in ("⌊", "⌈"):
-        exact = operands[0] if isinstance(operands[0], Fraction) else Fraction(int(_CONTEXT.floor(operands[0])))
+        exact = operands[0] if isinstance(operands[0], Fraction) else Fraction(int(_mpmath().floor(operands[0])))
         return Fraction(exact.__floor__() if kind == "⌊" else exact.__ceil__())
     if kind == "!":
         return _factorial(operands[0])
@@ -391,11 +401,11 @@ def _power(base: Number, exponent: Number) -> Number:
     base, exponent = real(base), real(exponent)
     if base == 0:
         return base
-    if abs(exponent * _CONTEXT.ln(abs(base))) > 10**7:
+    if abs(exponent * _mpmath().ln(abs(base))) > 10**7:
         raise TooLarge("large")
     return base**exponent
 
 
 def _exact_root(value: int) -> int | None:
-    root = int(mpmath.libmp.isqrt(value))
+    root = math.isqrt(value)
     return root if root * root == value else None

@@ -4,10 +4,13 @@ Collecting, evaluation and `bmjax.judge` come here. A new judge is a file with `
 JUDGES. What a domain or a task is called never decides anything.
 """
 
+import importlib.util
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 from bmjax.config import UserError, nearest
+from bmjax.errors import missing_package
 from bmjax.teach.judges import choice, math, programs, text
 from bmjax.teach.judges.answer import Answer, after_reasoning, is_cut
 from bmjax.teach.judges.verdict import Verdict
@@ -17,6 +20,9 @@ _OF_ANSWERS: Mapping[str, Callable[[Any, Answer], Verdict]] = {
     "math": math.judge, "choice": choice.judge, "text": text.judge_text, "exact": text.judge_exact,
 }  # fmt: skip
 JUDGES = (*_OF_ANSWERS, "tests")
+
+# Modules that a judge imports only where it needs them: without one it would leave answers unjudged.
+_MODULES = {"math": ("mpmath", "math_verify"), "choice": ("mpmath",), "tests": ("markdown_it",)}
 
 
 def judge(
@@ -44,6 +50,7 @@ def judge(
 
     Raises:
         UserError: for an unknown judge and a reference of unknown shape. Never for any answer.
+        ModuleNotFoundError: for a judge whose packages are not installed.
     """
     shaped = choose(reference)
     name = judge or shaped
@@ -55,6 +62,7 @@ def judge(
         return Verdict("unjudged", "programs run only with run_programs: true", "none")
     if name != "tests" and (reference is None or not str(reference).strip()):
         return Verdict("unjudged", "there is no reference", "none")
+    _check_installed(name)
     final = after_reasoning(answer)
     if final is None:
         return Verdict("wrong", "no answer: the thought never ends", signatures(name)[0])
@@ -63,6 +71,14 @@ def judge(
     if name == "tests":
         return programs.judge(reference, final, program_seconds)
     return _OF_ANSWERS[name](reference, Answer(final))
+
+
+@cache
+def _check_installed(name: str) -> None:
+    for module in _MODULES.get(name, ()):
+        if importlib.util.find_spec(module) is None:
+            error = ModuleNotFoundError(f"No module named '{module}'", name=module)
+            raise ModuleNotFoundError(str(missing_package(error) or error), name=module)
 
 
 def choose(reference: Any) -> str:
