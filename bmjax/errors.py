@@ -59,9 +59,22 @@ def nearest(word: str, known: Sequence[str]) -> str:
     return f"; known here: {', '.join(sorted(known))}" if known else ""
 
 
-def demo_hint(path: object) -> str:
-    """Return who makes a file of the demo's run that configs and examples name; nothing for other paths."""
-    return "; ./scripts/demo makes it" if "runs/demo" in str(path).replace("\\", "/") else ""
+# Who makes what the configs, the README and the tutorial name.
+_MAKERS = {
+    "runs/demo": "./scripts/demo",
+    "runs/steps/traces": "bmjax collect configs/collect.yaml",
+    "runs/steps/rows": "bmjax select configs/select.yaml",
+    "runs/steps/branch": "bmjax train configs/train.yaml",
+    "runs/steps/scores": "bmjax eval configs/eval.yaml",
+    "runs/mine": "bmjax run configs/own_problems.yaml --output runs/mine",
+}
+
+
+def maker_hint(path: object) -> str:
+    """Return which command makes a file that examples name; nothing for other paths."""
+    text = str(path).replace("\\", "/")
+    makers = (maker for start, maker in _MAKERS.items() if re.search(rf"(?:^|/){start}(?:/|$)", text))
+    return next((f"; {maker} makes it" for maker in makers), "")
 
 
 # Where a module is not called as the package that brings it.

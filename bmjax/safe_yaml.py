@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from bmjax.errors import UserError, demo_hint, first_line
+from bmjax.errors import UserError, first_line, maker_hint
 
 MAX_NODES = 100_000
 MAX_CHARACTERS = 256 * 1024  # a second or two of parsing; what is larger is not a config
@@ -120,7 +120,7 @@ def read_text(path: str | Path, limit: int | None = None) -> str:
             if path.is_symlink():
                 raise UserError(f"{path}: no such file, only a link that leads nowhere")
             near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")], n=1)
-            hint = demo_hint(path) or (f"; did you mean {path.parent / near[0]}?" if near else "")
+            hint = maker_hint(path) or (f"; did you mean {path.parent / near[0]}?" if near else "")
             raise UserError(f"{path}: no such file{hint}")
         if not path.is_file():
             raise UserError(f"{path}: not a regular file")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bmjax.config import UserError, first_line, nearest
-from bmjax.errors import DISK_ERRORS, demo_hint, disk_problem
+from bmjax.errors import DISK_ERRORS, disk_problem, maker_hint
 from bmjax.io import bucket
 from bmjax.io.model_files import check_files, check_names
 from bmjax.io.safetensors import INDEX, SINGLE
@@ -133,10 +133,11 @@ def model_directory(
         raise UserError(f"{label}{text}: no such directory; a hub model's revision is given as org/name@revision")
     siblings = [str(entry) for entry in path.parent.glob("*") if entry.is_dir()]
     hint = nearest(text, [*known, *siblings])
-    if demo := demo_hint(text):
-        hint = demo
+    if maker := maker_hint(text):
+        hint = maker
     elif "did you mean" not in hint:
-        hint = f"; known here: {', '.join(known)}" if known else "; a hub id looks like org/name"
+        form = "" if re.fullmatch(_ID, text) else "; a hub id looks like org/name"
+        hint = f"; known here: {', '.join(known)}" if known else form
     if not re.fullmatch(_ID, text):
         raise UserError(f"{label}{text or repr(text)}: no such model directory{hint}")
     snapshot = _snapshot(text, revision, label, hint, download, SMALL_FILES)
@@ -214,7 +215,11 @@ def _snapshot(name: str, revision: str | None, label: str, hint: str, download: 
         partial = getattr(error, "snapshot_path", None)
         if partial and (not download or not any("safetensors" in pattern for pattern in patterns)):
             return Path(partial)
-        reason = "the hub's model of that name is not here yet, so it cannot be checked"
+        fetch = f"hf download {name}" if revision is None else f"hf download {name} --revision {revision}"
+        reason = (
+            "the hub's model of that name is not in the cache, so it cannot be checked; "
+            f"run `{fetch}` first, or merge without --check"
+        )
         if download:
             reason = f"the Hugging Face Hub did not give it, either: {_reason(error, name, revision)}"
         spelt = name if revision is None else f"{name}@{revision}"

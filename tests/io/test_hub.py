@@ -185,7 +185,7 @@ def test_what_the_hub_says_is_told_in_one_line(asked: list) -> None:
     with pytest.raises(UserError) as error:
         hub.model_directory("org/absent@v2", label="model 'math': ")
     assert str(error.value) == (
-        "model 'math': org/absent@v2: no such model directory; a hub id looks like org/name; "
+        "model 'math': org/absent@v2: no such model directory; "
         "the Hugging Face Hub did not give it, either: 404 Client Error"
     )
 
@@ -268,8 +268,13 @@ def test_other_possible_names_are_listed(asked: list) -> None:
 
 
 def test_without_download_only_fetched_models_are_there(asked: list) -> None:
-    with pytest.raises(UserError, match=r"the hub's model of that name is not here yet, so it cannot be checked$"):
-        hub.model_directory("org/name", download=False)
+    for name, fetch in (("org/name", "org/name"), ("org/name@v2", "org/name --revision v2")):
+        with pytest.raises(UserError) as error:
+            hub.model_directory(name, download=False)
+        assert str(error.value) == (
+            f"{name}: no such model directory; the hub's model of that name is not in the cache, so it cannot be "
+            f"checked; run `hf download {fetch}` first, or merge without --check"
+        )
     assert asked[0][1]["local_files_only"]
 
 

@@ -331,7 +331,7 @@ def test_hub_models_and_their_revisions(hub, tmp_path):
     assert recipe.directory("org/there@v2") == tmp_path / "there"
     assert recipe.directory("org/here", download=False) == tmp_path / "here"
     assert hub == [("org/there", "v2", False), ("org/there", "v2", False), ("org/here", None, True)]
-    with pytest.raises(UserError, match=r"^org/there@v2: no such model directory; .* is not here yet, so it cannot"):
+    with pytest.raises(UserError, match=r"^org/there@v2: no such model directory; .* is not in the cache, so it"):
         recipe.directory("org/there@v2", download=False)
     message = r"^model 'gone': org/gone@v1: no such .*the Hugging Face Hub did not give it.*: nothing of that name$"
     with pytest.raises(UserError, match=message):
