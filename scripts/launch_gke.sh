@@ -3,7 +3,7 @@
 #
 #   IMAGE=registry/bmjax:1 ACCELERATOR=tpu-v5p-slice TOPOLOGY=4x4x4 scripts/launch_gke.sh CONFIG [key=value ...]
 #
-# IMAGE            an image with bmjax[tpu,buckets] installed
+# IMAGE            an image in which `pip install '.[tpu,buckets]'` was run in bmjax's clone
 # CLAIM            a ReadWriteMany volume claim (Filestore), mounted as /mnt/bmjax, where relative paths of CONFIG start.
 #                  Without one, student, data and output of CONFIG lie in a bucket (gs://...).
 # ACCOUNT          the Kubernetes service account that may use the bucket (default)

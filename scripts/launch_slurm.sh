@@ -4,8 +4,8 @@
 #   sbatch --nodes=8 scripts/launch_slurm.sh CONFIG [key=value ...]
 #
 # The processes find each other through SLURM. Two minutes before the time limit, and on preemption, SLURM sends
-# SIGTERM: a checkpoint is written, and the job queued again. PYTHON: the
-# interpreter that has bmjax[cuda] (python). Data and output must lie on a file system that all nodes see.
+# SIGTERM: a checkpoint is written, and the job queued again. Data and output must lie on a file system that all nodes
+# see. PYTHON: the interpreter (python) of an environment in which `pip install '.[cuda]'` was run in bmjax's clone.
 #SBATCH --job-name=bmjax
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8

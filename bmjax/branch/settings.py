@@ -78,7 +78,7 @@ class Training(Settings):
     attention: SameResult[Backend] = Field(
         "auto",
         description="splash: Pallas kernels of TPUs; cudnn: of Hopper and Blackwell GPUs, in bfloat16; tokamax: of "
-        "GPUs (bmjax[cuda]); xla: any device; auto: splash on a TPU and cudnn on a GPU where they can, else xla",
+        "GPUs (extra cuda); xla: any device; auto: splash on a TPU and cudnn on a GPU where they can, else xla",
     )
     context_parallel: SameResult[Exchange] = Field(
         "auto",
