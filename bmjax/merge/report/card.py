@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from bmjax.io.card import bases, is_word, license_fields, listed, public_name, public_values, read_head
-from bmjax.merge.report.statistics import methods_by_step
+from bmjax.merge.report.statistics import methods_by_step, reference_of
 from bmjax.weights import card
 
 
@@ -36,6 +36,7 @@ def write_card(folder: Path, report: Mapping[str, Any], directories: Mapping[str
         template=Path(__file__).with_name("card.md.jinja"),
         report=report,
         steps=steps,
+        references={name: reference_of(report, name) for name in steps},
         licenses={name: ", ".join(dict.fromkeys(words)) for name, words in named.items() if words},
         recipe=public_values({key: value for key, value in report["recipe"].items() if value is not None}),
     )

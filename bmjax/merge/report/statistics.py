@@ -138,14 +138,14 @@ def methods_by_step(report: Mapping[str, Any]) -> dict[str, str]:
     return {step["name"]: step["merge_method"] for step in steps if step["name"] in report["total"]}
 
 
-def reference_of(report: Mapping[str, Any], name: str) -> str:
-    """Return the model by whose norm a step's move is told, in words: its base, or the first of its models."""
+def reference_of(report: Mapping[str, Any], name: str) -> str | None:
+    """Return the model by whose norm a step's move is told: its base, or the first of its models; None for slices."""
     step = next(step for step in report["recipe"]["steps"] if step["name"] == name)
     method = METHODS.get(step["merge_method"])
     if "slices" in step:
-        return "its base"
+        return None
     base = None if method is not None and method.base == "unused" else step.get("base_model")
-    return base or next(iter(report["total"][name]["models"]), "its base")
+    return base or next(iter(report["total"][name]["models"]), None)
 
 
 def summary_lines(report: Mapping[str, Any]) -> Iterator[str]:
@@ -154,7 +154,8 @@ def summary_lines(report: Mapping[str, Any]) -> Iterator[str]:
         total = report["total"][step]
         moved = total["moved_norm"] / max(total["reference_norm"], 1e-30)
         kept = ", ".join(f"{name} {model['kept']:.1%}" for name, model in total["models"].items())
-        yield f"{step}: {method}, moved {moved:.2%} of the norm of {reference_of(report, step)}, entries taken: {kept}"
+        reference = reference_of(report, step) or "its base"
+        yield f"{step}: {method}, moved {moved:.2%} of the norm of {reference}, entries taken: {kept}"
         for name, model in total["models"].items():
             if "coefficient" in model:
                 yield f"mean coefficient of {name}: {model['coefficient']:.2f}"

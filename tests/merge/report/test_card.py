@@ -6,6 +6,7 @@ import yaml
 from safetensors.numpy import save_file
 
 from bmjax.calibrate.dispatch import merge
+from bmjax.cli.main import main
 from bmjax.io.safetensors import open_checkpoint
 from bmjax.merge.engine import stream
 from bmjax.merge.engine.passes import block
@@ -48,6 +49,26 @@ def put_card(folder, **head):
 
 def soup_of(*names, **more):
     return {"merge_method": "linear", "models": list(names), **more}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "reference"),
+    [
+        ({"merge_method": "linear", "models": ["a", "b"]}, "`a`"),
+        ({"merge_method": "linear", "models": ["a", "b"], "base_model": "base"}, "`a`"),
+        ({"merge_method": "task_arithmetic", "models": ["a", "b"], "base_model": "base"}, "`base`"),
+    ],
+)
+def test_the_card_says_by_whose_norm_the_move_is_told(models, tmp_path, capsys, recipe, reference):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["merge", "recipe.yaml", "out"]) == 0
+    _, body = card_of(tmp_path / "out")
+    total = json.loads((tmp_path / "out/merge_report.json").read_text())["total"]["merged"]
+    share = f"moved {total['moved_norm'] / total['reference_norm']:.2%} of the norm of "
+    assert f"{share}{reference};" in body
+    assert f"{share}{reference.strip('`')}, entries" in capsys.readouterr().out
+    norm = np.linalg.norm(np.float64(models[0] if reference == "`base`" else models[1][0]))
+    assert total["reference_norm"] == pytest.approx(norm, rel=1e-3)
 
 
 def test_bases_and_licenses_come_from_the_inputs_cards(models, tmp_path):
