@@ -100,19 +100,55 @@ STARTERS = {
 }  # fmt: skip
 
 
-RECIPE = """\
-# How models become one: bmjax merge FILE OUT --check says what would be read, written and noted.
-merge_method: task_arithmetic  # or another of `bmjax merge --help`, e.g. ties, arcee_fusion, linear
-base_model: Qwen/Qwen2.5-0.5B  # what the models were fine-tuned from: a directory or a hub id
-models:
-  - model: math_model
-    parameters: {weight: 0.5}
-  - model: code_model
-    parameters: {weight: 0.5}
-# dtype: bfloat16  # of the result; by default that of the base
-# chat_template: auto  # the one that most models have
-# tokenizer: {source: base}  # or union
-"""
+MERGE = Starter(
+    (
+        Question("models", "the fine-tuned models, with commas between them", "math_model, code_model"),
+        Question("merge_method", "the method; `bmjax merge --help` describes all", "task_arithmetic"),
+        Question("base_model", "the model that all were fine-tuned from", "Qwen/Qwen2.5-0.5B"),
+    ),
+    {},
+    "bmjax merge FILE OUT --check",
+)
+_ABOUT_RECIPE = {
+    "merge_method": "or another of `bmjax merge --help`, e.g. ties, arcee_fusion, linear",
+    "base_model": "what the models were fine-tuned from: a directory or a hub id",
+}
+# Keys that stay comments until they are given: their lines.
+_RECIPE_KEYS = {
+    "dtype": "dtype: bfloat16  # of the result; by default that of the base",
+    "chat_template": "chat_template: auto  # the one that most models have",
+    "tokenizer": "tokenizer: {source: base}  # or union",
+}
+
+
+def recipe(values: Mapping[str, Any], has_weights: bool, needs_data: bool) -> str:
+    """Return the text of a first recipe.
+
+    Arguments:
+        values: its keys, `models` a list.
+        has_weights: whether the method weights its models; then each gets its share.
+        needs_data: whether the method looks at rows of each model's domain.
+    """
+    lines = ["# How models become one: bmjax merge FILE OUT --check says what would be read, written and noted."]
+    first = ("merge_method", "base_model", "models")
+    for key in [*(key for key in first if key in values), *(key for key in values if key not in first)]:
+        value = values[key]
+        if key != "models":
+            about = f"  # {_ABOUT_RECIPE[key]}" if key in _ABOUT_RECIPE else ""
+            lines.append(f"{key}: {_flow(value)}{about}")
+            continue
+        lines.append("models:")
+        for number, entry in enumerate(value, 1):
+            if isinstance(entry, Mapping) or not (has_weights or needs_data):
+                lines.append(f"  - {_flow(entry)}")
+                continue
+            lines.append(f"  - model: {_flow(entry)}")
+            if has_weights:
+                lines.append(f"    parameters: {{weight: {1 / len(value):.4g}}}")
+            if needs_data:
+                lines.append(f"    data: rows_{number}.jsonl  # rows of its domain, as `bmjax train` reads them")
+    lines += [f"# {line}" for key, line in _RECIPE_KEYS.items() if key not in values]
+    return "\n".join([*lines, ""])
 
 
 def with_answers(starter: Starter, answers: Mapping[str, str]) -> dict[str, Any]:

@@ -9,8 +9,12 @@ import yaml
 
 from bmjax.cli.commands import COMMANDS
 from bmjax.cli.main import main
+from bmjax.merge.methods import METHODS
+from bmjax.merge.recipe.calibration import CALIBRATED
 from bmjax.merge.recipe.recipe import read_recipe
-from bmjax.starter import RECIPE, STARTERS, commented, with_answers
+from bmjax.starter import STARTERS, commented, with_answers
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize("name", STARTERS)
@@ -68,10 +72,72 @@ def test_questions_are_asked_at_a_terminal(tmp_path: Path, monkeypatch: pytest.M
 def test_a_recipe_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["init", "merge"]) == 0
-    assert (tmp_path / "recipe.yaml").read_text() == RECIPE
-    assert read_recipe(tmp_path / "recipe.yaml").steps[0].method.name == "task_arithmetic"
-    uncommented = re.sub(r"(?m)^# (?=\w+: )", "", RECIPE.partition("\n")[2])
+    text = (tmp_path / "recipe.yaml").read_text()
+    step = read_recipe(tmp_path / "recipe.yaml").steps[0]
+    assert (step.method.name, step.base, step.branches) == (
+        "task_arithmetic", "Qwen/Qwen2.5-0.5B", ("math_model", "code_model"),
+    )  # fmt: skip
+    uncommented = re.sub(r"(?m)^# (?=\w+: )", "", text.partition("\n")[2])
     assert read_recipe(yaml.safe_load(uncommented)).dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("name", [*METHODS, *CALIBRATED])
+def test_a_recipe_of_every_method_is_read(name: str, tmp_path: Path, capsys) -> None:
+    method = (METHODS | CALIBRATED)[name]
+    models = ["a", "b"][: method.branches[1]]
+    file = tmp_path / "recipe.yaml"
+    done = main(["init", "merge", f"merge_method={name}", f"models={','.join(models)}", "base_model=base",
+                 "dtype=float32", "--output", str(file)])  # fmt: skip
+    if name == "fisher":  # what its models were trained on is asked of whoever has it
+        assert done == 2 and "importance" in capsys.readouterr().err and not file.exists()
+        return
+    assert done == 0
+    values = yaml.safe_load(file.read_text())
+    assert (values["merge_method"], values["base_model"], values["dtype"]) == (name, "base", "float32")
+    entries = [entry if isinstance(entry, dict) else {"model": entry} for entry in values["models"]]
+    assert [entry["model"] for entry in entries] == models
+    weights = [entry.get("parameters", {}).get("weight") for entry in entries]
+    assert weights == [1 / len(models) if "weight" in getattr(method, "parameters", ()) else None] * len(models)
+    assert all(("data" in entry) == (name in CALIBRATED) for entry in entries)
+
+
+def test_a_recipe_asks_for_what_its_method_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    asked: list[str] = []
+    answers = {"fine-tuned models": "x, y , z", "method": "linear", "fine-tuned from": "base"}
+
+    def answer(text: str) -> str:
+        asked.append(next(key for key in answers if key in text))
+        return answers[asked[-1]]
+
+    monkeypatch.setattr("builtins.input", answer)
+    assert main(["init", "merge"]) == 0
+    assert asked == ["fine-tuned models", "method"]  # a mean has no base
+    values = yaml.safe_load(Path("recipe.yaml").read_text())
+    assert "base_model" not in values and [entry["model"] for entry in values["models"]] == ["x", "y", "z"]
+    asked.clear()
+    assert main(["init", "merge", "merge_method=ties", "--output", "ties.yaml"]) == 0
+    assert asked == ["fine-tuned models", "fine-tuned from"]
+    assert yaml.safe_load(Path("ties.yaml").read_text())["base_model"] == "base"
+
+
+def test_the_schema_of_recipes_knows_every_key_of_the_worked_ones(capsys) -> None:
+    assert main(["init", "merge", "--schema"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    assert schema["additionalProperties"] is False
+    files = [*(ROOT / "configs" / "merge").glob("*.yaml")]
+    assert len(files) > 20
+    methods = schema["properties"]["merge_method"]["enum"]
+    step_keys, entry_keys = (schema["$defs"][name]["properties"] for name in ("StepBlock", "ModelEntry"))
+    for file in files:
+        for document in yaml.safe_load_all(file.read_text()):
+            assert document.keys() <= schema["properties"].keys(), file
+            for step in document.get("steps", [document]):
+                assert step.keys() <= {*step_keys, *schema["properties"]}, file
+                assert step.get("merge_method", methods[0]) in methods, file
+                for entry in step.get("models") or ():
+                    assert isinstance(entry, str) or entry.keys() <= entry_keys.keys(), file
 
 
 @pytest.mark.parametrize(
@@ -82,7 +148,10 @@ def test_a_recipe_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         ("train sed=1", "unknown key 'sed'; did you mean 'seed'?"),
         ("train seq_len=many", "seq_len: expected a whole number"),
         ("train batch", "'batch': expected key=value"),
-        ("merge dtype=float32", "takes no keys"),
+        ("merge dtype=float31", "dtype"),
+        ("merge merge_method=tis", "unknown merge_method 'tis'; did you mean 'ties'?"),
+        ("merge densty=1", "unknown key 'densty'"),
+        ("merge merge_method=slerp", "slerp"),
     ],
 )
 def test_a_wrong_use_writes_nothing(

@@ -1,13 +1,17 @@
 """`bmjax init`: asks a command's few questions at a terminal, and writes its first config."""
 
+import json
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bmjax.cli.parser import Outcome
 from bmjax.errors import UserError
+
+if TYPE_CHECKING:
+    from bmjax.starter import Question
 
 
 def write_config(options: Namespace, settings_of: Mapping[str, Callable[[], Any]]) -> Outcome:
@@ -17,33 +21,71 @@ def write_config(options: Namespace, settings_of: Mapping[str, Callable[[], Any]
     """
     from bmjax.config import nearest, with_overrides
     from bmjax.io.atomic import write_atomic
-    from bmjax.starter import RECIPE, STARTERS, commented, schema, with_answers
+    from bmjax.starter import MERGE, STARTERS, commented, schema, with_answers
 
     name = options.command
-    file = Path(options.output or ("recipe.yaml" if name == "merge" else f"{name}.yaml"))
     if name not in STARTERS and name != "merge":
         raise UserError(f"bmjax init: '{name}' takes no config{nearest(name, [*STARTERS, 'merge'])}")
+    starter = MERGE if name == "merge" else STARTERS[name]
+    if options.schema:
+        return Outcome([_recipe_schema() if name == "merge" else schema(settings_of[name](), name)])
+    file = Path(options.output or ("recipe.yaml" if name == "merge" else f"{name}.yaml"))
     if name == "merge":
-        if options.overrides or options.schema:
-            raise UserError("bmjax init merge: takes no keys and has no schema; edit the file that it writes")
-        text, then = RECIPE, "bmjax merge FILE OUT --check"
+        text = _recipe(options.overrides, file)
     else:
-        settings, starter = settings_of[name](), STARTERS[name]
-        if options.schema:
-            return Outcome([schema(settings, name)])
-        given = {override.partition("=")[0] for override in options.overrides}
-        open_questions = [q for q in starter.questions if q.key not in given] if sys.stdin.isatty() else []
-        if open_questions:
-            _check_new(file)  # before anybody answers
-        answers = {q.key: _ask(f"{q.text} [{q.default}]: ") for q in open_questions}
+        settings = settings_of[name]()
+        answers = _answers(starter.questions, options.overrides, file)
         values = with_overrides(settings, with_answers(starter, answers), options.overrides)
         settings.read(values)  # a wrong key or value is told now
-        then = starter.next
         head = f"# bmjax {name} {file}\n# Keys behind a `#` have the value shown; take the `# ` away to change one."
         text = "\n".join([head, *commented(settings, values), ""])
     _check_new(file)
     write_atomic(file, text)
-    return Outcome([f"{file}: written. Look it through, then: {then.replace('FILE', str(file))}"])
+    return Outcome([f"{file}: written. Look it through, then: {starter.next.replace('FILE', str(file))}"])
+
+
+def _answers(questions: "Sequence[Question]", overrides: Sequence[str], file: Path) -> dict[str, str]:
+    """Return what is answered at a terminal to the questions that no override answers, by their keys."""
+    given = {override.partition("=")[0].strip() for override in overrides}
+    asked = [question for question in questions if question.key not in given] if sys.stdin.isatty() else []
+    if asked:
+        _check_new(file)  # before anybody answers
+    return {question.key: _ask(f"{question.text} [{question.default}]: ") for question in asked}
+
+
+def _recipe(overrides: Sequence[str], file: Path) -> str:
+    """Return the text of a first recipe, by the answers and `key=value`; UserError for one that is no recipe."""
+    import yaml
+
+    from bmjax.config import with_overrides
+    from bmjax.merge.methods import METHODS
+    from bmjax.merge.recipe.calibration import CALIBRATED
+    from bmjax.merge.recipe.recipe import read_recipe
+    from bmjax.merge.recipe.yaml_blocks import StepBlock
+    from bmjax.starter import MERGE, recipe, with_answers
+
+    *questions, base = MERGE.questions
+    answers = _answers(questions, overrides, file)
+    values = with_overrides(StepBlock, with_answers(MERGE, answers), overrides)
+    name = str(values["merge_method"])
+    method = METHODS.get(name)
+    if method is None or method.base != "unused":
+        answers |= _answers([base], overrides, file)
+        values = with_overrides(StepBlock, with_answers(MERGE, answers), overrides)
+    elif not any(override.startswith("base_model=") for override in overrides):
+        del values["base_model"]
+    if isinstance(values["models"], str):
+        values["models"] = [name.strip() for name in values["models"].split(",")]
+    has_weights = method is not None and "weight" in method.parameters
+    text = recipe(values, has_weights, name in CALIBRATED)
+    read_recipe(yaml.safe_load(text))  # a wrong key or value is told now
+    return text
+
+
+def _recipe_schema() -> str:
+    from bmjax.merge.recipe.yaml_blocks import recipe_schema
+
+    return json.dumps(recipe_schema(), indent=1)
 
 
 def _check_new(file: Path) -> None:

@@ -11,6 +11,7 @@ from bmjax.chat.columns import check_columns, columns_of
 from bmjax.config import Settings, UserError, aliased_keys, nearest, read_yaml_documents
 from bmjax.merge.methods import METHODS
 from bmjax.merge.plan.tensor_names import TOWERS
+from bmjax.merge.recipe.calibration import CALIBRATED
 from bmjax.merge.recipe.model_names import ModelName, plain_entry
 from bmjax.merge.recipe.tokenizer import TokenizerSettings
 
@@ -135,6 +136,25 @@ _OF_OTHER_TOOLS = {
 _OF_THE_RESULT = ("tokenizer_source", "tokenizer", "chat_template")
 _TOP_ONLY = [key for key in TopBlock.model_fields if key not in StepBlock.model_fields]
 _STEP_ONLY = [key for key in StepBlock.model_fields if key not in TopBlock.model_fields]
+
+
+def recipe_schema() -> dict[str, Any]:
+    """Return the JSON Schema of a recipe in one document, by which editors complete and check it."""
+    step, top, entry = (cls.model_json_schema() for cls in (StepBlock, TopBlock, ModelEntry))
+    definitions = {**step.pop("$defs"), **top.pop("$defs")}
+    # A model's name may be a block, too, as mergekit's recipes have it.
+    entry["properties"]["model"]["type"] = ["string", "object"]
+    step["properties"]["models"]["anyOf"][0]["items"] = {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/ModelEntry"}]}
+    step["properties"]["merge_method"]["enum"] = [*METHODS, *CALIBRATED]
+    steps = {"type": "array", "items": {"$ref": "#/$defs/StepBlock"}, "description": "several merges in a row"}
+    modules = {"type": "object", "description": "merges of a model's modules, as in mergekit"}
+    return {
+        "title": "bmjax merge",
+        "type": "object",
+        "properties": {**step["properties"], **top["properties"], "steps": steps, "modules": modules},
+        "additionalProperties": False,
+        "$defs": {**definitions, "ModelEntry": entry, "StepBlock": step},
+    }
 
 
 def read_blocks(
