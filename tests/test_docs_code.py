@@ -9,6 +9,7 @@ import json
 import re
 import shlex
 import shutil
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,8 @@ from bmjax.pipeline.settings import RunSettings
 from bmjax.teach.settings import CollectSettings
 
 ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 MARK = r"^(?:<!-- not run: (?P<reason>[^\n]+) -->\n)?"
@@ -79,7 +82,7 @@ def test_commands_of_a_page_run(page, workplace, capsys):
                 assert main(words) == 0, (words, capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.name)
 def test_commands_of_a_page_are_read(page, monkeypatch):
     monkeypatch.chdir(ROOT)
     for _, code in fences(page, "bash", "sh"):
@@ -94,7 +97,7 @@ def test_commands_of_a_page_are_read(page, monkeypatch):
             assert keys <= {*settings.model_fields}, words
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.name)
 def test_configs_of_a_page_are_read(page):
     for _, code in fences(page, "yaml"):
         values = yaml.safe_load(code)
@@ -108,10 +111,53 @@ def test_configs_of_a_page_are_read(page):
             EvalSettings.read(values)
 
 
-def test_python_of_the_readme_names_what_there_is():
-    ((_, code),) = fences(ROOT / "README.md", "python")
-    compile(code, "README.md", "exec")
+@pytest.fixture
+def readers_folder(workplace, student):
+    """A clone's directory as the README's reader has it: his models and rows, those of the hub in small, the demo's."""
+    recipe, *_ = (code for _, code in fences(README, "yaml"))
+    row, *_ = (code for _, code in fences(README, "json"))
+    (workplace / "recipe.yaml").write_text(recipe)
+    (workplace / "rows.jsonl").write_text(row * 3)
+    values = yaml.safe_load(recipe)
+    own_rows = yaml.safe_load((ROOT / "configs" / "train_own_rows.yaml").read_text())
+    (workplace / "configs").mkdir()
+    # One device: compiling for eight takes twice the time.
+    (workplace / "configs" / "train_own_rows.yaml").write_text(yaml.safe_dump(own_rows | {"mesh": {"fsdp": 1}}))
+    for name in (values["base_model"], *values["models"], own_rows["student"]):
+        shutil.copytree(student, workplace / name)
+    return workplace
+
+
+def test_code_of_the_readme_runs(readers_folder, capsys):
+    """Merging and training from the shell and from Python; the demo's answer depends on the demo's model."""
+    words = [words for _, code in fences(README, "bash") for words in commands(code) if words[0] in ("merge", "train")]
+    assert [command for command, *_ in words] == ["merge", "merge", "train"] and "--check" in words[0]
+    for line in words:
+        assert main(line) == 0, (line, capsys.readouterr().err)
+        assert ("--check" in line) == (not (readers_folder / "OUT").exists())
+    ((_, code),) = fences(README, "python")
     assert set(re.findall(r"bmjax\.(\w+)\(", code)) <= set(bmjax.__all__)
+    exec(compile(code, README.name, "exec"), {})
+    assert (readers_folder / "merged" / "config.json").exists()
+    assert (readers_folder / "runs" / "math" / "hf" / "config.json").exists()
+
+
+@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.name)
+def test_other_words_of_a_shell_name_what_there_is(page):
+    extras = set(PROJECT["optional-dependencies"])
+    for _, code in fences(page, "bash", "sh"):
+        for line in code.replace("\\\n", " ").splitlines():
+            program, *words = shlex.split(line, comments=True) or [""]
+            if program.startswith("./scripts/"):
+                assert (ROOT / program).exists(), line
+            for named in (word for word in words if program == "pip" and word.startswith(".[")):
+                assert set(named[2:-1].split(",")) <= extras, line
+
+
+def test_a_fence_of_the_readme_is_pasted_whole():
+    """One installation in a fence: a reader of a fence that held three had CUDA's libraries and the TPU's, too."""
+    for _, code in fences(README, "bash"):
+        assert code.count("pip install") <= 1, code
 
 
 def test_every_method_has_a_formula():
