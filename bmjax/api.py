@@ -370,7 +370,7 @@ def evaluate(settings: Source, *overrides: str) -> dict[str, dict[str, Any]]:
 
 
 def plan(settings: Source, *overrides: str, topology: str, search: bool = False) -> dict[str, Any]:
-    """Compile a training's step for TPU chips that are not there; `bmjax plan`. It can take minutes.
+    """Compile the training step for TPU chips that you don't have; `bmjax plan`. It can take minutes.
 
     Arguments:
         settings: of the training, as for `train`.

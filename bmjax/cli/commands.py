@@ -342,7 +342,7 @@ _ROWS = (
             Option("--schema", action="store_true", help="print the config's JSON Schema instead, for editors"))),
     Command("collect", "ask a teacher (any OpenAI-compatible endpoint) for reasoning traces", _collect,
         settings="bmjax.teach.settings:CollectSettings", extra="teach", check=_check_collect, json=True),
-    Command("judge", "verdicts and references of existing traces made anew; no teacher is asked", _judge,
+    Command("judge", "judge existing traces again, with new references if you give them; no teacher is asked", _judge,
         words=("TRACES",), extra="teach", details=_judge_keys, stopped="stopped; the traces are as they were",
         json=True),
     Command("select", "keep the traces worth training on, and say why the others were dropped", _select,
@@ -354,7 +354,7 @@ _ROWS = (
         overrides=False, options=(
             Option("--clear", action="store_true", help="remove those whose data have changed or are gone"),
             Option("--all", action="store_true", help="remove all of them, copies too"))),
-    Command("plan", "compile a training for TPUs that are not there: does it fit, how fast at most", _plan,
+    Command("plan", "compile the training step for TPUs that you don't have: does it fit, how fast at most", _plan,
         settings=_TRAINING, stopped="stopped; nothing was written",
         options=(
             Option("--topology", metavar="CHIP:SHAPE", required=True, help="the slice, for instance v5p:4x4x4"),

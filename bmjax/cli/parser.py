@@ -81,7 +81,7 @@ class Command:
     check: Callable[[argparse.Namespace], Iterable[str]] | None = None  # the lines of --check, where it is an option
     alone: str | None = None  # the option that stands in place of the words, as --compare does
     extra: str | None = None  # the extra that brings what it needs, where the core is not enough
-    stopped: str = "stopped; the same command continues where it was"  # said after an interrupt
+    stopped: str = "stopped; the same command continues from there"  # said after an interrupt
 
     @property
     def all_options(self) -> tuple[Option, ...]:

@@ -184,7 +184,7 @@ def test_disk_error_is_one_clean_line(capsys, monkeypatch, config, name, error, 
 
 
 @pytest.mark.parametrize("name, line", [
-    ("train", "stopped; the same command continues where it was"),
+    ("train", "stopped; the same command continues from there"),
     ("merge", "interrupted; OUT is as it was, and the same command goes on with the merge"),
     ("convert", "stopped; DST is as it was"),
 ])  # fmt: skip

@@ -430,7 +430,7 @@ def test_an_interrupt_keeps_what_is_in_flight_and_the_same_command_continues(tmp
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         errors = process.communicate()[1]
-        assert process.returncode == 130 and "the same command continues where it was" in errors
+        assert process.returncode == 130 and "the same command continues from there" in errors
         asked = len(server.asked)
         assert 0 < asked < 40 and "Traceback" not in errors
         kept = (tmp_path / "out" / "samples" / "t.jsonl").read_text().count('"answer"')
