@@ -8,6 +8,7 @@ import pytest
 
 from bmjax.chat.forms import read_conversation
 from bmjax.cli.commands import COMMANDS
+from bmjax.errors import UserError
 from bmjax.io.model_files import QUANTIZED_TENSORS
 from bmjax.teach.adapters.table import ADAPTERS
 from bmjax.teach.traces import FORMS, read_traces
@@ -76,6 +77,14 @@ def test_rows_of_the_tables_are_read_as_they_say(marker):
         assert ("<think>" in texts) == ("reasoning" in cells[0])
         assert (conversation.messages[0]["role"] == "system") == (cells[0] == "system prompt")
         assert (conversation.tools is not None) == (cells[0] == "tools")
+
+
+def test_rows_of_the_table_of_refused_forms_are_refused():
+    rows = table_after("<!-- refused rows")
+    assert [cells[0] for cells in rows] == ["bare text", "tokens"]
+    for form, row, _ in rows:
+        with pytest.raises(UserError, match="expected messages, "):
+            read_conversation(json.loads(row.strip("`")), form)
 
 
 def test_the_table_of_students_names_every_scheme_that_is_refused():
