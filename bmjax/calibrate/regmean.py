@@ -7,7 +7,7 @@ beside the width of the input, the inverse is taken of a t x t matrix (Woodbury'
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ class System:
             scaled = [np.sqrt(off_diagonal / x.count) * x.rows_TD.astype(np.float64) for x in inputs]  # type: ignore[union-attr]
             self._rows, self._diagonal = np.concatenate(scaled), alone
             inner = np.eye(len(self._rows)) + (self._rows / alone) @ self._rows.T
-            self._factor = self._factored(inner, True)
+            self._invert = self._inverse(inner, True)
             return
         total = np.zeros((len(diagonal), len(diagonal)))
         for x in inputs:
@@ -90,16 +90,19 @@ class System:
                 total[start : start + 1024] += gram[start : start + 1024] * np.float64(off_diagonal / x.count)
         total[np.diag_indices_from(total)] += alone
         self._diagonal = None
-        self._factor = self._factored(total, ridge > 0)
+        self._invert = self._inverse(total, ridge > 0)
 
-    def _factored(self, matrix: np.ndarray, positive: bool) -> Any:
+    def _inverse(self, matrix: np.ndarray, positive: bool) -> Callable[[np.ndarray], Any]:
+        """Return a function that multiplies by the matrix's inverse; it keeps the factors, in the matrix's memory."""
         # Cholesky's half of the work and memory where a ridge makes the matrix positive.
         try:
             if positive:
-                return scipy.linalg.cho_factor(matrix.T, lower=True, overwrite_a=True, check_finite=False)
+                triangle = scipy.linalg.cho_factor(matrix.T, lower=True, overwrite_a=True, check_finite=False)
+                return lambda right: scipy.linalg.cho_solve(triangle, right, check_finite=False)
             with warnings.catch_warnings():  # a singular matrix is said once, in words
                 warnings.simplefilter("ignore", scipy.linalg.LinAlgWarning)
-                return scipy.linalg.lu_factor(matrix.T, overwrite_a=True, check_finite=False)
+                factors = scipy.linalg.lu_factor(matrix.T, overwrite_a=True, check_finite=False)
+            return lambda right: scipy.linalg.lu_solve(factors, right, check_finite=False)
         except scipy.linalg.LinAlgError:
             raise self._singular() from None
 
@@ -107,9 +110,7 @@ class System:
         return UserError(f"regmean: the inputs of {self._name} do not fix its weights; raise ridge")
 
     def _solve(self, right: np.ndarray) -> np.ndarray:
-        of_cholesky = isinstance(self._factor[1], bool)
-        solve: Any = scipy.linalg.cho_solve if of_cholesky else scipy.linalg.lu_solve
-        solution = np.asarray(solve(self._factor, right, check_finite=False))
+        solution = np.asarray(self._invert(right))
         if not np.isfinite(solution).all():
             raise self._singular()
         return solution
