@@ -250,3 +250,14 @@ def test_weak_scaling():
     assert large == pytest.approx(small, rel=0.02)
     sent = [sum(pod_plan["collective_bytes"].values()) for pod_plan in plans]
     assert sent[1] / sent[0] < 1.1
+
+
+def test_the_memory_of_students_in_the_docs_is_that_of_their_parameters():
+    page = Path(__file__).resolve().parents[2] / "docs" / "gpus.md"
+    table = page.read_text(encoding="utf-8").split("<!-- memory of students", 1)[1].split("\n\n")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[3:]]
+    assert len(rows) == 4
+    for name, parameters, state, *_ in rows:
+        count = spec.count(known(f"Qwen/{name}"))
+        assert parameters == f"{count / 1e9:.2f} B"
+        assert state == ", ".join(f"{count * size / 2**30:.1f}" for size in (20, 16, 12))
