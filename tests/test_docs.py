@@ -2,9 +2,11 @@
 
 import json
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 from bmjax.chat.forms import read_conversation
 from bmjax.cli.commands import COMMANDS
@@ -51,6 +53,17 @@ def test_named_commands_and_configs_exist(page):
             assert command in COMMANDS, command
             for config in re.findall(r"configs/[\w./-]+\.yaml", words):
                 assert (ROOT / config).exists(), config
+
+
+def test_the_workflow_runs_what_is_here_on_every_python_of_the_package():
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8"))["jobs"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    pythons = [line.rpartition(" ")[2] for line in project["classifiers"] if "Python :: 3." in line]
+    assert jobs["usual"]["strategy"]["matrix"]["python"] == pythons
+    for job in jobs.values():
+        (command,) = [step["run"] for step in job["steps"] if "run" in step]
+        assert (ROOT / command.split()[0]).exists()
+    assert jobs["slow"]["steps"][-1]["run"].endswith("-m slow")
 
 
 def test_architecture_names_every_folder():
