@@ -16,6 +16,7 @@ from bmjax.log import Log, silent
 from bmjax.merge.plan.check import check as check_plan
 from bmjax.merge.plan.nodes import MergePlan, prepare
 from bmjax.merge.plan.output import check_space
+from bmjax.merge.plan.side_files import side_files
 from bmjax.merge.recipe.recipe import Recipe, Step, read_recipe
 from bmjax.model.config import ModelConfig
 
@@ -58,7 +59,7 @@ def merge(
     plan = prepare(recipe, output, overwrite)
     # Everything that can be known beforehand, before the first step takes its time.
     if recipe.is_calibrated:
-        check_space(Path(output), plan.nbytes + max(needs.disk for _, needs in _check_steps(plan)))
+        _check_space(plan, output, _check_steps(plan))
     say = log or silent
     for line in plan.notes:
         say(line)
@@ -93,7 +94,12 @@ def check(
             for name, rows in zip(step.branches, step.data, strict=True):
                 yield f"read {rows if isinstance(rows, str) else ', '.join(rows)} for '{name}' of step '{step.name}'"
             yield from needs.lines(step)
-        check_space(Path(output), plan.nbytes + max(needs.disk for _, needs in checked))
+        _check_space(plan, output, checked)
+
+
+def _check_space(plan: MergePlan, output: str | Path, steps: Sequence[tuple[Step, Needs]]) -> None:
+    beside = side_files(plan.models[plan.recipe.donor].directory).nbytes
+    check_space(Path(output), plan.nbytes + beside + max(needs.disk for _, needs in steps))
 
 
 def _refuse_memory(recipe: Recipe, memory: int | None) -> None:

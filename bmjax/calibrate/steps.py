@@ -31,7 +31,7 @@ from bmjax.calibrate.progress import Progress
 from bmjax.calibrate.regmean import RegMean
 from bmjax.calibrate.walk import Changes, Chooser, Contributions, Fixed, Stored, Work, walk
 from bmjax.io.atomic import replacing, write_atomic
-from bmjax.io.safetensors import Plan, SharedWriter, open_checkpoint
+from bmjax.io.safetensors import INDEX, Plan, SharedWriter, open_checkpoint
 from bmjax.io.states import file_states
 from bmjax.log import Log, stage
 from bmjax.merge.engine import files
@@ -47,6 +47,8 @@ from bmjax.model.spec import get
 from bmjax.parallel.mesh import make_mesh
 from bmjax.version import __version__
 from bmjax.weights import hf, student
+
+STEPS = ".steps"  # hidden, so that no folder of the donor's has this name
 
 
 def merge_steps(plan: MergePlan, output: Path, shard_bytes: float, log: Log) -> dict[str, Any]:
@@ -110,16 +112,18 @@ def merge_steps(plan: MergePlan, output: Path, shard_bytes: float, log: Log) -> 
             for part in ("tensors", "layers"):
                 for name, by_step in summary[part].items():
                     statistics[part].setdefault(name, {}).update(by_step)
-        for path in temporary[last.name].iterdir():
+        # Its weights, and what stands beside those of any merge.
+        for path in [*temporary[last.name].glob("*.safetensors"), *temporary[last.name].glob(INDEX)]:
             path.rename(folder / path.name)
-        # The report of all steps, and the card.
         written = open_checkpoint(folder)
+        types = {info.numpy_dtype.name for info in written.tensors.values()}
+        files.write_beside(folder, plan, types)
+        # The report of all steps, and the card.
         for name in recipe.inputs:
             if name not in sources:
                 model = plan.models[name]
                 digest_of_model = digest_of_tensors(checksums_of(model, read.get(name, {})))
                 sources[name] = source_entry(recipe.pinned(name), model, digest_of_model)
-        types = {info.numpy_dtype.name for info in written.tensors.values()}
         result = merge_report(recipe.text, recipe.seed, sources, checksums_of(written), sorted(types), statistics)
         result |= details
         files.finish(folder, plan, result)
@@ -129,7 +133,7 @@ def merge_steps(plan: MergePlan, output: Path, shard_bytes: float, log: Log) -> 
 
 def _begun(folder: Path, plan: MergePlan, shard_bytes: float) -> Path:
     """Return the directory of steps, as a killed merge of the same kind left it, or empty."""
-    work, fingerprint = folder / "steps", _fingerprint(plan, shard_bytes)
+    work, fingerprint = folder / STEPS, _fingerprint(plan, shard_bytes)
     path = work / "merge.json"
     if not path.exists() or path.read_text(encoding="utf-8") != fingerprint:
         clear(folder)

@@ -229,3 +229,28 @@ def test_check_counts_the_steps_after_the_merge(models, tmp_path, stage):
     report = dispatch.merge(recipe(models, "regmean", **CALIBRATION | {"steps": 0, stage: 2}), tmp_path / "out")
     counted = sum(count for purpose, count in report["tokens"].items() if purpose != "held_out")
     assert needs.tokens / 3 < counted <= needs.tokens
+
+
+def test_what_stands_beside_the_weights_is_that_of_any_merge(models, tmp_path, kind):
+    """The donor's small files, and a config that stops where the template ends turns; `linear` is the reference."""
+    donor = tmp_path / "base"
+    shutil.copytree(models / "base", donor)
+    beside = ["LICENSE", "modeling_other.py", "1_Pooling/config.json", "steps/notes.json", "preprocessor_config.json"]
+    for name in beside:
+        (donor / name).parent.mkdir(exist_ok=True)
+        (donor / name).write_text(f"the donor's {name}")
+    (donor / "rows.jsonl").write_text("{}")
+    config = json.loads((donor / "config.json").read_text())
+    (donor / "config.json").write_text(json.dumps(config | {"eos_token_id": 1, "custom": [1, 2]}))
+    more = {"sources": sources(models) | {"base": str(donor)}, "chat_template": "chatml", "out_dtype": "bfloat16"}
+    dispatch.merge(block(models, kind, **more), tmp_path / "out")
+    dispatch.merge({"merge_method": "linear", "base_model": "base", "models": ["a", "b"], **more}, tmp_path / "linear")
+
+    def files(folder):
+        return {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+
+    written, expected = files(tmp_path / "out"), files(tmp_path / "linear")
+    assert written.keys() == expected.keys() > {*beside}
+    of_a_merge = {"README.md", "merge_report.json", "recipe.yaml", "model.safetensors"}
+    assert all(written[name].read_bytes() == expected[name].read_bytes() for name in written.keys() - of_a_merge)
+    assert json.loads(written["config.json"].read_text())["eos_token_id"] == [2, 1]

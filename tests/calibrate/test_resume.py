@@ -54,8 +54,8 @@ def test_another_recipe_does_not_go_on(models, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr("bmjax.calibrate.steps.walk", lambda *arguments, **options: (_ for _ in ()).throw(Killed))
         dispatch.merge(recipe(models, "regmean", steps=0), tmp_path / "out")
-    assert (tmp_path / ".out.partial/steps").is_dir()
-    (tmp_path / ".out.partial/steps/stray").touch()
+    assert (tmp_path / ".out.partial/.steps").is_dir()
+    (tmp_path / ".out.partial/.steps/stray").touch()
     dispatch.merge(recipe(models, "regmean", steps=0, ridge=0.5), tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 

@@ -9,7 +9,7 @@ import copy
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -66,10 +66,10 @@ def merge(
     Raises:
         UserError: one line, for anything a user can mend. `output` is then as it was.
     """
-    recipe, models, donor = plan.recipe, plan.models, plan.models[plan.recipe.donor]
+    recipe, models, donor = plan.recipe, plan.models, plan.models[plan.recipe.donor].directory
     chosen = choose(device, [step.method.name for step in recipe.steps])
     rows = [(node.name, node.dtype, node.shape) for node in plan.nodes]
-    check_space(Path(output), plan.nbytes + sum(path.stat().st_size for path in side_files(donor.directory).paths))
+    check_space(Path(output), plan.nbytes + side_files(donor).nbytes)
     with replacing(Path(output), resume=True) as folder, contextlib.ExitStack() as stack:
         stack.enter_context(computing_on(chosen))
         fingerprint = _fingerprint(plan, rows, shard_bytes, chosen.platform)
@@ -85,9 +85,7 @@ def merge(
         sources = {
             name: source_entry(recipe.pinned(name), model, journal.source(name)) for name, model in models.items()
         }
-        _copy_side_files(donor.directory, folder, _type_of_weights(plan), plan.config_changes)
-        if plan.vocabulary is not None:
-            plan.vocabulary.save(folder)
+        write_beside(folder, plan, [node.dtype.name for node in plan.nodes if node.floating])
         dtypes = sorted({dtype.name for _, dtype, _ in rows})
         statistics = report(recipe.steps, tensors)
         result = merge_report(recipe.text, recipe.seed, sources, journal.checksums(), dtypes, statistics)
@@ -141,27 +139,30 @@ def _fingerprint(plan: MergePlan, rows: Plan, shard_bytes: float, platform: str)
     return {"merge": hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()}
 
 
-def _type_of_weights(plan: MergePlan) -> str | None:
-    """Return the name of the type that config.json gives; None where it stays, for weights of several types."""
-    if plan.recipe.dtype is not None:
-        return plan.recipe.dtype
-    types = {node.dtype.name for node in plan.nodes if node.floating}
-    return types.pop() if len(types) == 1 else None
+def write_beside(folder: Path, plan: MergePlan, types: Iterable[str]) -> None:
+    """Write what stands beside a result's weights: the donor's small files, its config as changed, the tokenizer.
 
-
-def _copy_side_files(donor: Path, folder: Path, type_name: str | None, changes: Mapping[str, Any]) -> None:
+    types: of the result's floating-point tensors, each once or more. config.json names the one that all have.
+    """
+    donor = plan.models[plan.recipe.donor].directory
     for path in side_files(donor).paths:
         target = folder / path.relative_to(donor)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
-    if changes.get("quantization_config", True) is None:
+    if plan.config_changes.get("quantization_config", True) is None:
         (folder / "hf_quant_config.json").unlink(missing_ok=True)
-    if not (folder / "config.json").exists():
-        return
+    if (folder / "config.json").exists():
+        _change_config(folder, plan, set(types))
+    if plan.vocabulary is not None:
+        plan.vocabulary.save(folder)
+
+
+def _change_config(folder: Path, plan: MergePlan, types: set[str]) -> None:
     config = read_hf_config(folder)
-    changed = copy.deepcopy({**config, **changes})
+    changed = copy.deepcopy({**config, **plan.config_changes})
     changed = {key: value for key, value in changed.items() if key not in QUANTIZATION_KEYS or value is not None}
-    if type_name is not None:
+    # Weights of several types keep what the donor says of them.
+    if type_name := plan.recipe.dtype or (types.pop() if len(types) == 1 else None):
         set_type(changed, type_name)
     if changed != config:
         changed.pop("transformers_version", None)  # another program wrote this

@@ -43,6 +43,10 @@ class SideFiles:
     paths: list[Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def nbytes(self) -> int:
+        return sum(path.stat().st_size for path in self.paths)
+
 
 def side_files(directory: Path) -> SideFiles:
     """Return the files that go with a model's weights, in order of their names.
