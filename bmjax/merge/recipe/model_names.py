@@ -3,13 +3,17 @@
 All of them become one text, `MODEL[@REVISION][+ADAPTER[@REVISION]]`, which `bmjax.io.hub` resolves.
 """
 
+import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
 from bmjax.config import nearest
+from bmjax.io.hub import split_adapter
+from bmjax.urls import url_of
 
 _PAGE = re.compile(r"https?://(?:huggingface\.co|hf\.co)/(?P<id>[\w.-]+/[\w.-]+)(?:/tree/(?P<revision>[\w./-]+?))?/?")
 _KEYS = ("path", "revision", "model", "lora", "override_architecture")
@@ -48,6 +52,23 @@ def plain_entry(entry: Any) -> Any:
         return plain_name(entry) if isinstance(entry, str) else entry
     rest = {key: value for key, value in entry.items() if key != "revision"}
     return {**rest, "model": with_revision(plain_name(entry["model"]), entry.get("revision"))}
+
+
+def model_key(name: str, sources: Mapping[str, str]) -> str:
+    """Return what tells a model from others: the resolved path of a directory that is there, else its name.
+
+    Of MODEL+ADAPTER, both of which may be aliases, it is that of the two.
+    """
+    text = sources.get(name, name)
+    if url_of(text):
+        return text.rstrip("/")
+    try:
+        model, adapter = split_adapter(text)
+        parts = [text] if adapter is None else [sources.get(part, part) for part in (model, adapter)]
+        paths = [Path(part).expanduser() for part in parts]
+        return "+".join(os.path.realpath(p) if p.is_dir() else part for part, p in zip(parts, paths, strict=True))
+    except (OSError, RuntimeError, ValueError):  # a name that is no path, for the model's own reader to refuse
+        return text
 
 
 ModelName = Annotated[str, BeforeValidator(plain_name), Field(min_length=1)]

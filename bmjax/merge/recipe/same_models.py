@@ -3,14 +3,11 @@
 `read_recipe` calls it for every block before its step is built. It opens no model.
 """
 
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from bmjax.config import UserError
-from bmjax.io.hub import split_adapter
+from bmjax.merge.recipe.model_names import model_key
 from bmjax.merge.recipe.yaml_blocks import StepBlock
-from bmjax.urls import url_of
 
 
 def with_one_name(block: StepBlock, sources: Mapping[str, str], steps: Sequence[str], location: str) -> StepBlock:
@@ -25,7 +22,7 @@ def with_one_name(block: StepBlock, sources: Mapping[str, str], steps: Sequence[
         models = _renamed(block.models, base, sources)
         names_by_directory: dict[str, str] = {}
         for name in filter(None, map(_name, models)):
-            first = names_by_directory.setdefault(_directory(name, sources), name)
+            first = names_by_directory.setdefault(model_key(name, sources), name)
             if first != name:
                 raise UserError(
                     f"{location}: models '{first}' and '{name}' are one directory, so the same model; list it once"
@@ -45,9 +42,9 @@ def _renamed(entries: Sequence[object], base: str | None, sources: Mapping[str, 
     names = [_name(entry) for entry in entries]
     if base is None or base in names:
         return list(entries)
-    directory, renamed, is_done = _directory(base, sources), [], False
+    directory, renamed, is_done = model_key(base, sources), [], False
     for entry, name in zip(entries, names, strict=True):
-        if name is not None and not is_done and _directory(name, sources) == directory:
+        if name is not None and not is_done and model_key(name, sources) == directory:
             is_done = True
             if isinstance(entry, str):
                 entry = base
@@ -63,20 +60,3 @@ def _name(entry: object) -> str | None:
     """Return the model of an entry, which may still be written wrong."""
     name = entry.get("model") if isinstance(entry, Mapping) else getattr(entry, "model", entry)
     return name if isinstance(name, str) and name else None
-
-
-def _directory(name: str, sources: Mapping[str, str]) -> str:
-    """Return what tells a model from others: the resolved path of a directory that is there, else its name.
-
-    Of MODEL+ADAPTER, both of which may be aliases, it is that of the two.
-    """
-    text = sources.get(name, name)
-    if url_of(text):
-        return text.rstrip("/")
-    try:
-        model, adapter = split_adapter(text)
-        parts = [text] if adapter is None else [sources.get(part, part) for part in (model, adapter)]
-        paths = [Path(part).expanduser() for part in parts]
-        return "+".join(os.path.realpath(p) if p.is_dir() else part for part, p in zip(parts, paths, strict=True))
-    except (OSError, RuntimeError, ValueError):  # a name that is no path, for the model's own reader to refuse
-        return text

@@ -1,5 +1,6 @@
 """The YAML of a recipe: which keys stand in which block, in one document, in `steps:`, or in several documents."""
 
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from bmjax.config import Settings, UserError, aliased_keys, nearest, read_yaml_d
 from bmjax.merge.methods import METHODS
 from bmjax.merge.plan.tensor_names import TOWERS
 from bmjax.merge.recipe.calibration import CALIBRATED
-from bmjax.merge.recipe.model_names import ModelName, plain_entry
+from bmjax.merge.recipe.model_names import ModelName, model_key, plain_entry, plain_name
 from bmjax.merge.recipe.tokenizer import TokenizerSettings
 
 Dtype = Annotated[
@@ -178,7 +179,7 @@ def read_blocks(
         raise UserError(
             f"{location}: '{key}' stands in recipes of {_OF_OTHER_TOOLS[key]}, which bmjax does not carry out"
         )
-    documents = [_without_modules(document, location) for document in kept]
+    documents = [_without_modules(document, location, document.get("sources")) for document in kept]
     has_steps = len(documents) == 1 and "steps" in documents[0]
     top, merges = _split_steps(documents[0], location) if has_steps else _split_documents(documents, location)
     # Which override belongs to which of them.
@@ -219,11 +220,13 @@ def _without_idle_keys(
     return kept
 
 
-def _without_modules(document: Mapping[str, Any], location: str) -> Mapping[str, Any]:
+def _without_modules(document: Mapping[str, Any], location: str, sources: Any) -> Mapping[str, Any]:
     """Return a document with the merge of its language model's module, and `keep` for its other modules.
 
-    Those are the donor's, whether they are listed with one model or not at all; or they are merged as the language
-    model is. Raises UserError for modules merged in different ways.
+    Those are the donor's, whether they are listed with that one model or not at all; or all of them are merged as the
+    language model is. Raises UserError for modules merged in different ways, and for one of another single model.
+
+    sources: the directories of aliases, not yet checked.
     """
     if "modules" not in document:
         return document
@@ -246,15 +249,58 @@ def _without_modules(document: Mapping[str, Any], location: str) -> Mapping[str,
         )
     text = modules[texts[0]]
     others = {name: module for name, module in modules.items() if name != texts[0]}
+    alike = [name for name, module in others.items() if module == text]
+    donor = _donor(document, text)
     for name, module in others.items():
-        if module != text and len(module.get("models") or [1, 2]) != 1:
+        if name in alike:
+            continue
+        models = module.get("models")
+        if not isinstance(models, list) or len(models) != 1:
             raise UserError(
                 f"{location}: modules: '{name}' is merged otherwise than '{texts[0]}'; merge it alike, or list the one "
                 "model whose tensors it keeps"
             )
-    all_alike = bool(others) and all(module == text for module in others.values())
-    keep = [*(document.get("keep") or ()), *([] if all_alike else [{"regex": TOWERS}])]
+        if donor and (model := _model(models[0])) and not _is_one_model(model, donor, sources):
+            raise UserError(
+                f"{location}: modules: '{name}' keeps the tensors of '{model}', but what is not merged is taken from "
+                f"'{donor}', the base_model or else the language model's first; make '{model}' that one"
+            )
+    if alike and len(alike) < len(others):
+        kept = next(name for name in others if name not in alike)
+        raise UserError(
+            f"{location}: modules: '{alike[0]}' is merged and '{kept}' is kept, and which tensors are whose is not "
+            "known; list the models under `models:` and parts of the kept tensors' names under `keep:`"
+        )
+    keep = [*(document.get("keep") or ()), *([] if alike else [{"regex": TOWERS}])]
     return {key: value for key, value in document.items() if key != "modules"} | dict(text) | {"keep": keep}
+
+
+def _donor(document: Mapping[str, Any], module: Mapping[str, Any]) -> str | None:
+    """Return the model that gives a document's result what is not merged; None where it is written wrong."""
+    if document.get("base_model"):
+        return _model(document["base_model"])
+    entries = module.get("models")
+    if not entries and isinstance(slices := module.get("slices"), list) and slices and isinstance(slices[0], Mapping):
+        if slices[0].get("base_model"):
+            return _model(slices[0]["base_model"])
+        entries = slices[0].get("sources")
+    return _model(entries[0]) if isinstance(entries, list) and entries else None
+
+
+def _model(entry: Any) -> str | None:
+    """Return the model of an entry; None where it is written wrong, which is said later."""
+    with contextlib.suppress(ValueError):
+        is_entry = isinstance(entry, Mapping) and not {"path", "lora"} & entry.keys()
+        name = plain_entry(entry).get("model") if is_entry else plain_name(entry)
+        return name if isinstance(name, str) and name else None
+    return None
+
+
+def _is_one_model(first: str, second: str, sources: Any) -> bool:
+    aliases = {key: value for key, value in sources.items() if isinstance(value, str)} if isinstance(
+        sources, Mapping
+    ) else {}  # fmt: skip
+    return first == second or model_key(first, aliases) == model_key(second, aliases)
 
 
 def validate(kind: type[S], values: Mapping[str, Any], location: str, overrides: Sequence[str] = ()) -> S:
@@ -289,7 +335,7 @@ def _split_steps(document: Mapping[str, Any], location: str) -> tuple[dict[str, 
     for step in steps[:-1]:
         if not step.get("name"):
             raise UserError(f"{location}: every step but the last needs a name: add `name: ...` to {step}"[:300])
-    steps = [_without_modules(step, location) for step in steps]
+    steps = [_without_modules(step, location, document.get("sources")) for step in steps]
     return {key: value for key, value in document.items() if key != "steps"}, steps
 
 

@@ -1,5 +1,7 @@
 """Models of several modules, and tensors that are left to the donor: slices, `modules:` and `keep:`."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -84,6 +86,29 @@ def test_slices_of_the_text_module(save):
     result = planned({"merge_method": "passthrough", "modules": modules}, **models)
     assert sum("up_proj" in name for name in names(result)) == 6
     assert result.config_changes == {"text_config": {"num_hidden_layers": 6}}
+
+
+@pytest.mark.parametrize("text", [{"models": ["a", "b"]}, {"slices": FRANKEN}])
+@pytest.mark.parametrize("base", [{}, {"base_model": "a"}])
+@pytest.mark.parametrize("name", ["b", {"model": "b", "parameters": {}}, {"model": {"path": "b"}}])
+def test_a_module_of_another_model_than_the_donor_is_refused(save, text, base, name):
+    """The tensors that are not merged are the donor's; its own name, however spelt, is accepted."""
+    modules = {"text_decoder": text, "vision_tower": {"models": [name]}}
+    block = {"merge_method": "passthrough" if "slices" in text else "linear", **base}
+    for recipe in ({**block, "modules": modules}, {"steps": [{**block, "modules": modules}]}):
+        with pytest.raises(UserError, match=r"'vision_tower' keeps the tensors of 'b', but .* taken from 'a'"):
+            read_recipe(recipe)
+    (Path("a")).mkdir()
+    for same in ("a", "./a", "a/", "model:a", "alias", {"path": "a"}):
+        recipe = {**block, "sources": {"alias": "a"}, "modules": modules | {"vision_tower": {"models": [same]}}}
+        assert read_recipe(recipe).donor == "a"
+
+
+def test_modules_some_merged_and_some_kept_are_refused():
+    same = {"models": ["a", "b"]}
+    modules = {"text_decoder": same, "vision_tower": same, "audio_tower": {"models": ["a"]}}
+    with pytest.raises(UserError, match=r"'vision_tower' is merged and 'audio_tower' is kept, .* under `keep:`"):
+        read_recipe({"merge_method": "linear", "modules": modules})
 
 
 @pytest.mark.parametrize(
