@@ -17,7 +17,7 @@ import numpy as np
 from bmjax.config import UserError, first_line
 from bmjax.merge.plan.layout import Layout
 from bmjax.merge.plan.side_files import tokenizer_files
-from bmjax.merge.recipe.tokenizer import TokenizerSettings
+from bmjax.merge.recipe.tokenizer import WORDS, TokenizerSettings
 from bmjax.safe_yaml import read_object
 from bmjax.weights.tokenizer import load_tokenizer
 
@@ -118,7 +118,7 @@ def vocabulary(settings: TokenizerSettings, layout: Layout) -> Vocabulary:
     more than MAX_ROWS rows.
     """
     recipe, donor = layout.recipe, layout.recipe.donor
-    source = donor if settings.source in ("base", "union") else settings.source
+    source = donor if settings.source in WORDS else recipe.same_input(settings.source)
     directories = {name: model.directory for name, model in layout.models.items()}
     if source not in directories:
         directories[source] = recipe.directory(source, weights=False, key="tokenizer")
@@ -156,14 +156,14 @@ def vocabulary(settings: TokenizerSettings, layout: Layout) -> Vocabulary:
         if rule.is_zero:
             rules[tokens[text]] = RowRule(None, rule.force)
         elif rule.model is not None:
-            token = rule.token_of(text)
-            row = token if isinstance(token, int) else ids[rule.model].get(token)
-            if row is None or row >= rows[rule.model]:
+            token, model = rule.token_of(text), recipe.same_input(rule.model)
+            row = token if isinstance(token, int) else ids[model].get(token)
+            if row is None or row >= rows[model]:
                 missing = f"token id {token}" if isinstance(token, int) else f"token '{token}'"
                 raise UserError(
-                    f"tokenizer.tokens.{text}: model '{rule.model}' has no {missing} among its {rows[rule.model]} rows"
+                    f"tokenizer.tokens.{text}: model '{rule.model}' has no {missing} among its {rows[model]} rows"
                 )
-            rules[tokens[text]] = RowRule((rule.model, row), rule.force)
+            rules[tokens[text]] = RowRule((model, row), rule.force)
     zeros = [
         token
         for token, i in tokens.items()

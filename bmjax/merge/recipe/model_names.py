@@ -41,6 +41,11 @@ def plain_name(value: Any) -> Any:
     return f"{name}+{plain_name(value['lora'])}" if value.get("lora") else name
 
 
+def is_block(value: Any) -> bool:
+    """Return whether a value is a model as mergekit writes it into its cards, and no other mapping."""
+    return isinstance(value, Mapping) and bool({"path", "model"} & value.keys()) and value.keys() <= {*_KEYS}
+
+
 def with_revision(name: Any, revision: Any) -> Any:
     """Return `name@revision`, or the name where there is no revision."""
     return name if revision is None else f"{name}@{revision}"

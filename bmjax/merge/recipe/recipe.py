@@ -12,9 +12,10 @@ from typing import Any
 from bmjax.config import UserError, nearest
 from bmjax.io import hub
 from bmjax.merge.recipe.calibration import CALIBRATED
+from bmjax.merge.recipe.model_names import model_key
 from bmjax.merge.recipe.same_models import with_one_name
 from bmjax.merge.recipe.step import Step, build_step
-from bmjax.merge.recipe.tokenizer import TokenizerSettings, chat_template
+from bmjax.merge.recipe.tokenizer import WORDS, TokenizerSettings, chat_template
 from bmjax.merge.recipe.yaml_blocks import StepBlock, TopBlock, read_blocks
 
 
@@ -52,6 +53,13 @@ class Recipe:
             name = steps[name].donor
         return name
 
+    def same_input(self, name: str) -> str:
+        """Return the input that is the model `name` under another name, such as its directory; else `name`."""
+        if name in self.inputs:
+            return name
+        key = model_key(name, self.sources)
+        return next((other for other in self.inputs if model_key(other, self.sources) == key), name)
+
     @property
     def is_calibrated(self) -> bool:
         """Whether a step looks at data; bmjax/calibrate/ then carries the recipe out."""
@@ -75,7 +83,7 @@ class Recipe:
     def pinned_text(self) -> dict[str, Any]:
         """Return the recipe as plain values that read the same models again: `sources` pins those of the hub."""
         named = {*self.inputs}
-        if self.tokenizer is not None and self.tokenizer.source not in ("base", "union"):
+        if self.tokenizer is not None and self.tokenizer.source not in WORDS:
             named.add(self.tokenizer.source)
         pins = {name: pinned for name in sorted(named) if (pinned := self.pinned(name)) != name}
         pins = {name: pin for name, pin in pins.items() if name not in self.sources or "@" in pin}
@@ -200,10 +208,10 @@ def _tokenizer(top: TopBlock, steps: tuple[Step, ...]) -> TokenizerSettings | No
     if top.tokenizer_source is None and top.tokenizer is None:
         return None
     tokenizer = top.tokenizer or TokenizerSettings(source=str(top.tokenizer_source))
-    inputs = Recipe(steps).inputs
+    recipe = Recipe(steps, top.sources)
     for rule in tokenizer.rules.values():
-        if rule.model is not None and rule.model not in inputs:
-            raise UserError(f"tokenizer.tokens: '{rule.model}' is not a model here{nearest(rule.model, inputs)}")
+        if rule.model is not None and recipe.same_input(rule.model) not in recipe.inputs:
+            raise UserError(f"tokenizer.tokens: '{rule.model}' is not a model here{nearest(rule.model, recipe.inputs)}")
     if tokenizer.source in {step.name for step in steps}:
         raise UserError(f"tokenizer: '{tokenizer.source}' is a step; name the model whose tokenizer it has")
     return tokenizer

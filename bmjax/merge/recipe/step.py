@@ -11,6 +11,7 @@ from bmjax.config import UserError, nearest
 from bmjax.merge.methods import METHODS, Method
 from bmjax.merge.methods.method import WITHOUT_EFFECT, Parameter
 from bmjax.merge.recipe.calibration import CALIBRATED, DEFAULTS, CalibrationSettings
+from bmjax.merge.recipe.model_names import plain_name
 from bmjax.merge.recipe.values import Rule, Value, checked, parse, simplify
 from bmjax.merge.recipe.yaml_blocks import LayersEntry, ModelEntry, SliceBlock, StepBlock, validate
 
@@ -344,8 +345,16 @@ def _rules(parameter: Parameter, level: Mapping[str, Any]) -> tuple[Rule, ...]:
     if value is None and parameter.default is None:
         return (Rule((None,)),)
     if parameter.about.model:
-        return (Rule((checked(parameter.name, value, parameter.check),)),)
+        return (Rule((checked(parameter.name, _model(parameter.name, value), parameter.check),)),)
     return parse(parameter.name, value, parameter.check, line=parameter.kind is not int)
+
+
+def _model(parameter: str, value: Any) -> Any:
+    """Return the name of the model that a parameter's value means."""
+    try:
+        return plain_name(value)
+    except ValueError as error:
+        raise UserError(f"{parameter}: {error}") from None
 
 
 def _ranges(step: Step, entries: Sequence[LayersEntry]) -> dict[str, tuple[int, int]]:

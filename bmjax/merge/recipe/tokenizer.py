@@ -3,22 +3,35 @@
 import json
 import re
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from bmjax.chat.template import TEMPLATE_NAMES, named_template
 from bmjax.config import Settings, UserError, nearest
+from bmjax.merge.recipe.model_names import ModelName, is_block, plain_name
 from bmjax.safe_yaml import read_object
 
+WORDS = ("base", "union")  # sources that are no model's name
 _KINDS = ("zero", "model_token")
+
+
+def _source(value: Any) -> Any:
+    """Return the source of a result's tokenizer: one of WORDS, or a model's name, however it is spelt."""
+    name = plain_name(value)
+    if name in WORDS and name != value:
+        raise ValueError(f"'{name}' means no model here; write ./{name}, or an alias of `sources`")
+    return name
+
+
+TokenizerSource = Annotated[str, BeforeValidator(_source), Field(min_length=1)]
 
 
 class TokenSource(Settings):
     """The row that a token gets: zeros, or that of a model's token, named by text or by id."""
 
     kind: str
-    model: str | None = Field(None, min_length=1)
+    model: ModelName | None = None
     token: str | None = None
     token_id: int | None = Field(None, ge=0)
 
@@ -30,7 +43,9 @@ class TokenRule(Settings):
     whose row of the same token is taken.
     """
 
-    source: str | TokenSource | None = None
+    source: Annotated[
+        str | TokenSource | None, BeforeValidator(lambda v: plain_name(v) if isinstance(v, str) or is_block(v) else v)
+    ] = None
     force: bool = False
 
     @model_validator(mode="after")
@@ -71,7 +86,7 @@ class TokenRule(Settings):
 class TokenizerSettings(Settings):
     """The `tokenizer:` of a recipe."""
 
-    source: str = Field("union", min_length=1, description="base, union (every token of every model), or a model")
+    source: TokenizerSource = Field("union", description="base, union (every token of every model), or a model")
     tokens: dict[str, TokenRule | None] | None = Field(
         None, description="rules of single tokens, which are added where the tokenizer lacks them"
     )

@@ -14,7 +14,7 @@ from bmjax.merge.methods import METHODS
 from bmjax.merge.plan.tensor_names import TOWERS
 from bmjax.merge.recipe.calibration import CALIBRATED
 from bmjax.merge.recipe.model_names import ModelName, model_key, plain_entry, plain_name
-from bmjax.merge.recipe.tokenizer import TokenizerSettings
+from bmjax.merge.recipe.tokenizer import TokenizerSettings, TokenizerSource
 
 Dtype = Annotated[
     Literal["float32", "bfloat16", "float16", "auto"],
@@ -117,10 +117,10 @@ class StepBlock(_WithParameters):
 class TopBlock(Settings):
     """What a recipe says once."""
 
-    sources: dict[str, str] = Field({}, description="short names of model directories or hub ids")
+    sources: dict[str, ModelName] = Field({}, description="short names of model directories or hub ids")
     seed: int = Field(0, ge=0, lt=2**63, description="of random masks and of drawn rows; equal seeds give equal bytes")
     compat: Literal["mergekit"] | None = Field(None, description="mergekit: its arithmetic, where ours is better")
-    tokenizer_source: str | None = Field(None, min_length=1, description="base, union, or a model")
+    tokenizer_source: TokenizerSource | None = Field(None, description="base, union, or a model")
     tokenizer: TokenizerSettings | None = Field(None, description="source, tokens and pad_to_multiple_of")
     chat_template: str | None = Field(
         None, min_length=1, description="auto (the one that most models have), a name, or jinja"

@@ -279,3 +279,37 @@ def test_tokenizers_that_cannot_be_read_are_compared_by_their_bytes(make):
         (open_checkpoint(name).directory / "tokenizer.json").unlink()
         (open_checkpoint(name).directory / "tokenizer.model").write_text("one")
     assert not merge_rows(soup("a", "b"))[0].notes
+
+
+def spellings(name, root):
+    """Names under which a recipe may speak of the model `name`."""
+    block = {"model": {"path": name}}
+    return [name, f"./{name}", f"{name}/", str(root / name), "alias", "link", f"model:{name}", block, block["model"]]
+
+
+@pytest.mark.parametrize("i", range(9))
+def test_a_model_has_its_rows_and_tokens_however_it_is_spelt(make, tmp_path, i):
+    """Padding rows behind the tokens stay, and rules of tokens find the model."""
+    make("a", 0, "uvwx", ["<t>"], rows=10)
+    make("b", 1, "uvwxyz", rows=10)
+    (tmp_path / "link").symlink_to("b")
+    recipe = {"merge_method": "linear", "base_model": "a", "models": ["a", "b"], "sources": {"alias": "b"}}
+    spelt = spellings("b", tmp_path)[i]
+    for keys in ({"tokenizer_source": spelt}, {"tokenizer": {"source": spelt}}):
+        planned, seen = merge_rows(recipe | keys)
+        assert planned.vocabulary.size == 10 and seen[EMBED, "b"] == list(range(100, 110))
+    for source in (spelt, {"kind": "model_token", "model": spelt, "token_id": 9}):
+        rule = {"source": source, "force": True}
+        _, seen = merge_rows(recipe | {"tokenizer": {"source": "b", "tokens": {"x": rule}}})
+        assert seen[EMBED, "a"][3] == (103 if source is spelt else 109)
+
+
+def test_a_model_called_as_a_word_is_named_by_its_directory(make):
+    make("base", 0, "uv", rows=8)
+    make("donor", 1, "xy", rows=4)
+    recipe = {"merge_method": "linear", "models": ["donor", "base"]}
+    assert merge_rows(recipe | {"tokenizer_source": "base"})[0].vocabulary.size == 4
+    planned, _ = merge_rows(recipe | {"tokenizer_source": "./base"})
+    assert planned.vocabulary.size == 8 and planned.vocabulary.tokens == {"u": 0, "v": 1}
+    with pytest.raises(UserError, match=r"tokenizer_source: .*'base' means no model here; write \./base"):
+        read_recipe(recipe | {"tokenizer_source": "model:base"})

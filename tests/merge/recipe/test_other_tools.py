@@ -216,3 +216,10 @@ def test_other_layers_of_the_same_model_need_an_alias():
     sources[1]["model"] = "again"
     recipe = read_recipe({"merge_method": "linear", "slices": [{"sources": sources}], "sources": {"again": "a"}})
     assert recipe.steps[0].slices[0].ranges == {"a": (0, 2), "again": (2, 4)}
+
+
+@pytest.mark.parametrize("spelt", ["a", "model:a", {"path": "a"}, {"model": {"path": "a"}}])
+def test_models_are_spelt_alike_wherever_a_recipe_names_one(spelt):
+    fusion = {"merge_method": "arcee_fusion", "base_model": "b", "models": ["c"], "parameters": {"rebase": spelt}}
+    assert read_recipe(fusion).inputs == ("b", "c", "a")
+    assert read_recipe({"merge_method": "linear", "models": ["x"], "sources": {"x": spelt}}).sources == {"x": "a"}
