@@ -144,9 +144,7 @@ def plan(
     if donor_config is not None:
         changes |= chat.config_changes({**donor_config, **changes})
     if dequantized:
-        # Some keep their settings in a file of its own, hf_quant_config.json, which goes where this key does.
-        keys = [key for key in quantized.QUANTIZATION_KEYS if key in configs[recipe.donor]]
-        changes |= dict.fromkeys(("quantization_config", *keys))
+        changes |= quantized.without_settings({**configs[recipe.donor], **changes})
     remarks = [
         *recipe.notes,
         *dequantized,

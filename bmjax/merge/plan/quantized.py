@@ -17,6 +17,7 @@ from bmjax.merge.recipe.recipe import Recipe
 from bmjax.merge.recipe.step import Step
 
 QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
+_INNER_KEYS = QUANTIZATION_KEYS[:2]  # MLX's word may mean something else inside of a block
 BLOCK_SCALES, SCALES = "_scale_inv", "_scale"  # what a weight's name gets, for the scales that it is multiplied by
 _FP8 = ("F8_E4M3", "F8_E5M2")
 _PLAIN = ("F32", "BF16", "F16", "F64")
@@ -43,7 +44,7 @@ def dequantized(
     always: also where the recipe only copies. Raises UserError for a model that is quantized in another way.
     """
     schemes = {name: scheme(model, configs[name]) for name, model in models.items()}
-    settings = [[configs[name].get(key) for key in QUANTIZATION_KEYS] for name in models]
+    settings = [_settings(configs[name]) for name in models]
     copied = not always and _only_copies(recipe) and all(s == settings[0] for s in settings)
     if copied or not any(schemes.values()):
         return dict(models), []
@@ -68,7 +69,7 @@ def scheme(model: Checkpoint, config: Mapping[str, Any]) -> str | None:
     has_fp8 = any(info.dtype in _FP8 for info in model.tensors.values())
     names = [name for name in model.tensors if has_fp8 or not name.endswith(f".weight{SCALES}")]
     two_scales = any(name.endswith(f".weight{SCALES}_2") for name in names)
-    if named := quantization(config, () if two_scales else names):
+    if named := quantization(_settings(config), () if two_scales else names):
         return "fp8 blockwise" if named == "FP8 blockwise" else named
     if two_scales:
         return "NVFP4"
@@ -79,6 +80,39 @@ def scheme(model: Checkpoint, config: Mapping[str, Any]) -> str | None:
         if info.dtype not in _PLAIN and is_weight:
             return f"{info.dtype} weights"
     return None
+
+
+def without_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of a quantized model's config that change when it is dequantized: None for a key that goes.
+
+    Some models keep their settings in a file of its own, hf_quant_config.json, which goes where quantization_config
+    does, so that key is always among them.
+    """
+    keys = [key for key in QUANTIZATION_KEYS if key in config]
+    nested = {key: _stripped(value) for key, value in config.items() if isinstance(value, Mapping) and key not in keys}
+    changed = {key: value for key, value in nested.items() if value != config[key]}
+    return {**changed, **dict.fromkeys(("quantization_config", *keys))}
+
+
+def _stripped(block: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _stripped(value) if isinstance(value, Mapping) else value
+        for key, value in block.items()
+        if key not in _INNER_KEYS
+    }
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a config says of quantization: its own keys, else those of a model inside it, `text_config` say."""
+    said = {key: config[key] for key in QUANTIZATION_KEYS if config.get(key)}
+    return said or next(_inner_settings(config), {})
+
+
+def _inner_settings(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    for block in (value for value in config.values() if isinstance(value, Mapping)):
+        if said := {key: block[key] for key in _INNER_KEYS if block.get(key)}:
+            yield said
+        yield from _inner_settings(block)
 
 
 def _refusal(name: str, model: Checkpoint, found: str) -> UserError:
@@ -110,8 +144,9 @@ def _grids(name: str, model: Checkpoint, config: Mapping[str, Any]) -> dict[str,
 
     Raises UserError for FP8 weights without scales, and for scales of another size.
     """
-    settings = config.get("quantization_config") or config.get("compression_config") or {}
-    if "quantization" in config or settings.get("quant_method") not in _MULTIPLIED:
+    said = _settings(config)
+    settings = said.get("quantization_config") or said.get("compression_config") or {}
+    if "quantization" in said or settings.get("quant_method") not in _MULTIPLIED:
         return {}
     tensors, grids = model.tensors, dict[str, Grid]()
     for key, info in tensors.items():

@@ -139,6 +139,26 @@ def test_fp8_with_a_scale_for_all_or_a_row_is_multiplied(save, tmp_path, shape, 
     assert not (tmp_path / "out/hf_quant_config.json").exists()
 
 
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+@pytest.mark.parametrize("path", [("text_config",), ("thinker_config", "text_config")])
+@pytest.mark.parametrize("at_top", [False, True])
+def test_what_a_config_says_inside_of_a_model_goes_too(save, tmp_path, key, path, at_top):
+    """The settings of a language model inside another one: its blocks count, and no loader is told of them after."""
+    stored, meant = quantized(plain(), (64, 32))
+    settings = {key: {**FP8, "weight_block_size": [64, 32]}}
+    block = {"hidden_size": 160, **settings}
+    for part in reversed(path):
+        block = {part: block}
+    save("a", stored, **block, **(settings if at_top else {}), vision_config={"depth": 1})
+    merge({**soup("a"), "dtype": "float32"}, "out")
+    np.testing.assert_array_equal(load_file("out/model.safetensors")[f"{UP}.weight"], meant[f"{UP}.weight"])
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["vision_config"] == {"depth": 1} and key not in config
+    for part in path:
+        config = config[part]
+    assert config == {"hidden_size": 160}
+
+
 def test_scales_of_groups_are_not_guessed(save):
     values = {**plain(), f"{UP}.weight": np.ones((200, 160), F8), f"{UP}.weight_scale": np.ones((200, 5), np.float32)}
     save("a", values)
