@@ -19,6 +19,7 @@ from bmjax.merge.recipe.step import Step
 QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
 _INNER_KEYS = QUANTIZATION_KEYS[:2]  # MLX's word may mean something else inside of a block
 BLOCK_SCALES, SCALES = "_scale_inv", "_scale"  # what a weight's name gets, for the scales that it is multiplied by
+_OF_ALL = ((), (1,), (1, 1))  # shapes of a scale for the whole matrix
 _FP8 = ("F8_E4M3", "F8_E5M2")
 _PLAIN = ("F32", "BF16", "F16", "F64")
 _WHOLE_NUMBERS = ("BOOL", "I64", "I32", "I16", "U64", "U32", "U16", "U8", "C64")  # of masks and positions, too
@@ -26,7 +27,7 @@ _WHOLE_NUMBERS = ("BOOL", "I64", "I32", "I16", "U64", "U32", "U16", "U8", "C64")
 _MULTIPLIED = (None, "fp8", "fbgemm_fp8", "compressed-tensors", "modelopt")
 # What only other arithmetic has: packed numbers, zero points, scales of scales.
 _OTHER_PARTS = re.compile(r"weight_packed$|zero_point$|_scale_2$|g_idx$|bitmask$|qweight$|_blocks$")
-_OF_ACTIVATIONS = re.compile(r"\.(input|output|q|k|v)_scale(_ub)?$|\.(input|weight)_amax$")
+_OF_ACTIVATIONS = re.compile(r"\.(input|output|activation|act|q|k|v|kv|prob)_scale(_ub|_inv)?$|\.(input|weight)_amax$")
 
 
 class Grid(NamedTuple):
@@ -157,9 +158,15 @@ def _grids(name: str, model: Checkpoint, config: Mapping[str, Any]) -> dict[str,
             continue
         by_block, scales = tensors.get(key + BLOCK_SCALES), tensors.get(key + SCALES)
         if len(info.shape) != 2 or (by_block is None and scales is None):
-            problem = f"{key} is {info.dtype} {list(info.shape)} without scales"
+            what = "no matrix" if len(info.shape) != 2 else "without scales"
+            problem = f"{key} is {info.dtype} {list(info.shape)} {what}"
             raise _refusal(name, model, f"{scheme(model, config)}, but {problem}")
-        grids[key] = _by_block(name, info, by_block, settings) if by_block else _by_row(name, info, scales)
+        # What is called inverse is multiplied by, too. Without blocks it is a scale for all or for each row.
+        has_no_blocks = "weight_block_size" in settings and not settings["weight_block_size"]
+        if by_block is None or has_no_blocks or by_block.shape in _OF_ALL:
+            grids[key] = _by_row(name, info, by_block or scales)
+        else:
+            grids[key] = _by_block(name, info, by_block, settings)
     return grids
 
 
@@ -178,7 +185,7 @@ def _by_row(name: str, info: TensorInfo, scales: TensorInfo | None) -> Grid:
     """Return the grid of a scale for the whole matrix, or one for each row."""
     assert scales is not None
     rows, columns = info.shape
-    if scales.shape in ((), (1,), (1, 1)):
+    if scales.shape in _OF_ALL:
         return Grid(replace(scales, shape=(1, 1)), (max(rows, 1), max(columns, 1)))
     if scales.shape in ((rows,), (rows, 1)):
         return Grid(replace(scales, shape=(rows, 1)), (1, max(columns, 1)))

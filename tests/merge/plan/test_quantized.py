@@ -159,6 +159,30 @@ def test_what_a_config_says_inside_of_a_model_goes_too(save, tmp_path, key, path
     assert config == {"hidden_size": 160}
 
 
+@pytest.mark.parametrize("shape", BY_SHAPE)
+@pytest.mark.parametrize("activations", ["activation_scale", "input_scale_inv", "kv_scale"])
+def test_scales_called_inverse_without_blocks_are_for_all_or_a_row(save, shape, activations):
+    """As Ministral 3 and Devstral 2 are saved: weight_block_size null, a static scale of activations beside."""
+    rng, values = np.random.default_rng(5), plain()
+    scales = rng.uniform(0.01, 0.02, BY_SHAPE[shape]).astype(BF16)
+    weight = rng.standard_normal((200, 160)).astype(F8)
+    values |= {f"{UP}.weight": weight, f"{UP}.weight_scale_inv": scales, f"{UP}.{activations}": np.ones((), BF16)}
+    save("a", values, quantization_config={**FP8, "activation_scheme": "static", "weight_block_size": None})
+    merge({**soup("a"), "dtype": "float32"}, "out")
+    merged = load_file("out/model.safetensors")
+    expected = weight.astype(np.float32) * scales.astype(np.float32).reshape(-1, 1)
+    np.testing.assert_array_equal(merged[f"{UP}.weight"], expected)
+    assert merged.keys() == plain().keys()
+
+
+def test_one_scale_is_for_all_whatever_the_blocks(save):
+    """A scale of shape [] fits no grid of blocks, so it cannot mean one of them."""
+    values = {**plain(), f"{UP}.weight": np.ones((200, 160), F8), f"{UP}.weight_scale_inv": np.array(0.5, np.float32)}
+    save("a", values, quantization_config=FP8)
+    merge({**soup("a"), "dtype": "float32"}, "out")
+    assert (load_file("out/model.safetensors")[f"{UP}.weight"] == 0.5).all()
+
+
 def test_scales_of_groups_are_not_guessed(save):
     values = {**plain(), f"{UP}.weight": np.ones((200, 160), F8), f"{UP}.weight_scale": np.ones((200, 5), np.float32)}
     save("a", values)
