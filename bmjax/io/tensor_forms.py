@@ -1,7 +1,8 @@
-"""Tensors that are computed as they are read: blockwise FP8 times its scales, a matrix plus a LoRA adapter's product.
+"""Tensors that are not simply what a model's file holds: computed as they are read, or taken from an adapter.
 
-Each reads only the rows that are asked for, so memory does not grow with the tensor. They are read as float32; what a
-merge writes takes the type that the plain tensor has.
+Blockwise FP8 is multiplied by its scales, and to a matrix the product of a LoRA adapter is added. Each reads only the
+rows that are asked for, so memory does not grow with the tensor. They are read as float32. What a merge writes takes
+the type that the model's own tensor has.
 """
 
 from abc import ABC, abstractmethod
@@ -86,6 +87,17 @@ class AdaptedTensor(_Computed):
             return values + np.float32(self.scale) * (a_columns.T @ read_rows(reader, self.b, 0, self.b.shape[0]).T)
         a = read_rows(reader, self.a, 0, self.a.shape[0])
         return values + np.float32(self.scale) * (read_rows(reader, self.b, first, last) @ a)
+
+
+@dataclass(frozen=True)
+class ReplacementTensor(TensorInfo):
+    """A tensor that an adapter holds whole, often in float32 where the model's own, `replaced`, is bfloat16."""
+
+    replaced: TensorInfo
+
+    @property
+    def kept_dtype(self) -> str:
+        return self.replaced.kept_dtype
 
 
 def read_rows(reader: Reader, info: TensorInfo, first: int, last: int) -> np.ndarray:

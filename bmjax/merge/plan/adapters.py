@@ -14,9 +14,10 @@ from typing import Any
 from bmjax.config import UserError, read_text
 from bmjax.io.hub import is_hub_id, split_adapter, split_revision
 from bmjax.io.safetensors import Checkpoint, TensorInfo, listing, read_header
-from bmjax.io.tensor_forms import AdaptedTensor
+from bmjax.io.tensor_forms import AdaptedTensor, ReplacementTensor
 from bmjax.merge.plan import prefixes
-from bmjax.merge.plan.tensor_names import is_head
+from bmjax.merge.plan.quantized import PLAIN
+from bmjax.merge.plan.tensor_names import is_embedding, is_head
 from bmjax.merge.plan.tokenizer_text import tokenizer_difference
 from bmjax.weights.tokenizer import stored_template
 
@@ -88,7 +89,7 @@ def _apply(model: Checkpoint, folder: Path) -> tuple[dict[str, TensorInfo], str,
             f"{folder}: the adapter changes {listing(lacking)} that the model lacks; it was made for {base}"
         )
     # An embedding is often saved whole beside its factors: they change what was saved.
-    replaced = {names.get(key, key): info for key, info in whole.items()}
+    replaced = {names.get(key, key): _in_place_of(model, names.get(key, key), info) for key, info in whole.items()}
     tensors = {**model.tensors, **replaced}
     for key, parts in factors.items():
         name = names.get(key, key)
@@ -101,6 +102,16 @@ def _apply(model: Checkpoint, folder: Path) -> tuple[dict[str, TensorInfo], str,
         f"a LoRA adapter of rank {', '.join(map(str, ranks))} changes {count} as it is read{also}",
         (str(config.get("base_model_name_or_path") or "")),
     )
+
+
+def _in_place_of(model: Checkpoint, name: str, info: TensorInfo) -> TensorInfo:
+    """Return a tensor that an adapter holds whole, with the type of the model's own, a tied model's embedding."""
+    own = model.tensors.get(name)
+    if own is None and is_head(name):
+        own = next((tensor for key, tensor in model.tensors.items() if is_embedding(key)), None)
+    if own is None or not {own.kept_dtype, info.dtype} <= set(PLAIN):
+        return info
+    return ReplacementTensor(name, info.file, info.dtype, info.shape, info.start, info.nbytes, own)
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ _INNER_KEYS = QUANTIZATION_KEYS[:2]  # MLX's word may mean something else inside
 BLOCK_SCALES, SCALES = "_scale_inv", "_scale"  # what a weight's name gets, for the scales that it is multiplied by
 _OF_ALL = ((), (1,), (1, 1))  # shapes of a scale for the whole matrix
 _FP8 = ("F8_E4M3", "F8_E5M2")
-_PLAIN = ("F32", "BF16", "F16", "F64")
+PLAIN = ("F32", "BF16", "F16", "F64")
 _WHOLE_NUMBERS = ("BOOL", "I64", "I32", "I16", "U64", "U32", "U16", "U8", "C64")  # of masks and positions, too
 # By these methods, FP8 weights are multiplied by `weight_scale`, with nothing added. None: of no config.json.
 _MULTIPLIED = (None, "fp8", "fbgemm_fp8", "compressed-tensors", "modelopt")
@@ -78,7 +78,7 @@ def scheme(model: Checkpoint, config: Mapping[str, Any]) -> str | None:
         if info.dtype in _FP8:
             return f"{info.dtype} without scales"
         is_weight = name.endswith(".weight") or (info.dtype not in _WHOLE_NUMBERS and re.search(r"proj$|experts", name))
-        if info.dtype not in _PLAIN and is_weight:
+        if info.dtype not in PLAIN and is_weight:
             return f"{info.dtype} weights"
     return None
 
@@ -117,7 +117,7 @@ def _inner_settings(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _refusal(name: str, model: Checkpoint, found: str) -> UserError:
-    if all(info.dtype in _PLAIN for info in model.tensors.values()):
+    if all(info.dtype in PLAIN for info in model.tensors.values()):
         return UserError(
             f"model '{name}': its weights are quantized ({found}) by its config.json, but plain in its files; remove "
             "what config.json says of quantization if the files are right"
@@ -151,7 +151,7 @@ def _grids(name: str, model: Checkpoint, config: Mapping[str, Any]) -> dict[str,
         return {}
     tensors, grids = model.tensors, dict[str, Grid]()
     for key, info in tensors.items():
-        is_number = info.dtype in _PLAIN or (info.dtype in _WHOLE_NUMBERS and not key.endswith(".weight"))
+        is_number = info.dtype in PLAIN or (info.dtype in _WHOLE_NUMBERS and not key.endswith(".weight"))
         if _OTHER_PARTS.search(key) or not (is_number or info.dtype in _FP8):
             return {}
         if info.dtype not in _FP8:

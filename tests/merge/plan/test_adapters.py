@@ -112,6 +112,29 @@ def test_prefixes_of_adapters(save, tmp_path, module_prefix):
     np.testing.assert_allclose(merged_alone()[f"{UP}.weight"], base[f"{UP}.weight"] + 3 * product, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("models", [["base+adapter"], ["base", "base+adapter"], ["base+adapter", "base"]])
+def test_whole_modules_in_float32_take_the_types_of_those_that_they_replace(save, tmp_path, dtype, tied, models):
+    base = tensors(dtype=BF16, head=not tied)
+    base["model.norm.weight"] = base["model.norm.weight"].astype(np.float32)
+    save("base", base, tie_word_embeddings=tied)
+    rng = np.random.default_rng(3)
+    whole = {name: rng.standard_normal((6, 4)).astype(np.float32) for name in (EMBED, HEAD)}
+    whole["model.norm.weight"] = rng.standard_normal(4).astype(np.float32)
+    factors, _ = lora(EMBED.removesuffix(".weight").replace("embed_tokens", "layers.0.self_attn.q_proj"), 4, 4)
+    adapter(tmp_path / "adapter", whole | factors, modules_to_save=["embed_tokens", "lm_head", "norm"])
+    lines = []
+    merge(soup(*models, dtype=dtype), "out", log=lines.append)
+    merged = load_file("out/model.safetensors")
+    assert {name for name, value in merged.items() if value.dtype != BF16} == {"model.norm.weight"}
+    for name in (EMBED, HEAD):
+        own = base.get(name, base[EMBED]).astype(np.float64)
+        expected = whole[name] if len(models) == 1 else (own + whole[name]) / 2
+        np.testing.assert_array_equal(merged[name], expected.astype(np.float32).astype(BF16), err_msg=name)
+    assert not any("wider" in line and "embed" in line for line in lines)
+
+
 def test_in_chunks_beside_the_base_with_the_bases_type(save, tmp_path, monkeypatch):
     from bmjax.merge.engine import chunks
 
