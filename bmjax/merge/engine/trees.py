@@ -43,7 +43,8 @@ def merge_trees(
     Returns:
         The last step's parameters, sharded as the donor's, and the report as in merge_report.json.
     Raises:
-        UserError: a model that is not there, a leaf that is missing or misshapen, NaN or infinity in an input.
+        UserError: a model that is not there, a leaf that is missing or misshapen, NaN or infinity in an input, and
+            what a recipe asks for that trees cannot have: slices, rows of other tokens.
     """
     if not isinstance(recipe, Recipe):
         recipe = read_recipe(recipe)
@@ -52,6 +53,8 @@ def merge_trees(
             raise UserError(f"recipe: no model is named '{name}'{nearest(name, list(models))}")
     if sliced := [step.name for step in recipe.steps if step.slices]:
         raise UserError(f"step '{sliced[0]}': slices are for files; parameter trees keep their layers")
+    if recipe.tokenizer is not None and not recipe.tokenizer.is_the_bases:
+        raise UserError("tokenizer: other tokens than the base's are for files; parameter trees keep their rows")
     merged: list[tuple[tuple[str, ...], jax.Array]] = []
     last = recipe.steps[-1]
     tensors: dict[str, TensorStats] = {}
@@ -70,12 +73,13 @@ def merge_trees(
                     raise UserError(f"model '{name}': tensor '{key}' holds NaN or infinity; the training run is broken")
             # The steps on one tensor. What only later ones read stays float32.
             stats: dict[str, Stats] = {}
-            for step in recipe.steps:
+            for whole_step in recipe.steps:
+                step = whole_step.kept() if whole_step.keeps(key) else whole_step
                 shape = arrays[step.branches[0]].shape
                 block = block_of(step, {name: _as_rows(arrays[name]) for name in step.reads})
                 tensor = BlockTensor(recipe, step, key, shape, block)
                 tensor.prepare(step.at(key, depth))
-                leaf, masks = tensor.result(block, AllRows(), result_dtype if step is last else np.float32)
+                leaf, masks = tensor.result(block, AllRows(), result_dtype if whole_step is last else np.float32)
                 arrays[step.name] = leaf.reshape(shape)
                 stats[step.name] = Stats.of(tensor.size, step.branches, tensor.statistics(block, leaf, masks))
             check_overflow(key, stats[last.name], result_dtype)

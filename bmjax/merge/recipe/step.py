@@ -76,6 +76,10 @@ class Step:
         scale = {parameter.name: (parameter.default,) for parameter in copy.parameters.values()}
         return replace(self, method=copy, base=None, branches=(self.donor,), arguments=scale)
 
+    def keeps(self, tensor: str) -> bool:
+        """Return whether the recipe leaves a tensor of the result as the donor has it."""
+        return any(rule.fits(tensor) for rule in self.keep)
+
     def at(self, tensor: str, depth: float, names: Mapping[str, str] | None = None) -> dict[str, Any]:
         """Return the arguments for one tensor of the result. UserError when no filter fits, or the method refuses them.
 

@@ -100,6 +100,11 @@ class TokenizerSettings(Settings):
         return tokens
 
     @property
+    def is_the_bases(self) -> bool:
+        """Whether the result has the base's tokens, in its rows, and no others."""
+        return self.source == "base" and not self.tokens and self.pad_to_multiple_of is None
+
+    @property
     def rules(self) -> dict[str, TokenRule]:
         """The rule of every token that the recipe names."""
         return {token: rule or TokenRule() for token, rule in (self.tokens or {}).items()}

@@ -41,6 +41,17 @@ RECIPES = {
             },
         ]
     },
+    "kept": {
+        "merge_method": "task_arithmetic", "base_model": "backbone", "models": list(BRANCHES),
+        "keep": ["embed", {"regex": r"layers\.1\..*up_proj"}],
+    },
+    "kept of the first model": {"merge_method": "linear", "models": list(BRANCHES), "keep": ["mlp"]},
+    "kept in steps": {
+        "steps": [
+            {"name": "one", "merge_method": "ties", "base_model": "math", "models": ["code"], "keep": ["q_proj"]},
+            {"name": "two", "merge_method": "ties", "base_model": "one", "models": ["science"], "keep": ["norm"]},
+        ]
+    },
 }  # fmt: skip
 
 
@@ -71,6 +82,20 @@ def test_equals_the_file_engine(name, directories, tmp_path):
     for key in report["tensors"]:
         for model, values in report["tensors"][key][step]["models"].items():
             assert values["kept"] == pytest.approx(on_disk["tensors"][key][step]["models"][model]["kept"], abs=1e-6)
+
+
+def test_kept_tensors_are_the_donors():
+    params, _ = merge_trees(RECIPES["kept"], TREES, TABLE)
+    for key, tensor in tensors_of(SMALL, params).items():
+        kept = "embed" in key or ("layers.1." in key and "up_proj" in key)
+        assert np.array_equal(tensor, BACKBONE[key]) == kept, key
+
+
+def test_keys_for_files_are_refused():
+    recipe = {**RECIPES["linear"], "tokenizer_source": "union"}
+    with pytest.raises(UserError, match="tokenizer: other tokens than the base's are for files"):
+        merge_trees(recipe, TREES, TABLE)
+    merge_trees({**recipe, "tokenizer_source": "base"}, TREES, TABLE[:1])
 
 
 def test_every_layer_has_its_own_quantiles():
