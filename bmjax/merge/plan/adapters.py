@@ -61,7 +61,7 @@ def adapted(models: Mapping[str, Checkpoint], adapters: Mapping[str, Path]) -> t
 def _other_side_files(model: Path, adapter: Path) -> Iterator[str]:
     """Yield a line where an adapter was saved with another tokenizer or chat template than its model has."""
     take = f"it is not used; `tokenizer_source: {adapter}` takes it"
-    if (adapter / "tokenizer.json").is_file() and (difference := tokenizer_difference(model, adapter)):
+    if difference := tokenizer_difference(model, adapter):
         yield f"its adapter has another tokenizer, {difference}; {take}"
     elif (template := stored_template(adapter)) is not None and template != stored_template(model):
         yield f"its adapter has another chat template; {take}"

@@ -1,18 +1,26 @@
-"""What the tokenizer files of a directory say, read as JSON alone: tokens, chat template, end tokens.
+"""What the tokenizer files of a directory say, read as data alone: tokens, chat template, end tokens.
 
 Nothing here fails for a broken file: what cannot be read is not known. Loading a tokenizer is vocabulary.py's.
 """
 
+import contextlib
 import filecmp
 import functools
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from bmjax.config import UserError, read_text
+from bmjax.merge.plan.pieces import pieces
 from bmjax.weights.tokenizer import MAX_CHARACTERS, read_json
 
 EOS = "eos_token_id"
-_VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt", "spiece.model")
+# What tokenizers are loaded from, the fast one's first.
+_VOCABULARIES = (
+    "tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
+    "spm.model", "tekken.json", "qwen.tiktoken",
+)  # fmt: skip
 
 
 @functools.lru_cache(8)
@@ -44,9 +52,9 @@ def token_ids(directory: Path) -> dict[str, int] | None:
 
 def largest_id(directory: Path) -> int | None:
     """Return the largest id of any token in a directory's tokenizer files; None where none of them tells it."""
-    tables = [read_json(directory / name) for name in ("vocab.json", "added_tokens.json")]
-    tables.append(token_ids(directory) or {})
-    return max((i for table in tables for i in table.values() if type(i) is int), default=None)
+    files = _vocabulary_files(directory)
+    texts = _texts(directory, files[0]) if files else _added(directory)
+    return max(texts or (), default=None)
 
 
 def end_text(directory: Path) -> str | None:
@@ -65,23 +73,70 @@ def ids_in(config: Mapping[str, Any]) -> Iterator[int]:
 def tokenizer_difference(first: Path, second: Path) -> str | None:
     """Return in words where two directories' tokenizers give other ids to tokens; None where they agree.
 
-    Directories without a tokenizer agree with all. What only one tokenizer has counts as well.
+    Directories without a tokenizer agree with all. What only one tokenizer has counts as well, added tokens too.
     """
-    name = next((n for n in _VOCABULARIES if (first / n).is_file() and (second / n).is_file()), None)
-    if name is None or max((folder / name).stat().st_size for folder in (first, second)) > MAX_CHARACTERS:
-        return None if name is None else f"{name} is too large to be compared"
-    if filecmp.cmp(first / name, second / name, shallow=False):
+    files = _vocabulary_files(first), _vocabulary_files(second)
+    if not all(files):
         return None
-    ids = [token_ids(folder) if name == "tokenizer.json" else None for folder in (first, second)]
-    if ids[0] is None or ids[1] is None:
-        return f"{name} differs"
-    texts, others = ({i: text for text, i in known.items()} for known in ids if known is not None)
-    differing = [i for i in sorted(texts.keys() | others.keys()) if texts.get(i) != others.get(i)]
-    if not differing:
+    common = next((name for name in files[0] if name in files[1]), None)
+    name, other = (common, common) if common else (files[0][0], files[1][0])
+    paths = first / name, second / other
+    is_same_file = common is not None and filecmp.cmp(*paths, shallow=False)
+    if is_same_file and _added(first) == _added(second):
         return None
+    if max(path.stat().st_size for path in paths) > MAX_CHARACTERS:
+        return f"{name} is too large to be compared"
+    texts, others = _texts(first, name), _texts(second, other)
+    if texts is None or others is None:
+        differing = None
+    else:
+        differing = [i for i in sorted(texts.keys() | others.keys()) if texts.get(i) != others.get(i)]
+    if differing == []:
+        return None
+    if common is None:  # ids may be counted otherwise in another kind of file
+        return f"its tokens are in {other}, not in {name}, and the two cannot be compared"
+    if texts is None or others is None or differing is None:
+        return "its added tokens differ" if is_same_file else f"{common} differs"
     shown = "; ".join(f"{i}: {_shown(others.get(i))} for {_shown(texts.get(i))}" for i in differing[:3])
     count = f"{len(differing)} ids differ" if len(differing) > 1 else "1 id differs"
     return f"{count} ({shown}{', ...' * (len(differing) > 3)})"
+
+
+def _vocabulary_files(directory: Path) -> list[str]:
+    return [name for name in _VOCABULARIES if (directory / name).is_file()]
+
+
+def _texts(directory: Path, name: str) -> dict[int, str] | None:
+    """Return the token of every id by a vocabulary file and the files of added tokens; None where it cannot be read."""
+    path, texts = directory / name, dict[int, str]()
+    if name == "tokenizer.json":
+        if (ids := token_ids(directory)) is None:
+            return None
+        texts = {i: text for text, i in ids.items()}
+    elif name == "vocab.json":
+        texts = {i: text for text, i in read_json(path).items() if type(i) is int}
+    elif name == "vocab.txt":
+        with contextlib.suppress(UserError):
+            texts = dict(enumerate(read_text(path, MAX_CHARACTERS).splitlines()))
+    elif name.endswith(".model") and path.stat().st_size <= MAX_CHARACTERS:
+        texts = dict(enumerate(pieces(path) or ()))
+    if not texts:
+        return None
+    # The same token may be added once more under another id, which no loader then uses.
+    known = set(texts.values())
+    return {**{i: text for i, text in _added(directory).items() if text not in known}, **texts}
+
+
+def _added(directory: Path) -> dict[int, str]:
+    """Return the tokens of the files that list added ones, by id."""
+    listed = read_json(directory / "tokenizer_config.json").get("added_tokens_decoder")
+    texts = {
+        int(i): str(token["content"])
+        for i, token in (listed.items() if isinstance(listed, dict) else ())
+        if re.fullmatch(r"[0-9]{1,9}", i) and isinstance(token, dict) and "content" in token
+    }
+    added = read_json(directory / "added_tokens.json")
+    return texts | {i: text for text, i in added.items() if type(i) is int}
 
 
 def _shown(text: str | None) -> str:
