@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
@@ -16,6 +16,7 @@ from bmjax.config import UserError, read_text
 
 MAX_BYTES = 2**28  # of one file that is not the tokenizer's, without which a result is no use
 MAX_FILES = 1000  # of one folder
+# Each a pattern of names, of files and of folders at any depth.
 _WEIGHTS = (
     "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.ggml", "*.onnx",
     "*.onnx_data", "*.ot", "*.npz", "*.npy", "*.pkl", "*.pickle", "*.tflite", "*.distcp", "*.nemo",
@@ -23,17 +24,23 @@ _WEIGHTS = (
 )  # fmt: skip
 _TRAINER = (
     "trainer_state.json", "training_args.*", "optimizer*", "scheduler.*", "rng_state*", "zero_to_fp32.py", "latest",
-    "*_results.json", "events.out.tfevents.*", "adapter_config.json",
+    "*_results.json", "*.tfevents.*", "adapter_config.json",
 )  # fmt: skip
-_TRAINER_FOLDERS = ("checkpoint-*", "checkpoints", "global_step*", "runs", "wandb", "logs")
+_TRAINER_FOLDERS = (
+    "checkpoint-*", "checkpoints", "global_step*", "runs", "wandb", "logs", "tensorboard*", "tb_logs", "lightning_logs",
+    "mlruns",
+)  # fmt: skip
 # What the result has of its own, or what speaks of another model's making.
 _OWN = ("README.md", "merge_report.json", "recipe.yaml", "mergekit_config.yml", "mergekit_config.yaml")
 _OTHER_FORMATS = ("onnx", "openvino", "original", "gguf", "coreml", "metal")
 _DATA = ("*.jsonl", "*.parquet", "*.arrow", "*.csv", "*.tsv", "*.log")
+_COMPILED, _COMPILED_FOLDER = ("*.pyc", "*.pyo"), "__pycache__"  # of code that is copied as text
 _TOKENIZER = (
-    "tokenizer*", "vocab.*", "merges.txt", "*.model", "*.tiktoken", "added_tokens.json", "special_tokens_map.json",
-    "chat_template.*", "additional_chat_templates/*",
+    "tokenizer*", "tokenization_*.py", "vocab.*", "vocab-*.json", "merges.txt", "bpe.codes", "*.model", "*.spm",
+    "*.tiktoken", "tekken.json", "added_tokens.json", "special_tokens_map.json", "chat_template.*",
+    "additional_chat_templates/*",
 )  # fmt: skip
+_NEVER, _FOLDERS = (*_TRAINER, *_DATA, *_COMPILED), (*_TRAINER_FOLDERS, _COMPILED_FOLDER)  # wherever they lie
 
 
 @dataclass
@@ -56,17 +63,24 @@ def side_files(directory: Path) -> SideFiles:
     then all of it is copied.
     """
     listed, modules = SideFiles(), _module_folders(directory)
-    too_large: list[Path] = []
+    too_large: list[str] = []
     folders_left: list[str] = []
+
+    def add(files: Iterable[Path]) -> None:
+        for file in files:
+            path = file.relative_to(directory)
+            if file.stat().st_size <= MAX_BYTES or is_tokenizer_file(path):
+                listed.paths.append(file)
+            else:
+                too_large.append(path.as_posix())
+
     for path in sorted(directory.iterdir()):
         if path.name.startswith("."):
             continue
         if path.is_file():
-            if _is(path.name, (*_WEIGHTS, *_TRAINER, *_OWN, *_DATA)):
-                continue
-            is_small = path.stat().st_size <= MAX_BYTES or is_tokenizer_file(Path(path.name))
-            (listed.paths if is_small else too_large).append(path)
-        elif path.is_dir() and not path.is_symlink() and not _is(path.name, (*_TRAINER_FOLDERS, *_OTHER_FORMATS)):
+            if not _is(path.name, (*_WEIGHTS, *_OWN, *_NEVER)):
+                add([path])
+        elif path.is_dir() and not path.is_symlink() and not _is(path.name, (*_FOLDERS, *_OTHER_FORMATS)):
             files = list(_files_in(path))
             is_module = any(folder.parts[0] == path.name for folder in modules)
             weights = [file for file in files if _is(file.name, _WEIGHTS)]
@@ -76,10 +90,10 @@ def side_files(directory: Path) -> SideFiles:
             if weights:
                 names = ", ".join(file.relative_to(directory).as_posix() for file in weights[:3])
                 listed.notes.append(f"{names}: weights of a module that modules.json names; copied, not merged")
-            listed.paths += files
+            listed.paths += weights
+            add(file for file in files if file not in weights)
     if too_large:
-        names = ", ".join(path.name for path in too_large)
-        listed.notes.append(f"not copied, more than {MAX_BYTES} bytes: {names}")
+        listed.notes.append(f"not copied, more than {MAX_BYTES} bytes: {', '.join(too_large)}")
     if folders_left:
         listed.notes.append(f"not copied, folders with weights of their own or many files: {', '.join(folders_left)}")
     return listed
@@ -100,12 +114,14 @@ def _is(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def _files_in(folder: Path) -> Iterator[Path]:
-    """Yield the files of a folder and its folders; links to folders are not followed, they may lead in a circle."""
+    """Yield the files of a folder and its folders that may be copied, weights among them.
+
+    Links to folders are not followed, they may lead in a circle.
+    """
     for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (
-            path for name in sorted(names) if not name.startswith(".") and (path := Path(parent, name)).is_file()
-        )
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and not _is(name, _FOLDERS))
+        kept = (name for name in sorted(names) if not name.startswith(".") and not _is(name, _NEVER))
+        yield from (path for name in kept if (path := Path(parent, name)).is_file())
 
 
 def _module_folders(directory: Path) -> list[PurePosixPath]:

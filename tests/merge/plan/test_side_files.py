@@ -15,13 +15,15 @@ SMALL = [
     "video_preprocessor_config.json", "preprocessor_config.json", "processor_config.json", "generation_config.json",
     "spiece.model", "qwen.tiktoken", "LICENSE", "configuration_other.py", "modeling_other.py", "custom.yaml",
     "config_sentence_transformers.json", "sentence_bert_config.json", "1_Pooling/config.json", "audio/mel/filters.json",
-    "additional_chat_templates/tools.jinja",
+    "additional_chat_templates/tools.jinja", "tekken.json", "2_Normalize/README.md", "code/kernels/fast.py",
 ]  # fmt: skip
 LEFT_OUT = [
     "pytorch_model.bin", "model.gguf", "onnx/config.json", "original/params.json", "trainer_state.json", "latest",
     "training_args.bin", "optimizer.pt", "rng_state_0.pth", "checkpoint-10/trainer_state.json", "runs/events",
     "README.md", "global_step7/mp_rank.json", "zero_to_fp32.py", "mergekit_config.yml", ".gitattributes",
-    ".cache/x.json", "rows.jsonl",
+    ".cache/x.json", "rows.jsonl", "__pycache__/modeling_other.pyc", "modeling_old.pyc", "tensorboard/scalars.json",
+    "events.out.tfevents.1.host", "data/rows.parquet", "code/__pycache__/fast.pyc", "code/kernels/fast.pyc",
+    "eval/rows/a.csv", "eval/all_results.json", "code/runs/x.json", "code/checkpoint-3/x.json", "code/host.tfevents.2",
 ]  # fmt: skip
 
 
@@ -83,13 +85,23 @@ def test_a_module_with_weights_is_copied_and_another_model_is_not(save, tmp_path
 def test_what_is_too_large_is_said(save, tmp_path, monkeypatch, limit):
     donor = save("a", tensors()).directory
     (donor / "config.json").write_text("{}")
-    put(donor, "big.json", "many/a.json", "many/b.json")
+    put(donor, "big.json", "many/big.json", "many/deep/big.json")
     monkeypatch.setattr(side_files, limit, {"MAX_BYTES": 10, "MAX_FILES": 1}[limit])
     notes = []
     merge(soup("a"), "out", log=notes.append)
-    left = {"MAX_BYTES": "big.json", "MAX_FILES": "many/"}[limit]
-    assert any("not copied" in note and left in note for note in notes)
-    assert not (tmp_path / "out" / left).exists()
+    left = {"MAX_BYTES": ["big.json", "many/big.json", "many/deep/big.json"], "MAX_FILES": ["many/"]}[limit]
+    assert any("not copied" in note and note.endswith(": " + ", ".join(left)) for note in notes)
+    assert not any((tmp_path / "out" / name).exists() for name in left)
+
+
+def test_a_module_keeps_its_weights_and_leaves_a_trainers_state(save, tmp_path):
+    donor = save("a", tensors()).directory
+    (donor / "modules.json").write_text(json.dumps([{"path": "2_Dense"}]))
+    put(donor, "2_Dense/pytorch_model.bin", "2_Dense/optimizer.pt", "2_Dense/rows.csv", "2_Dense/config.json")
+    merge(soup("a"), "out")
+    assert {name for name in files(tmp_path / "out") if "2_Dense" in name} == {
+        "2_Dense/pytorch_model.bin", "2_Dense/config.json",
+    }  # fmt: skip
 
 
 def test_another_models_tokenizer_replaces_every_file_of_the_donors(save, tmp_path):
@@ -100,8 +112,10 @@ def test_another_models_tokenizer_replaces_every_file_of_the_donors(save, tmp_pa
         Tokenizer(models.WordLevel({f"{name}{i}": i for i in range(6)}, unk_token=f"{name}0")).save(
             str(folder / "tokenizer.json")
         )
-    put(tmp_path / "a", "spiece.model", "tokenizer_old.py", "processor_config.json")
-    put(tmp_path / "b", "other.tiktoken")
+    old = {"spiece.model", "tokenizer_old.py", "tokenization_old.py", "tekken.json", "source.spm", "bpe.codes",
+           "vocab-src.json"}  # fmt: skip
+    put(tmp_path / "a", "processor_config.json", *old)
+    put(tmp_path / "b", "other.tiktoken", "tokenization_new.py")
     merge(soup("a", "b", tokenizer_source="b"), "out")
     written = files(tmp_path / "out")
-    assert {"other.tiktoken", "processor_config.json"} <= written and not {"spiece.model", "tokenizer_old.py"} & written
+    assert {"other.tiktoken", "tokenization_new.py", "processor_config.json"} <= written and not old & written
