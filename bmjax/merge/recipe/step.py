@@ -274,6 +274,7 @@ class _StepBuilder:
                 self.note_depth(name, levels)
             common = [rule for level in levels for rule in _rules(parameter, level)]
             if parameter.default is not inspect.Parameter.empty:
+                self.note_remainder(parameter, common, entries)
                 common.append(Rule((parameter.default,)))
             per_model = [simplify(name, (*_rules(parameter, entry.parameters), *common)) for entry in entries]
             if parameter.about.per_model:
@@ -293,6 +294,22 @@ class _StepBuilder:
                 self.note(
                     f"{name}: {value} goes along the depth, from the first layer to the last, for every model alike; "
                     f"for one value a model write {{model: NAME, parameters: {{{name}: VALUE}}}}"
+                )
+
+    def note_remainder(self, parameter: Parameter, common: Sequence[Rule], entries: Sequence[ModelEntry]) -> None:
+        """Note that filters leave tensors to the default, which their author may not have meant.
+
+        common: the rules of the step for all models.
+        """
+        is_a_models = parameter.about.per_model or self.method.branches[1] == 1
+        for entry in entries:
+            own = _rules(parameter, entry.parameters) if is_a_models else ()
+            rules = [*own, *common]
+            if rules and not any(rule.fits("") for rule in rules):  # which only those for any name do
+                of = f" of model '{entry.model}'" if own else ""
+                self.note(
+                    f"{parameter.name}{of}: tensors that no filter fits get the default, {parameter.default}; add a "
+                    "last entry `- value: V` to set theirs"
                 )
 
     def not_of_a_model(self, parameter: str, entry: ModelEntry) -> UserError:

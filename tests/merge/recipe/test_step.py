@@ -104,3 +104,32 @@ def test_arguments_that_are_wrong_for_one_tensor():
     assert step.at("norm", 0.0)["weight"] == (1.0,)
     with pytest.raises(UserError, match=r"step 'merged': tensor 'layers\.0\.mlp\.up'.*sum to 0"):
         step.at("layers.0.mlp.up", 0.0)
+
+
+REMAINDER = "tensors that no filter fits get the default"
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "default"),
+    [("slerp", "t", 0.5), ("linear", "weight", 1.0), ("ties", "density", 1.0), ("ties", "lambda", 1.0)],
+)
+@pytest.mark.parametrize("rule", [{"filter": "self_attn"}, {"regex": r"layers\.0\."}])
+def test_filters_that_leave_tensors_to_the_default_are_noted(method, name, default, rule):
+    block = {"merge_method": method, "models": ["a", "b"]} | ({} if method == "linear" else {"base_model": "a"})
+
+    def notes(*rules, models=("a", "b")):
+        values = {"parameters": {name: list(rules)}} if rules else {}
+        return [note for note in read_recipe({**block, "models": list(models), **values}).notes if REMAINDER in note]
+
+    first = {**rule, "value": 0.25}
+    (note,) = notes(first)
+    assert f"recipe: {name}: {REMAINDER}, {default}; add a last entry" in note
+    step = read_recipe({**block, "parameters": {name: [first]}}).steps[0]
+    value = step.at("model.norm.weight", 0.0)[name]
+    assert set(value if isinstance(value, tuple) else [value]) == {default}
+    for rest in ({"value": 1}, {"filter": "*", "value": 1}, {"regex": ".*", "value": 1}):
+        assert not notes(first, rest)
+    if name != "lambda":
+        entry = {"model": "b", "parameters": {name: [first]}}
+        assert f"{name} of model 'b': {REMAINDER}" in notes(models=("a", entry))[0]
+        assert not notes({"value": 1}, models=("a", entry))
