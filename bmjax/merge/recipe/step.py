@@ -101,7 +101,10 @@ class Step:
             try:
                 self.method.check(resolved)
             except UserError as error:
-                raise UserError(f"step '{self.name}': tensor '{tensor}': {error}") from None
+                weights = resolved.get("weight")
+                is_idle = isinstance(weights, tuple) and not any(weights)
+                hint = f"; `keep: [PART OF ITS NAME]` leaves it as '{self.donor}' has it" if is_idle else ""
+                raise UserError(f"step '{self.name}': tensor '{tensor}': {error}{hint}") from None
         return resolved
 
 
@@ -240,7 +243,10 @@ class _StepBuilder:
         for entry in entries:
             for parameter in entry.parameters:
                 if parameter in known:
-                    raise self.not_of_a_model(parameter, entry)
+                    raise UserError(
+                        f"parameter '{parameter}' of {name} is not a model's: move it from '{entry.model}' to the "
+                        "step's own 'parameters'"
+                    )
             if entry.data is None:
                 raise UserError(
                     f"model '{entry.model}' has no 'data': {name} needs rows of every model's domain; "
@@ -263,7 +269,10 @@ class _StepBuilder:
             for name in entry.parameters:
                 of_the_step = name in method.parameters and not method.parameter(name).about.per_model
                 if of_the_step and method.branches[1] != 1:
-                    raise self.not_of_a_model(name, entry)
+                    self.note(
+                        f"{name} of model '{entry.model}' has no effect, as in mergekit: it is not a model's; move it "
+                        "to the step's own 'parameters' if it is meant"
+                    )
         if idle := self.idle_as_mergekit(levels, entries):
             levels = [{key: value for key, value in level.items() if key not in idle} for level in levels]
             entries = [entry.model_copy(update={"parameters": {k: v for k, v in entry.parameters.items()
@@ -311,12 +320,6 @@ class _StepBuilder:
                     f"{parameter.name}{of}: tensors that no filter fits get the default, {parameter.default}; add a "
                     "last entry `- value: V` to set theirs"
                 )
-
-    def not_of_a_model(self, parameter: str, entry: ModelEntry) -> UserError:
-        return UserError(
-            f"parameter '{parameter}' of {self.method.name} is not a model's: move it from '{entry.model}' "
-            "to the step's own 'parameters'"
-        )
 
     def check_names(self, parameters: Mapping[str, Any]) -> None:
         """Raise a UserError for a key that is neither a parameter of the method nor known to have no effect."""

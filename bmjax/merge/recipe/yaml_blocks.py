@@ -134,6 +134,14 @@ _OF_OTHER_TOOLS = {
     "experts": "mergekit-moe (mixtures of experts)", "gate_mode": "mergekit-moe (mixtures of experts)",
     "genome": "mergekit-evolve (searches for recipes)",
 }  # fmt: skip
+# Options of mergekit's commands, which some write into recipes, where mergekit passes over them. Here they change no
+# result, but for random_seed.
+_OPTIONS = (
+    "allow_crimes", "transformers_cache", "lora_merge_cache", "lora_merge_dtype", "cuda", "device", "low_cpu_memory",
+    "out_shard_size", "copy_tokenizer", "clone_tensors", "trust_remote_code", "lazy_unpickle", "write_model_card",
+    "safe_serialization", "verbose", "verbosity", "quiet", "read_to_gpu", "multi_gpu", "num_threads", "gpu_rich",
+    "async_write", "write_threads",
+)  # fmt: skip
 _OF_THE_RESULT = ("tokenizer_source", "tokenizer", "chat_template")
 _TOP_ONLY = [key for key in TopBlock.model_fields if key not in StepBlock.model_fields]
 _STEP_ONLY = [key for key in StepBlock.model_fields if key not in TopBlock.model_fields]
@@ -210,13 +218,20 @@ def _without_idle_keys(
     for document, strange, named in zip(documents, unknown, aliased, strict=True):
         if document is None:
             continue
-        idle = {key for key in strange if key in named or str(key).startswith(("x-", "_", "."))}
+        idle = {key for key in strange if key in (*named, *_OPTIONS) or str(key).startswith(("x-", "_", "."))}
         for key in strange:
             if key in idle:
                 told = "is read only where its anchors are named" if key in named else "is not read"
+                told = "has no effect: it is an option of mergekit's command" if key in _OPTIONS else told
                 notes.append(f"{location}: key '{key}' {told}")
         # A key without a value says nothing, as tools write those that are not used.
-        kept.append({key: value for key, value in document.items() if key not in idle and value is not None})
+        document = {key: value for key, value in document.items() if key not in idle and value is not None}
+        if "random_seed" in document:
+            seed = document.pop("random_seed")
+            if document.setdefault("seed", seed) != seed:
+                raise UserError(f"{location}: random_seed {seed} and seed {document['seed']} both stand; keep seed")
+            notes.append(f"{location}: random_seed is read as seed")
+        kept.append(document)
     return kept
 
 

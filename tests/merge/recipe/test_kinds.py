@@ -114,11 +114,16 @@ def test_a_model_listed_twice(kind):
 
 
 def test_a_step_parameter_at_a_model(kind):
-    name = "lambda" if kind == "ties" else "steps"
-    models = [{"model": "a", "data": "x", "parameters": {name: 1}}]
+    """Methods of mergekit's pass over it, as mergekit does, and say so."""
     if kind == "ties":
-        del models[0]["data"]
-    words = f"parameter '{name}' of {kind} is not a model's: move it from 'a' to the step's own 'parameters'"
+        models = [{"model": "a", "parameters": {"lambda": 0.5, "normalize": False}}, "b"]
+        recipe = read_recipe({**block(kind), "models": models, "parameters": {"lambda": 2}})
+        assert recipe.steps[0].arguments["lambda"] == 2 and recipe.steps[0].arguments["normalize"] is True
+        for name in ("lambda", "normalize"):
+            assert any(f"{name} of model 'a' has no effect, as in mergekit" in note for note in recipe.notes)
+        return
+    models = [{"model": "a", "data": "x", "parameters": {"steps": 1}}]
+    words = f"parameter 'steps' of {kind} is not a model's: move it from 'a' to the step's own 'parameters'"
     assert words in message({**block(kind), "models": models})
 
 

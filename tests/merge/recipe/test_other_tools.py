@@ -223,3 +223,20 @@ def test_models_are_spelt_alike_wherever_a_recipe_names_one(spelt):
     fusion = {"merge_method": "arcee_fusion", "base_model": "b", "models": ["c"], "parameters": {"rebase": spelt}}
     assert read_recipe(fusion).inputs == ("b", "c", "a")
     assert read_recipe({"merge_method": "linear", "models": ["x"], "sources": {"x": spelt}}).sources == {"x": "a"}
+
+
+def test_a_seed_as_mergekits_command_calls_it():
+    recipe = read_recipe({**SOUP, "random_seed": 0})
+    assert recipe.seed == 0 and recipe.notes == ("recipe: random_seed is read as seed",)
+    steps = {"steps": [{**SOUP, "name": "mid"}, {"merge_method": "linear", "models": ["mid", "c"]}]}
+    for block in (SOUP, steps):
+        assert read_recipe({**block, "random_seed": 7}).seed == 7
+        assert read_recipe({**block, "random_seed": 7}, ["seed=8"]).seed == 8
+        with pytest.raises(UserError, match="random_seed 7 and seed 8 both stand; keep seed"):
+            read_recipe({**block, "random_seed": 7, "seed": 8})
+
+
+@pytest.mark.parametrize("key", ["cuda", "allow_crimes", "trust_remote_code", "out_shard_size", "copy_tokenizer"])
+def test_options_of_mergekits_command_are_noted(key):
+    recipe = read_recipe({**SOUP, key: True})
+    assert recipe.notes == (f"recipe: key '{key}' has no effect: it is an option of mergekit's command",)

@@ -187,9 +187,9 @@ BAD = {
         "models: unknown key 'modle'; did you mean 'model'?",
     ),
     "misspelt required key": ({"merge_methd": "linear", "models": ["a"]}, "did you mean 'merge_method'?"),
-    "step parameter on a model": (
-        {**ARCEE, "models": [{"model": "math", "parameters": {"lambda": 1}}]},
-        "'lambda' of arcee_fusion is not a model's: move it from 'math'",
+    "bad value of a step parameter on a model": (
+        {**ARCEE, "models": [{"model": "math", "parameters": {"lambda": "x"}}]},
+        "lambda: expected a number, found 'x'",
     ),
     "weights that cancel": (
         {"merge_method": "linear", "models": ["a", "b"], "parameters": {"weight": 0}},

@@ -102,8 +102,20 @@ def test_arguments_that_are_wrong_for_one_tensor():
     weights = [{"filter": "mlp", "value": 0}, {"value": 1}]
     (step,) = read_recipe({"merge_method": "linear", "models": ["a"], "parameters": {"weight": weights}}).steps
     assert step.at("norm", 0.0)["weight"] == (1.0,)
-    with pytest.raises(UserError, match=r"step 'merged': tensor 'layers\.0\.mlp\.up'.*sum to 0"):
+    with pytest.raises(
+        UserError, match=r"step 'merged': tensor 'layers\.0\.mlp\.up'.*sum to 0.*`keep: \[PART OF"
+    ) as error:
         step.at("layers.0.mlp.up", 0.0)
+    assert str(error.value).endswith("leaves it as 'a' has it")
+
+
+def test_weights_that_cancel_on_one_tensor_are_another_matter():
+    weights = [[{"filter": "mlp", "value": value}, {"value": 1}] for value in (1, -1)]
+    models = [{"model": name, "parameters": {"weight": w}} for name, w in zip("ab", weights, strict=True)]
+    (step,) = read_recipe({"merge_method": "linear", "models": models}).steps
+    with pytest.raises(UserError, match="sum to 0") as error:
+        step.at("layers.0.mlp.up", 0.0)
+    assert "keep" not in str(error.value)
 
 
 REMAINDER = "tensors that no filter fits get the default"
