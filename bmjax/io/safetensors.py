@@ -192,18 +192,28 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _read_shards(directory: Path, mapping: dict[str, str]) -> tuple[dict[str, TensorInfo], list[str]]:
-    """Return the tensors of an index, each from the file that it names, and notes on files that hold it once more."""
+    """Return the tensors of an index, each from the file that it names, and notes on what its files hold beside.
+
+    A tensor that the index leaves out is read where one of its files alone holds it: loaders load files as a whole.
+    """
     by_file: dict[str, set[str]] = {}
     for name, file in mapping.items():
         by_file.setdefault(file, set()).add(name)
     tensors: dict[str, TensorInfo] = {}
-    notes = []
+    notes, unplaced = [], dict[str, str]()
     for file, named in sorted(by_file.items()):
         in_file = read_header(directory / file)
         if absent := sorted(named - in_file.keys()):
             raise UserError(f"{directory / file}: lacks {listing(absent)} that {INDEX} says it holds")
         if surplus := sorted(in_file.keys() - mapping.keys()):
-            raise UserError(f"{directory / file}: holds {listing(surplus)} that {INDEX} does not place there")
+            if twice := [name for name in surplus if name in unplaced]:
+                raise UserError(
+                    f"{directory / file}: holds {listing(twice)}, as {unplaced[twice[0]]} does, and {INDEX} does not "
+                    "say which is meant"
+                )
+            unplaced |= dict.fromkeys(surplus, file)
+            named |= {*surplus}
+            notes.append(f"{file}: holds {listing(surplus)} that {INDEX} leaves out; read, as loaders do")
         if overlaid := sorted(in_file.keys() - named):
             notes.append(f"{file}: holds {listing(overlaid)} that {INDEX} places in other files; those are read")
         tensors |= {name: info for name, info in in_file.items() if name in named}

@@ -395,7 +395,10 @@ BAD_INDEXES = {
     "shard_absent": ({"a": "one.safetensors", "b": "three.safetensors"}, "three.safetensors: cannot open: No such"),
     "tensor_absent": ({"b": "two.safetensors", "c": "two.safetensors"}, r"lacks 1 tensor \(c\)"),
     "swapped": ({"a": "two.safetensors", "b": "one.safetensors"}, r"lacks 1 tensor \(b\)"),
-    "unlisted": ({"b": "both.safetensors"}, r"holds 1 tensor \(a\)"),
+    "unlisted_twice": (
+        {"b": "both.safetensors", "x": "more.safetensors"},
+        r"more\.safetensors: holds 1 tensor \(a\), as both",
+    ),
     "other_file": ({"a": "notes.txt"}, "notes.txt: "),
     "half_a_character": ({"a": "\ud800.safetensors"}, "same directory"),
 }  # fmt: skip
@@ -411,6 +414,7 @@ def test_malformed_indexes(tmp_path: Path, case: str) -> None:
     two_shards(directory)
     both = {"a": np.ones(2, np.float32), "b": np.ones(2, np.float32)}
     safetensors.numpy.save_file(both, directory / "both.safetensors")
+    safetensors.numpy.save_file({"x": both["a"], "a": both["a"]}, directory / "more.safetensors")
     (directory / "notes.txt").write_text("these are not weights")
     text = content if isinstance(content, str) else json.dumps({"weight_map": content})
     (directory / "model.safetensors.index.json").write_text(text)
@@ -451,6 +455,16 @@ def test_an_overlay_is_read_where_the_index_places_it_and_noted(tmp_path: Path) 
     checkpoint = open_checkpoint(tmp_path / "n")
     assert checkpoint.read("a").tolist() == [1, 1] and checkpoint.read("b").tolist() == [6, 6]
     assert "two.safetensors: holds 1 tensor (a) that" in checkpoint.notes[0]
+
+
+def test_a_tensor_that_the_index_leaves_out_is_read_as_loaders_do_and_noted(tmp_path: Path) -> None:
+    """transformers loads every file of the index as a whole."""
+    sharded(tmp_path / "m", two={"b": 6, "c": 7}, stray={"d": 8})
+    checkpoint = open_checkpoint(tmp_path / "m")
+    values = {name: checkpoint.read(name).tolist() for name in checkpoint.tensors}
+    assert values == {"a": [1, 1], "b": [6, 6], "c": [7, 7]}
+    note = "two.safetensors: holds 1 tensor (c) that model.safetensors.index.json leaves out"
+    assert any(note in line for line in checkpoint.notes)
 
 
 def test_a_pointer_of_git_lfs_is_named(tmp_path: Path) -> None:
