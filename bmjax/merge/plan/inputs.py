@@ -4,6 +4,7 @@ Only plans call it.
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from bmjax.io.safetensors import Checkpoint
 from bmjax.merge.plan.layout import Layout
 from bmjax.merge.plan.tokenizer_text import largest_id
 from bmjax.merge.recipe.recipe import Recipe
+
+_MASKS = ("BOOL", "U8")
 
 
 def refuse_twins(recipe: Recipe, directories: Mapping[str, Path], adapters: Mapping[str, Path]) -> None:
@@ -35,6 +38,21 @@ def refuse_twins(recipe: Recipe, directories: Mapping[str, Path], adapters: Mapp
                         f"models '{first}' and '{name}' are one directory, {'+'.join(map(str, parts[name]))}, so the "
                         "same model; list it once, and write one name for it"
                     )
+
+
+def with_masks_of_one_type(models: Mapping[str, Checkpoint], donor: str) -> dict[str, Checkpoint]:
+    """Return the models with masks of the donor's type: older versions saved as U8 what is BOOL now, in equal bytes."""
+    masks = {name: info for name, info in models[donor].tensors.items() if info.dtype in _MASKS}
+    changed = dict(models)
+    for model, checkpoint in models.items():
+        others = {
+            name: replace(info, dtype=masks[name].dtype)
+            for name, info in checkpoint.tensors.items()
+            if name in masks and info.dtype in _MASKS and info.dtype != masks[name].dtype
+        }
+        if others:
+            changed[model] = replace(checkpoint, tensors={**checkpoint.tensors, **others})
+    return changed
 
 
 def same_files(models: Mapping[str, Checkpoint]) -> Iterator[str]:

@@ -21,7 +21,7 @@ from bmjax.merge.plan import prefixes, quantized
 from bmjax.merge.plan.adapters import adapted as apply_adapters
 from bmjax.merge.plan.chat import Chat, chat_of
 from bmjax.merge.plan.heads import is_same_tensor, says_tied
-from bmjax.merge.plan.inputs import refuse_twins, same_files, tokens_without_rows
+from bmjax.merge.plan.inputs import refuse_twins, same_files, tokens_without_rows, with_masks_of_one_type
 from bmjax.merge.plan.layout import Layout, read_config
 from bmjax.merge.plan.merged_config import config_changes
 from bmjax.merge.plan.output import check_target
@@ -128,6 +128,7 @@ def plan(
     models, dequantized = quantized.dequantized(recipe, models, configs, always=bool(adapters))
     models, adapted = apply_adapters(models, adapters)
     models, renamed = prefixes.match(models, recipe.donor)
+    models = with_masks_of_one_type(models, recipe.donor)
     layout, last = Layout(recipe, models), recipe.steps[-1]
     tokens = None if recipe.tokenizer is None else vocabulary(recipe.tokenizer, layout)
     planner = _Planner(layout, tokens)

@@ -84,3 +84,19 @@ def test_hollow_tensors_are_refused(save, shape, name, hollow):
 def test_empty_tensors_of_whole_numbers_are_copied(save):
     a = save("a", {**tensors(), "tokens": np.zeros((0, 4), np.int64)})
     assert (0, 4) in {node.shape for node in planned(soup("a"), a=a).nodes}
+
+
+MASK = "h.0.attn.bias"
+
+
+@pytest.mark.parametrize("donor", [np.uint8, np.bool_])
+@pytest.mark.parametrize("other", [np.uint8, np.bool_])
+def test_masks_of_another_type_are_the_same_masks(save, donor, other):
+    mask = np.tril(np.ones((1, 1, 4, 4), np.uint8))
+    save("a", {**tensors(), MASK: mask.astype(donor)}), save("b", {**tensors(seed=1), MASK: mask.astype(other)})
+    merge(soup("a", "b"), "out")
+    written = open_checkpoint("out").read(MASK)
+    assert written.dtype == donor and np.array_equal(written, mask)
+    save("c", {**tensors(seed=1), MASK: (1 - mask).astype(other)})
+    with pytest.raises(UserError, match=rf"tensor '{MASK}' .* differs between models"):
+        merge(soup("a", "c"), "out", overwrite=True)
