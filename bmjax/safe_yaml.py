@@ -108,7 +108,7 @@ def parse_yaml_documents(text: str, name: str) -> list[Any]:
 
 
 def read_text(path: str | Path, limit: int | None = None) -> str:
-    """Return the UTF-8 text of a file, at most `limit` characters.
+    """Return the UTF-8 text of a file, at most `limit` characters, without the mark that editors on Windows begin with.
 
     Raises UserError for a file that is missing, larger, no regular file or not UTF-8.
     """
@@ -125,7 +125,7 @@ def read_text(path: str | Path, limit: int | None = None) -> str:
         if not path.is_file():
             raise UserError(f"{path}: not a regular file")
         if limit is None or path.stat().st_size <= 4 * limit:  # UTF-8 has up to four bytes a character
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
             if limit is None or len(text) <= limit:
                 return text
     except UnicodeDecodeError:

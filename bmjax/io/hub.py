@@ -165,7 +165,7 @@ def _names_on_hub(name: str, revision: str | None) -> list[str]:
 def _weight_files(directory: Path) -> list[str]:
     """Return the names of the files that hold a model's weights, by the index in a directory if it has one."""
     try:
-        names = set(json.loads((directory / INDEX).read_text("utf-8"))["weight_map"].values())
+        names = set(json.loads((directory / INDEX).read_text("utf-8-sig"))["weight_map"].values())
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return [SINGLE]
     return sorted(name for name in names if isinstance(name, str) and re.fullmatch(r"[\w.-]+", name))

@@ -31,7 +31,7 @@ def check_files(directory: Path, label: str = "") -> None:
         return
     if _is_adapter(directory):
         try:
-            base = json.loads((directory / "adapter_config.json").read_text("utf-8")).get("base_model_name_or_path")
+            base = json.loads((directory / "adapter_config.json").read_text("utf-8-sig")).get("base_model_name_or_path")
         except (OSError, ValueError, AttributeError):
             base = None
         raise UserError(

@@ -8,7 +8,6 @@ import contextlib
 import copy
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +24,7 @@ from bmjax.merge.plan.merged_config import set_type
 from bmjax.merge.plan.nodes import MergePlan
 from bmjax.merge.plan.output import check_space
 from bmjax.merge.plan.quantized import QUANTIZATION_KEYS
-from bmjax.merge.plan.side_files import side_files
+from bmjax.merge.plan.side_files import copy_file, side_files
 from bmjax.merge.recipe.recipe import Recipe
 from bmjax.merge.report.card import write_card
 from bmjax.merge.report.statistics import merge_report, report, source_entry
@@ -146,9 +145,7 @@ def write_beside(folder: Path, plan: MergePlan, types: Iterable[str]) -> None:
     """
     donor = plan.models[plan.recipe.donor].directory
     for path in side_files(donor).paths:
-        target = folder / path.relative_to(donor)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
+        copy_file(path, folder / path.relative_to(donor))
     if plan.config_changes.get("quantization_config", True) is None:
         (folder / "hf_quant_config.json").unlink(missing_ok=True)
     if (folder / "config.json").exists():

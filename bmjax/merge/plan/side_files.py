@@ -7,6 +7,8 @@ import contextlib
 import json
 import os
 import re
+import shutil
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -97,6 +99,17 @@ def side_files(directory: Path) -> SideFiles:
     if folders_left:
         listed.notes.append(f"not copied, folders with weights of their own or many files: {', '.join(folders_left)}")
     return listed
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a side file, and make its folders. JSON loses the byte order mark that no loader reads."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.suffix == ".json":
+        with source.open("rb") as file:
+            if file.read(len(BOM_UTF8)) == BOM_UTF8:
+                target.write_bytes(file.read())
+                return
+    shutil.copyfile(source, target)
 
 
 def tokenizer_files(directory: Path) -> list[Path]:

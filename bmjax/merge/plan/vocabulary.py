@@ -6,7 +6,6 @@ result has at least as many rows as the tokenizer's model, so that padding stays
 """
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 
 from bmjax.config import UserError, first_line
 from bmjax.merge.plan.layout import Layout
-from bmjax.merge.plan.side_files import tokenizer_files
+from bmjax.merge.plan.side_files import copy_file, tokenizer_files
 from bmjax.merge.recipe.tokenizer import WORDS, TokenizerSettings
 from bmjax.safe_yaml import read_object
 from bmjax.weights.tokenizer import load_tokenizer
@@ -70,9 +69,7 @@ class Vocabulary:
             path.unlink()
         for path in [*tokenizer_files(self.source), self.source / "generation_config.json"]:
             if path.is_file():
-                target = folder / path.relative_to(self.source)
-                target.parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, target)
+                copy_file(path, folder / path.relative_to(self.source))
         if not self.added:
             return
         backend = _load(self.source)

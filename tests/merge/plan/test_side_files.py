@@ -119,3 +119,24 @@ def test_another_models_tokenizer_replaces_every_file_of_the_donors(save, tmp_pa
     merge(soup("a", "b", tokenizer_source="b"), "out")
     written = files(tmp_path / "out")
     assert {"other.tiktoken", "tokenization_new.py", "processor_config.json"} <= written and not old & written
+
+
+@pytest.mark.parametrize("source", [{}, {"tokenizer_source": "a"}])
+def test_files_that_begin_with_a_byte_order_mark(save, tmp_path, source):
+    """As some editors on Windows save them: they are read, and written so that loaders read them."""
+    from tokenizers import Tokenizer, models
+
+    donor = save("a", tensors(vocabulary=6), torch_dtype="float32", vocab_size=6).directory
+    Tokenizer(models.WordLevel({f"t{i}": i for i in range(6)}, unk_token="t0")).save(str(donor / "tokenizer.json"))
+    save("b", tensors(vocabulary=6, seed=1), torch_dtype="float32", vocab_size=6)
+    (donor / "tokenizer_config.json").write_text('{"model_max_length": 7}')
+    (donor / "preprocessor_config.json").write_text("{}")
+    marked = ["config.json", "tokenizer_config.json", "preprocessor_config.json"]
+    for name in marked:
+        (donor / name).write_bytes(b"\xef\xbb\xbf" + (donor / name).read_bytes())
+    (tmp_path / "recipe.yaml").write_bytes(b"\xef\xbb\xbf" + json.dumps(soup("a", "b") | source).encode())
+    merge(tmp_path / "recipe.yaml", "out")
+    for name in marked:
+        assert json.loads((tmp_path / "out" / name).read_text("utf-8")) == json.loads(
+            (donor / name).read_text("utf-8-sig")
+        )
