@@ -8,6 +8,7 @@ import contextlib
 import copy
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -103,15 +104,25 @@ def finish(folder: Path, plan: MergePlan, result: Mapping[str, Any]) -> None:
     if tokenizer and longest != tokenizer:
         write_json(path, longest)
     (folder / REPORT).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (folder / RECIPE).write_text(recipe_text(plan.recipe), encoding="utf-8")
+    (folder / RECIPE).write_text(recipe_text(plan.recipe, folder), encoding="utf-8")
     adapters = {name: plan.recipe.adapter(name, download=False) for name in plan.models}
     write_card(folder, result, {n: [d for d in (m.directory, adapters[n]) if d] for n, m in plan.models.items()})
 
 
-def recipe_text(recipe: Recipe) -> str:
-    """Return a recipe as YAML that `bmjax merge` reads: overrides applied, hub models pinned, paths as given."""
+def recipe_text(recipe: Recipe, folder: Path) -> str:
+    """Return a recipe as YAML that `bmjax merge` reads: overrides applied, hub models pinned, paths as given.
+
+    Paths begin at the working directory. The first line says which that was, seen from the result, where no more than
+    `..` is needed for it: other directories' names are nobody else's business. folder: the result's, or one beside it.
+    """
     plain = json.loads(json.dumps(recipe.pinned_text()))
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    if not recipe.relative_paths:
+        return text
+    start = os.path.relpath(os.getcwd(), folder)
+    is_above = {*Path(start).parts} <= {".", ".."}
+    where = f"in {start}, seen from this file" if is_above else "in the directory where this merge was run"
+    return f"# Relative paths begin {where}: run `bmjax merge` there.\n{text}"
 
 
 def _fingerprint(plan: MergePlan, rows: Plan, shard_bytes: float, platform: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 The one reader of recipes, for methods of every kind. It opens no model and no data.
 """
 
+import glob
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from bmjax.merge.recipe.same_models import with_one_name
 from bmjax.merge.recipe.step import Step, build_step
 from bmjax.merge.recipe.tokenizer import WORDS, TokenizerSettings, chat_template
 from bmjax.merge.recipe.yaml_blocks import StepBlock, TopBlock, read_blocks
+from bmjax.urls import url_of
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,18 @@ class Recipe:
         pins = {name: pin for name, pin in pins.items() if name not in self.sources or "@" in pin}
         return {key: value for key, value in {**self.text, "sources": {**self.sources, **pins}}.items()
                 if value not in (None, {})}  # fmt: skip
+
+    @property
+    def relative_paths(self) -> list[str]:
+        """The names in it that mean files or directories below the working directory, or beside it."""
+        source = [] if self.tokenizer is None or self.tokenizer.source in WORDS else [self.tokenizer.source]
+        models = [part for name in (*self.inputs, *source) for part in self._parts(name) if part]
+        data = [
+            part for step in self.steps for rows in step.data for part in ([rows] if isinstance(rows, str) else rows)
+        ]
+        templates = [step.calibration.template or "" for step in self.steps if step.calibration]
+        names = [name for name in (*models, *data, *templates) if not url_of(name) and not name.startswith(("/", "~"))]
+        return [name for name in names if os.path.lexists(name) or glob.has_magic(name)]
 
     def adapter(self, name: str, *, download: bool = True) -> Path | None:
         """Return the directory of an input's adapter, of `MODEL+ADAPTER`; None where it has none."""

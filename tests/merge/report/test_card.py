@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ from safetensors.numpy import save_file
 
 from bmjax.calibrate.dispatch import merge
 from bmjax.cli.main import main
+from bmjax.config import UserError
 from bmjax.io.safetensors import open_checkpoint
 from bmjax.merge.engine import stream
 from bmjax.merge.engine.passes import block
@@ -190,6 +192,29 @@ def test_the_recipe_that_is_written_runs_again(models, tmp_path, name):
     merge("one/recipe.yaml", "two")
     for file in ("model.safetensors", "recipe.yaml", "README.md", "merge_report.json"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+@pytest.mark.parametrize("recipe", [soup_of("a", "./b"), soup_of("x", sources={"x": "a"})], ids=str)
+@pytest.mark.parametrize("out", ["out", "runs/merges/out"])
+def test_the_first_line_says_where_relative_paths_begin(models, tmp_path, monkeypatch, recipe, out):
+    merge(recipe, out)
+    first = (tmp_path / out / "recipe.yaml").read_text().splitlines()[0]
+    start = re.fullmatch(r"# Relative paths begin in (\S+), seen from this file: run `bmjax merge` there\.", first)[1]
+    monkeypatch.chdir(tmp_path / out)
+    with pytest.raises(UserError, match="no such model directory"):
+        merge("recipe.yaml", tmp_path / "again")
+    monkeypatch.chdir(start)
+    merge(tmp_path / out / "recipe.yaml", "again")
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / out / "model.safetensors").read_bytes()
+
+
+def test_the_first_line_names_no_other_directories(models, tmp_path, tmp_path_factory):
+    out = tmp_path_factory.mktemp("elsewhere") / "out"
+    merge(soup_of("a"), out)
+    first = (out / "recipe.yaml").read_text().splitlines()[0]
+    assert first == "# Relative paths begin in the directory where this merge was run: run `bmjax merge` there."
+    merge(soup_of(str(tmp_path / "a")), "absolute")
+    assert not (tmp_path / "absolute/recipe.yaml").read_text().startswith("#")
 
 
 def test_norms_cosines_and_conflicts(models, tmp_path):
