@@ -254,3 +254,16 @@ def test_what_stands_beside_the_weights_is_that_of_any_merge(models, tmp_path, k
     of_a_merge = {"README.md", "merge_report.json", "recipe.yaml", "model.safetensors"}
     assert all(written[name].read_bytes() == expected[name].read_bytes() for name in written.keys() - of_a_merge)
     assert json.loads(written["config.json"].read_text())["eos_token_id"] == [2, 1]
+
+
+def test_what_stands_beside_the_weights_comes_through_every_step(models, tmp_path):
+    donor = tmp_path / "base"
+    shutil.copytree(models / "base", donor)
+    (donor / "LICENSE").write_text("the donor's")
+    merge = {"sources": sources(models) | {"base": str(donor)}, "steps": [
+        {**block(models, "regmean"), "name": "mid"}, {**block(models, "ties", "b"), "base_model": "mid"},
+    ]}  # fmt: skip
+    dispatch.merge({**merge, "chat_template": "chatml"}, tmp_path / "out")
+    assert (tmp_path / "out/LICENSE").read_text() == "the donor's"
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["torch_dtype"] == "float32" and config["num_hidden_layers"] == 2
