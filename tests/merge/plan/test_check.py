@@ -92,7 +92,7 @@ def test_a_seed_from_the_command_line_is_the_recipes(models, monkeypatch):
     seen = []
     monkeypatch.setattr(dispatch, "check", lambda recipe, *rest, **more: seen.append((recipe.seed, more)) or ())
     assert main(["recipe.yaml", "out", "--check", "--seed", "5", "--memory", "1GiB", "--shard-size", "2GB"]) == 0
-    assert seen == [(5, {"memory": 2**30, "shard_bytes": 2 * 10**9})]
+    assert seen == [(5, {"memory": 2**30, "shard_bytes": 2 * 10**9, "device": "auto"})]
 
 
 def test_neither_check_nor_help_loads_jax(models):
