@@ -13,7 +13,7 @@ from bmjax.merge.methods.method import About, Merged, PerModel, Rebase, Scale, T
 
 
 def weights_sum(parameters: Mapping[str, Any]) -> None:
-    """Raise UserError where `normalize` would divide by zero."""
+    """Raise UserError where a division by the sum of the weights, as `normalize` asks for, would be one by zero."""
     if parameters.get("normalize", True) and abs(sum(parameters["weight"])) < 1e-6:
         weights = ", ".join(f"{w:g}" for w in parameters["weight"])
         raise UserError(f"weight: {weights} sum to 0, which the merge divides by; change one of them")

@@ -18,7 +18,11 @@ from bmjax.merge.methods.method import About, Merged, PerModel, Tensor, method
 Share = Annotated[PerModel, About("how near the result is to the model", per_model=True)]
 
 
-@method("multislerp", base="optional", branches=(1, None))
+def _check_multislerp(parameters: Mapping[str, Any]) -> None:
+    weights_sum({"weight": parameters["weight"], "normalize": parameters.get("normalize_weights", True)})
+
+
+@method("multislerp", base="optional", branches=(1, None), check=_check_multislerp)
 def multislerp(
     t: Tensor,
     *,

@@ -5,6 +5,7 @@ import pytest
 
 from bmjax.config import UserError
 from bmjax.merge.methods import METHODS
+from bmjax.merge.recipe.recipe import read_recipe
 from tests.merge.cases import CASES, SHAPE, assert_near, has_base, label, method_of
 from tests.merge.formulas import FORMULAS, exact
 from tests.merge.reference import heavy_tailed, jaccard, leaf, merge_arrays, real_sized
@@ -233,3 +234,34 @@ def test_compat_mergekit_has_the_textbooks_rounding():
         agreement.append(jaccard(*masks))
     assert agreement[0] >= 0.999
     assert agreement[1] < 0.9
+
+
+WEIGHTED = [name for name in METHODS if "weight" in METHODS[name].parameters and name != "fisher"]
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+@pytest.mark.parametrize("weights", [(1.0, -1.0), (0.0, 0.0)], ids=str)
+def test_weights_that_cancel_are_refused_by_the_recipe_or_give_finite_values(name, weights):
+    base, branches = heavy_tailed((8, 6), 18, branches=2)
+    base = None if METHODS[name].base == "unused" else base
+    entries = [{"model": m, "parameters": {"weight": w}} for m, w in zip("ab", weights, strict=True)]
+    recipe = {"merge_method": name, "models": entries} | ({} if base is None else {"base_model": "base"})
+    try:
+        read_recipe(recipe)
+    except UserError as error:
+        assert "weight: " in str(error)
+        return
+    merged = leaf(name, base, branches, weight=weights)
+    assert np.isfinite(merged).all()
+
+
+def test_weights_that_cancel_in_some_tensors_alone_are_refused_by_the_plan():
+    weight = [{"filter": "mlp", "value": 0.0}, {"value": 1.0}]
+    block = {"models": ["a", "b"], "parameters": {"weight": weight}}
+    (step,) = read_recipe({"merge_method": "multislerp", **block}).steps
+    assert step.at("attn", 0.0)["weight"] == (1.0, 1.0)
+    with pytest.raises(UserError, match="tensor 'mlp': weight: 0, 0 sum to 0"):
+        step.at("mlp", 0.0)
+    block["parameters"]["normalize_weights"] = False
+    (step,) = read_recipe({"merge_method": "multislerp", **block}).steps
+    assert step.at("mlp", 0.0)["weight"] == (0.0, 0.0)
