@@ -1,6 +1,7 @@
 """Which tensors every model and every step's result has, and what each tensor of a step is made from."""
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from bmjax.io.tensor_forms import AdaptedTensor
 from bmjax.merge.plan.heads import TIED, TIED_FAMILIES, is_same_tensor, is_tied_by_default, says_tied, task
 from bmjax.merge.plan.stacks import language_stack
 from bmjax.merge.plan.tensor_names import (
+    TOWERS,
     Layer,
     depth,
     is_before_layers,
@@ -22,6 +24,9 @@ from bmjax.merge.plan.tensor_names import (
 from bmjax.merge.recipe.recipe import Recipe
 from bmjax.merge.recipe.step import Slice, Step
 from bmjax.model.config import read_hf_config
+
+# The final norm and other senses' encoders stand beside the layers, too.
+_NOT_A_HEAD = re.compile(rf"norm|(^|\.)ln_|{TOWERS}")
 
 
 class Origin(NamedTuple):
@@ -49,6 +54,7 @@ class Layout:
         self.notes: dict[str, None] = {}  # remarks on the models, of all who plan with this layout
         self.configs = {name: read_config(model) for name, model in models.items()}
         self._tied: dict[str, bool] = {}  # of inputs without a head
+        self._other_heads: frozenset[str] = frozenset()  # what models of other kinds end in, under names of their own
         for name, model in models.items():
             self.notes |= {f"model '{name}': {note}": None for note in model.notes}
             names = dict.fromkeys(model.tensors)
@@ -58,6 +64,7 @@ class Layout:
                 self.copied_heads[name] = heads[0]
                 del names[heads[0]]
             self.names[name], self.layers[name] = names, _stacks(names)
+        self._other_heads = self._heads_of_other_kinds()
         for step in recipe.steps:
             if step.slices:
                 origins = self._origins_of_slices(step)
@@ -132,7 +139,7 @@ class Layout:
         """Return whether a model lacks a head because it is of another kind than the models that have it."""
         if name in self.names[model]:
             return False
-        if is_task_head(name):
+        if is_task_head(name) or name in self._other_heads:
             # A language model is whole without one, also beside a language model with a head of values.
             return self.task(model) in ("language", None) or self.task(model) != self.task(self.recipe.donor)
         if not is_head(name) or self.task(model) != "other":
@@ -153,6 +160,19 @@ class Layout:
                 f"model '{donor}': its config says {says}, but the weights hold no {name}: the head was lost when it "
                 f"was saved; restore it, or write {TIED} true into config.json if its embedding is its head"
             )
+
+    def _heads_of_other_kinds(self) -> frozenset[str]:
+        """Return the tensors behind the layers of models of rewards or classes that no language model has."""
+        kinds = {name: self.task(name) for name in self.models}
+        language = {name for model, kind in kinds.items() if kind == "language" for name in self.names[model]}
+        heads = set()
+        for model in (model for model, kind in kinds.items() if kind == "other" and language):
+            stack = language_stack(self.layers[model], self.configs[model] or {})
+            for name in self.names[model]:
+                in_layers = stack is not None and (t := layer(name)) is not None and t.stack == stack
+                if not (name in language or in_layers or _NOT_A_HEAD.search(name) or is_before_layers(name)):
+                    heads.add(name)
+        return frozenset(heads)
 
     def _with_heads(self, names: Iterable[str], step: Step) -> dict[str, None]:
         """Return `names` with the heads that the merged models have, whether the donor has them or not."""

@@ -11,7 +11,8 @@ _HEAD = re.compile(
     r"|output\.(weight|bias)"
 )
 _TASK_HEAD = re.compile(
-    r"(^|\.)(score|classifier|classification_head|qa_outputs|summary|(v|value|reward|regression)_head)\."
+    r"(^|\.)(scorer?|regressor|(\w+_)?classifier|classification_head|multiple_choice_head|qa_outputs|summary|logits_proj"
+    r"|(v|rm|prm|cls|value|critic|reward|rank|regression|scoring)s?_(head|layer|proj))\."
 )
 _BUFFER = re.compile(r"(^|\.)(inv_freq|position_ids|(attn|attention)\.(masked_)?bias)$")
 # Parts of the names of what is beside a language model: encoders of other senses, and what joins them to it.
@@ -34,9 +35,14 @@ class Layer(NamedTuple):
 
 @functools.lru_cache(2**16)
 def layer(name: str) -> Layer | None:
-    """Return the layer of a tensor: its number is the first in the name. None for embeddings, norms and heads."""
+    """Return the layer of a tensor: its number is the first in the name. None for embeddings, norms and heads.
+
+    A head of rewards or classes may be a row of modules, `score.0` and `score.2`, which are no layers.
+    """
     match = _LAYER.search(name)
-    return None if match is None else Layer(name[: match.start()], int(match[1]), name[match.end() :])
+    if match is None or _TASK_HEAD.search(name[: match.start() + 1]):
+        return None
+    return Layer(name[: match.start()], int(match[1]), name[match.end() :])
 
 
 def depth(number: int, layers: int) -> float:

@@ -156,3 +156,46 @@ def test_families_that_need_no_look_up_tie_nothing_by_default():
     assert not [family for family in UNTIED_FAMILIES if CONFIG_MAPPING[family]().tie_word_embeddings]
     assert all(CONFIG_MAPPING[family]().tie_word_embeddings for family in TIED_FAMILIES)
     assert is_tied_by_default({"model_type": "starcoder2"}) and not is_tied_by_default({"model_type": "nothing known"})
+
+
+# Names of Qwen2.5-Math-PRM, ArmoRM and critics of trainers; the last two have no form that is known by name.
+REWARD_HEADS = [
+    ("score.0.weight", "score.0.bias", "score.2.weight", "score.2.bias"),
+    ("regression_layer.weight", "gating.layers.0.weight", "gating.temperature"), ("v_head.summary.weight",),
+    ("reward_head.0.weight", "reward_head.2.weight"), ("rm_head.weight",), ("scorer.weight",), ("value_head.weight",),
+    ("token_classifier.weight",), ("dense.weight", "linear.weight"), ("gate.layers.0.weight", "gate.layers.1.weight"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("head", REWARD_HEADS, ids=lambda head: head[0])
+@pytest.mark.parametrize("name", ["LlamaForProcessRewardModel", "LlamaForSequenceClassification"])
+def test_a_language_model_merged_into_a_reward_model_leaves_its_head_as_it_is(save, head, name):
+    values = tensors(head=False) | {part: np.ones((2, 4), np.float32) for part in head}
+    models = {"reward": save("reward", values, architectures=[name], **{TIED: False}, num_hidden_layers=4)}
+    models |= {"a": save("a", tensors(seed=1), **CAUSAL, num_hidden_layers=4)}
+    result = planned({"merge_method": "task_arithmetic", "base_model": "reward", "models": ["a"]}, **models)
+    files = {node.name: node.files() for node in result.nodes}
+    assert files.keys() == values.keys() and result.config_changes == {}
+    assert all(files[part] == [("reward", part)] for part in head)
+    assert files["model.norm.weight"] == [("reward", "model.norm.weight"), ("a", "model.norm.weight")]
+    # The other way round the language model's head stays.
+    result = planned({"merge_method": "task_arithmetic", "base_model": "a", "models": ["reward"]}, **models)
+    files = {node.name: node.files() for node in result.nodes}
+    assert files[HEAD] == [("a", HEAD)] and files.keys().isdisjoint(head)
+
+
+def test_modules_of_a_reward_head_are_no_stack_of_layers(save):
+    values = reward(1, **{f"score.{i}.weight": np.ones((4, 4), np.float32) for i in (0, 2)})
+    del values["score.weight"]
+    models = {"reward": save("reward", values, **REWARD), "a": save("a", tensors(), **CAUSAL)}
+    result = planned(stacked("a", "reward"), **models)
+    assert {"score.0.weight", "score.2.weight"} < set(names(result)) and HEAD not in names(result)
+    assert sum("up_proj" in name for name in names(result)) == 4
+
+
+def test_a_final_norm_that_a_language_model_lacks_is_no_head(save):
+    lacking = tensors()
+    del lacking["model.norm.weight"]
+    models = {"reward": save("reward", reward(1), **REWARD), "a": save("a", lacking, **CAUSAL)}
+    with pytest.raises(UserError, match=r"model 'a' lacks 1 tensor \(model\.norm\.weight\)"):
+        planned(soup("reward", "a"), **models)
