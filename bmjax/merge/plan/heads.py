@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from bmjax.io.safetensors import BOUNCE_BYTES, Reader, TensorInfo, units
-from bmjax.merge.plan.tensor_names import is_head, is_task_head
+from bmjax.merge.plan.tensor_names import is_before_layers, is_embedding, is_head, is_of_tower, is_task_head, layer
 
 TIED = "tie_word_embeddings"
 # Blocks of a config that hold a language model's inside another model's.
@@ -56,10 +56,39 @@ def is_tied_by_default(config: Config) -> bool:
     return False
 
 
-def task(config: Config | None, names: Iterable[str]) -> Literal["language", "other"] | None:
-    """Return what a model is for: scores of tokens, or something else such as rewards; None where nothing says it."""
-    names = list(names)
-    if any(map(is_head, names)):
+def embedding_of(names: Iterable[str]) -> str | None:
+    """Return the one tensor that holds the tokens' embedding; None when none or several do."""
+    embeddings = [name for name in names if is_embedding(name)]
+    return embeddings[0] if len(embeddings) == 1 else None
+
+
+def heads_by_shape(tensors: Mapping[str, TensorInfo]) -> set[str]:
+    """Return the head that no name tells (`head`, `decoder`): the one other matrix of the embedding's shape, and its
+    bias. Matrices of layers, of encoders of other senses and before the layers are none.
+    """
+    embedding = tensors.get(embedding_of(tensors) or "")
+    if embedding is None or any(is_head(name) and name.endswith(".weight") for name in tensors):
+        return set()
+    shape = embedding.shape
+    matrices = [
+        name
+        for name, info in tensors.items()
+        if info.shape == shape and len(shape) == 2 and name.endswith(".weight") and not is_embedding(name)
+        and not (layer(name) or is_before_layers(name) or is_of_tower(name) or is_task_head(name))
+    ]  # fmt: skip
+    stems = [name.removesuffix(".weight") for name in matrices] if len(matrices) == 1 else []
+    # A tied model of such a family stores the bias alone.
+    if not matrices and "decoder.bias" in tensors and tensors["decoder.bias"].shape == shape[:1]:
+        stems = ["decoder"]
+    return {f"{stem}.{part}" for stem in stems for part in ("weight", "bias")}
+
+
+def task(config: Config | None, names: Iterable[str], has_head: bool) -> Literal["language", "other"] | None:
+    """Return what a model is for: scores of tokens, or something else such as rewards; None where nothing says it.
+
+    has_head: whether one of `names` is a language head.
+    """
+    if has_head:
         return "language"
     if any(map(is_task_head, names)):
         return "other"

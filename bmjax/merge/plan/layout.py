@@ -8,17 +8,26 @@ from typing import Any, NamedTuple
 from bmjax.config import UserError
 from bmjax.io.safetensors import Checkpoint, TensorInfo
 from bmjax.io.tensor_forms import AdaptedTensor
-from bmjax.merge.plan.heads import TIED, TIED_FAMILIES, is_same_tensor, is_tied_by_default, says_tied, task
+from bmjax.merge.plan.heads import (
+    TIED,
+    TIED_FAMILIES,
+    embedding_of,
+    heads_by_shape,
+    is_same_tensor,
+    is_tied_by_default,
+    says_tied,
+    task,
+)
 from bmjax.merge.plan.stacks import language_stack
 from bmjax.merge.plan.tensor_names import (
     TOWERS,
     Layer,
     depth,
     is_before_layers,
-    is_embedding,
     is_head,
     is_of_tower,
     is_task_head,
+    is_vocabulary,
     layer,
 )
 from bmjax.merge.recipe.recipe import Recipe
@@ -54,11 +63,12 @@ class Layout:
         self.notes: dict[str, None] = {}  # remarks on the models, of all who plan with this layout
         self.configs = {name: read_config(model) for name, model in models.items()}
         self._tied: dict[str, bool] = {}  # of inputs without a head
+        self._heads_by_shape = {name for model in models.values() for name in heads_by_shape(model.tensors)}
         self._other_heads: frozenset[str] = frozenset()  # what models of other kinds end in, under names of their own
         for name, model in models.items():
             self.notes |= {f"model '{name}': {note}": None for note in model.notes}
             names = dict.fromkeys(model.tensors)
-            heads = [tensor for tensor in names if is_head(tensor)]
+            heads = [tensor for tensor in names if self.is_head_weight(tensor)]
             if len(heads) == 1 and self._is_copied_embedding(name, heads[0]):
                 self.notes[f"model '{name}': {heads[0]} is a copy of its embedding, so it counts as tied"] = None
                 self.copied_heads[name] = heads[0]
@@ -83,7 +93,19 @@ class Layout:
 
     def embedding(self, model: str) -> str | None:
         """Return the one tensor that holds a model's token embedding; None when none or several do."""
-        return _embedding(self.names[model])
+        return embedding_of(self.names[model])
+
+    def is_head(self, name: str) -> bool:
+        """Return whether a tensor is a language head's, by its name or by its shape in a model that has it."""
+        return is_head(name) or name in self._heads_by_shape
+
+    def is_head_weight(self, name: str) -> bool:
+        """Return whether a tensor is the matrix of a language head. The bias alone stands beside a tied embedding."""
+        return name.endswith(".weight") and self.is_head(name)
+
+    def is_vocabulary(self, name: str) -> bool:
+        """Return whether a tensor has a row for each token."""
+        return is_vocabulary(name) or self.is_head(name)
 
     def stack(self, model: str) -> str | None:
         """Return the language model's stack of layers in an input or a step; None where it cannot be told."""
@@ -121,7 +143,7 @@ class Layout:
         """
         if name in self.names[model]:
             return name
-        if not is_head(name) or not name.endswith(".weight") or self.is_foreign(model, name):
+        if not self.is_head_weight(name) or self.is_foreign(model, name):
             return None
         if (embedding := self.embedding(model)) is not None:
             self.check_head(model, name)
@@ -129,7 +151,8 @@ class Layout:
 
     def task(self, model: str) -> str | None:
         """Return what an input or a step is for, see `heads.task`."""
-        return task(self.config(model), self.names[model])
+        names = self.names[model]
+        return task(self.config(model), names, any(map(self.is_head, names)))
 
     def config(self, model: str) -> dict[str, Any] | None:
         """Return the config of an input or of a step's donor; of an input without one the donor's."""
@@ -142,7 +165,7 @@ class Layout:
         if is_task_head(name) or name in self._other_heads:
             # A language model is whole without one, also beside a language model with a head of values.
             return self.task(model) in ("language", None) or self.task(model) != self.task(self.recipe.donor)
-        if not is_head(name) or self.task(model) != "other":
+        if not self.is_head(name) or self.task(model) != "other":
             return False
         # The embedding model of a tied language model still has that model's head.
         return any(map(is_task_head, self.names[model])) or not says_tied(self.config(model) or {})
@@ -176,10 +199,10 @@ class Layout:
 
     def _with_heads(self, names: Iterable[str], step: Step) -> dict[str, None]:
         """Return `names` with the heads that the merged models have, whether the donor has them or not."""
-        heads = dict.fromkeys(name for model in step.reads for name in self.names[model] if is_head(name))
+        heads = dict.fromkeys(name for model in step.reads for name in self.names[model] if self.is_head(name))
         if self.task(step.donor) == "other":
             return dict.fromkeys(names)
-        return dict.fromkeys([*(name for name in names if not is_head(name) or name in heads), *heads])
+        return dict.fromkeys([*(name for name in names if not self.is_head(name) or name in heads), *heads])
 
     @staticmethod
     def _unless_kept(step: Step, name: str, origin: Origin) -> Origin:
@@ -189,7 +212,7 @@ class Layout:
     def _is_copied_embedding(self, model: str, head: str) -> bool:
         """Return whether a tied model's files hold the embedding once more as its head, as some trainers save it."""
         tensors, config = self.models[model].tensors, self.configs[model] or {}
-        embedding, said = tensors.get(_embedding(tensors) or ""), says_tied(config)
+        embedding, said = tensors.get(embedding_of(tensors) or ""), says_tied(config)
         # What an adapter adds to the embedding of a tied model it adds to the head.
         if isinstance(embedding, AdaptedTensor):
             embedding = embedding.plain
@@ -211,7 +234,7 @@ class Layout:
         origins = {
             name: Origin(first, {}, depth(t.number, counts[t.stack]) if (t := layer(name)) else 0.0)
             for name in before
-            if is_before_layers(name) or is_of_tower(name) or layer(name)
+            if self._is_before_layers(name)
         }
         start = 0
         for part in step.slices:
@@ -226,11 +249,12 @@ class Layout:
                     name = tensor._replace(number=start + k).name
                     origins[name] = Origin(part.step, names, depth(k, part.layers))
             start += part.layers
-        tail = [n for n in after if not (is_before_layers(n) or is_of_tower(n) or layer(n))]
+        tail = [n for n in after if not self._is_before_layers(n)]
         rest = self._with_heads(tail, last)
-        if not any(map(is_head, rest)) and first.reads[0] != last.reads[0] and self.task(last.reads[0]) != "other":
+        is_language, other_models = self.task(last.reads[0]) != "other", first.reads[0] != last.reads[0]
+        if is_language and other_models and not any(map(self.is_head_weight, rest)):
             # The last layers' head is their own model's embedding, which the result has only as that model's.
-            heads = [name for name in self.names[first.reads[0]] if is_head(name) and name.endswith(".weight")]
+            heads = [name for name in self.names[first.reads[0]] if self.is_head_weight(name)]
             rest |= dict.fromkeys(heads)
             if not heads and self.embedding(first.reads[0]) and self.task(first.reads[0]) != "other":
                 self.notes[
@@ -238,6 +262,10 @@ class Layout:
                     f"is the head behind the last layers, which are those of '{last.reads[0]}'"
                 ] = None
         return origins | {name: Origin(last, {}, 0.0) for name in rest}
+
+    def _is_before_layers(self, name: str) -> bool:
+        """Return whether a tensor outside of the language model's layers stands before them."""
+        return not self.is_head(name) and (is_before_layers(name) or is_of_tower(name) or layer(name) is not None)
 
     def _check_ranges(self, part: Slice) -> None:
         for model, (_, end) in part.ranges.items():
@@ -257,11 +285,6 @@ def _stacks(names: Iterable[str]) -> dict[str, int]:
     for tensor in filter(None, map(layer, names)):
         stacks[tensor.stack] = max(stacks.get(tensor.stack, 0), tensor.number + 1)
     return stacks
-
-
-def _embedding(names: Iterable[str]) -> str | None:
-    embeddings = [name for name in names if is_embedding(name)]
-    return embeddings[0] if len(embeddings) == 1 else None
 
 
 def read_config(checkpoint: Checkpoint) -> dict[str, Any] | None:

@@ -10,7 +10,6 @@ from bmjax.merge.plan.heads import TIED, UNTIED_FAMILIES, config_blocks, says_ti
 from bmjax.merge.plan.layer_kinds import KIND_LISTS, entry_of, is_numbers_of_layers, set_kinds
 from bmjax.merge.plan.layout import Layout
 from bmjax.merge.plan.stacks import LAYER_COUNTS
-from bmjax.merge.plan.tensor_names import is_head
 from bmjax.merge.plan.vocabulary import Vocabulary
 from bmjax.model.config import read_hf_config
 
@@ -42,7 +41,7 @@ def config_changes(layout: Layout, has_head: bool, vocabulary: Vocabulary | None
         return {}, [f"model '{donor}' has no config.json, so the result has none either"]
     new, notes = copy.deepcopy(old), list[str]()
     # The head, and the tokens.
-    donor_has_head, said = any(map(is_head, layout.names[donor])), says_tied(old)
+    donor_has_head, said = any(map(layout.is_head_weight, layout.names[donor])), says_tied(old)
     is_silent = said is None and old.get("model_type") not in UNTIED_FAMILIES  # its class may tie what it finds
     if has_head and (said or is_silent or not donor_has_head):
         _put(new, TIED, False)

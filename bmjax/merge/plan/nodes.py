@@ -26,7 +26,7 @@ from bmjax.merge.plan.layout import Layout, read_config
 from bmjax.merge.plan.merged_config import config_changes
 from bmjax.merge.plan.output import check_target
 from bmjax.merge.plan.side_files import side_files
-from bmjax.merge.plan.tensor_names import is_buffer, is_head, is_of_tower, is_vocabulary, layer
+from bmjax.merge.plan.tensor_names import is_buffer, is_of_tower, layer
 from bmjax.merge.plan.token_rows import StandIn, TokenRows
 from bmjax.merge.plan.tokenizer_text import tokenizer_difference
 from bmjax.merge.plan.vocabulary import Vocabulary, vocabulary
@@ -139,7 +139,7 @@ def plan(
             f"step '{last.name}': its result would hold no tensor, by the names of those in '{recipe.donor}'"
         )
     planner.check_heads(nodes)
-    changes, notes = config_changes(layout, any(is_head(node.name) for node in nodes), tokens)
+    changes, notes = config_changes(layout, any(layout.is_head_weight(node.name) for node in nodes), tokens)
     donor_config = layout.configs[recipe.donor]
     chat = chat_of(layout, {**(donor_config or {}), **changes}, tokens)
     if donor_config is not None:
@@ -241,7 +241,7 @@ class _Planner:
                 f"model '{model}': tensor '{stored_name}' has shape {list(info.shape)}, so it holds nothing: it was "
                 "saved without gathering its shards (ZeRO-3); save it again, gathered"
             )
-        if not is_vocabulary(result) or not info.shape:
+        if not self.layout.is_vocabulary(result) or not info.shape:
             return TensorSource(stored_name)
         rows, others = self.rows.of(model, result)
         for other, other_tensor, _ in others:
@@ -262,7 +262,7 @@ class _Planner:
             info = self.layout.models[model].tensors[tensor]
             forms.setdefault(model, (info.shape, info.kept_dtype))
         leader, (shape, kind) = next(iter(forms.items()))
-        first = int(is_vocabulary(name))
+        first = int(self.layout.is_vocabulary(name))
         for model, (other_shape, other_kind) in forms.items():
             if other_shape[first:] != shape[first:]:
                 raise UserError(
@@ -330,11 +330,11 @@ class _Planner:
 
     def check_heads(self, nodes: Sequence[Node]) -> None:
         """Raise a UserError where the result has no head because a language model lost its own."""
-        if any(is_head(node.name) for node in nodes):
+        if any(self.layout.is_head_weight(node.name) for node in nodes):
             return
         for model, read in self._read.items():
             names = self.layout.names[model]
-            if self.layout.embedding(model) not in read or any(map(is_head, names)):
+            if self.layout.embedding(model) not in read or any(map(self.layout.is_head_weight, names)):
                 continue
             kind, said = self.layout.task(model), says_tied(self.layout.config(model) or {})
             if kind == "language" or (kind is None and said is False):
@@ -364,7 +364,7 @@ class _Planner:
                 yield f"model '{model}' holds {listing(names)} that {lacking}; not merged"
         donor = self.layout.models[self.recipe.donor].directory
         for model, read in self._read.items() if self.rows.tokens is None else ():
-            if any(map(is_vocabulary, read)) and (
+            if any(map(self.layout.is_vocabulary, read)) and (
                 difference := tokenizer_difference(donor, self.layout.models[model].directory)
             ):
                 yield (

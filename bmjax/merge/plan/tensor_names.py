@@ -5,10 +5,17 @@ import re
 from typing import NamedTuple
 
 _LAYER = re.compile(r"\.([0-9]{1,5})\.")
-_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings|shared|embeddings)\.weight")
+# Modules of these names hold a row for each token. The second group's names stand in encoders of other senses, too.
+_EMBEDDING = re.compile(
+    r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings?|tok_embeddings|tokens_embed|token_embeddings?|input_embeddings?"
+    r"|in_out_embed|shared|embeddings)\.weight"
+)
+_SHORT_EMBEDDING = re.compile(r"(^|\.)(emb|embed|embedding)\.weight")
 _HEAD = re.compile(
-    r"(.*\.)?(lm_head|embed_out|output_layer|lm_head\.decoder|predictions\.decoder|vocab_projector)\.(weight|bias)"
-    r"|output\.(weight|bias)"
+    r"(.*\.)?((text_|generator_)?lm_head(\.(decoder|linear|out_proj))?|predictions(\.decoder)?|embed_out"
+    r"|output_layer|output_projection|vocab_projector|pred_layer\.proj|lm_loss|mlm_score\.decoder|ff_out"
+    r"|word_embeddings_for_head|unembed(ding)?(_projection)?)\.(weight|bias)"
+    r"|((model|language_model|llm|transformer)\.)*output\.(weight|bias)"
 )
 _TASK_HEAD = re.compile(
     r"(^|\.)(scorer?|regressor|(\w+_)?classifier|classification_head|multiple_choice_head|qa_outputs|summary|logits_proj"
@@ -55,8 +62,11 @@ def depth(number: int, layers: int) -> float:
 
 @functools.lru_cache(2**16)
 def is_head(name: str) -> bool:
-    """Return whether the tensor turns hidden states into scores of tokens: a row for each token."""
-    return _HEAD.fullmatch(name) is not None
+    """Return whether the tensor turns hidden states into scores of tokens, by its name: a row for each token.
+
+    Heads of other names are told by their shape, see `heads.heads_by_shape`.
+    """
+    return _HEAD.fullmatch(name) is not None and layer(name) is None
 
 
 def is_task_head(name: str) -> bool:
@@ -66,12 +76,15 @@ def is_task_head(name: str) -> bool:
 
 def is_embedding(name: str) -> bool:
     """Return whether the tensor holds the tokens' input vectors: a row for each token."""
-    return layer(name) is None and not is_head(name) and _EMBEDDING.search(name) is not None
+    if layer(name) is not None or is_head(name):
+        return False
+    is_short = _SHORT_EMBEDDING.search(name) is not None and not is_of_tower(name)
+    return is_short or _EMBEDDING.search(name) is not None
 
 
 @functools.lru_cache(2**16)
 def is_vocabulary(name: str) -> bool:
-    """Return whether the tensor has a row for each token."""
+    """Return whether the tensor has a row for each token, by its name."""
     return is_embedding(name) or is_head(name)
 
 

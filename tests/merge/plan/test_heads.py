@@ -199,3 +199,85 @@ def test_a_final_norm_that_a_language_model_lacks_is_no_head(save):
     models = {"reward": save("reward", reward(1), **REWARD), "a": save("a", lacking, **CAUSAL)}
     with pytest.raises(UserError, match=r"model 'a' lacks 1 tensor \(model\.norm\.weight\)"):
         planned(soup("reward", "a"), **models)
+
+
+# (embedding, head) as InternLM2, InternVL2, RWKV-4, OLMo, GPT-J's Phi, ModernBERT, T5Gemma, ChatGLM, Megatron, XLM,
+# XLNet, OpenAI GPT, persimmon, ELECTRA, GIT, TrOCR, mamba_ssm name them; the last one is nobody's.
+NAMED_OTHERWISE = [
+    ("model.tok_embeddings.weight", "output.weight"),
+    ("language_model.model.tok_embeddings.weight", "language_model.output.weight"),
+    ("rwkv.embeddings.weight", "head.weight"),
+    ("emb.weight", "head.weight"),
+    ("model.transformer.wte.weight", "model.transformer.ff_out.weight"),
+    ("transformer.embd.wte.weight", "lm_head.linear.weight"),
+    ("model.embeddings.tok_embeddings.weight", "decoder.weight"),
+    ("model.decoder.embed_tokens.weight", "lm_head.out_proj.weight"),
+    ("transformer.embedding.word_embeddings.weight", "transformer.output_layer.weight"),
+    ("language_model.embedding.word_embeddings.weight", "language_model.output_layer.weight"),
+    ("transformer.embeddings.weight", "pred_layer.proj.weight"),
+    ("transformer.word_embedding.weight", "lm_loss.weight"),
+    ("transformer.tokens_embed.weight", "lm_head.weight"),
+    ("model.embed_tokens.weight", "word_embeddings_for_head.weight"),
+    ("electra.embeddings.word_embeddings.weight", "generator_lm_head.weight"),
+    ("model.decoder.embed_tokens.weight", "output_projection.weight"),
+    ("backbone.embedding.weight", "lm_head.weight"),
+    ("model.decoder.embed_tokens.weight", "proj_out.weight"),
+    ("model.embed_tokens.weight", "model.to_tokens.weight"),
+]
+
+
+def named(embedding, head, seed=0, **sizes):
+    names = {EMBED: embedding, HEAD: head}
+    values = tensors(seed=seed, **sizes) | {"model.dense.weight": np.ones((4, 4), np.float32)}
+    return {names.get(name, name): value for name, value in values.items()}
+
+
+@pytest.mark.parametrize(("embedding", "head"), NAMED_OTHERWISE, ids="-".join)
+@pytest.mark.parametrize("said", [False, None], ids=["untied", "silent"])
+def test_heads_by_any_name_are_heads(save, embedding, head, said):
+    config = CAUSAL if said is None else {**CAUSAL, TIED: said}
+    models = {name: save(name, named(embedding, head, seed=i), **config) for i, name in enumerate("ab")}
+    result = planned(soup("a", "b"), **models)
+    assert head in names(result) and not result.notes
+    # Beside a reward model, and of a model with other rows of tokens: both go by what is a head.
+    rewards = {name: value for name, value in named(embedding, head, seed=2).items() if name != head}
+    models["reward"] = save("reward", rewards | {"score.weight": np.ones((1, 4), np.float32)}, **REWARD)
+    models["wide"] = save("wide", named(embedding, head, seed=3, vocabulary=9), **config)
+    result = planned(soup("a", "reward", "wide"), **models)
+    (node,) = [node for node in result.nodes if node.name == head]
+    assert node.shape == (6, 4) and [model for model, _ in node.files()] == ["a", "wide"]
+    franken = planned(stacked("reward", "a"), **models)
+    assert next(node for node in franken.nodes if node.name == head).files() == [("a", head)]
+
+
+@pytest.mark.parametrize(("embedding", "head"), NAMED_OTHERWISE, ids="-".join)
+def test_a_tied_models_embedding_goes_into_a_head_of_any_name(save, embedding, head):
+    tied = {name: value for name, value in named(embedding, head).items() if name != head}
+    models = {"tied": save("tied", tied, **CAUSAL, **{TIED: True}), "a": save("a", named(embedding, head, 1), **CAUSAL)}
+    result = planned(soup("tied", "a"), **models)
+    node = next(node for node in result.nodes if node.name == head)
+    assert node.files() == [("tied", embedding), ("a", head)] and result.config_changes[TIED] is False
+    lost = save("lost", tied, **CAUSAL, **{TIED: False})
+    with pytest.raises(UserError, match="the head was lost"):
+        planned(soup("lost", "a"), lost=lost, a=models["a"])
+
+
+def test_a_matrix_of_another_module_is_no_head(save):
+    # Position tables, other senses' encoders and matrices of layers may have the embedding's shape.
+    others = ("visual.out.weight", "wpe.weight", "model.layers.0.mlp.out.weight", "score.weight")
+    values = tensors(head=False) | {name: np.ones((6, 4), np.float32) for name in others}
+    a = save("a", values, **CAUSAL, **{TIED: True})
+    result = planned(soup("a"), a=a)
+    assert result.config_changes == {}
+    assert heads.heads_by_shape(a.tensors) == set()
+
+
+@pytest.mark.parametrize("bias", ["lm_head.bias", "decoder.bias", "cls.predictions.bias"])
+def test_the_bias_of_a_tied_head_does_not_untie_it(save, bias):
+    values = {name: tensors(head=False, seed=i) | {bias: np.ones(6, np.float32)} for i, name in enumerate("ab")}
+    config = {"architectures": ["LlamaForMaskedLM"], TIED: True}
+    result = planned(soup("a", "b"), **{name: save(name, values[name], **config) for name in values})
+    assert result.config_changes == {} and bias in names(result)
+    wide = save("wide", tensors(head=False, vocabulary=9) | {bias: np.ones(9, np.float32)}, **config)
+    result = planned(soup("a", "wide"), a=open_checkpoint("a"), wide=wide)
+    assert next(node for node in result.nodes if node.name == bias).shape == (6,)

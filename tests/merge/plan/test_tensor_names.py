@@ -34,14 +34,17 @@ BEFORE = [
     "model.embed_tokens.weight", "wte.weight", "transformer.wte.weight", "gpt_neox.embed_in.weight",
     "transformer.word_embeddings.weight", "model.tok_embeddings.weight", "backbone.embeddings.weight",
     "bert.embeddings.word_embeddings.weight", "shared.weight", "model.language_model.embed_tokens.weight",
+    "emb.weight", "backbone.embedding.weight", "transformer.word_embedding.weight", "transformer.tokens_embed.weight",
 ]  # fmt: skip
 BEFORE_TOO = [
     "wpe.weight", "transformer.word_embeddings_layernorm.weight", "bert.embeddings.position_embeddings.weight",
     "bert.embeddings.LayerNorm.bias", "embed_positions.weight", "visual.patch_embed.proj.weight",
+    "model.embed_vision.embedding.weight", "audio_tower.embed.weight",
 ]  # fmt: skip
 HEADS = [
     "lm_head.weight", "lm_head.bias", "embed_out.weight", "output.weight", "transformer.output_layer.weight",
     "cls.predictions.decoder.weight", "language_model.lm_head.weight", "vocab_projector.weight",
+    "cls.predictions.bias", "language_model.output.weight", "model.transformer.ff_out.weight", "lm_head.linear.weight",
 ]  # fmt: skip
 AFTER = ["model.norm.weight", "transformer.ln_f.bias", "gpt_neox.final_layer_norm.weight", "score.weight"]
 
@@ -57,7 +60,10 @@ def test_places_and_kinds():
         assert not is_vocabulary(name) and not is_before_layers(name), name
     for name in (*BEFORE, *BEFORE_TOO, *HEADS, *AFTER):
         assert layer(name) is None and not is_buffer(name), name
-    for name in ("model.layers.0.mlp.output.weight", "model.layers.0.embed_tokens.weight"):
+    for name in (
+        "model.layers.0.mlp.output.weight", "model.layers.0.embed_tokens.weight", "blocks.0.ff_out.weight",
+        "h.0.ff_out.weight", "lm_head.dense.weight", "vision.output.weight",
+    ):  # fmt: skip
         assert not is_vocabulary(name)
 
 
