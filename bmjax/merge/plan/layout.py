@@ -37,6 +37,10 @@ from bmjax.model.config import read_hf_config
 # The final norm and other senses' encoders stand beside the layers, too.
 _NOT_A_HEAD = re.compile(rf"norm|(^|\.)ln_|{TOWERS}")
 
+_SENTENCE_TRANSFORMERS = ("modules.json", "config_sentence_transformers.json", "1_Pooling")
+# An embedding's name without the `model.` that families with this name have in classes with a head.
+_BARE = re.compile(r"(language_model\.|text_model\.)?(embed_tokens|embed_in|tok_embeddings)\.weight")
+
 
 class Origin(NamedTuple):
     """What makes a tensor."""
@@ -63,6 +67,7 @@ class Layout:
         self.notes: dict[str, None] = {}  # remarks on the models, of all who plan with this layout
         self.configs = {name: read_config(model) for name, model in models.items()}
         self._tied: dict[str, bool] = {}  # of inputs without a head
+        self._of_embeddings: dict[str, bool] = {}  # of inputs without a head
         self._heads_by_shape = {name for model in models.values() for name in heads_by_shape(model.tensors)}
         self._other_heads: frozenset[str] = frozenset()  # what models of other kinds end in, under names of their own
         for name, model in models.items():
@@ -152,7 +157,10 @@ class Layout:
     def task(self, model: str) -> str | None:
         """Return what an input or a step is for, see `heads.task`."""
         names = self.names[model]
-        return task(self.config(model), names, any(map(self.is_head, names)))
+        has_head = any(map(self.is_head, names))
+        kind = task(self.config(model), names, has_head)
+        is_of_embeddings = kind == "language" and not has_head and self._is_of_embeddings(self.recipe.donor_of(model))
+        return "other" if is_of_embeddings else kind
 
     def config(self, model: str) -> dict[str, Any] | None:
         """Return the config of an input or of a step's donor; of an input without one the donor's."""
@@ -170,14 +178,38 @@ class Layout:
         # The embedding model of a tied language model still has that model's head.
         return any(map(is_task_head, self.names[model])) or not says_tied(self.config(model) or {})
 
+    def is_tied(self, model: str) -> bool:
+        """Return whether an input's config, or its class where the config is silent, makes its embedding its head."""
+        if model not in self._tied:
+            config = self.config(model) or {}
+            said = says_tied(config)
+            self._tied[model] = is_tied_by_default(config) if said is None else said
+        return self._tied[model]
+
+    def _is_of_embeddings(self, model: str) -> bool:
+        """Return whether an input without a head is an embedding model, whose config may name a class that has one.
+
+        sentence-transformers saves its modules beside the weights. A class without a head names its tensors without
+        the prefix that the class with a head gives them.
+        """
+        if model not in self._of_embeddings:
+            checkpoint = self.models[model]
+            embedding = checkpoint.tensors.get(self.embedding(model) or "")
+            has_modules = any((checkpoint.directory / name).exists() for name in _SENTENCE_TRANSFORMERS)
+            has_bare_names = embedding is not None and _BARE.fullmatch(embedding.name) is not None
+            self._of_embeddings[model] = (has_modules or has_bare_names) and not self.is_tied(model)
+            if self._of_embeddings[model] and not has_modules:
+                self.notes[
+                    f"model '{model}' has no head, is not tied, and names its tensors as a class without a head does "
+                    f"('{embedding.name}'): it counts as a model of embeddings"  # type: ignore[union-attr]
+                ] = None
+        return self._of_embeddings[model]
+
     def check_head(self, model: str, name: str = "lm_head.weight") -> None:
         """Raise a UserError unless the config of a language model without a head says that it is tied."""
         donor = self.recipe.donor_of(model)
-        config = self.config(model) or {}
-        if donor not in self._tied:
-            said = says_tied(config)
-            self._tied[donor] = is_tied_by_default(config) if said is None else said
-        if not self._tied[donor]:
+        if not self.is_tied(donor):
+            config = self.config(donor) or {}
             says = f"{TIED} false" if says_tied(config) is False else f"nothing of {TIED}, so it is not tied"
             raise UserError(
                 f"model '{donor}': its config says {says}, but the weights hold no {name}: the head was lost when it "

@@ -232,7 +232,7 @@ def named(embedding, head, seed=0, **sizes):
     return {names.get(name, name): value for name, value in values.items()}
 
 
-@pytest.mark.parametrize(("embedding", "head"), NAMED_OTHERWISE, ids="-".join)
+@pytest.mark.parametrize(("embedding", "head"), NAMED_OTHERWISE, ids=str)
 @pytest.mark.parametrize("said", [False, None], ids=["untied", "silent"])
 def test_heads_by_any_name_are_heads(save, embedding, head, said):
     config = CAUSAL if said is None else {**CAUSAL, TIED: said}
@@ -250,7 +250,7 @@ def test_heads_by_any_name_are_heads(save, embedding, head, said):
     assert next(node for node in franken.nodes if node.name == head).files() == [("a", head)]
 
 
-@pytest.mark.parametrize(("embedding", "head"), NAMED_OTHERWISE, ids="-".join)
+@pytest.mark.parametrize(("embedding", "head"), NAMED_OTHERWISE, ids=str)
 def test_a_tied_models_embedding_goes_into_a_head_of_any_name(save, embedding, head):
     tied = {name: value for name, value in named(embedding, head).items() if name != head}
     models = {"tied": save("tied", tied, **CAUSAL, **{TIED: True}), "a": save("a", named(embedding, head, 1), **CAUSAL)}
@@ -281,3 +281,45 @@ def test_the_bias_of_a_tied_head_does_not_untie_it(save, bias):
     wide = save("wide", tensors(head=False, vocabulary=9) | {bias: np.ones(9, np.float32)}, **config)
     result = planned(soup("a", "wide"), a=open_checkpoint("a"), wide=wide)
     assert next(node for node in result.nodes if node.name == bias).shape == (6,)
+
+
+def bare(values):
+    return {name.removeprefix("model."): value for name, value in values.items()}
+
+
+SIGNS = ["modules.json", "config_sentence_transformers.json", "1_Pooling", "bare names", "bare VL names"]
+
+
+@pytest.mark.parametrize("sign", SIGNS)
+@pytest.mark.parametrize("said", [False, None], ids=["untied", "silent"])
+def test_embedding_models_whose_config_names_a_class_with_a_head(save, sign, said):
+    config = CAUSAL if said is None else {**CAUSAL, TIED: said}
+    models = {}
+    for i, name in enumerate("ab"):
+        values = tensors(head=False, seed=i)
+        if sign.startswith("bare"):
+            prefix = "language_model." if "VL" in sign else ""
+            values = {prefix + key: value for key, value in bare(values).items()}
+        models[name] = save(name, values, **config)
+        if sign == "1_Pooling":
+            (models[name].directory / sign).mkdir()
+        elif "." in sign:
+            (models[name].directory / sign).write_text("[]")
+    result = planned(soup("a", "b"), **models)
+    assert not any(map(heads.is_head, names(result))) and result.config_changes == {}
+    assert all("counts as a model of embeddings" in note for note in result.notes)
+    assert len(result.notes) == (2 if sign.startswith("bare") else 0)
+    # Its embedding is no head beside a language model, whose own is copied.
+    models["whole"] = save("whole", tensors(seed=3), **CAUSAL, **{TIED: False})
+    result = planned(soup("a", "whole", base_model="whole"), **models)
+    assert next(node for node in result.nodes if node.name == HEAD).files() == [("whole", HEAD)]
+
+
+def test_bare_names_of_a_tied_class_are_a_language_models(save):
+    values = {"wte.weight": np.ones((6, 4), np.float32), "h.0.w": np.ones((4, 4), np.float32)}
+    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
+    models = {name: save(name, values, **config) for name in "ab"}
+    assert planned(soup("a", "b"), **models).notes == ()
+    whole = save("whole", {**values, "lm_head.weight": np.ones((6, 4), np.float32)}, **config, **{TIED: False})
+    head = planned(soup("whole", "a"), whole=whole, a=models["a"]).nodes[-1]
+    assert head.files() == [("whole", HEAD), ("a", "wte.weight")]
