@@ -7,7 +7,7 @@ surplus tensors can be merged; `MergePlan.notes` says what was done about it.
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -22,10 +22,11 @@ from bmjax.merge.plan.adapters import adapted as apply_adapters
 from bmjax.merge.plan.chat import Chat, chat_of
 from bmjax.merge.plan.heads import is_same_tensor, says_tied
 from bmjax.merge.plan.inputs import refuse_twins, same_files, tokens_without_rows, with_masks_of_one_type
-from bmjax.merge.plan.layout import Layout, read_config
+from bmjax.merge.plan.layout import Layout, Origin, read_config
 from bmjax.merge.plan.merged_config import config_changes
 from bmjax.merge.plan.output import check_target
 from bmjax.merge.plan.side_files import side_files
+from bmjax.merge.plan.some_models import without_models
 from bmjax.merge.plan.tensor_names import is_buffer, is_of_tower, layer
 from bmjax.merge.plan.token_rows import StandIn, TokenRows
 from bmjax.merge.plan.tokenizer_text import tokenizer_difference
@@ -184,7 +185,7 @@ class _Planner:
 
     def _make(self, step: Step, name: str) -> Node | None:
         origin = self.layout.origins[step.name][name]
-        part = self._without_foreign(origin.step, name)
+        part = self._without_foreign(origin, name)
         reads = part.reads
         sources = {model: self._source(model, origin.names.get(model, name), name) for model in reads}
         inputs = {model: source for model, source in sources.items() if source is not None}
@@ -201,25 +202,22 @@ class _Planner:
         if DTYPES[stored].itemsize > max(dtype.itemsize, self._weight_type.itemsize):
             dtype = DTYPES[stored]
             self._kept_wide.append(name)
-        self._note_filters(part, name, origin.names)
+        self._note_filters(origin.step, name, origin.names)
         return Node(name, part, inputs, part.at(name, origin.depth, origin.names), dtype, shape)
 
-    def _without_foreign(self, step: Step, name: str) -> Step:
-        """Return what merges a head: `step` without the models of other kinds that have none, or the donor's alone."""
+    def _without_foreign(self, origin: Origin, name: str) -> Step:
+        """Return what merges a head: the step without the models of other kinds that have none, or a copy of one's."""
+        step = origin.step
         foreign = [model for model in step.reads if self.layout.is_foreign(model, name)]
         if not foreign:
             return step
-        kept = [i for i, branch in enumerate(step.branches) if branch not in foreign]
+        part = without_models(step, foreign, step.at(name, origin.depth, origin.names))
         shown = ", ".join(f"'{model}'" for model in foreign)
-        if step.base in foreign or len(kept) < step.method.branches[0]:
-            self.layout.notes[f"{name}: {shown} has none, so that of '{step.donor}' is copied"] = None
-            return step.kept()
-        self.layout.notes[f"{name}: {shown} has none, so it is merged from the others"] = None
-        arguments = {
-            key: tuple(value[i] for i in kept) if isinstance(value, tuple) else value
-            for key, value in step.arguments.items()
-        }
-        return replace(step, branches=tuple(step.branches[i] for i in kept), arguments=arguments)
+        if part.method is step.method and len(part.reads) > 1:
+            self.layout.notes[f"{name}: {shown} has none, so it is merged from the others"] = None
+        else:
+            self.layout.notes[f"{name}: {shown} has none, so that of '{part.branches[0]}' is copied"] = None
+        return part
 
     def _source(self, model: str, tensor: str, result: str) -> TensorSource | None:
         stored_name = self.layout.find(model, tensor)

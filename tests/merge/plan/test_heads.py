@@ -323,3 +323,58 @@ def test_bare_names_of_a_tied_class_are_a_language_models(save):
     whole = save("whole", {**values, "lm_head.weight": np.ones((6, 4), np.float32)}, **config, **{TIED: False})
     head = planned(soup("whole", "a"), whole=whole, a=models["a"]).nodes[-1]
     assert head.files() == [("whole", HEAD), ("a", "wte.weight")]
+
+
+AVERAGES = [("linear", {}), ("linear", {"normalize": False}), ("multislerp", {}), ("karcher", {}), ("nuslerp", {}),
+            ("multislerp", {"normalize_weights": False})]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "settings"), AVERAGES, ids=str)
+@pytest.mark.parametrize("weights", [(0.5, 0.5), (0.25, 0.75), (0, 1)], ids=str)
+def test_the_only_head_among_averaged_models_is_copied(save, method, settings, weights):
+    head = tensors(seed=1)[HEAD]
+    save("a", tensors(seed=1), **CAUSAL), save("reward", reward(), **REWARD)
+    entries = [{"model": m, "parameters": {"weight": w}} for m, w in zip(("a", "reward"), weights, strict=True)]
+    merge({"merge_method": method, "models": entries, "parameters": settings}, "out")
+    np.testing.assert_array_equal(open_checkpoint("out").read(HEAD), head)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_heads_that_are_left_keep_the_sum_of_the_weights(save, normalize):
+    values = {name: tensors(seed=i) for i, name in enumerate("ab")}
+    models = {name: save(name, values[name], **CAUSAL) for name in values}
+    models["reward"] = save("reward", reward(), **REWARD)
+    weights = {"a": 0.3, "b": 0.1, "reward": 0.4}
+    entries = [{"model": m, "parameters": {"weight": w}} for m, w in weights.items()]
+    recipe = {"merge_method": "linear", "models": entries, "parameters": {"normalize": normalize}}
+    head = next(node for node in planned(recipe, **models).nodes if node.name == HEAD)
+    merge(recipe, "out")
+    expected = (0.75 * values["a"][HEAD] + 0.25 * values["b"][HEAD]) * (1 if normalize else 0.8)
+    np.testing.assert_allclose(open_checkpoint("out").read(HEAD), expected, atol=1e-6)
+    assert list(head.inputs) == ["a", "b"]
+
+
+@pytest.mark.parametrize("left", [(0, 0), (1, -1)], ids=str)
+@pytest.mark.parametrize("method, settings", [("linear", {"normalize": False}), ("linear", {}), ("karcher", {}),
+                                              ("task_arithmetic", {"normalize": True})], ids=str)  # fmt: skip
+def test_heads_whose_weights_cancel_without_the_others_are_the_donors(save, left, method, settings):
+    models = {name: save(name, tensors(seed=i), **CAUSAL) for i, name in enumerate(("base", "a", "b"))}
+    models["reward"] = save("reward", reward(), **REWARD)
+    entries = [{"model": m, "parameters": {"weight": w}} for m, w in zip("ab", left, strict=True)]
+    entries.append({"model": "reward", "parameters": {"weight": 1}})
+    recipe = {"merge_method": method, "models": entries, "parameters": settings, "base_model": "base"}
+    if method == "karcher" and -1 in left:
+        with pytest.raises(UserError, match="weights of at least 0"):
+            planned(recipe, **models)
+        return
+    head = next(node for node in planned(recipe, **models).nodes if node.name == HEAD)
+    assert head.files() == [("base", HEAD)]
+    merge(recipe, "out")
+    np.testing.assert_array_equal(open_checkpoint("out").read(HEAD), tensors(seed=0)[HEAD])
+
+
+def test_a_filter_for_a_head_that_is_copied_has_had_its_say(save):
+    models = {"a": save("a", tensors(seed=1), **CAUSAL), "reward": save("reward", reward(), **REWARD)}
+    weight = [{"filter": "lm_head", "value": 0.5}, {"value": 1}]
+    result = planned(soup("a", "reward", parameters={"weight": weight}), **models)
+    assert not any("decides for no tensor" in note for note in result.notes)
