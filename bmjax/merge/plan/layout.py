@@ -186,6 +186,19 @@ class Layout:
             self._tied[model] = is_tied_by_default(config) if said is None else said
         return self._tied[model]
 
+    def is_tied_result(self) -> bool:
+        """Return whether the embedding of the last step's result is its head: whether a model that ends it is tied."""
+        last = self.recipe.steps[-1]
+        reads = last.slices[-1].step.reads if last.slices else last.reads
+        inputs = {self.last_input(model) for model in reads}
+        return any(self.task(model) != "other" and self.is_tied(model) for model in inputs)
+
+    def last_input(self, model: str) -> str:
+        """Return the input that the last layers, and what stands behind them, come from first."""
+        while (step := self.steps.get(model)) is not None:
+            model = step.slices[-1].step.reads[0] if step.slices else step.donor
+        return model
+
     def _is_of_embeddings(self, model: str) -> bool:
         """Return whether an input without a head is an embedding model, whose config may name a class that has one.
 

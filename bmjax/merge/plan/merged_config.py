@@ -18,6 +18,8 @@ _TYPES = ("dtype", "torch_dtype")
 # Lists with an entry for every layer. Of some families other values of these keys are numbers.
 _OF_LAYERS = re.compile("layer|attn_idxs|block_configs|_heads$|ffn_multipliers|intermediate_size$|_pattern$")
 _ROPE = ("rope_parameters", "rope_scaling", "rope_theta")
+# What a config says of the class and of the labels of its head.
+_OF_CLASS = ("architectures", "auto_map", "num_labels", "id2label", "label2id", "problem_type")
 _MAY_DIFFER = {
     "_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "pad_token_id", "torch_dtype",
     "transformers_version", "use_cache", "vocab_size", TIED,
@@ -45,8 +47,9 @@ def config_changes(layout: Layout, has_head: bool, vocabulary: Vocabulary | None
     is_silent = said is None and old.get("model_type") not in UNTIED_FAMILIES  # its class may tie what it finds
     if has_head and (said or is_silent or not donor_has_head):
         _put(new, TIED, False)
-    elif donor_has_head and not has_head:
+    elif donor_has_head and not has_head and layout.is_tied_result():
         _put(new, TIED, True)
+    notes += _set_class(new, layout)
     if vocabulary is None:
         notes += _set_rows(new, layout)
     else:
@@ -77,6 +80,23 @@ def config_changes(layout: Layout, has_head: bool, vocabulary: Vocabulary | None
         if keys:
             notes.append(f"config.json of '{name}' differs from '{donor}' in {', '.join(keys)}; it is not used")
     return changes, notes
+
+
+def _set_class(new: Config, layout: Layout) -> list[str]:
+    """Take the class and its labels from the model of the last layers where slices end in a head of another kind."""
+    donor, result = layout.recipe.donor, layout.recipe.steps[-1].name
+    last = layout.last_input(result)
+    theirs = layout.configs[last]
+    if last == donor or theirs is None or layout.task(last) in (layout.task(donor), None):
+        return []
+    changed = [key for key in _OF_CLASS if key in theirs and new.get(key) != theirs[key]]
+    new |= {key: copy.deepcopy(theirs[key]) for key in changed}
+    if not changed:
+        return []
+    return [
+        f"config.json: the result ends as '{last}' does, a model of another kind than '{donor}', so "
+        f"{', '.join(changed)} is that model's"
+    ]
 
 
 def _set_rows(new: Config, layout: Layout) -> list[str]:

@@ -8,6 +8,7 @@ from bmjax.config import UserError
 from bmjax.io.safetensors import open_checkpoint
 from bmjax.merge.plan import heads
 from bmjax.merge.plan.heads import TIED, TIED_FAMILIES, UNTIED_FAMILIES, is_tied_by_default
+from bmjax.model.config import read_hf_config
 from tests.merge.plan_helpers import EMBED, HEAD, names, planned, soup, tensors
 
 CAUSAL = {"architectures": ["LlamaForCausalLM"]}
@@ -378,3 +379,31 @@ def test_a_filter_for_a_head_that_is_copied_has_had_its_say(save):
     weight = [{"filter": "lm_head", "value": 0.5}, {"value": 1}]
     result = planned(soup("a", "reward", parameters={"weight": weight}), **models)
     assert not any("decides for no tensor" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("said", [False, None], ids=["untied", "silent"])
+@pytest.mark.parametrize("step", [False, True], ids=["slices", "a step of slices"])
+def test_the_config_follows_the_head_that_slices_end_in(save, said, step):
+    labels = {"id2label": {"0": "bad", "1": "good"}, "num_labels": 2}
+    tied = {} if said is None else {TIED: said}
+    models = {"a": save("a", tensors(), **CAUSAL, **tied), "reward": save("reward", reward(), **REWARD, **labels)}
+    recipes = [stacked("a", "reward"), stacked("reward", "a")]
+    if step:
+        copy = {"merge_method": "passthrough", "models": ["mid"]}
+        recipes = [{"steps": [{**recipe, "name": "mid"}, copy]} for recipe in recipes]
+    result = planned(recipes[0], **models)
+    assert "score.weight" in names(result) and HEAD not in names(result)
+    assert result.config_changes == {"architectures": REWARD["architectures"], **labels}
+    assert any("ends as 'reward' does" in note for note in result.notes)
+    result = planned(recipes[1], **models)
+    assert HEAD in names(result) and "score.weight" not in names(result)
+    assert result.config_changes["architectures"] == CAUSAL["architectures"]
+    merge(recipes[1], "out")
+    assert read_hf_config(open_checkpoint("out").directory)[TIED] is False
+
+
+def test_only_a_tied_model_makes_the_result_of_slices_tied(save):
+    models = {"a": save("a", tensors(), **CAUSAL, **{TIED: False})}
+    models["embedder"] = save("embedder", tensors(head=False, seed=1), architectures=["LlamaModel"])
+    result = planned(stacked("a", "embedder"), **models)
+    assert HEAD not in names(result) and result.config_changes == {"architectures": ["LlamaModel"]}
