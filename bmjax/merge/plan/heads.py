@@ -15,7 +15,7 @@ from bmjax.merge.plan.tensor_names import is_before_layers, is_embedding, is_hea
 
 TIED = "tie_word_embeddings"
 # Blocks of a config that hold a language model's inside another model's.
-_NESTED = ("text_config", "llm_config", "language_config", "thinker_config")
+NESTED = ("text_config", "llm_config", "language_config", "thinker_config")
 # Families whose class ties nothing unless its config says so, and some that tie. Others are looked up, which takes
 # seconds, but only for a model that has no head.
 UNTIED_FAMILIES = frozenset(
@@ -31,7 +31,7 @@ Config = Mapping[str, Any]
 def config_blocks(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield the config, and those of a language model inside another model's config."""
     yield config
-    for key in _NESTED:
+    for key in NESTED:
         if isinstance(config.get(key), dict):
             yield from config_blocks(config[key])
 

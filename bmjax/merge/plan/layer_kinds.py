@@ -17,13 +17,15 @@ KIND_LISTS = ("layer_types", "no_rope_layers", "layers_block_type", "mlp_layer_t
 UNIFORM_FAMILIES = frozenset({"llama", "mistral", "mixtral", "gpt2", "gpt_neox", "gemma", "phi3"})
 _PERIOD = re.compile(r".*(_period|_freq|_sparse_step|_layer_step|moe_layer_interval)")
 _BY_POSITION = re.compile(r".*(_pattern|_interval|_period|_freq|_step|_layers_interval)|max_window_layers")
-_FIRST_DENSE = "first_k_dense_replace"
+# How many of the first layers are dense where the others have experts; how many of the last share another's keys.
+_FIRST_DENSE = ("first_k_dense_replace", "num_dense_layers", "n_dense_layers", "moe_layer_start_index")
+_LAST_SHARED = "num_kv_shared_layers"
 
 
-def is_numbers_of_layers(value: list[Any], count: int) -> bool:
-    """Return whether a list of a config names layers by number: whole numbers that rise, below `count`."""
+def is_numbers_of_layers(value: list[Any], count: int, first: int = 0) -> bool:
+    """Return whether a list of a config names layers by number, from `first` on: whole numbers that rise."""
     is_whole = all(type(number) is int for number in value)
-    return is_whole and value == sorted(set(value)) and value[0] >= 0 and value[-1] < count
+    return is_whole and value == sorted(set(value)) and value[0] >= first and value[-1] < count + first
 
 
 def set_kinds(
@@ -96,16 +98,23 @@ def _positions(
 ) -> list[str]:
     """Set or note the whole numbers of a config that say by position which layers are of another kind."""
     notes = []
-    if type(block.get(_FIRST_DENSE)) is int:
+    for key in _FIRST_DENSE:
+        if type(block.get(key)) is not int:
+            continue
         # The first layers are dense, the others have experts.
-        dense = [number < (entry_of(configs[model] or donor, i, _FIRST_DENSE) or 0) for model, number in layers]
+        dense = [number < (entry_of(configs[model] or donor, i, key) or 0) for model, number in layers]
         if dense == sorted(dense, reverse=True):
-            block[_FIRST_DENSE] = sum(dense)
+            block[key] = sum(dense)
         else:
             notes.append(
-                f"config.json: {_FIRST_DENSE} cannot say that layers {[n for n, d in enumerate(dense) if d]} are dense "
+                f"config.json: {key} cannot say that layers {[n for n, d in enumerate(dense) if d]} are dense "
                 "and those between them not; the result cannot be loaded as it is"
             )
+    if type(block.get(_LAST_SHARED)) is int and block[_LAST_SHARED] > 0:
+        notes.append(
+            f"config.json: {_LAST_SHARED} {block[_LAST_SHARED]} says by position which layers take another layer's keys "
+            "and values, and the layers have moved; look at it"
+        )
     for key, period in block.items():
         if _PERIOD.fullmatch(key) and type(period) is int and period > 1:
             moved = [f"{number} is now {n}" for n, (_, number) in enumerate(layers) if (n - number) % period]

@@ -6,17 +6,24 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bmjax.config import UserError
-from bmjax.merge.plan.heads import TIED, UNTIED_FAMILIES, config_blocks, says_tied
-from bmjax.merge.plan.layer_kinds import KIND_LISTS, entry_of, is_numbers_of_layers, set_kinds
+from bmjax.io.safetensors import listing
+from bmjax.merge.plan.heads import NESTED, TIED, UNTIED_FAMILIES, config_blocks, says_tied
+from bmjax.merge.plan.layer_kinds import KIND_LISTS, is_numbers_of_layers, set_kinds
 from bmjax.merge.plan.layout import Layout
+from bmjax.merge.plan.quantized import QUANTIZATION_KEYS
 from bmjax.merge.plan.stacks import LAYER_COUNTS
+from bmjax.merge.plan.tensor_names import TOWERS, layer
 from bmjax.merge.plan.vocabulary import Vocabulary
 from bmjax.model.config import read_hf_config
 
 Config = dict[str, Any]
 _TYPES = ("dtype", "torch_dtype")
 # Lists with an entry for every layer. Of some families other values of these keys are numbers.
-_OF_LAYERS = re.compile("layer|attn_idxs|block_configs|_heads$|ffn_multipliers|intermediate_size$|_pattern$")
+_OF_LAYERS = re.compile(
+    "layer|attn_idxs|attn_type_list|block_configs|block_types|_heads$|ffn_multipliers|intermediate_size$|_pattern$"
+)
+# Keys of other things than layers, whose lists may be as long by chance.
+_OF_NO_LAYERS = re.compile(r"token|_ids?$|architectures|language|section|label")
 _ROPE = ("rope_parameters", "rope_scaling", "rope_theta")
 # What a config says of the class and of the labels of its head.
 _OF_CLASS = ("architectures", "auto_map", "num_labels", "id2label", "label2id", "problem_type")
@@ -67,6 +74,7 @@ def config_changes(layout: Layout, has_head: bool, vocabulary: Vocabulary | None
     if layers and layers != [(donor, number) for number in range(donor_layers)]:
         notes += _set_layers(new, donor_layers, layers, configs, old)
         notes += set_kinds(new, layers, configs, old)
+        notes += _parts_of_tensors(layout, donor_layers)
     changes = {key: value for key, value in new.items() if key not in old or old[key] != value}
     # Where the inputs differ in more than bookkeeping.
     for name, config in configs.items():
@@ -153,26 +161,77 @@ def _set_layers(
         for key in LAYER_COUNTS:
             if block.get(key) == count:
                 block[key], has_count = len(layers), True
-        for key, value in block.items():
-            if isinstance(value, str) and key.endswith("_pattern") and len(value) == count:  # a letter for each
-                texts = {model: entry_of(configs[model] or donor, i, key) for model, _ in layers}
-                if all(isinstance(texts[model], str) and number < len(texts[model]) for model, number in layers):
-                    block[key] = "".join(texts[model][number] for model, number in layers)
-                continue
-            if not isinstance(value, list) or not _OF_LAYERS.search(key) or not value:
-                continue
-            entries = {model: entry_of(configs[model] or donor, i, key) for model, _ in layers}
-            if key not in KIND_LISTS and is_numbers_of_layers(value, count):
-                block[key] = [n for n, (model, number) in enumerate(layers) if number in (entries[model] or ())]
-            elif len(value) != count:
-                notes.append(f"config.json: {key} is no list of {count} layers; it was not changed, look at it")
-            else:
-                try:
-                    block[key] = [entries[model][number] for model, number in layers]
-                except (LookupError, TypeError):
-                    notes.append(
-                        f"config.json: {key} has an entry for every layer, and not every model has it; look at it"
-                    )
+        per_model = {model: list(config_blocks(configs[model] or donor)) for model, _ in layers}
+        theirs = {model: blocks[i] if i < len(blocks) else {} for model, blocks in per_model.items()}
+        notes += _set_entries(block, theirs, count, layers)
     if not has_count:
         notes.append(f"config.json: no key holds the number of layers, {count}; set it to {len(layers)} yourself")
     return notes
+
+
+def _set_entries(
+    values: Config, theirs: Mapping[str, Any], count: int, layers: Sequence[tuple[str, int]], path: str = ""
+) -> list[str]:
+    """Make what a part of a config says of each of `count` layers follow `layers`; returns notes.
+
+    theirs: the same part of every input's config. path: of the part in the config, with a point behind it.
+    """
+    notes = []
+    first = _first_number(values, count)
+    for key, value in values.items():
+        if key in (*NESTED, *QUANTIZATION_KEYS, "rope_parameters", "rope_scaling") or re.search(TOWERS, key):
+            continue
+        entries = {model: part.get(key) if isinstance(part, dict) else None for model, part in theirs.items()}
+        if isinstance(value, dict):
+            notes += _set_entries(value, entries, count, layers, f"{path}{key}.")
+            continue
+        is_text = isinstance(value, str) and key.endswith("_pattern")  # a letter for each layer
+        is_known = _OF_LAYERS.search(key) is not None
+        if not value or not (is_text or isinstance(value, list)):
+            continue
+        if not is_known and (len(value) != count or _OF_NO_LAYERS.search(key)):
+            continue
+        shift = first if len(value) < count else 0  # a list as long as the layers has their kinds, or all from 0 on
+        if not is_text and key not in KIND_LISTS and is_numbers_of_layers(value, count, shift):
+            values[key] = [n + shift for n, (m, number) in enumerate(layers) if number + shift in (entries[m] or ())]
+        elif len(value) != count:
+            if not (is_text or path):
+                notes.append(f"config.json: {path}{key} is no list of {count} layers; it was not changed, look at it")
+        elif not all(type(entries[m]) is type(value) and number < len(entries[m]) for m, number in layers):
+            notes.append(
+                f"config.json: {path}{key} has an entry for every layer, and not every model has it; look at it"
+            )
+        else:
+            moved = [entries[model][number] for model, number in layers]
+            values[key] = "".join(moved) if is_text else moved
+            if not is_known:
+                notes.append(
+                    f"config.json: {path}{key} has as many entries as there were layers, so they follow their layers; "
+                    "look at it"
+                )
+    return notes
+
+
+def _first_number(values: Config, count: int) -> int:
+    """Return the number of a config's first layer: 1 where a list of some layers by number goes up to `count`."""
+    lists = [
+        value for key, value in values.items()
+        if isinstance(value, list) and 0 < len(value) < count and _OF_LAYERS.search(key) and not re.search(TOWERS, key)
+        and all(type(number) is int for number in value) and value == sorted(set(value))
+    ]  # fmt: skip
+    return int(any(value[-1] == count for value in lists) and all(value[0] >= 1 for value in lists))
+
+
+def _parts_of_tensors(layout: Layout, layers: int) -> list[str]:
+    """Return a note on tensors outside of the layers that hold a part for each of them, as Gemma 3n's do."""
+    donor = layout.recipe.donor
+    names = [
+        name for name, info in layout.models[donor].tensors.items()
+        if layer(name) is None and "per_layer" in name and any(n > layers and n % layers == 0 for n in info.shape)
+    ]  # fmt: skip
+    if not names:
+        return []
+    return [
+        f"{listing(names)} hold a part for each of the {layers} layers of '{donor}', and stay as they are: the layers "
+        "have moved, so the result cannot be loaded or computes something else"
+    ]

@@ -78,13 +78,19 @@ def test_lists_that_name_layers_by_number_are_renumbered(save):
 
 
 @pytest.mark.parametrize("ranges, expected", [([(0, 4), (1, 8)], None), ([(0, 2), (1, 8)], 4), ([(3, 8)], 0)], ids=str)
-def test_the_count_of_first_dense_layers(save, ranges, expected):
-    a = save("a", tensors(8), model_type="deepseek_v3", num_hidden_layers=8, first_k_dense_replace=3)
+@pytest.mark.parametrize("key", ["first_k_dense_replace", "num_dense_layers"])
+def test_the_count_of_first_dense_layers(save, key, ranges, expected):
+    a = save("a", tensors(8), model_type="deepseek_v3", num_hidden_layers=8, **{key: 3})
     result = planned(stack(*ranges, models="a" * len(ranges)), a=a)
     if expected is None:
-        assert any("first_k_dense_replace cannot say" in note for note in result.notes)
+        assert any(f"{key} cannot say" in note for note in result.notes)
     else:
-        assert result.config_changes["first_k_dense_replace"] == expected and not result.notes
+        assert result.config_changes[key] == expected and not result.notes
+
+
+def test_layers_that_share_keys_by_position_are_told(save):
+    a = save("a", tensors(8), model_type="gemma3n_text", num_hidden_layers=8, num_kv_shared_layers=2)
+    assert any("num_kv_shared_layers 2 says by position" in note for note in planned(MOVED, a=a).notes)
 
 
 def test_periods_that_do_not_fit_the_stack_are_noted(save):

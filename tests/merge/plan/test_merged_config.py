@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 
 from tests.merge.plan_helpers import planned, soup, tensors
@@ -44,7 +45,13 @@ PER_LAYER = {
     "block_configs": ([{"n": n} for n in range(4)], [{"n": 2}, {"n": 3}, {"n": 0}]),
     "num_kv_heads": ([1, 2, 3, 4], [3, 4, 1]), "ffn_multipliers": ([0.5, 1, 2, 4], [2, 4, 0.5]),
     "intermediate_size": ([8, 16, 24, 32], [24, 32, 8]), "activation_sparsity_pattern": ([0.9, 0.8, 0, 0], [0, 0, 0.9]),
-    "hybrid_override_pattern": ("M-*E", "*EM"),
+    "hybrid_override_pattern": ("M-*E", "*EM"), "attn_type_list": ([0, 0, 0, 1], [0, 1, 0]),
+    "linear_attn_config": (
+        {"kda_layers": [1, 2, 3], "full_attn_layers": [4], "head_dim": 8, "short_conv_kernel_size": 4},
+        {"kda_layers": [1, 3], "full_attn_layers": [2], "head_dim": 8, "short_conv_kernel_size": 4},
+    ),
+    "mixer": ({"layers": [0, 2], "attn_layers": [1, 3]}, {"layers": [0, 2], "attn_layers": [1]}),
+    "hybrid_layer_ids": ([0, 3], [1, 2]),
 }  # fmt: skip
 
 
@@ -55,6 +62,52 @@ def test_what_a_config_says_of_every_layer_follows_the_layers(save, key):
     slices = [{"sources": [{"model": "a", "layer_range": part}]} for part in ([2, 4], [0, 1])]
     result = planned({"merge_method": "passthrough", "slices": slices}, a=a)
     assert result.config_changes == {"num_hidden_layers": 3, key: after} and result.notes == ()
+
+
+MOVED = {"merge_method": "passthrough", "slices": [{"sources": [{"model": "a", "layer_range": part}]}
+                                                   for part in ([2, 4], [0, 1])]}  # fmt: skip
+UNTOUCHED = {
+    "vision_feature_layer": [1, 3], "mm_vision_select_layers": [0, 1, 2, 3], "eos_token_id": [1, 2, 3, 4],
+    "rope_scaling": {"long_factor": [1.0, 1.1, 1.2, 1.3]}, "vision_config": {"layers": [0, 3]},
+    "audio_config": {"layer_types": ["a", "b", "c", "d"]}, "languages": ["a", "b", "c", "d"], "block_sizes": [1, 2],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", UNTOUCHED)
+def test_lists_of_other_things_than_layers_stay(save, key):
+    a = save("a", tensors(), num_hidden_layers=4, **{key: UNTOUCHED[key]})
+    result = planned(MOVED, a=a)
+    assert result.config_changes == {"num_hidden_layers": 3} and result.notes == ()
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_list_as_long_as_the_layers_follows_them_and_is_told(save, nested):
+    limits = {"swiglu_limits": [1.0, 2.0, 3.0, 4.0]}
+    a = save("a", tensors(), num_hidden_layers=4, **({"moe": limits} if nested else limits))
+    result = planned(MOVED, a=a)
+    changes = result.config_changes["moe"] if nested else result.config_changes
+    assert changes["swiglu_limits"] == [3.0, 4.0, 1.0]
+    (note,) = result.notes
+    assert f"{'moe.' * nested}swiglu_limits has as many entries as there were layers" in note
+
+
+def test_a_nested_list_that_another_model_lacks_is_told(save):
+    models = {"a": save("a", tensors(), num_hidden_layers=4, mixer={"layer_kinds": [0, 0, 1, 1]})}
+    models["b"] = save("b", tensors(seed=1), num_hidden_layers=4)
+    slices = [{"sources": [{"model": m, "layer_range": [0, 2]}]} for m in "ab"]
+    notes = planned({"merge_method": "passthrough", "slices": slices}, **models).notes
+    assert any("mixer.layer_kinds has an entry for every layer, and not every model has it" in note for note in notes)
+
+
+def test_tensors_with_a_part_for_each_layer_are_told_when_layers_move(save):
+    values = tensors() | {"model.embed_tokens_per_layer.weight": np.ones((6, 8), np.float32),
+                          "model.per_layer_model_projection.weight": np.ones((8, 4), np.float32),
+                          "model.per_layer_projection_norm.weight": np.ones(2, np.float32)}  # fmt: skip
+    a = save("a", values, num_hidden_layers=4)
+    (note,) = planned(MOVED, a=a).notes
+    assert "embed_tokens_per_layer" in note and "_model_projection" in note and "projection_norm" not in note
+    assert "part for each of the 4 layers of 'a'" in note
+    assert planned(soup("a"), a=a).notes == ()
 
 
 def test_differing_configs_are_told(save):
