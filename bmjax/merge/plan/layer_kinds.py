@@ -112,8 +112,8 @@ def _positions(
             )
     if type(block.get(_LAST_SHARED)) is int and block[_LAST_SHARED] > 0:
         notes.append(
-            f"config.json: {_LAST_SHARED} {block[_LAST_SHARED]} says by position which layers take another layer's keys "
-            "and values, and the layers have moved; look at it"
+            f"config.json: {_LAST_SHARED} {block[_LAST_SHARED]} says by position which layers take another layer's "
+            "keys and values, and the layers have moved; look at it"
         )
     for key, period in block.items():
         if _PERIOD.fullmatch(key) and type(period) is int and period > 1:

@@ -18,7 +18,7 @@ from bmjax.merge.plan.heads import (
     says_tied,
     task,
 )
-from bmjax.merge.plan.stacks import language_stack
+from bmjax.merge.plan.stacks import further_token_tensors, language_stack, layer_counts
 from bmjax.merge.plan.tensor_names import (
     TOWERS,
     Layer,
@@ -63,6 +63,8 @@ class Layout:
         self.names: dict[str, dict[str, None]] = {}  # of each input's and each step's tensors
         self.layers: dict[str, dict[str, int]] = {}  # of each input and step, how many each of its stacks has
         self.origins: dict[str, dict[str, Origin]] = {}  # of each step, by tensor
+        self.further: dict[str, dict[str, None]] = {}  # of each input and step, what predicts further tokens (MTP)
+        self._further_rows: set[str] = set()  # those of them that have a row for each token
         self.copied_heads: dict[str, str] = {}  # of inputs whose head is their embedding once more
         self.notes: dict[str, None] = {}  # remarks on the models, of all who plan with this layout
         self.configs = {name: read_config(model) for name, model in models.items()}
@@ -78,19 +80,24 @@ class Layout:
                 self.notes[f"model '{name}': {heads[0]} is a copy of its embedding, so it counts as tied"] = None
                 self.copied_heads[name] = heads[0]
                 del names[heads[0]]
-            self.names[name], self.layers[name] = names, _stacks(names)
+            self.further[name] = further_token_tensors(names, self.configs[name] or {})
+            embedding = model.tensors.get(embedding_of(names) or "")
+            self._further_rows |= {
+                tensor for tensor in self.further[name]
+                if embedding is not None and model.tensors[tensor].shape == embedding.shape
+            }  # fmt: skip
+            self.names[name], self.layers[name] = names, layer_counts(names.keys() - self.further[name].keys())
         self._other_heads = self._heads_of_other_kinds()
         for step in recipe.steps:
             if step.slices:
                 origins = self._origins_of_slices(step)
             else:
                 names = self._with_heads(self.names[step.donor], step)
-                stacks = _stacks(names)
-                origins = {
-                    name: Origin(step, {}, depth(t.number, stacks[t.stack]) if (t := layer(name)) else 0.0)
-                    for name in names
-                }
-            self.names[step.name], self.layers[step.name] = dict.fromkeys(origins), _stacks(origins)
+                self.further[step.name] = {name: None for name in names if name in self.further[step.donor]}
+                stacks = layer_counts(names.keys() - self.further[step.name].keys())
+                origins = {name: Origin(step, {}, _depth(name, stacks)) for name in names}
+            self.names[step.name] = dict.fromkeys(origins)
+            self.layers[step.name] = layer_counts(origins.keys() - self.further[step.name].keys())
             self.origins[step.name] = {name: self._unless_kept(step, name, origin) for name, origin in origins.items()}
             for rule in step.keep:
                 if rule.text is not None and not any(map(rule.fits, origins)):
@@ -110,7 +117,7 @@ class Layout:
 
     def is_vocabulary(self, name: str) -> bool:
         """Return whether a tensor has a row for each token."""
-        return is_vocabulary(name) or self.is_head(name)
+        return is_vocabulary(name) or self.is_head(name) or name in self._further_rows
 
     def stack(self, model: str) -> str | None:
         """Return the language model's stack of layers in an input or a step; None where it cannot be told."""
@@ -166,8 +173,13 @@ class Layout:
         """Return the config of an input or of a step's donor; of an input without one the donor's."""
         return self.configs[self.recipe.donor_of(model)] or self.configs[self.recipe.donor]
 
-    def is_foreign(self, model: str, name: str) -> bool:
-        """Return whether a model lacks a head because it is of another kind than the models that have it."""
+    def is_foreign(self, model: str, name: str, is_further: bool = False) -> bool:
+        """Return whether a model lacks a head because it is of another kind than the models that have it.
+
+        is_further: the tensor predicts further tokens, which is lacking in whole or not at all.
+        """
+        if is_further:
+            return not self.further[model]
         if name in self.names[model]:
             return False
         if is_task_head(name) or name in self._other_heads:
@@ -272,28 +284,28 @@ class Layout:
         stacks = {part.step.reads[0]: self.stack(part.step.reads[0]) for part in step.slices}
 
         def is_layered(name: str, model: str) -> bool:
-            return (t := layer(name)) is not None and t.stack == stacks[model]
+            in_stack = (t := layer(name)) is not None and t.stack == stacks[model]
+            return in_stack or name in self.further[model]
 
         before, after = ([n for n in self.names[s.reads[0]] if not is_layered(n, s.reads[0])] for s in (first, last))
         counts = self.layers[first.reads[0]]
-        origins = {
-            name: Origin(first, {}, depth(t.number, counts[t.stack]) if (t := layer(name)) else 0.0)
-            for name in before
-            if self._is_before_layers(name)
-        }
+        origins = {name: Origin(first, {}, _depth(name, counts)) for name in before if self._is_before_layers(name)}
         start = 0
         for part in step.slices:
             self._check_ranges(part)
             lead = part.step.reads[0]
             by_number: dict[int, list[Layer]] = {}
-            for tensor in (t for name in self.names[lead] if (t := layer(name)) and t.stack == stacks[lead]):
+            names = (name for name in self.names[lead] if name not in self.further[lead])
+            for tensor in (t for name in names if (t := layer(name)) and t.stack == stacks[lead]):
                 by_number.setdefault(tensor.number, []).append(tensor)
             for k in range(part.layers):
                 for tensor in by_number.get(part.ranges[lead][0] + k, ()):
-                    names = {m: tensor._replace(number=low + k).name for m, (low, _) in part.ranges.items()}
+                    stored = {m: tensor._replace(number=low + k).name for m, (low, _) in part.ranges.items()}
                     name = tensor._replace(number=start + k).name
-                    origins[name] = Origin(part.step, names, depth(k, part.layers))
+                    origins[name] = Origin(part.step, stored, depth(k, part.layers))
             start += part.layers
+        further = self._further_of_slices(step, stacks[last.reads[0]], start)
+        self.further[step.name] = dict.fromkeys(further)
         tail = [n for n in after if not self._is_before_layers(n)]
         rest = self._with_heads(tail, last)
         is_language, other_models = self.task(last.reads[0]) != "other", first.reads[0] != last.reads[0]
@@ -306,7 +318,31 @@ class Layout:
                     f"step '{step.name}': the result is tied, as its models are: the embedding of '{first.reads[0]}' "
                     f"is the head behind the last layers, which are those of '{last.reads[0]}'"
                 ] = None
-        return origins | {name: Origin(last, {}, 0.0) for name in rest}
+        ahead = {
+            n: origin for n, origin in further.items() if (t := layer(n)) is None or t.stack not in stacks.values()
+        }
+        return ahead | origins | further | {name: Origin(last, {}, 0.0) for name in rest}
+
+    def _further_of_slices(self, step: Step, stack: str | None, count: int) -> dict[str, Origin]:
+        """Return what predicts further tokens behind `count` stacked layers: the last slice's, layers renumbered."""
+        last = step.slices[-1].step
+        lead = last.reads[0]
+        origins: dict[str, Origin] = {}
+        for name in self.further[lead]:
+            t = layer(name)
+            if t is None or t.stack != stack:
+                origins[name] = Origin(last, {}, 1.0 if t else 0.0)
+                continue
+            behind = t.number - self.layers[lead][stack]
+            moved = t._replace(number=count + behind).name
+            stored = {
+                model: t._replace(number=self.layers[model][stack] + behind).name
+                for model in last.reads if self.further[model] and stack in self.layers[model]
+            }  # fmt: skip
+            origins[moved] = Origin(last, stored, 1.0)
+            if name in self._further_rows:
+                self._further_rows.add(moved)
+        return origins
 
     def _is_before_layers(self, name: str) -> bool:
         """Return whether a tensor outside of the language model's layers stands before them."""
@@ -321,15 +357,14 @@ class Layout:
                     f"{', '.join(stacks) or 'none'}"
                 )
             if end > (count := stacks[stack]):
-                raise UserError(f"model '{model}': layer_range ends at {end}, but {stack} has {count} layers")
+                hint = ", and what predicts further tokens, which follows by itself" if self.further[model] else ""
+                raise UserError(f"model '{model}': layer_range ends at {end}, but {stack} has {count} layers{hint}")
 
 
-def _stacks(names: Iterable[str]) -> dict[str, int]:
-    """Return how many layers each stack has."""
-    stacks: dict[str, int] = {}
-    for tensor in filter(None, map(layer, names)):
-        stacks[tensor.stack] = max(stacks.get(tensor.stack, 0), tensor.number + 1)
-    return stacks
+def _depth(name: str, stacks: Mapping[str, int]) -> float:
+    t = layer(name)
+    count = stacks.get(t.stack, 0) if t else 0
+    return 0.0 if t is None else 1.0 if t.number >= count else depth(t.number, count)
 
 
 def read_config(checkpoint: Checkpoint) -> dict[str, Any] | None:

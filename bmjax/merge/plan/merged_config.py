@@ -11,7 +11,7 @@ from bmjax.merge.plan.heads import NESTED, TIED, UNTIED_FAMILIES, config_blocks,
 from bmjax.merge.plan.layer_kinds import KIND_LISTS, is_numbers_of_layers, set_kinds
 from bmjax.merge.plan.layout import Layout
 from bmjax.merge.plan.quantized import QUANTIZATION_KEYS
-from bmjax.merge.plan.stacks import LAYER_COUNTS
+from bmjax.merge.plan.stacks import LAYER_COUNTS, MTP_COUNTS
 from bmjax.merge.plan.tensor_names import TOWERS, layer
 from bmjax.merge.plan.vocabulary import Vocabulary
 from bmjax.model.config import read_hf_config
@@ -66,6 +66,11 @@ def config_changes(layout: Layout, has_head: bool, vocabulary: Vocabulary | None
             for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
                 if key in tokenizer_config:
                     _put(new, key, tokenizer_config[key])
+    if layout.further[donor] and not layout.further[result]:
+        keys = [(block, key) for block in config_blocks(new) for key in MTP_COUNTS if block.get(key)]
+        for block, key in keys:
+            block[key] = 0
+        notes.append(f"what predicts further tokens (MTP) in '{donor}' is left out: the last layers' model has none")
     # The layers: which input's layer each of the result's is configured as, where that is known.
     stack, donor_stack = layout.stack(result), layout.stack(donor)
     count = layout.layers[result][stack] if stack else 0

@@ -185,9 +185,11 @@ class _Planner:
 
     def _make(self, step: Step, name: str) -> Node | None:
         origin = self.layout.origins[step.name][name]
-        part = self._without_foreign(origin, name)
+        is_further = name in self.layout.further[step.name]
+        part = self._without_foreign(origin, name, is_further)
         reads = part.reads
-        sources = {model: self._source(model, origin.names.get(model, name), name) for model in reads}
+        tensors = {model: origin.names.get(model, name) for model in reads}
+        sources = {model: self._source(model, t, t if is_further else name) for model, t in tensors.items()}
         inputs = {model: source for model, source in sources.items() if source is not None}
         if len(inputs) < len(reads):
             return None
@@ -205,13 +207,16 @@ class _Planner:
         self._note_filters(origin.step, name, origin.names)
         return Node(name, part, inputs, part.at(name, origin.depth, origin.names), dtype, shape)
 
-    def _without_foreign(self, origin: Origin, name: str) -> Step:
+    def _without_foreign(self, origin: Origin, name: str, is_further: bool) -> Step:
         """Return what merges a head: the step without the models of other kinds that have none, or a copy of one's."""
         step = origin.step
-        foreign = [model for model in step.reads if self.layout.is_foreign(model, name)]
+        foreign = [model for model in step.reads if self.layout.is_foreign(model, name, is_further)]
         if not foreign:
             return step
-        part = without_models(step, foreign, step.at(name, origin.depth, origin.names))
+        arguments = step.at(name, origin.depth, origin.names)
+        if is_further:
+            name = "what predicts further tokens (MTP)"
+        part = without_models(step, foreign, arguments)
         shown = ", ".join(f"'{model}'" for model in foreign)
         if part.method is step.method and len(part.reads) > 1:
             self.layout.notes[f"{name}: {shown} has none, so it is merged from the others"] = None

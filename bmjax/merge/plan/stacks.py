@@ -1,13 +1,46 @@
-"""Which of a model's stacks of layers is the language model's: the one that slices and layer counts speak of."""
+"""Which of a model's stacks of layers is the language model's, the one that slices and layer counts speak of.
+
+Layers behind it that predict further tokens (MTP: DeepSeek-V3, GLM-4.5, Qwen3-Next) are told apart: a config does not
+count them among its layers, and trainers that do not know them leave them out.
+"""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from bmjax.merge.plan.heads import config_blocks
-from bmjax.merge.plan.tensor_names import TOWERS
+from bmjax.merge.plan.tensor_names import TOWERS, layer
 
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers")
+MTP_COUNTS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "mtp_num_layers")
+_MTP = re.compile(r"(^|\.)mtp(_\w+)?\.")
+_MTP_PARTS = re.compile(r"(eh_proj|enorm|hnorm|shared_head)\b")
+
+
+def layer_counts(names: Iterable[str]) -> dict[str, int]:
+    """Return how many layers each stack has, by the names of tensors."""
+    stacks: dict[str, int] = {}
+    for tensor in filter(None, map(layer, names)):
+        stacks[tensor.stack] = max(stacks.get(tensor.stack, 0), tensor.number + 1)
+    return stacks
+
+
+def further_token_tensors(names: Iterable[str], config: dict[str, Any]) -> dict[str, None]:
+    """Return the names of what predicts further tokens: modules called mtp, and layers beyond those of the config.
+
+    names: of a model's tensors. config: the content of its config.json.
+    """
+    names = dict.fromkeys(names)
+    chosen = {name: None for name in names if _MTP.search(name)}
+    stacks = layer_counts(name for name in names if name not in chosen and not re.search(TOWERS, name))
+    for block in config_blocks(config):
+        further = max((block[key] for key in MTP_COUNTS if type(block.get(key)) is int), default=0)
+        count = next((block[key] for key in LAYER_COUNTS if type(block.get(key)) is int), 0)
+        for stack, stored in stacks.items():
+            behind = {n: None for n in names if (t := layer(n)) and t.stack == stack and t.number >= count}
+            if 0 < count < stored and (stored - count <= further or any(map(_MTP_PARTS.search, behind))):
+                chosen |= behind
+    return chosen
 
 
 def language_stack(stacks: Mapping[str, int], config: dict[str, Any]) -> str | None:
