@@ -86,7 +86,7 @@ class Layout:
                 tensor for tensor in self.further[name]
                 if embedding is not None and model.tensors[tensor].shape == embedding.shape
             }  # fmt: skip
-            self.names[name], self.layers[name] = names, layer_counts(names.keys() - self.further[name].keys())
+            self.names[name], self.layers[name] = names, layer_counts(n for n in names if n not in self.further[name])
         self._other_heads = self._heads_of_other_kinds()
         for step in recipe.steps:
             if step.slices:
@@ -94,10 +94,10 @@ class Layout:
             else:
                 names = self._with_heads(self.names[step.donor], step)
                 self.further[step.name] = {name: None for name in names if name in self.further[step.donor]}
-                stacks = layer_counts(names.keys() - self.further[step.name].keys())
+                stacks = layer_counts(n for n in names if n not in self.further[step.name])
                 origins = {name: Origin(step, {}, _depth(name, stacks)) for name in names}
             self.names[step.name] = dict.fromkeys(origins)
-            self.layers[step.name] = layer_counts(origins.keys() - self.further[step.name].keys())
+            self.layers[step.name] = layer_counts(n for n in origins if n not in self.further[step.name])
             self.origins[step.name] = {name: self._unless_kept(step, name, origin) for name, origin in origins.items()}
             for rule in step.keep:
                 if rule.text is not None and not any(map(rule.fits, origins)):

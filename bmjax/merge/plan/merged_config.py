@@ -22,6 +22,7 @@ _TYPES = ("dtype", "torch_dtype")
 _OF_LAYERS = re.compile(
     "layer|attn_idxs|attn_type_list|block_configs|block_types|_heads$|ffn_multipliers|intermediate_size$|_pattern$"
 )
+_LAYER_NAME = re.compile(rf"(?!re:|.*(?:{TOWERS}))(.*\b(?:layers?|h|blocks?)\.)([0-9]{{1,5}})((?:\..*)?)")
 # Keys of other things than layers, whose lists may be as long by chance.
 _OF_NO_LAYERS = re.compile(r"token|_ids?$|architectures|language|section|label")
 _ROPE = ("rope_parameters", "rope_scaling", "rope_theta")
@@ -77,7 +78,8 @@ def config_changes(layout: Layout, has_head: bool, vocabulary: Vocabulary | None
     donor_layers = layout.layers[donor][donor_stack] if donor_stack else 0
     layers = [layout.origin_of_layer(result, number) for number in range(count)]
     if layers and layers != [(donor, number) for number in range(donor_layers)]:
-        notes += _set_layers(new, donor_layers, layers, configs, old)
+        further = {t.number for name in layout.further[donor] if (t := layer(name)) and t.stack == donor_stack}
+        notes += _set_layers(new, donor_layers, len(further), layers, configs, old)
         notes += set_kinds(new, layers, configs, old)
         notes += _parts_of_tensors(layout, donor_layers)
     changes = {key: value for key, value in new.items() if key not in old or old[key] != value}
@@ -158,9 +160,17 @@ def _put(config: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _set_layers(
-    config: Config, count: int, layers: Sequence[tuple[str, int]], configs: Mapping[str, Config | None], donor: Config
+    config: Config,
+    count: int,
+    further: int,
+    layers: Sequence[tuple[str, int]],
+    configs: Mapping[str, Config | None],
+    donor: Config,
 ) -> list[str]:
-    """Make `config`, of `count` layers, that of `layers`; returns notes."""
+    """Make `config`, of `count` layers, that of `layers`; returns notes.
+
+    further: how many layers behind them predict further tokens, of which lists may speak, too.
+    """
     notes, has_count = [], False
     for i, block in enumerate(config_blocks(config)):
         for key in LAYER_COUNTS:
@@ -168,10 +178,46 @@ def _set_layers(
                 block[key], has_count = len(layers), True
         per_model = {model: list(config_blocks(configs[model] or donor)) for model, _ in layers}
         theirs = {model: blocks[i] if i < len(blocks) else {} for model, blocks in per_model.items()}
+        for model, part in theirs.items():
+            theirs[model] = _without_further(part, count, further)
+        tails = {key: value[count:] for key, value in block.items() if _is_with_further(value, count, further)}
+        block |= {key: block[key][:count] for key in tails}
         notes += _set_entries(block, theirs, count, layers)
+        block |= {key: [*block[key], *tail] for key, tail in tails.items()}
+        for key in QUANTIZATION_KEYS:
+            if isinstance(block.get(key), dict):
+                _rename_layers(block[key], layers)
     if not has_count:
         notes.append(f"config.json: no key holds the number of layers, {count}; set it to {len(layers)} yourself")
     return notes
+
+
+def _is_with_further(value: Any, count: int, further: int) -> bool:
+    return further > 0 and isinstance(value, list) and len(value) == count + further
+
+
+def _without_further(part: Config, count: int, further: int) -> Config:
+    """Return a part of a config whose lists end before the layers that predict further tokens."""
+    return {key: v[:count] if _is_with_further(v, count, further) else v for key, v in part.items()}
+
+
+def _rename_layers(values: Config, layers: Sequence[tuple[str, int]]) -> None:
+    """Make a quantization config's lists of modules, by name, name layers where they are now.
+
+    It stays where models of one scheme are copied, so all of them have the same lists.
+    """
+    for key, value in values.items():
+        if not isinstance(value, list):
+            continue
+        names = [(name, _LAYER_NAME.fullmatch(name) if isinstance(name, str) else None) for name in value]
+        if not any(match for _, match in names):
+            continue
+        values[key] = [name for name, match in names if match is None] + [
+            f"{match[1]}{n}{match[3]}"
+            for n, (_, number) in enumerate(layers)
+            for _, match in names
+            if match is not None and int(match[2]) == number
+        ]
 
 
 def _set_entries(

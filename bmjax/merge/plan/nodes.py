@@ -385,9 +385,12 @@ class _Planner:
 
 
 def _parts_of(names: Iterable[str]) -> str:
-    """Return what `keep` needs to name tensors of towers, `visual, audio_tower`; words for any others."""
+    """Return what `keep` needs to name tensors: towers, `visual, audio_tower`, or a few by name; words for more."""
+    names = list(dict.fromkeys(names))
     towers = [next((part for part in name.split(".") if is_of_tower(part)), None) for name in names]
-    return "PART OF THEIR NAMES" if None in towers else ", ".join(dict.fromkeys(filter(None, towers)))
+    if None in towers:
+        return ", ".join(names) if len(names) <= 2 else "PART OF THEIR NAMES"
+    return ", ".join(dict.fromkeys(filter(None, towers)))
 
 
 def _weight_type(donor: Checkpoint) -> np.dtype:

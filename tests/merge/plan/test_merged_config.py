@@ -99,6 +99,23 @@ def test_a_nested_list_that_another_model_lacks_is_told(save):
     assert any("mixer.layer_kinds has an entry for every layer, and not every model has it" in note for note in notes)
 
 
+@pytest.mark.parametrize("key", ["ignored_layers", "modules_to_not_convert", "ignore"])
+def test_modules_that_are_not_quantized_follow_their_layers(save, key):
+    others = ["lm_head", "re:.*layers.1.x", "visual.blocks.3.w"]
+    settings = {"quant_method": "fp8", "bits": 8}
+    listed = {**settings, key: ["model.layers.3.mlp.up_proj", *others, "model.layers.0.self_attn"]}
+    result = planned(MOVED, a=save("a", tensors(), num_hidden_layers=4, quantization_config=listed))
+    moved = [*others, "model.layers.1.mlp.up_proj", "model.layers.2.self_attn"]
+    assert result.config_changes["quantization_config"] == {**settings, key: moved}
+
+
+def test_a_list_that_goes_on_to_the_layers_for_further_tokens(save):
+    values = tensors() | {"model.layers.4.eh_proj.weight": np.ones((4, 8), np.float32)}
+    a = save("a", values, num_hidden_layers=4, num_nextn_predict_layers=1, layer_types=["x", "y", "z", "w", "m"])
+    result = planned(MOVED, a=a)
+    assert result.config_changes == {"num_hidden_layers": 3, "layer_types": ["z", "w", "x", "m"]} and not result.notes
+
+
 def test_tensors_with_a_part_for_each_layer_are_told_when_layers_move(save):
     values = tensors() | {"model.embed_tokens_per_layer.weight": np.ones((6, 8), np.float32),
                           "model.per_layer_model_projection.weight": np.ones((8, 4), np.float32),
