@@ -68,9 +68,8 @@ def config_changes(layout: Layout, has_head: bool, vocabulary: Vocabulary | None
                 if key in tokenizer_config:
                     _put(new, key, tokenizer_config[key])
     if layout.further[donor] and not layout.further[result]:
-        keys = [(block, key) for block in config_blocks(new) for key in MTP_COUNTS if block.get(key)]
-        for block, key in keys:
-            block[key] = 0
+        for block in config_blocks(new):
+            block |= {key: 0 for key in MTP_COUNTS if block.get(key)}
         notes.append(f"what predicts further tokens (MTP) in '{donor}' is left out: the last layers' model has none")
     # The layers: which input's layer each of the result's is configured as, where that is known.
     stack, donor_stack = layout.stack(result), layout.stack(donor)
@@ -232,7 +231,9 @@ def _set_entries(
     for key, value in values.items():
         if key in (*NESTED, *QUANTIZATION_KEYS, "rope_parameters", "rope_scaling") or re.search(TOWERS, key):
             continue
-        entries = {model: part.get(key) if isinstance(part, dict) else None for model, part in theirs.items()}
+        entries: dict[str, Any] = {
+            model: part.get(key) if isinstance(part, dict) else None for model, part in theirs.items()
+        }
         if isinstance(value, dict):
             notes += _set_entries(value, entries, count, layers, f"{path}{key}.")
             continue
