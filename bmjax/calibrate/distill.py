@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from bmjax.calibrate.data import Calibration
+from bmjax.calibrate.learn import moved_leaves
 from bmjax.calibrate.models import Tree
 from bmjax.merge.recipe.calibration import CalibrationSettings
 from bmjax.model import loss, qwen2
@@ -43,15 +44,16 @@ def distill(
     batches = [calibration.joint(first + number, "distilling") for number in range(p.distill)]
     # The teachers' hidden states on their own rows, and their heads.
     teachers: list[tuple[jax.Array, list[np.ndarray]]] = []
-    moving = jax.tree.map(lambda leaf: jnp.zeros((), bool), base)
+    moving = None
     for domain, branch in enumerate(branches):
-        moving = jax.tree.map(lambda m, leaf, start: m | jnp.any(leaf != start), moving, branch, base)
+        moving = moved_leaves(base, branch, moving)
         hidden = []
         for batch in batches:
             rows = _rows_of(batch, domain, len(calibration.loaders))
             calibration.count("distilling_teachers", rows)
             hidden.append(np.asarray(_hidden(config, branch, rows, p.compute_dtype, "none")))
         teachers.append((qwen2.head_weight(config, branch).astype(p.compute_dtype), hidden))
+        del branch
     # The student's steps.
     moments, heads = _ADAM.init(params), [head for head, _ in teachers]
     for number, batch in enumerate(batches):

@@ -199,6 +199,13 @@ def held_out_losses(config: ModelConfig, params: Tree, calibration: Calibration,
     return [float(_judge(config, params, batch, 1, dtype, "none")) for batch in calibration.judged()]
 
 
+@turns.jit
+def moved_leaves(base: Tree, branch: Tree, known: Tree | None) -> Tree:
+    """Return which parameters of a branch differ from the base's, or are `known` to differ in another: bool scalars."""
+    moved = jax.tree.map(lambda start, leaf: jnp.any(leaf != start), base, branch)
+    return moved if known is None else jax.tree.map(jnp.logical_or, known, moved)
+
+
 def polish(
     config: ModelConfig, base: Tree, params: Tree, branches: Iterable[Tree], calibration: Calibration,
     p: CalibrationSettings,
@@ -207,9 +214,10 @@ def polish(
 
     branches: their parameters; each is dropped before the next is asked for.
     """
-    moving = jax.tree.map(lambda leaf: jnp.zeros((), bool), base)
+    moving = None
     for branch in branches:
-        moving = jax.tree.map(lambda m, leaf, start: m | jnp.any(leaf != start), moving, branch, base)
+        moving = moved_leaves(base, branch, moving)
+        del branch
     moments = _CLIPPED_ADAM.init(params)
     for number in range(p.polish):
         batch = calibration.joint(p.steps + number, "polishing")

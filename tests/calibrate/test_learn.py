@@ -75,3 +75,10 @@ def test_gradient_is_that_of_the_whole_model(models, tmp_path, per, tied, mesh):
     # A row is an output: the last axis of a kernel here, the first of a tensor in a file.
     kernel = factors[1][0]["layers"]["mlp"]["down"]["kernel"]
     assert kernel.shape == {"row": (1, 32), "tensor": (1, 1), "entry": (64, 32)}[per]
+
+
+def test_moved_leaves_are_those_that_any_branch_changed():
+    base = {"a": jnp.zeros(3), "b": jnp.zeros((2, 2)), "c": jnp.zeros(())}
+    moved = learn.moved_leaves(base, base | {"a": jnp.array([0.0, 0.0, 1e-30])}, None)
+    moved = learn.moved_leaves(base, base | {"c": jnp.ones(())}, moved)
+    assert jax.tree.map(bool, moved) == {"a": True, "b": False, "c": True}
