@@ -25,7 +25,20 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 BRANCHES = ("a", "b", "c")
-SIZES = {"7b": (3584, 18_944, 28, 28, 4, 152_064), "tiny": (64, 176, 3, 2, 2, 512)}
+# Hidden size, width of the MLP, layers, heads, key-value heads, vocabulary.
+SIZES = {
+    "7b": (3584, 18_944, 28, 28, 4, 152_064),
+    "wide": (1024, 512, 2, 16, 4, 152_064),  # nearly all of it is embedding and head
+    "tiny": (64, 176, 3, 2, 2, 512),
+}
+# A recipe's method, `along`, whether it takes --steps, and the label of its last walk over the parts.
+METHODS = {
+    "regmean": ("regmean", "regmean", False, "start"),
+    "layerwise": ("layerwise", "changes", True, "learned"),
+    "fisher": ("learned", "fisher", False, "start"),
+    "learned": ("learned", "changes", True, "learned"),
+    "learned-fisher": ("learned", "fisher", True, "learned"),
+}
 POOL = 2**24  # random numbers that all tensors are cut from
 
 
@@ -34,10 +47,11 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--shape", choices=SIZES, default="7b")
     parser.add_argument("--layers", type=int, help="fewer than the model has, where the disk is small")
-    parser.add_argument("--methods", default="regmean,layerwise")
+    parser.add_argument("--methods", default="regmean,layerwise", help=f"of {', '.join(METHODS)}")
     parser.add_argument("--rows", type=int, default=1, help="packed rows of each domain")
     parser.add_argument("--seq-len", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=4, help="of layerwise, in each layer")
+    parser.add_argument("--steps", type=int, default=4, help="of the coefficients; of layerwise in each layer")
+    parser.add_argument("--compute-dtype", default="float32")
     parser.add_argument("--kill-after", type=int, help="parts of the last walk")
     options = parser.parse_args()
     make_models(options.work, options.shape, options.layers)
@@ -48,11 +62,13 @@ def main() -> None:
 def measure(options: argparse.Namespace, method: str) -> dict[str, Any]:
     """Merge, and once more with a kill where that is asked for; returns seconds, peak RSS and what was compared."""
     recipe = options.work / f"{method}.json"
-    parameters = {"rows": options.rows, "batch": 1, "held_out": 1, "documents": 60, "seq_len": options.seq_len}
-    if method == "layerwise":
-        parameters["steps"] = options.steps
+    merge_method, along, has_steps, last = METHODS[method]
+    parameters = {
+        "rows": options.rows, "batch": 1, "held_out": 1, "documents": 60, "seq_len": options.seq_len, "along": along,
+        "steps": options.steps if has_steps else 0, "compute_dtype": options.compute_dtype,
+    }  # fmt: skip
     recipe.write_text(json.dumps({
-        "merge_method": method, "base_model": "base", "dtype": "bfloat16", "parameters": parameters,
+        "merge_method": merge_method, "base_model": "base", "dtype": "bfloat16", "parameters": parameters,
         "sources": {name: str(options.work / name) for name in ("base", *BRANCHES)},
         "models": [{"model": name, "data": str(options.work / f"{name}.jsonl")} for name in BRANCHES],
     }))  # fmt: skip
@@ -63,7 +79,6 @@ def measure(options: argparse.Namespace, method: str) -> dict[str, Any]:
         partial = out.parent / f".{out.name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         process = start(recipe, out)
-        last = {"regmean": "start", "layerwise": "learned"}[method]
         while process.poll() is None:
             journals = list(partial.glob("steps/.step-0.partial/scratch/progress.jsonl"))
             if journals and f'["{last}/{options.kill_after}"' in journals[0].read_text():

@@ -2,8 +2,8 @@
 
 student = base + sum_b coefficient_b * contribution_b; one coefficient for each branch and output row (or entry, or
 tensor). The loss is the mean over domains of nats a target token. Each step goes forward over the parts of the models
-with the states before every part on disk, and backward over them, so one part of every model is in memory. polish
-trains all weights and holds them and their moments in memory.
+with the states before every part on disk, and backward over them, so one layer of every model is in memory, or the
+merged embedding or head with its gradient. polish trains all weights and holds them and their moments in memory.
 """
 
 import functools
@@ -18,10 +18,10 @@ import optax
 
 from bmjax.calibrate.data import Calibration
 from bmjax.calibrate.hidden import Hidden
-from bmjax.calibrate.models import Tree, whole
-from bmjax.calibrate.programs import Shares, cast, layer, merge, merge_part, pull_back_layer
+from bmjax.calibrate.models import Tree
+from bmjax.calibrate.programs import Shares, layer, merge_part, pull_back_layer, pull_back_part
 from bmjax.calibrate.programs import embed as embed_tokens
-from bmjax.calibrate.walk import Contributions, Work
+from bmjax.calibrate.walk import Work
 from bmjax.io.atomic import replacing_file
 from bmjax.merge.recipe.calibration import CalibrationSettings
 from bmjax.model import loss, parts, qwen2
@@ -97,7 +97,7 @@ def _restore(file: Path, state: Any, steps: int) -> Any:
     return jax.tree.unflatten(jax.tree.structure(state), leaves)
 
 
-@turns.jit
+@functools.partial(turns.jit, donate_argnums=(0, 1))
 def _update(factors: Factors, moments: Any, gradients: Factors, rate: jax.Array) -> tuple[Factors, Any]:
     updates, moments = _ADAM.update(gradients, moments)
     return jax.tree.map(lambda leaf, u: leaf - rate * u, factors, updates), moments
@@ -109,10 +109,15 @@ def gradient(work: Work, factors: Factors, batch: Batch[jax.Array]) -> Factors:
     last = config.num_layers + 1
     trace = Hidden(work.folder, "learning", [batch], config.hidden_size, dtype, models.mesh, kept=last + 1)
 
-    def merged(part: int) -> Tree:
+    def read(part: int) -> tuple[list[Tree], Shares]:
         loaded = models.load(part)
-        shares = work.contributions.shares(part, loaded)
-        return merge_part(parts.rows(config, part), loaded, shares, factors[part], dtype, models.mesh)
+        return loaded, work.contributions.shares(part, loaded)
+
+    def merged(part: int) -> Tree:
+        return merge_part(parts.rows(config, part), *read(part), factors[part], dtype, models.mesh)
+
+    def pulled_back(part: int, of_merged: Tree) -> list[Tree]:
+        return pull_back_part(parts.rows(config, part), *read(part), factors[part], of_merged, models.mesh)
 
     # Forward to the head.
     x = embed_tokens(config, merged(0), batch.tokens, dtype)
@@ -121,63 +126,48 @@ def gradient(work: Work, factors: Factors, batch: Batch[jax.Array]) -> Factors:
         x = layer(config, merged(part), x, batch.segment_ids, parts.window(config, part))
     # Backward from the head. A tied head's gradient goes to the coefficients of the embedding.
     gradients: Factors = [[] for _ in factors]
-    head = [last, 0] if config.tied else [last]
-    of_head, dx = _pull_back_head(
-        config, dtype, len(models.branches), [_of_part(work.contributions, work, part) for part in head],
-        [factors[part] for part in head], x, batch,
-    )  # fmt: skip
-    gradients[last] = of_head[0]
+    head = merged(last) | (merged(0) if config.tied else {})
+    of_head, dx = _head_gradients(config, len(models.branches), head, x, batch)
+    del head
+    gradients[last] = pulled_back(last, of_head)
+    of_tied = pulled_back(0, of_head) if config.tied else None
+    del of_head
     for part in reversed(range(1, last)):
-        paths, loaded, shares = _of_part(work.contributions, work, part)
         gradients[part], dx = pull_back_layer(
-            config, paths, dtype, loaded, shares, factors[part], trace.read(part, 0), batch,
+            config, work.paths(part), dtype, *read(part), factors[part], trace.read(part, 0), batch,
             parts.window(config, part), dx,
         )  # fmt: skip
-    gradients[0] = _pull_back_embedding(config, dtype, *_of_part(work.contributions, work, 0), factors[0], batch, dx)
-    if config.tied:
-        gradients[0] = jax.tree.map(jnp.add, gradients[0], of_head[1])
+    gradients[0] = pulled_back(0, _embedding_gradient(config, dtype, batch, dx))
+    if of_tied is not None:
+        gradients[0] = _sum(gradients[0], of_tied)
     return gradients
 
 
-def _of_part(contributions: Contributions, work: Work, part: int) -> tuple[Any, list[Tree], Shares]:
-    loaded = [whole(params) for params in work.models.load(part)]
-    return work.paths(part), loaded, contributions.shares(part, loaded)
+@turns.jit
+def _sum(left: Any, right: Any) -> Any:
+    return jax.tree.map(jnp.add, left, right)
 
 
-def _pull_back_head(
-    config: ModelConfig, dtype: Any, domains: int, of_parts: Sequence[Any], factors: Any, x_BTD: jax.Array,
-    batch: Batch[jax.Array],
-) -> tuple[Any, jax.Array]:  # fmt: skip
-    """Return the gradients by the head's coefficients, part by part of those that it reads, and by its input."""
-    paths = tuple(paths for paths, _, _ in of_parts)
-    arrays = [(loaded, shares) for _, loaded, shares in of_parts]
-    return _head_gradients(config, dtype, domains, paths, arrays, factors, x_BTD, batch)
-
-
-@functools.partial(turns.jit, static_argnums=range(4))
+@functools.partial(turns.jit, static_argnums=(0, 1))
 def _head_gradients(
-    config: ModelConfig, dtype: Any, domains: int, paths: Any, of_parts: Any, factors: Any, x_BTD: jax.Array,
-    batch: Batch[jax.Array],
-) -> tuple[Any, jax.Array]:  # fmt: skip
-    def run(factors: Any, x_BTD: jax.Array) -> jax.Array:
-        params: Tree = {}
-        for names, (loaded, shares), of_part in zip(paths, of_parts, factors, strict=True):
-            params |= cast(dtype, merge(names, loaded, shares, of_part))
+    config: ModelConfig, domains: int, params: Tree, x_BTD: jax.Array, batch: Batch[jax.Array]
+) -> tuple[Tree, jax.Array]:
+    """Return the gradients of the loss by the merged parameters that the head reads, and by its input."""
+
+    def run(params: Tree, x_BTD: jax.Array) -> jax.Array:
         return parts.weighted_loss(config, params, x_BTD, *targets_by_domain(batch, domains))
 
-    return jax.grad(run, argnums=(0, 1))(factors, x_BTD)
-
-
-@functools.partial(turns.jit, static_argnums=(0, 1, 2))
-def _pull_back_embedding(
-    config: ModelConfig, dtype: Any, paths: Any, models: Any, shares: Any, factors: Any, batch: Batch[jax.Array],
-    dx_BTD: jax.Array,
-) -> list[Tree]:  # fmt: skip
-    def run(factors: Any) -> jax.Array:
-        return parts.embed(config, cast(dtype, merge(paths, models, shares, factors)), batch.tokens, dtype)
-
-    gradients: list[Tree] = jax.vjp(run, factors)[1](dx_BTD)[0]
+    gradients: tuple[Tree, jax.Array] = jax.grad(run, argnums=(0, 1))(params, x_BTD)
     return gradients
+
+
+@functools.partial(turns.jit, static_argnums=(0, 1))
+def _embedding_gradient(config: ModelConfig, dtype: Any, batch: Batch[jax.Array], dx_BTD: jax.Array) -> Tree:
+    """Return the gradient of the merged embedding in `dtype`, from that of the first layer's input."""
+    # The gradient of a lookup is the same for every table.
+    params = unflatten((row.path, jnp.zeros(row.shape, dtype)) for row in parts.rows(config, 0))
+    gradient: Tree = jax.vjp(lambda params: parts.embed(config, params, batch.tokens, dtype), params)[1](dx_BTD)[0]
+    return gradient
 
 
 def _nats(

@@ -1,7 +1,7 @@
 """The models of a step, read part by part: the embedding, one layer after another, the head.
 
 Memory holds one layer of every model, as it is stored, sharded over the mesh. A large embedding or head stays in its
-file: it is read chunk by chunk where all models are needed, and whole of one model at a time. Models that are small
+file: it is read block by block where all models are needed, and whole of one model at a time. Models that are small
 together stay in memory after their first reading.
 """
 
@@ -22,6 +22,7 @@ from bmjax.merge.engine import chunks
 from bmjax.model import parts
 from bmjax.model.config import ModelConfig
 from bmjax.model.spec import Param, unflatten
+from bmjax.parallel import turns
 from bmjax.parallel.mesh import sharding
 from bmjax.weights import hf
 
@@ -120,16 +121,19 @@ def pieces(row: Param, leaf: Any) -> list[Index]:
     )]  # fmt: skip
 
 
+def fitting(index: Index, shape: tuple[int, ...]) -> Index:
+    """Return the index of a block in an array of this shape that broadcasts over the parameter."""
+    return tuple(slice(0, 1) if n == 1 else i for n, i in zip(shape, index, strict=True))
+
+
 def piece(array: Any, index: Index) -> jax.Array:
     """Return a block of a parameter, or of an array that broadcasts over it."""
     if isinstance(array, OnDisk):
         return array[index]
     if all(size in (1, part.stop - part.start) for size, part in zip(array.shape, index, strict=True)):
         return array
-    part_of_array: jax.Array = array[
-        tuple(slice(None) if n == 1 else i for n, i in zip(array.shape, index, strict=True))
-    ]
-    return part_of_array
+    block: jax.Array = turns.finished(array[fitting(index, array.shape)])
+    return block
 
 
 def checksum(tensor: np.ndarray) -> str:

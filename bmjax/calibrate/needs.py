@@ -48,17 +48,22 @@ def needs_of(step: Step, config: ModelConfig, itemsize: int) -> Needs:
     layerwise = step.method.name == "layerwise"
     joint_steps = (0 if layerwise else p.steps) + p.polish + 2 * p.distill  # distilling runs the branches, too
     tokens = measured * ((p.along != "changes") + layerwise) + joint * joint_steps
-    # Memory: the models' part as stored, the merged part, and it once more to compute with; 20 bytes for gradients.
-    of_part = itemsize * (branches + 1) + 4 + computed
-    explicit = 4 * branches if p.along != "changes" else 0
+    # Memory of a layer: the models' as stored, the merged one, it once more to compute with; 20 bytes for gradients.
+    # A coefficient for each entry comes with two moments and a gradient, in `learned` all the time.
     coefficients = 16 * branches if p.per == "entry" and p.steps else 0
-    of_layer = of_part + explicit + coefficients + 20 * bool(p.steps)
+    explicit = 4 * branches if p.along != "changes" else 0
+    of_layer = itemsize * (branches + 1) + 4 + computed + explicit + 20 * bool(p.steps) + coefficients * layerwise
     # Embedding or head: of one model as stored, with a copy, two to compute with, and the loss gathers it on every
-    # device: on a CPU one a core, at most 8. `learned` and `fisher` hold all models.
-    devices = 1 << (min(os.cpu_count() or 1, 8).bit_length() - 1)
-    of_outside = 2 * itemsize + (2 + devices) * computed
-    if p.along == "fisher" or (p.steps and not layerwise):
-        of_outside += of_part + 3 * explicit + (coefficients + 20) * bool(p.steps)
+    # device of the mesh: on a CPU, which multiplies bfloat16 as float32, there is one a core, at most 8.
+    sizes = p.mesh.values()
+    devices = 1 << (min(os.cpu_count() or 1, 8).bit_length() - 1) if -1 in sizes else math.prod(sizes)
+    gathered = devices * (4 + 2 * (computed == 2))
+    of_outside = 2 * itemsize + 2 * computed + gathered
+    learns = p.steps > 0 and not layerwise
+    if learns or p.along == "fisher":
+        # The gradient of one model's head: summed in float32 on every device, its part of the sum, the result twice.
+        of_gradient = computed + gathered + 4 * devices + 4 + 2 * computed
+        of_outside = max(of_outside, of_gradient + 8 * (p.along == "fisher"))
     of_system = 0
     if p.along == "regmean":
         widths = (config.hidden_size, config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size)
@@ -66,7 +71,7 @@ def needs_of(step: Step, config: ModelConfig, itemsize: int) -> Needs:
         widest = config.intermediate_size
         # The factored sum, and a matrix six times in float64.
         of_system = grams + 8 * (widest**2 if 2 * measured >= widest else 0) + 48 * widest * config.hidden_size
-    memory = max(layer * of_layer + of_system, outside * of_outside)
+    memory = max(layer * of_layer + of_system, outside * of_outside) + coefficients * learns * spec.count(config)
     states = p.batch * p.seq_len * config.hidden_size * 4
     memory += 16 * states + 4 * p.batch * p.seq_len * 4 * config.intermediate_size
     if p.polish or p.distill:
@@ -82,7 +87,7 @@ def needs_of(step: Step, config: ModelConfig, itemsize: int) -> Needs:
         disk += branches * p.rows * width * (config.num_layers + 2) + 4 * branches * everything
     if p.along == "regmean" and p.steps:
         disk += 4 * branches * layer * config.num_layers
-    if p.steps and not layerwise:
+    if learns:
         disk += branches * p.batch * width * (config.num_layers + 2)
     if p.polish or p.distill:
         disk += 4 * everything

@@ -4,7 +4,7 @@ Each is compiled once for all layers. Parameters arrive as they are stored; `cas
 """
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from bmjax.calibrate.hidden import Hidden
-from bmjax.calibrate.models import Index, Tree, piece, pieces, whole
+from bmjax.calibrate.models import Index, Tree, fitting, piece, pieces, whole
 from bmjax.model import parts
 from bmjax.model.batch import Batch
 from bmjax.model.config import ModelConfig
@@ -22,7 +22,10 @@ from bmjax.parallel import turns
 from bmjax.parallel.mesh import sharding
 
 Path = tuple[str, ...]
-Shares = Mapping[Path, Sequence[jax.Array]]  # of a part, each branch's contribution to a parameter, float32
+# Each branch's contribution to a block of a parameter, float32, from the block's index and the models' own blocks.
+ShareOfBlock = Callable[[Index, Sequence[jax.Array]], Sequence[jax.Array]]
+# Of a part, each branch's contribution to a parameter: whole, float32, or block by block where it is large.
+Shares = Mapping[Path, Sequence[jax.Array] | ShareOfBlock]
 
 
 @functools.partial(turns.jit, static_argnums=0)
@@ -57,22 +60,28 @@ def merge(paths: Sequence[Path], models: Sequence[Tree], shares: Shares, factors
     Arguments:
         paths: of the part's parameters.
         models: the part of the base and of every branch.
-        shares: the contributions; a parameter that has none takes its changes, divided by the number of branches.
+        shares: the contributions, whole; a parameter without takes its changes, divided by the number of branches.
         factors: of every branch, of shapes that broadcast over the parameters.
     """
-    return unflatten((path, _merge_arrays(*_arrays(path, models, shares, factors))[1]) for path in paths)
+    leaves = []
+    for path in paths:
+        arrays = [get(tree, path) for tree in models]
+        contributions: Any = shares.get(path, ())
+        leaves.append((path, _merge_arrays(arrays, contributions, [get(factor, path) for factor in factors])[1]))
+    return unflatten(leaves)
 
 
 def chunks(row: Param, models: Sequence[Tree], shares: Shares, factors: Sequence[Tree]) -> Iterator[tuple[Index, Any]]:
     """Yield the blocks of a parameter, and of each the arrays that `merge_chunk` takes. Arguments as of `merge`."""
-    arrays = _arrays(row.path, models, shares, factors)
-    for index in pieces(row, arrays[0][0]):
-        yield index, [[piece(array, index) for array in group] for group in arrays]
-
-
-def _arrays(path: Path, models: Any, shares: Shares, factors: Any) -> tuple[list[jax.Array], ...]:
-    """Return a parameter of the models, its contributions, which may be none, and its coefficients."""
-    return [get(tree, path) for tree in models], list(shares.get(path, ())), [get(factor, path) for factor in factors]
+    leaves, coefficients = ([get(tree, row.path) for tree in trees] for trees in (models, factors))
+    contributions = shares.get(row.path, ())
+    for index in pieces(row, leaves[0]):
+        blocks = [piece(leaf, index) for leaf in leaves]
+        if callable(contributions):
+            of_block = list(contributions(index, blocks))
+        else:
+            of_block = [piece(share, index) for share in contributions]
+        yield index, [blocks, of_block, [piece(factor, index) for factor in coefficients]]
 
 
 def _merge_arrays(
@@ -126,6 +135,37 @@ def merge_part(
         )
         for row in rows
     )
+
+
+def pull_back_part(
+    rows: Sequence[Param], models: Sequence[Tree], shares: Shares, factors: Sequence[Tree], gradients: Tree, mesh: Mesh
+) -> list[Tree]:
+    """Return the gradients of a part's coefficients, float32, from the gradients of its merged parameters.
+
+    It works block by block. Other arguments as of `merge`.
+    """
+    leaves: list[list[Any]] = [[] for _ in factors]
+    for row in rows:
+        totals = [np.zeros(get(factor, row.path).shape, np.float32) for factor in factors]
+        for index, arrays in chunks(row, models, shares, factors):
+            blocks = _pull_back_chunk(*arrays, piece(get(gradients, row.path), index))
+            if arrays[0][0].shape == row.shape:
+                totals = blocks
+                break
+            for total, block in zip(totals, blocks, strict=True):
+                total[fitting(index, total.shape)] += np.asarray(block)
+        for of_branch, total in zip(leaves, totals, strict=True):
+            place = sharding(mesh, row.axes, total.shape)
+            of_branch.append((row.path, turns.finished(jax.device_put(total, place))))
+    return [unflatten(of_branch) for of_branch in leaves]
+
+
+@turns.jit
+def _pull_back_chunk(models: Any, shares: Any, factors: Any, gradient: jax.Array) -> list[jax.Array]:
+    """Return the gradients of a block's coefficients from the gradient of the merged block."""
+    merged = lambda factors: _merge_arrays(models, shares, factors)[1]  # noqa: E731
+    gradients: list[jax.Array] = jax.vjp(merged, factors)[1](gradient.astype(jnp.float32))[0]
+    return gradients
 
 
 @functools.partial(turns.jit, static_argnums=(0, 1, 2))

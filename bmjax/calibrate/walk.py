@@ -81,7 +81,8 @@ class Stored:
             return shares
         computed = self._contributions.shares(part, models)
         for row in parts.rows(self._config, part):
-            for i, share in enumerate(computed.get(row.path, ())):
+            whole: Any = computed.get(row.path, ())  # as all contributions to layers are
+            for i, share in enumerate(whole):
                 save_array(self._folder / f"{row.hf_key}-{i}.npy", share)
         self._contributions.flush(part + 1)
         (self._folder / f"{part}.done").touch()

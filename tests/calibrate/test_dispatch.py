@@ -17,6 +17,7 @@ from bmjax.io.safetensors import open_checkpoint
 from bmjax.merge.plan.nodes import prepare
 from bmjax.merge.recipe.calibration import CalibrationSettings
 from bmjax.merge.recipe.recipe import read_recipe
+from bmjax.model import spec
 from bmjax.model.config import ModelConfig
 from tests.calibrate.tiny_models import SMALL, recipe, tensors
 
@@ -267,3 +268,20 @@ def test_what_stands_beside_the_weights_comes_through_every_step(models, tmp_pat
     assert (tmp_path / "out/LICENSE").read_text() == "the donor's"
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["torch_dtype"] == "float32" and config["num_hidden_layers"] == 2
+
+
+@pytest.mark.parametrize(("along", "steps"), [("fisher", 0), ("changes", 1), ("fisher", 1)])
+def test_embedding_and_head_need_no_more_memory_for_more_models(models, along, steps):
+    """Of all models together only blocks of them are in memory; coefficients by entry are those of whole models."""
+    wide = replace(ModelConfig.from_dir(models / "base"), vocab_size=10**6)
+
+    def memory(branches, **parameters):
+        block = recipe(models, along=along, **{"steps": steps, "per": "tensor"} | parameters)
+        block["models"] = [{"model": name, "data": str(models / "a.jsonl")} for name in branches]
+        (step,) = read_recipe(block | {"sources": {}}).steps
+        return needs_of(step, wide, 2).memory
+
+    matrix = wide.vocab_size * wide.hidden_size
+    one, three = memory("a"), memory("abc")
+    assert one == three > 4 * 4 * matrix
+    assert memory("abc", per="entry") - three == (16 * 3 * spec.count(wide) if steps else 0)

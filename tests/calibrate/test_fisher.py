@@ -7,13 +7,15 @@ import pytest
 import torch
 import transformers
 
-from bmjax.calibrate import fisher
-from bmjax.calibrate.models import Models
+from bmjax.calibrate import fisher, learn, programs
+from bmjax.calibrate.models import Models, whole
 from bmjax.calibrate.progress import Progress
-from bmjax.model import spec
+from bmjax.merge.recipe.recipe import read_recipe
+from bmjax.model import parts, spec
 from bmjax.model.config import ModelConfig
+from bmjax.model.spec import get
 from bmjax.parallel.mesh import make_mesh, sharding
-from tests.calibrate.tiny_models import batches, documents
+from tests.calibrate.tiny_models import batches, documents, read_from_files_in_blocks, recipe
 from tests.conftest import write_student
 
 
@@ -49,8 +51,42 @@ def test_squares_are_torchs_squared_gradients(models, tmp_path, tied, mesh):
     for row in spec.table(config):
         for key in row.hf_keys():
             square = np.load(fisher.squares_file(tmp_path, "a", key))
-            square = square.T if row.transposed else square
             np.testing.assert_allclose(square, expected[key], rtol=2e-3, atol=1e-5 * expected[key].max(), err_msg=key)
+
+
+@pytest.mark.parametrize(("in_blocks", "mesh"), [(False, {}), (True, {"fsdp": 2, "tensor": 2})])
+def test_contributions_of_parts_are_weighted_by_squares(models, tmp_path, monkeypatch, in_blocks, mesh):
+    """Means are those of whole tensors, however small the blocks are that are weighted."""
+    if in_blocks:
+        read_from_files_in_blocks(monkeypatch)
+    config = ModelConfig.from_dir(models / "base")
+    calibration, _ = batches(models, "a")
+    (step,) = read_recipe(recipe(models, along="fisher", rows=2)).steps
+    of_step = Models({name: models / name for name in ("base", "a", "b")}, config, make_mesh(mesh))
+    calibration.mesh = of_step.mesh
+    with jax.set_mesh(of_step.mesh):
+        progress = Progress(tmp_path / "progress.jsonl")
+        along = fisher.Fisher(of_step, calibration, step.calibration, tmp_path, progress)
+        for part in range(parts.count(config)):
+            loaded = of_step.load(part)
+            shares = along.shares(part, loaded)
+            rows = parts.rows(config, part)
+            factors = [learn.coefficients(rows, 1.0, "tensor") for _ in "ab"]
+            for row in rows:
+                together = [np.zeros(row.shape) for _ in "ab"]
+                blocks = list(programs.chunks(row, loaded, shares, factors))
+                assert (len(blocks) > 1) == (in_blocks and row.shape in ((300, 32), (32, 300)))
+                for index, (_, of_block, _) in blocks:
+                    for array, block in zip(together, of_block, strict=True):
+                        array[index] = block
+                start, *changed = (np.asarray(get(whole(tree), row.path), np.float64) for tree in loaded)
+                files = [fisher.squares_file(tmp_path, f"fisher-{i}", row.hf_key) for i in range(2)]
+                squares = [np.load(file).astype(np.float64) for file in files]
+                squares = [(f.T if row.transposed else f) / f.mean() for f in squares]
+                total = sum(squares)
+                for array, square, leaf in zip(together, squares, changed, strict=True):
+                    share = np.where(total > 0, square / np.where(total > 0, total, 1), 0.5)
+                    np.testing.assert_allclose(array, share * (leaf - start), rtol=1e-5, atol=1e-7, err_msg=row.hf_key)
 
 
 def test_fisher_shares_are_a_weighted_mean():
@@ -60,7 +96,7 @@ def test_fisher_shares_are_a_weighted_mean():
     squares = [rng.random((3, 4)) for _ in range(3)]
     squares[0][0] = squares[1][0] = squares[2][0] = 0
     models = [jnp.asarray(x) for x in (base, *(base + change for change in changes))]
-    weighted = fisher.weighted(models, [jnp.asarray(f) for f in squares])
+    weighted = fisher.weighted(models, [jnp.asarray(f) for f in squares], [np.float32(f.mean()) for f in squares])
     shares = [f / f.mean() for f in squares]
     total = sum(shares)
     mean = sum(s * c for s, c in zip(shares, changes, strict=True)) / np.where(total > 0, total, 1)

@@ -7,6 +7,7 @@ import pytest
 
 from bmjax.calibrate import learn
 from bmjax.calibrate.models import Models
+from bmjax.calibrate.models import whole as loaded_whole
 from bmjax.calibrate.programs import merge
 from bmjax.calibrate.progress import Progress
 from bmjax.calibrate.walk import Changes, Work
@@ -14,7 +15,7 @@ from bmjax.merge.recipe.recipe import read_recipe
 from bmjax.model import parts, qwen2, spec
 from bmjax.model.config import ModelConfig
 from bmjax.parallel.mesh import make_mesh, sharding
-from tests.calibrate.tiny_models import batches, recipe
+from tests.calibrate.tiny_models import batches, read_from_files_in_blocks, recipe
 from tests.conftest import write_student
 
 
@@ -30,14 +31,19 @@ def whole(config, trees):
 
 
 @pytest.mark.parametrize(
-    ("per", "tied", "mesh"),
+    ("per", "tied", "mesh", "in_blocks"),
     [
-        ("row", False, {}),
-        ("tensor", True, {}),
-        pytest.param("entry", False, {"fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
+        ("row", False, {}, False),
+        ("tensor", True, {}, True),
+        ("row", False, {"fsdp": 2, "tensor": 2}, True),
+        pytest.param("tensor", True, {}, False, marks=pytest.mark.slow),
+        pytest.param("entry", False, {"fsdp": 2, "tensor": 2}, True, marks=pytest.mark.slow),
+        pytest.param("entry", False, {"fsdp": 2, "tensor": 2}, False, marks=pytest.mark.slow),
     ],
 )
-def test_gradient_is_that_of_the_whole_model(models, tmp_path, per, tied, mesh):
+def test_gradient_is_that_of_the_whole_model(models, tmp_path, monkeypatch, per, tied, mesh, in_blocks):
+    if in_blocks:
+        read_from_files_in_blocks(monkeypatch)
     directories = {name: models / name for name in ("base", "a", "b")}
     if tied:
         directories = {name: write_student(tmp_path / name, seed=seed, tie_word_embeddings=True)
@@ -58,7 +64,8 @@ def test_gradient_is_that_of_the_whole_model(models, tmp_path, per, tied, mesh):
     ]  # fmt: skip
 
     def nats(factors):
-        trees = [merge(work.paths(part), of_step.load(part), {}, of_part) for part, of_part in enumerate(factors)]
+        trees = [merge(work.paths(part), [loaded_whole(tree) for tree in of_step.load(part)], {}, of_part)
+                 for part, of_part in enumerate(factors)]  # fmt: skip
         params = whole(config, trees)
         total = jnp.float32(0)
         for rows in (slice(0, 2), slice(2, 4)):  # of each domain

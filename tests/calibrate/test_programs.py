@@ -8,7 +8,7 @@ import safetensors.numpy
 from bmjax.calibrate import dispatch, models, programs
 from bmjax.model.spec import Param
 from bmjax.parallel.mesh import make_mesh
-from tests.calibrate.tiny_models import recipe, tensors
+from tests.calibrate.tiny_models import read_from_files_in_blocks, recipe, tensors
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -51,8 +51,7 @@ def test_a_merge_from_files_is_that_from_memory(models_with_embeddings, tmp_path
         parameters["along"] = "fisher"
     merge = recipe(models_with_embeddings, method, **parameters)
     expected = dispatch.merge(merge, tmp_path / "memory")
-    monkeypatch.setattr(models, "KEPT_BYTES", 0)
-    monkeypatch.setattr(models, "CHUNK", 2**12)  # 300 rows of 32: two blocks and a rest
+    read_from_files_in_blocks(monkeypatch)
     read, whole = [], models.OnDisk.__getitem__
     monkeypatch.setattr(
         models.OnDisk, "__getitem__", lambda leaf, index: read.append(leaf.row.hf_key) or whole(leaf, index)
@@ -60,8 +59,14 @@ def test_a_merge_from_files_is_that_from_memory(models_with_embeddings, tmp_path
     report = dispatch.merge(merge, tmp_path / "files")
     assert set(read) == {"model.embed_tokens.weight", "lm_head.weight"}
     a, b = tensors(tmp_path / "memory"), tensors(tmp_path / "files")
-    assert all(np.array_equal(a[name], b[name]) for name in a)
-    assert report["sources"] == expected["sources"] and report["held_out_loss"] == expected["held_out_loss"]
+    assert report["sources"] == expected["sources"]
+    if method != "learned":
+        assert all(np.array_equal(a[name], b[name]) for name in a)
+        assert report["held_out_loss"] == expected["held_out_loss"]
+    for name in a:  # gradients of coefficients are sums over blocks
+        np.testing.assert_allclose(a[name], b[name], rtol=1e-6, atol=1e-6, err_msg=name)
+    for stage, losses in expected["held_out_loss"].items():
+        assert report["held_out_loss"][stage] == pytest.approx(losses, rel=1e-6)
     for name, summary in expected["tensors"].items():
         for key in ("moved_norm", "reference_norm"):
             assert report["tensors"][name]["merged"][key] == pytest.approx(summary["merged"][key], rel=1e-5)

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import safetensors.numpy
 
-from bmjax.calibrate import data
+from bmjax.calibrate import data, models
 from bmjax.merge.recipe.recipe import read_recipe
 from bmjax.parallel.mesh import make_mesh
 from bmjax.weights import student
@@ -40,3 +40,9 @@ def documents(batch):
     for tokens, segments, mask in zip(batch.tokens, batch.segment_ids, batch.loss_mask, strict=True):
         for segment in range(1, segments.max() + 1):
             yield tokens[segments == segment], mask[segments == segment]
+
+
+def read_from_files_in_blocks(monkeypatch):
+    """Keep no model in memory, and cut embedding and head in blocks: of 300 rows of 32, two of 128 and a rest."""
+    monkeypatch.setattr(models, "KEPT_BYTES", 0)
+    monkeypatch.setattr(models, "CHUNK", 2**12)
