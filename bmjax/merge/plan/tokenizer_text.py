@@ -81,11 +81,13 @@ def tokenizer_difference(first: Path, second: Path) -> str | None:
     common = next((name for name in files[0] if name in files[1]), None)
     name, other = (common, common) if common else (files[0][0], files[1][0])
     paths = first / name, second / other
-    is_same_file = common is not None and filecmp.cmp(*paths, shallow=False)
-    if is_same_file and _added(first) == _added(second):
+    if first.samefile(second):
         return None
     if max(path.stat().st_size for path in paths) > MAX_CHARACTERS:
         return f"{name} is too large to be compared"
+    is_same_file = common is not None and filecmp.cmp(*paths, shallow=False)
+    if is_same_file and _added(first) == _added(second):
+        return None
     texts, others = _texts(first, name), _texts(second, other)
     if texts is None or others is None:
         differing = None
