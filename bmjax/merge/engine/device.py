@@ -1,7 +1,6 @@
 """On which device the programs of a merge from files run."""
 
-import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -27,31 +26,39 @@ def choose(name: str, methods: Iterable[str]) -> Any:
         UserError: for a device that JAX does not find.
     """
     if name not in DEVICES:
-        raise UserError(f"device: expected {', '.join(DEVICES[:-1])} or {DEVICES[-1]}, found '{name}'")
+        raise UserError(f"--device: expected {', '.join(DEVICES[:-1])} or {DEVICES[-1]}, found '{name}'")
     if name == "auto" and not set(methods) <= BOUND_BY_BYTES:
-        return jax.local_devices()[0]
+        return _default()
     platform = "cpu" if name == "auto" else name
     try:
         return jax.local_devices(backend=platform)[0]
     except RuntimeError:
+        if name == "auto":  # JAX_PLATFORMS leaves the CPU out
+            return _default()
         names = ", ".join(sorted({device.platform for device in jax.local_devices()}))
-        extra = {"gpu": "cuda", "tpu": "tpu"}[platform]
-        way_out = f"leave it out, or pip install '.[{extra}]' in the clone"
-        raise UserError(f"device: JAX finds no {platform} here, only {names}; {way_out}") from None
+        way_out = {
+            "cpu": f"set JAX_PLATFORMS={names},cpu",
+            "gpu": "pip install '.[cuda]' in the clone",
+            "tpu": "pip install '.[tpu]' in the clone",
+        }
+        raise UserError(
+            f"--device: JAX finds no {platform} here, only {names}; leave it out, or {way_out[platform]}"
+        ) from None
 
 
-@contextlib.contextmanager
-def computing_on(device: Any) -> Iterator[None]:
-    """Have the programs of all threads that are given host arrays run on a device."""
-    before = jax.config.jax_default_device  # type: ignore[attr-defined]
-    jax.config.update("jax_default_device", device)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_default_device", before)
+def _default() -> Any:
+    """Return the device on which programs with host arrays run in this thread."""
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]
+    if device is None:
+        return jax.local_devices()[0]
+    return jax.local_devices(backend=device)[0] if isinstance(device, str) else device
+
+
+def compute_on(device: Any) -> None:
+    """Have programs with host arrays run on a device, from now on in this thread, which computes nothing else."""
+    jax.default_device(device).__enter__()
 
 
 def platform() -> str:
-    """Return the platform of the device that programs with host arrays run on."""
-    device = jax.config.jax_default_device  # type: ignore[attr-defined]
-    return jax.default_backend() if device is None else str(device.platform)
+    """Return the platform of the device on which programs with host arrays run in this thread."""
+    return str(_default().platform)

@@ -18,7 +18,7 @@ import yaml
 
 from bmjax.io.atomic import replacing
 from bmjax.io.safetensors import Plan, SharedWriter
-from bmjax.merge.engine.device import choose, computing_on
+from bmjax.merge.engine.device import choose
 from bmjax.merge.engine.journal import Journal, clear
 from bmjax.merge.engine.stream import Progress, Stream
 from bmjax.merge.plan.merged_config import set_type
@@ -71,7 +71,6 @@ def merge(
     rows = [(node.name, node.dtype, node.shape) for node in plan.nodes]
     check_space(Path(output), plan.nbytes + side_files(donor).nbytes)
     with replacing(Path(output), resume=True) as folder, contextlib.ExitStack() as stack:
-        stack.enter_context(computing_on(chosen))
         fingerprint = _fingerprint(plan, rows, shard_bytes, chosen.platform)
         journal = stack.enter_context(contextlib.closing(Journal(folder, fingerprint)))
         writer = stack.enter_context(contextlib.closing(SharedWriter(folder, rows, shard_bytes)))
@@ -79,7 +78,7 @@ def merge(
         clear(folder, [*writer.files, journal.path])
         journal.check(writer, rows)
         buffers = MEMORY if memory is None else memory
-        stream = stack.enter_context(contextlib.closing(Stream(plan, writer, journal, buffers)))
+        stream = stack.enter_context(contextlib.closing(Stream(plan, writer, journal, buffers, chosen)))
         tensors = stream.run(plan.nodes, progress or (lambda done, total, name: None))
         writer.finish()
         sources = {

@@ -18,6 +18,7 @@ import numpy as np
 from bmjax.config import UserError
 from bmjax.io.safetensors import Reader, SharedWriter, TensorInfo, units
 from bmjax.merge.engine.chunks import CHUNK, SAMPLE, Chunk, ChunkCache, StoredTensor, View, block_digest, digest
+from bmjax.merge.engine.device import compute_on
 from bmjax.merge.engine.journal import Journal
 from bmjax.merge.engine.quantile import NotFiniteError
 from bmjax.merge.engine.read_ahead import ReadAhead
@@ -34,14 +35,22 @@ StoredKey = tuple[str, str, int]
 
 
 class Stream:
-    """One merge's work. memory: bytes for what is kept of inputs between passes and for chunks at work."""
+    """One merge's work.
 
-    def __init__(self, plan: MergePlan, writer: SharedWriter, journal: Journal, memory: int) -> None:
+    Arguments:
+        memory: bytes for what is kept of inputs between passes and for chunks at work.
+        device: to compute on.
+    """
+
+    def __init__(self, plan: MergePlan, writer: SharedWriter, journal: Journal, memory: int, device: Any) -> None:
         self.recipe, self.models, self.writer, self.journal = plan.recipe, plan.models, writer, journal
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         # A chunk at work takes its inputs and about twice as many float32 arrays.
         at_work = CHUNK * 4 * (2 * len(self.models) + 4)
-        self._pool = ThreadPoolExecutor(max(1, min(cores, memory // 2 // at_work)), "merge-chunk")
+        self._device = device
+        self._pool = ThreadPoolExecutor(
+            max(1, min(cores, memory // 2 // at_work)), "merge-chunk", initializer=compute_on, initargs=(device,)
+        )
         self._flusher = ThreadPoolExecutor(1, "merge-flush")
         self._memory = memory // (2 * TENSORS)
         self._files = Reader()
@@ -78,7 +87,8 @@ class Stream:
         # Where the masks of formulas are compared: some matrices, over all depths.
         matrices = [node.name for node in nodes if len(node.shape) == 2]
         self._sampled = set(matrices[:: max(1, len(matrices) // SAMPLED)])
-        with contextlib.closing(ahead), ThreadPoolExecutor(TENSORS, "merge-tensor") as drivers:
+        driving = ThreadPoolExecutor(TENSORS, "merge-tensor", initializer=compute_on, initargs=(self._device,))
+        with contextlib.closing(ahead), driving as drivers:
             futures = {node.name: drivers.submit(work, node) for node in largest_first}
             try:
                 wait(futures.values(), return_when=FIRST_EXCEPTION)

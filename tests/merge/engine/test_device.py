@@ -1,6 +1,7 @@
 """Which device a merge computes on."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -59,9 +60,28 @@ def test_programs_run_on_the_chosen_device_and_others_as_before():
     chosen = jax.local_devices()[3]
     program = passes.statistics()
     x = passes.block(np.ones((2, 4), np.float32), [np.zeros((2, 4), np.float32)], {})
-    with device.computing_on(chosen):
-        assert program(x, x.base, [])[0].devices() == {chosen}
-    assert jnp.ones(1).devices() == {jax.local_devices()[0]}
+
+    def other_thread():
+        device.compute_on(chosen)
+        return program(x, x.base, [])[0].devices()
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(other_thread).result() == {chosen}
+    assert program(x, x.base, [])[0].devices() == jnp.ones(1).devices() == {jax.local_devices()[0]}
+
+
+def test_auto_takes_the_device_that_jax_computes_on(gpu, monkeypatch):
+    monkeypatch.setattr(jax, "local_devices", lambda backend=None: [gpu["gpu"]] if backend != "cpu" else _raise())
+    assert device.choose("auto", ["linear"]).platform == "gpu"  # JAX_PLATFORMS=cuda leaves no CPU
+    with pytest.raises(UserError, match="JAX_PLATFORMS=gpu,cpu"):
+        device.choose("cpu", ["linear"])
+    chosen = SimpleNamespace(platform="gpu", device_kind="the third")
+    monkeypatch.setattr(device.jax, "config", SimpleNamespace(jax_default_device=chosen))
+    assert device.choose("auto", ["ties"]) is chosen and device.platform() == "gpu"
+
+
+def _raise():
+    raise RuntimeError("Unknown backend cpu")
 
 
 def test_a_merge_says_its_device_and_refuses_what_is_not_there(tmp_path, monkeypatch, capsys):
