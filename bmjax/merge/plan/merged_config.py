@@ -71,6 +71,13 @@ def config_changes(layout: Layout, has_head: bool, vocabulary: Vocabulary | None
         for block in config_blocks(new):
             block |= {key: 0 for key in MTP_COUNTS if block.get(key)}
         notes.append(f"what predicts further tokens (MTP) in '{donor}' is left out: the last layers' model has none")
+    last = layout.last_input(result)
+    if layout.further[result] and not layout.further[donor]:
+        for block, theirs in zip(config_blocks(new), config_blocks(configs.get(last) or old), strict=False):
+            block |= {key: theirs[key] for key in MTP_COUNTS if theirs.get(key)}
+        notes.append(
+            f"what predicts further tokens (MTP) is that of '{last}', whose config says how many layers it has"
+        )
     # The layers: which input's layer each of the result's is configured as, where that is known.
     stack, donor_stack = layout.stack(result), layout.stack(donor)
     count = layout.layers[result][stack] if stack else 0
@@ -78,7 +85,13 @@ def config_changes(layout: Layout, has_head: bool, vocabulary: Vocabulary | None
     layers = [layout.origin_of_layer(result, number) for number in range(count)]
     if layers and layers != [(donor, number) for number in range(donor_layers)]:
         further = {t.number for name in layout.further[donor] if (t := layer(name)) and t.stack == donor_stack}
-        notes += _set_layers(new, donor_layers, len(further), layers, configs, old)
+        counts = [block[key] for block in config_blocks(old) for key in MTP_COUNTS if type(block.get(key)) is int]
+        behind = len(further) or (max(counts, default=0) if layout.further[donor] else 0)
+        tail = None
+        if layout.further[result]:
+            last_stack = layout.stack(last)
+            tail = configs.get(last) or old, layout.layers[last][last_stack] if last_stack else 0
+        notes += _set_layers(new, donor_layers, behind, layers, configs, old, tail)
         notes += set_kinds(new, layers, configs, old)
         notes += _parts_of_tensors(layout, donor_layers)
     changes = {key: value for key, value in new.items() if key not in old or old[key] != value}
@@ -165,10 +178,12 @@ def _set_layers(
     layers: Sequence[tuple[str, int]],
     configs: Mapping[str, Config | None],
     donor: Config,
+    tail: tuple[Config, int] | None,
 ) -> list[str]:
     """Make `config`, of `count` layers, that of `layers`; returns notes.
 
-    further: how many layers behind them predict further tokens, of which lists may speak, too.
+    further: how many layers behind them predict further tokens (MTP), of which lists may speak, too.
+    tail: the config of the model whose MTP layers stand in the result, and its number of layers; None for no such.
     """
     notes, has_count = [], False
     for i, block in enumerate(config_blocks(config)):
@@ -179,8 +194,8 @@ def _set_layers(
         theirs = {model: blocks[i] if i < len(blocks) else {} for model, blocks in per_model.items()}
         for model, part in theirs.items():
             theirs[model] = _without_further(part, count, further)
-        tails = {key: value[count:] for key, value in block.items() if _is_with_further(value, count, further)}
-        block |= {key: block[key][:count] for key in tails}
+        block |= {k: value[:count] for k, value in block.items() if _is_with_further(value, count, further)}
+        tails = _tails(block, list(config_blocks(tail[0]))[i:][:1], tail[1], count) if tail else {}
         notes += _set_entries(block, theirs, count, layers)
         block |= {key: [*block[key], *tail] for key, tail in tails.items()}
         for key in QUANTIZATION_KEYS:
@@ -189,6 +204,18 @@ def _set_layers(
     if not has_count:
         notes.append(f"config.json: no key holds the number of layers, {count}; set it to {len(layers)} yourself")
     return notes
+
+
+def _tails(block: Config, theirs: Sequence[Config], their_count: int, count: int) -> dict[str, list[Any]]:
+    """Return the entries of MTP layers by the key of each list of `count` layers in a part of a config.
+
+    theirs: the same part of the config that has them, of `their_count` layers, where it has one.
+    """
+    lists = {key: part[key] for part in theirs for key in block if isinstance(part.get(key), list)}
+    return {
+        key: value[their_count:] for key, value in lists.items()
+        if isinstance(block[key], list) and len(block[key]) == count and len(value) > their_count
+    }  # fmt: skip
 
 
 def _is_with_further(value: Any, count: int, further: int) -> bool:

@@ -92,6 +92,21 @@ def test_a_stack_that_ends_in_a_model_without_it_has_none(save, form):
     assert len(result.nodes) == len(tensors()) + len(FORMS[form])
 
 
+@pytest.mark.parametrize("form", ["numbered", "mtp"])
+def test_lists_of_layers_have_entries_for_it_where_the_result_has_it(save, form):
+    kinds = {"a": ["full", "full", "sliding", "full", "tail of a"], "b": ["sliding", "full", "full", "sliding"]}
+    models = {
+        "a": save("a", predicting(form), **CONFIG, layer_types=kinds["a"]),
+        "b": save("b", tensors(seed=1), **{**CONFIG, "num_nextn_predict_layers": 0}, layer_types=kinds["b"]),
+    }
+    changes = planned(stacked("a", "b"), **models).config_changes
+    assert changes["layer_types"] == [*kinds["a"][:2], *kinds["b"][:2]] and changes["num_nextn_predict_layers"] == 0
+    result = planned(stacked("b", "a"), **models)
+    assert result.config_changes["layer_types"] == [*kinds["b"][:2], *kinds["a"][:2], "tail of a"]
+    assert result.config_changes["num_nextn_predict_layers"] == 1
+    assert any("(MTP) is that of 'a'" in note for note in result.notes)
+
+
 def test_its_rows_of_tokens_follow_the_donors(save):
     models = {"a": save("a", predicting("numbered"), **CONFIG)}
     models["wide"] = save("wide", predicting("numbered", 1, vocabulary=9), **CONFIG)
