@@ -19,7 +19,7 @@ _HEAD = re.compile(
 )
 _TASK_HEAD = re.compile(
     r"(^|\.)(scorer?|regressor|(\w+_)?classifier|classification_head|multiple_choice_head|qa_outputs|summary|logits_proj"
-    r"|(v|rm|prm|cls|value|critic|reward|rank|regression|scoring)s?_(head|layer|proj))\."
+    r"|(v|cls|value|rank)s?_head|(rm|prm|critic|reward|regression|scoring)s?_(head|layer|proj))\."
 )
 _BUFFER = re.compile(r"(^|\.)(inv_freq|position_ids|(attn|attention)\.(masked_)?bias)$")
 # Parts of the names of what is beside a language model: encoders of other senses, and what joins them to it.

@@ -8,6 +8,7 @@ from bmjax.config import UserError
 from bmjax.io.safetensors import open_checkpoint
 from bmjax.merge.plan import heads
 from bmjax.merge.plan.heads import TIED, TIED_FAMILIES, UNTIED_FAMILIES, is_tied_by_default
+from bmjax.merge.plan.tensor_names import is_task_head
 from bmjax.model.config import read_hf_config
 from tests.merge.plan_helpers import EMBED, HEAD, names, planned, soup, tensors
 
@@ -120,6 +121,18 @@ def test_a_head_of_values_beside_the_language_head_stays_the_donors(save, config
     files = {node.name: [model for model, _ in node.files()] for node in result.nodes}
     assert files["v_head.summary.weight"] == ["critic"] and files[HEAD] == ["critic", "a"]
     assert "v_head.summary.weight" not in names(planned(soup("a", "critic"), **models))
+
+
+@pytest.mark.parametrize(
+    "name", ["v_head", "cls_head", "value_head", "rm_head", "reward_layer", "score", "regression_layer"]
+)
+def test_names_of_task_heads(name):
+    assert is_task_head(f"{name}.weight") and is_task_head(f"model.{name}.summary.weight")
+
+
+@pytest.mark.parametrize("name", ["cross_attn.v_proj", "attn.value_proj", "value_layer", "vs_proj", "cls_layer"])
+def test_values_of_attention_are_no_task_heads(name):
+    assert not is_task_head(f"multi_modal_projector.{name}.weight")
 
 
 def test_embedding_models_have_no_head_to_lose(save):
