@@ -119,7 +119,9 @@ def _texts(directory: Path, name: str) -> dict[int, str] | None:
         texts = {i: text for text, i in read_json(path).items() if type(i) is int}
     elif name == "vocab.txt":
         with contextlib.suppress(UserError):
-            texts = dict(enumerate(read_text(path, MAX_CHARACTERS).splitlines()))
+            # Tokens may hold what splitlines takes for an end of a line, U+2028 for one.
+            lines = read_text(path, MAX_CHARACTERS).replace("\r\n", "\n").removesuffix("\n")
+            texts = dict(enumerate(lines.split("\n")))
     elif name.endswith(".model") and path.stat().st_size <= MAX_CHARACTERS:
         texts = dict(enumerate(pieces(path) or ()))
     if not texts:

@@ -97,6 +97,14 @@ def test_other_vocabularies_of_one_kind(tmp_path, kind):
     assert largest_id(second) == 2
 
 
+def test_a_token_may_hold_what_ends_lines_elsewhere(tmp_path):
+    tokens = ["a", "b\u2028c", "\x0b", "\x85", "d"]
+    first, second = tokenizer(tmp_path / "a", "vocab.txt", tokens), tokenizer(tmp_path / "b", "vocab.txt", tokens)
+    (second / "vocab.txt").write_bytes("\r\n".join([*tokens, ""]).encode())  # as Windows writes it
+    assert largest_id(first) == largest_id(second) == 4
+    assert tokenizer_difference(first, second) is None
+
+
 @pytest.mark.parametrize(("kind", "other"), itertools.permutations(KINDS, 2))
 def test_vocabularies_in_files_of_other_kinds(tmp_path, kind, other):
     first, second = tokenizer(tmp_path / "a", kind, ["a", "b"]), tokenizer(tmp_path / "b", other, ["a", "b"])
