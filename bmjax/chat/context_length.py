@@ -65,10 +65,23 @@ _LIMIT = re.compile(
 
 @dataclass(frozen=True)
 class Excess:
-    """A refusal for the context's length. prompt, context: their tokens; None where the words do not tell them."""
+    """A refusal for the context's length.
+
+    Attributes:
+        prompt, context: their tokens; None where the words do not tell them.
+        is_least: whether the prompt has that many tokens at the least.
+    """
 
     prompt: int | None = None
     context: int | None = None
+    is_least: bool = False
+
+    @property
+    def room(self) -> int | None:
+        """The tokens that the context has beside the prompt; None where the words do not tell them."""
+        if self.prompt is None or self.context is None or self.is_least or self.prompt >= self.context:
+            return None
+        return self.context - self.prompt
 
     @property
     def is_of_prompt(self) -> bool:
@@ -89,7 +102,9 @@ def context_excess(message: str, names: Iterable[str] = (), status: int | None =
     is_of_a_rate = status == 429 or "rate_limit" in names or (not is_named and _OF_A_RATE.search(message))
     if is_of_a_rate or not (is_named or (status in _STATUSES and _WORDS.search(message))):
         return None
-    return Excess(_count(_PROMPT.search(message)), _count(_LIMIT.search(message)))
+    prompt = _PROMPT.search(message)
+    is_least = prompt is not None and "at least" in prompt[0].lower()
+    return Excess(_count(prompt), _count(_LIMIT.search(message)), is_least)
 
 
 def _count(match: re.Match[str] | None) -> int | None:

@@ -124,8 +124,9 @@ class _Asking:
     ) -> Reply | None:
         """Return the answer to a chat; None where its prompt alone is over the model's context.
 
-        Many endpoints refuse a prompt whose longest answer would pass the end of the context. It is then asked again
-        without that limit: the answer ends where the context does, as it does of a model in this process.
+        Many endpoints refuse a prompt whose longest answer would pass the end of the context. It is then asked again,
+        for what is left of the context, or without a limit where the refusal does not tell that. The answer ends where
+        the context does, as it does of a model in this process.
         """
         try:
             return await client.complete(chat, request)
@@ -134,10 +135,12 @@ class _Asking:
                 raise
             if error.excess.is_of_prompt or not any(request.get(key) for key in _LIMITS):
                 return None
-            first = error
-        unlimited = {key: value for key, value in request.items() if key not in _LIMITS}
+            first, excess = error, error.excess
+        shorter = {key: value for key, value in request.items() if key not in _LIMITS}
+        if excess.room is not None:
+            shorter[next(key for key in _LIMITS if request.get(key))] = excess.room
         try:
-            reply = await client.complete(chat, unlimited)
+            reply = await client.complete(chat, shorter)
         except RequestFailed as error:
             if error.excess is None:
                 raise
@@ -146,7 +149,7 @@ class _Asking:
             self._told_of_context = True
             self.log(
                 f"eval {self.name}: the endpoint holds no prompt with max_new_tokens beside it ({first}); such samples "
-                "are asked for without max_tokens and end where its context does"
+                "are asked for once more and end where its context does"
             )
         return reply
 

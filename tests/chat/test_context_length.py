@@ -59,7 +59,8 @@ from bmjax.chat.replies import ReplyError, read_completion, read_error
 def test_words_of_many_servers(words, prompt, context):
     names = ["context_length_exceeded"] if "the context holds" in words else []
     excess = context_excess(words, names, 400)
-    assert excess == Excess(prompt, context)
+    assert excess == Excess(prompt, context, is_least="at least" in words)
+    assert excess.room is None or excess.room == context - prompt
     assert excess.is_of_prompt == (prompt is not None and context is not None and prompt >= context)
     # An engine that failed says so, too, whatever it says of the context.
     assert names or context_excess(words, (), 500) is None

@@ -270,7 +270,25 @@ def test_where_only_prompt_and_longest_answer_pass_the_context_the_answer_gets_t
         score = evaluate(asking.model_copy(update={"max_new_tokens": 1000}), lines.append)["t"]
     assert (score["over_context"], score["truncated"]) == (1, pytest.approx(2 / 3))
     assert [body.get("max_tokens") for body in server.bodies] == [1000, None] * 3
-    assert sum("asked for without max_tokens" in line for line in lines) == 1
+    assert sum("asked for once more" in line for line in lines) == 1
+
+
+def test_where_a_refusal_tells_what_is_left_the_answer_gets_that(tmp_path):
+    """A server that is asked for no length may give a short one of its own."""
+
+    def answer(prompt, seed):
+        longest = server.bodies[-1].get("max_tokens", 16)
+        if 10 + longest <= 1000:
+            return "2", "stop" if longest > 16 else "length"
+        return {"error": {"code": "context_length_exceeded", "message": (
+            f"This model's maximum context length is 1000 tokens. However, you requested {10 + longest} tokens "
+            f"(10 in the messages, {longest} in the completion)."
+        )}}, 400  # fmt: skip
+
+    with Endpoint(answer) as server:
+        asking = settings(server, tmp_path / "out", {"t": {"questions": rows_of(tmp_path)}}, concurrency=1)
+        score = evaluate(asking.model_copy(update={"max_new_tokens": 1000}))["t"]
+    assert [body.get("max_tokens") for body in server.bodies] == [1000, 990] * 3 and score["truncated"] == 0
 
 
 @pytest.mark.parametrize("words", [
