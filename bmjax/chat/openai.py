@@ -60,7 +60,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 
 # What OpenAI's and vLLM's clients send and no answer of bmjax depends on.
 NO_EFFECT = {
-    "user", "metadata", "store", "service_tier", "parallel_tool_calls", "prediction", "prompt_cache_key",
+    "user", "user_id", "metadata", "store", "service_tier", "parallel_tool_calls", "prediction", "prompt_cache_key",
     "prompt_cache_options", "prompt_cache_retention", "safety_identifier", "request_id", "cache_salt",
     "spaces_between_special_tokens", "guided_decoding_backend", "guided_whitespace_pattern", "mm_processor_kwargs",
     "kv_transfer_params", "vllm_xargs",
@@ -258,7 +258,8 @@ def _unknown(
     """Return (path to its object, name, known names that it may be a slip of) of each unknown field.
 
     What all turns have is there once, what is null not at all, and no more than MAX_UNKNOWN and one. A field that an
-    object must have is not what another one of it was meant to be.
+    object must have is not what another one of it was meant to be. Nor is one without effect: a vendor's own
+    field may be like it.
     """
     of_request = {*kind.model_fields, *_fields_of_other(kind), *UNSUPPORTED, *NO_EFFECT}
     of_stream = {*StreamOptions.model_fields, *_STREAM_NO_EFFECT}
@@ -274,7 +275,7 @@ def _unknown(
             if name in known or value is None or (path, name) in unknown or len(unknown) > MAX_UNKNOWN:
                 continue
             there = {key for key, field in model.model_fields.items() if field.is_required() and key in part}
-            unknown[path, name] = known - there
+            unknown[path, name] = known - there - NO_EFFECT
     return [(path, name, known) for (path, name), known in unknown.items()]
 
 

@@ -96,6 +96,8 @@ def test_what_clients_send_without_effect_is_known() -> None:
         assert unknown_fields(kind, dict.fromkeys(openai_fields | vllm_fields | NO_EFFECT | {*UNSUPPORTED}, 1)) == []
     for kind, body in ((ServedChat, CHAT), (ServedCompletion, TEXT)):
         read_request(kind, body | dict.fromkeys(NO_EFFECT, "any"))
+        # A vendor's own field is no slip of one without effect.
+        read_request(kind, body | dict.fromkeys(("user_ids", "meta_data_2", "stored"), "any"))
 
 
 def test_vendors_fields_are_accepted_and_listed_once() -> None:

@@ -50,7 +50,7 @@ DRAINED_BYTES = 2**26  # of a body that is too long: read and dropped, so that i
 LONG_BODY_BYTES = 2**14  # read and tokenized in another thread, so that streams go on meanwhile
 HEARTBEAT_SECONDS = 15.0  # between signs of life in a stream that waits for a slot
 CLIENT_LEFT = 499
-MAX_NAMED = 100  # unknown fields that the log names
+MAX_NAMED, LONGEST_NAME = 100, 100  # unknown fields that the log names, and letters of one
 
 
 class App:
@@ -136,10 +136,10 @@ class App:
 
     def _name(self, fields: Sequence[str]) -> None:
         """Tell the log of unknown fields that it has not heard of."""
-        for field in fields:
+        for field in (field[:LONGEST_NAME] for field in fields):
             if field not in self._named and len(self._named) < MAX_NAMED:
                 self._named.add(field)
-                shown = UserError(field[:MAX_NAMED]).args[0]  # printable
+                shown = UserError(field).args[0]  # printable
                 self._log(
                     f"{self.served.name}: requests have the field '{shown}', which bmjax does not know: no effect"
                 )
