@@ -122,6 +122,13 @@ def test_a_recipe_asks_for_what_its_method_needs(tmp_path: Path, monkeypatch: py
     assert yaml.safe_load(Path("ties.yaml").read_text())["base_model"] == "base"
 
 
+@pytest.mark.parametrize("models", ["", "5", "{a: b}"])
+def test_models_that_are_no_names_are_refused(tmp_path: Path, capsys, models: str) -> None:
+    file = tmp_path / "recipe.yaml"
+    done = main(["init", "merge", "merge_method=ties", f"models={models}", "base_model=base", "--output", str(file)])
+    assert done == 2 and "models: expected names" in capsys.readouterr().err and not file.exists()
+
+
 def test_the_schema_of_recipes_knows_every_key_of_the_worked_ones(capsys) -> None:
     assert main(["init", "merge", "--schema"]) == 0
     schema = json.loads(capsys.readouterr().out)

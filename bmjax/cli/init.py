@@ -76,6 +76,8 @@ def _recipe(overrides: Sequence[str], file: Path) -> str:
         del values["base_model"]
     if isinstance(values["models"], str):
         values["models"] = [name.strip() for name in values["models"].split(",")]
+    if not isinstance(values["models"], list) or not values["models"]:
+        raise UserError(f"models: expected names with commas between them, found {values['models']!r}")
     has_weights = method is not None and "weight" in method.parameters
     text = recipe(values, has_weights, name in CALIBRATED)
     read_recipe(yaml.safe_load(text))  # a wrong key or value is told now
