@@ -80,7 +80,7 @@ def measure(options: argparse.Namespace, method: str) -> dict[str, Any]:
         shutil.rmtree(partial, ignore_errors=True)
         process = start(recipe, out)
         while process.poll() is None:
-            journals = list(partial.glob("steps/.step-0.partial/scratch/progress.jsonl"))
+            journals = list(partial.glob(".steps/.step-0.partial/scratch/progress.jsonl"))
             if journals and f'["{last}/{options.kill_after}"' in journals[0].read_text():
                 process.send_signal(signal.SIGKILL)
             time.sleep(0.2)

@@ -117,7 +117,7 @@ def merge_steps(plan: MergePlan, output: Path, shard_bytes: float, log: Log) -> 
             path.rename(folder / path.name)
         written = open_checkpoint(folder)
         types = {info.numpy_dtype.name for info in written.tensors.values()}
-        files.write_beside(folder, plan, types)
+        files.write_beside(folder, plan, {name for name in types if jnp.issubdtype(jnp.dtype(name), jnp.floating)})
         # The report of all steps, and the card.
         for name in recipe.inputs:
             if name not in sources:
