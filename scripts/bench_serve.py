@@ -48,7 +48,7 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--slots", type=int, default=64)
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()  # key=value may follow options
     command = [sys.executable, "-m", "bmjax", "serve", options.model, "--port", "0", f"slots={options.slots}",
                "name=model", *options.settings]  # fmt: skip
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
