@@ -177,7 +177,6 @@ def test_a_notebook_is_whole(notebook):
         compile("".join(cell["source"]), notebook.name, "exec")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
 def test_a_notebook_runs(notebook, monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "Agg")
