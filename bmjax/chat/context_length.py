@@ -34,32 +34,26 @@ _WORDS = re.compile(
     ),
     re.IGNORECASE,
 )
-_COUNT = r"(\d[\d,]*)"
-_PROMPT = re.compile(
-    r"|".join(
-        words.replace("N", _COUNT)
-        for words in (
-            r"\(N (?:in the messages|of text input|tokens\) (?:is longer|exceeds))",
-            r"N (?:tokens from the input|`inputs` tokens|input tokens)",
-            r"(?:prompt|request) (?:contains|has) (?:at least )?N",
-            r"(?:resulted in|must have less than \d+ tokens\. Given:) N",
-            r"(?:input length|input token count|prompt) \(?(?:length )?N",
-            r"(?:prompt is too long|messages|prompt): N tokens",
-        )
-    ),
-    re.IGNORECASE,
+
+
+def _count_in(*forms: str) -> re.Pattern[str]:
+    """Return the pattern of a number in one of some forms of words, where N stands for it."""
+    return re.compile("|".join(form.replace("N", r"(\d[\d,]*)") for form in forms), re.IGNORECASE)
+
+
+_PROMPT = _count_in(
+    r"\(N (?:in the messages|of text input|tokens\) (?:is longer|exceeds))",
+    r"N (?:tokens from the input|`inputs` tokens|input tokens)",
+    r"(?:prompt|request) (?:contains|has) (?:at least )?N",
+    r"(?:resulted in|must have less than \d+ tokens\. Given:) N",
+    r"(?:input length|input token count|prompt) \(?(?:length )?N",
+    r"(?:prompt is too long|messages|prompt): N tokens",
 )
-_LIMIT = re.compile(
-    r"|".join(
-        words.replace("N", _COUNT)
-        for words in (
-            r"> N maximum",
-            r"N maximum context length",
-            r"(?:context|maximum prompt|maximum model) (?:length|window|size|holds)(?: is| of| only)* \(?N",
-            r"(?:must be <=|less than|tokens allowed|allowed input length of) \(?N",
-        )
-    ),
-    re.IGNORECASE,
+_LIMIT = _count_in(
+    r"> N maximum",
+    r"N maximum context length",
+    r"(?:context|maximum prompt|maximum model) (?:length|window|size|holds)(?: is| of| only)* \(?N",
+    r"(?:must be <=|less than|tokens allowed|allowed input length of) \(?N",
 )
 
 
