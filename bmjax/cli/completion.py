@@ -63,12 +63,9 @@ def script(shell: str, commands: Mapping[str, Command]) -> str:
         raise UserError(f"bmjax completion: expected {', '.join(SHELLS)}, found '{shell}'")
     if shell == "fish":
         return _fish(commands)
-    names = " ".join(["help", *commands])
-    if shell == "zsh":
-        cases = [f"        {name}) values=({' '.join(words_of(command))}) ;;" for name, command in commands.items()]
-        return _ZSH.format(commands=names, cases="\n".join(cases))
-    cases = [f'            {name}) words="{" ".join(words_of(command))}" ;;' for name, command in commands.items()]
-    return _BASH.format(commands=names, cases="\n".join(cases))
+    text, case = (_ZSH, "        {}) values=({}) ;;") if shell == "zsh" else (_BASH, '            {}) words="{}" ;;')
+    cases = [case.format(name, " ".join(words_of(command))) for name, command in commands.items()]
+    return text.format(commands=" ".join(["help", *commands]), cases="\n".join(cases))
 
 
 def words_of(command: Command) -> list[str]:
