@@ -54,8 +54,7 @@ def merge(
     """
     if not isinstance(recipe, Recipe):
         recipe = read_recipe(recipe, overrides)
-    _refuse_memory(recipe, memory)
-    _refuse_device(recipe, device)
+    _refuse_options(recipe, memory, device)
     plan = prepare(recipe, output, overwrite)
     # Everything that can be known beforehand, before the first step takes its time.
     if recipe.is_calibrated:
@@ -84,8 +83,7 @@ def check(
     shard_bytes: float = 5e9,
 ) -> Iterator[str]:
     """Yield what `merge` with the same arguments would do, line by line. Raises UserError as it would."""
-    _refuse_memory(recipe, memory)
-    _refuse_device(recipe, device)
+    _refuse_options(recipe, memory, device)
     plan = prepare(recipe, output, overwrite, download=False)
     yield from check_plan(plan, output, memory=memory, shard_bytes=shard_bytes)
     if recipe.is_calibrated:
@@ -102,19 +100,16 @@ def _check_space(plan: MergePlan, output: str | Path, steps: Sequence[tuple[Step
     check_space(Path(output), plan.nbytes + beside + max(needs.disk for _, needs in steps))
 
 
-def _refuse_memory(recipe: Recipe, memory: int | None) -> None:
-    if recipe.is_calibrated and memory is not None:
-        method = next(step.method.name for step in recipe.steps if step.calibration is not None)
+def _refuse_options(recipe: Recipe, memory: int | None, device: str) -> None:
+    """Raise a UserError for options of the file engine beside a step that looks at data, and for an absent device."""
+    method = next((step.method.name for step in recipe.steps if step.calibration is not None), None)
+    if method is not None and memory is not None:
         raise UserError(f"--memory: {method} holds one layer of every model at a time; leave it out")
-
-
-def _refuse_device(recipe: Recipe, device: str) -> None:
     if device == "auto":
         return
-    if recipe.is_calibrated:
-        method = next(step.method.name for step in recipe.steps if step.calibration is not None)
-        raise UserError(f"device: {method} computes on the devices of its `mesh`; leave it out")
-    from bmjax.merge.engine.device import choose
+    if method is not None:
+        raise UserError(f"--device: {method} computes on the devices of its `mesh`; leave it out")
+    from bmjax.merge.engine.device import choose  # loads jax, which a check does not need otherwise
 
     choose(device, [step.method.name for step in recipe.steps])
 
