@@ -33,6 +33,7 @@ from bmjax.merge.plan.tokenizer_text import tokenizer_difference
 from bmjax.merge.plan.vocabulary import Vocabulary, vocabulary
 from bmjax.merge.recipe.recipe import Recipe
 from bmjax.merge.recipe.step import Step
+from bmjax.merge.recipe.tokenizer import WORDS
 
 FLOATS = ("F32", "BF16", "F16", "F64")
 _FLOAT_TYPES = tuple(DTYPES[name] for name in FLOATS)
@@ -108,7 +109,7 @@ def prepare(recipe: Recipe, output: str | Path, overwrite: bool = False, *, down
     adapters = {name: folder for name in directories if (folder := recipe.adapter(name, download=download))}
     refuse_twins(recipe, directories, adapters)
     sources = [*directories.values(), *adapters.values()]
-    if recipe.tokenizer is not None and recipe.tokenizer.source not in ("base", "union", *recipe.inputs):
+    if recipe.tokenizer is not None and recipe.tokenizer.source not in (*WORDS, *recipe.inputs):
         sources.append(recipe.directory(recipe.tokenizer.source, download=download, weights=False, key="tokenizer"))
     check_target(Path(output), sources, overwrite)
     return plan(recipe, {name: open_checkpoint(directory) for name, directory in directories.items()}, adapters)
