@@ -56,12 +56,12 @@ class Fisher:
 
     def _of_block(self, part: int, row: Param, index: Index, models: Sequence[jax.Array]) -> list[jax.Array]:
         """Return every branch's contribution to a block of a parameter. models: the same block of all models."""
-        place = sharding(self._models.mesh, row.axes, models[0].shape)
+        layout = sharding(self._models.mesh, row.axes, models[0].shape)
         squared, means = [], []
         for i in range(len(models) - 1):
             array = np.load(squares_file(self._folder, f"fisher-{i}", row.hf_key), mmap_mode="r")
             block = np.array(array[index[::-1] if row.transposed else index])
-            squared.append(jax.device_put(block.T if row.transposed else block, place))
+            squared.append(jax.device_put(block.T if row.transposed else block, layout))
             means.append(np.float32(self._progress.get(f"fisher-{i}/backward/{part}")[row.hf_key]))
         contributions: list[jax.Array] = weighted(models, squared, means)
         return contributions

@@ -155,8 +155,8 @@ def pull_back_part(
             for total, block in zip(totals, blocks, strict=True):
                 total[fitting(index, total.shape)] += np.asarray(block)
         for of_branch, total in zip(leaves, totals, strict=True):
-            place = sharding(mesh, row.axes, total.shape)
-            of_branch.append((row.path, turns.finished(jax.device_put(total, place))))
+            layout = sharding(mesh, row.axes, total.shape)
+            of_branch.append((row.path, turns.finished(jax.device_put(total, layout))))
     return [unflatten(of_branch) for of_branch in leaves]
 
 

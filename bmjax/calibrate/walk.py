@@ -76,8 +76,8 @@ class Stored:
             for row in parts.rows(self._config, part):
                 files = [self._folder / f"{row.hf_key}-{i}.npy" for i in range(len(models) - 1)]
                 if files[0].exists():
-                    place = get(models[0], row.path).sharding
-                    shares[row.path] = [jax.device_put(np.load(file, mmap_mode="r"), place) for file in files]
+                    layout = get(models[0], row.path).sharding
+                    shares[row.path] = [jax.device_put(np.load(file, mmap_mode="r"), layout) for file in files]
             return shares
         computed = self._contributions.shares(part, models)
         for row in parts.rows(self._config, part):

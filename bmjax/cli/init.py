@@ -46,8 +46,8 @@ def write_config(options: Namespace, settings_of: Mapping[str, Callable[[], Any]
 
 def _answers(questions: "Sequence[Question]", overrides: Sequence[str], file: Path) -> dict[str, str]:
     """Return what is answered at a terminal to the questions that no override answers, by their keys."""
-    given = {override.partition("=")[0].strip() for override in overrides}
-    asked = [question for question in questions if question.key not in given] if sys.stdin.isatty() else []
+    overridden = {override.partition("=")[0].strip() for override in overrides}
+    asked = [question for question in questions if question.key not in overridden] if sys.stdin.isatty() else []
     if asked:
         _check_new(file)  # before anybody answers
     return {question.key: _ask(f"{question.text} [{question.default}]: ") for question in asked}
