@@ -46,11 +46,16 @@ def write_config(options: Namespace, settings_of: Mapping[str, Callable[[], Any]
 
 def _answers(questions: "Sequence[Question]", overrides: Sequence[str], file: Path) -> dict[str, str]:
     """Return what is answered at a terminal to the questions that no override answers, by their keys."""
-    overridden = {override.partition("=")[0].strip() for override in overrides}
+    overridden = _overridden(overrides)
     asked = [question for question in questions if question.key not in overridden] if sys.stdin.isatty() else []
     if asked:
         _check_new(file)  # before anybody answers
     return {question.key: _ask(f"{question.text} [{question.default}]: ") for question in asked}
+
+
+def _overridden(overrides: Sequence[str]) -> set[str]:
+    """Return the keys that `key=value` gives."""
+    return {override.partition("=")[0].strip() for override in overrides}
 
 
 def _recipe(overrides: Sequence[str], file: Path) -> str:
@@ -72,7 +77,7 @@ def _recipe(overrides: Sequence[str], file: Path) -> str:
     if method is None or method.base != "unused":
         answers |= _answers([base], overrides, file)
         values = with_overrides(StepBlock, with_answers(MERGE, answers), overrides)
-    elif not any(override.startswith("base_model=") for override in overrides):
+    elif base.key not in _overridden(overrides):
         del values["base_model"]
     if isinstance(values["models"], str):
         values["models"] = [name.strip() for name in values["models"].split(",")]
