@@ -173,13 +173,8 @@ class Layout:
         """Return the config of an input or of a step's donor; of an input without one the donor's."""
         return self.configs[self.recipe.donor_of(model)] or self.configs[self.recipe.donor]
 
-    def is_foreign(self, model: str, name: str, is_further: bool = False) -> bool:
-        """Return whether a model lacks a head because it is of another kind than the models that have it.
-
-        is_further: the tensor predicts further tokens, which is lacking in whole or not at all.
-        """
-        if is_further:
-            return not self.further[model]
+    def is_foreign(self, model: str, name: str) -> bool:
+        """Return whether a model lacks a head because it is of another kind than the models that have it."""
         if name in self.names[model]:
             return False
         if is_task_head(name) or name in self._other_heads:

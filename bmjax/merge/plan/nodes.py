@@ -211,7 +211,10 @@ class _Planner:
     def _without_foreign(self, origin: Origin, name: str, is_further: bool) -> Step:
         """Return what merges a head: the step without the models of other kinds that have none, or a copy of one's."""
         step = origin.step
-        foreign = [model for model in step.reads if self.layout.is_foreign(model, name, is_further)]
+        if is_further:  # MTP is lacking in whole or not at all
+            foreign = [model for model in step.reads if not self.layout.further[model]]
+        else:
+            foreign = [model for model in step.reads if self.layout.is_foreign(model, name)]
         if not foreign:
             return step
         arguments = step.at(name, origin.depth, origin.names)
