@@ -289,26 +289,29 @@ class View(BlockTensor):
         return np.asarray(np.asarray(row_sums).sum(axis=1, dtype=np.float64))
 
     @staticmethod
-    def sort_rows(array: Any) -> np.ndarray:
-        return np.sort(np.asarray(array), axis=-1)
+    def zeros_and_sorted(array: Any) -> np.ndarray:
+        rows, columns = array.shape
+        result = np.zeros((rows, columns + 1), np.float32)
+        result[:, 1:] = array
+        result[:, 1:].sort(axis=-1)
+        return result
 
-    def masks(self, kernel: Kernel, *operands: Any, **static: Any) -> Operand:
-        """Keep the kernel's bool arrays as bits between passes where memory allows, else compute them again."""
+    def kept_masks(self, masks: Callable[[Block, Any], Sequence[Any]]) -> Operand:
         # The operand does not hold this view, which will hold it: all that is kept of a tensor would wait for the
         # garbage collector.
-        program, keep = passes.values(kernel, **static), self.branches * self.size // 8 <= self._mask_bytes
+        keep = self.branches * self.size // 8 <= self._mask_bytes
         packed: dict[int, tuple[np.ndarray, tuple[int, ...]]] = {}
 
-        def masks_of(x: Block, rows: Chunk | Sample) -> list[np.ndarray]:
+        def unpacked_masks(x: Block, rows: Chunk | Sample) -> list[np.ndarray]:
             if rows.index in packed:
                 bits, shape = packed[rows.index]
                 return list(np.unpackbits(bits, count=math.prod(shape)).view(np.bool_).reshape(shape))
-            masks = np.stack([np.asarray(mask) for mask in program(x, at(operands, x, rows))])
+            arrays = np.stack([np.asarray(mask) for mask in masks(x, rows)])
             if keep and rows.index is not None:
-                packed[rows.index] = (np.packbits(masks), masks.shape)
-            return list(masks)
+                packed[rows.index] = (np.packbits(arrays), arrays.shape)
+            return list(arrays)
 
-        return masks_of
+        return unpacked_masks
 
     def order_statistics(
         self, kernel: Kernel, ranks: Sequence[Sequence[int]], *operands: Any, **static: Any

@@ -47,10 +47,18 @@ def values(
 
 
 @_kept
-def lookup() -> Callable[..., jax.Array]:
-    """Compile (values [rows, columns], columns) -> the values in those columns of their rows."""
+def of_rank() -> Callable[..., jax.Array]:
+    """Compile (values, their rows sorted after a 0, least ranks) -> the mask of entries of that rank or above.
+
+    values, least ranks: [rows, columns]; sorted rows: [rows, columns + 1]. An entry has rank r or above where it is
+    greater than the one of rank r - 1, and is kept at rank 0 where it is greater than 0.
+    """
+
+    def run(values: jax.Array, zero_and_sorted: jax.Array, ranks: jax.Array) -> jax.Array:
+        return values > jnp.take_along_axis(zero_and_sorted, ranks, axis=-1, mode="promise_in_bounds")
+
     # A program of its own, because inside a loop with other work a lookup keeps that from being vector code.
-    return _compiled(functools.partial(jnp.take_along_axis, axis=-1, mode="clip"))
+    return _compiled(run)
 
 
 @_kept

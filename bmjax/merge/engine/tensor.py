@@ -103,15 +103,17 @@ class BlockTensor:
         x = passes.block(*jax.tree.map(lambda *parts: self.join(parts), *blocks))
         return PerRow(self.join([passes.values(kernel, **static)(x, at(operands, x, None))]))
 
-    def row_order_statistic(self, values: Kernel, ranks: Kernel, *operands: Any) -> Operand:
-        sort_rows = self.sort_rows
+    def masks_by_rank(self, values: Kernel, ranks: Kernel, *operands: Any) -> Operand:
+        programs, add_sorted = (passes.values(values), passes.values(ranks)), self.zeros_and_sorted
 
-        def statistics(x: Block, rows: Any) -> list[jax.Array]:
-            ranks_of_entries = passes.values(ranks)(x, at(operands, x, rows))
-            pairs = zip(passes.values(values)(x, []), ranks_of_entries, strict=True)
-            return [passes.lookup()(sort_rows(array), rank) for array, rank in pairs]
+        def masks(x: Block, rows: Any) -> list[jax.Array]:
+            arrays, least_ranks = programs[0](x, []), programs[1](x, at(operands, x, rows))
+            return [
+                passes.of_rank()(array, add_sorted(array), least)
+                for array, least in zip(arrays, least_ranks, strict=True)
+            ]
 
-        return statistics
+        return self.kept_masks(masks)
 
     def map(self, kernel: Kernel, *operands: Any, **static: Any) -> Merged:
         return Merged(kernel, operands, static)
@@ -140,13 +142,14 @@ class BlockTensor:
         return np.asarray(_sum_rows(row_sums), np.float64)
 
     @staticmethod
-    def sort_rows(array: Any) -> Any:
-        return _sort_rows(array)
+    def zeros_and_sorted(array: Any) -> Any:
+        """Return the array with each row sorted, after a column of zeros."""
+        return _zeros_and_sorted(array)
 
-    def masks(self, kernel: Kernel, *operands: Any, **static: Any) -> Operand:
-        program = passes.values(kernel, **static)
-        (masks,) = self.visit(lambda x, rows: program(x, at(operands, x, rows)))
-        return lambda x, rows: masks
+    def kept_masks(self, masks: Callable[[Block, Any], Sequence[Any]]) -> Operand:
+        """Return `masks` as an operand that keeps what it computed where memory allows."""
+        (arrays,) = self.visit(masks)
+        return lambda x, rows: arrays
 
     def order_statistics(
         self, kernel: Kernel, ranks: Sequence[Sequence[int]], *operands: Any, **static: Any
@@ -157,8 +160,6 @@ class BlockTensor:
 
 
 _order_statistics = jax.jit(order_statistics)
-
-
-_sort_rows = jax.jit(lambda x: jnp.sort(x, axis=-1))
+_zeros_and_sorted = jax.jit(lambda x: jnp.pad(jnp.sort(x, axis=-1), [(0, 0), (1, 0)]))
 # Apart from the sums within rows, since in one long float32 sum small terms would be lost.
 _sum_rows = jax.jit(lambda row_sums: jnp.sum(row_sums, axis=1))

@@ -89,13 +89,13 @@ class Tensor(Protocol):
     def whole(self, kernel: Kernel, *operands: Any, **static: Any) -> PerRow:
         """Return what the kernel gives for all rows at once, [rows, columns]. Memory grows with the tensor."""
 
-    def masks(self, kernel: Kernel, *operands: Any, **static: Any) -> Operand:
-        """Return the bool arrays that the kernel gives. Later passes see a list."""
+    def masks_by_rank(self, values: Kernel, ranks: Kernel, *operands: Any) -> Operand:
+        """Return for each array of `values` the mask of entries whose rank in their row is at least what `ranks` gives.
 
-    def row_order_statistic(self, values: Kernel, ranks: Kernel, *operands: Any) -> Operand:
-        """Return, for each array of `values`, the ranks-th smallest number in its row for every entry.
+        An entry's rank is how many of its row are smaller. Entries that are 0 are never kept. Later passes see a list.
 
-        ranks: gives as many arrays as `values`, int32, 0-based. operands: of `ranks`.
+        values: numbers of at least 0. ranks: gives as many arrays, int32, from 0 to the row's length, which no entry
+        reaches. operands: of `ranks`.
         """
 
     def order_statistics(

@@ -128,8 +128,7 @@ def merge(
         # At density 0 and 1 nothing is left to chance.
         spread = [e if 0 < d < 1 else 0.0 for d, e in zip(density, epsilon, strict=True)]
         chance = (density, spread, t.keys)
-        limits = t.row_order_statistic(magnitudes, _ranks_below, *chance)
-        select, operands = _stored, (t.masks(_of_rank, limits, *chance),)
+        select, operands = _stored, (t.masks_by_rank(magnitudes, _least_ranks, *chance),)
     if not rescale:
         scales = [1.0] * t.branches
     elif member.kept == "random" and t.compat != "mergekit":
@@ -248,16 +247,6 @@ def _least_ranks(x: Block, density: Array, epsilon: Array, keys: Array) -> list[
         rank = jnp.where(step > 0, jnp.clip(above, 0.0, m), m).astype(jnp.int32)
         least.append(jnp.where(excess < 0, 0, rank))
     return least
-
-
-def _ranks_below(x: Block, density: Array, epsilon: Array, keys: Array) -> list[Array]:
-    return [jnp.maximum(least - 1, 0) for least in _least_ranks(x, density, epsilon, keys)]
-
-
-def _of_rank(x: Block, limits: Sequence[Array], density: Array, epsilon: Array, keys: Array) -> Masks:
-    """Keep entries of their least rank or above. limits: the magnitude at the rank below that, for every entry."""
-    triples = zip(magnitudes(x), limits, _least_ranks(x, density, epsilon, keys), strict=True)
-    return [((j == 0) | ((j < m.shape[-1]) & (m > limit))) & (m > 0) for m, limit, j in triples]
 
 
 def _kept_norms(x: Block, *operands: Any, select: Kernel) -> list[Array]:
