@@ -258,7 +258,7 @@ def uniform(shape, seed, tensor, model, start=0):
 
     index = np.uint64(start) + np.arange(int(np.prod(shape)), dtype=np.uint64)
     low, high = (index & np.uint64(0xFFFFFFFF)).astype(np.uint32), (index >> np.uint64(32)).astype(np.uint32)
-    bits = mix(mix(low ^ low_key) + mix(high ^ high_key))
+    bits = mix(((mix(low) + mix(high)) ^ high_key) + low_key)
     return ((bits >> np.uint32(8)) / 2.0**24).reshape(shape)
 
 

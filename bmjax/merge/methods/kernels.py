@@ -65,15 +65,17 @@ def magnitudes(x: Block) -> list[Array]:
 def random_bits(x: Block, key: Array) -> Array:
     """Return 24 random bits for each entry of a block, as a float32 in [0, 1): a hash of the key and the entry's index.
 
-    key: uint32 [2]. Two rounds of a 32-bit mixing function over index and key: multiply and xor-shift, with constants
-    that Wellons' hash prospector found to have least bias. It takes a fifteenth of the time of `jax.random`.
+    key: uint32 [2]. The hash mixes the index, adds the key and mixes again. Each mixing is multiply and xor-shift, with
+    constants that Wellons' hash prospector found to have least bias. The first one serves the keys of all models of a
+    block. It takes a twentieth of the time of `jax.random`.
     """
     rows, columns = x.branches[0].shape
     local = lax.broadcasted_iota(jnp.uint32, (rows, columns), 0) * jnp.uint32(columns)
     local = local + lax.broadcasted_iota(jnp.uint32, (rows, columns), 1)
     low = x.start[1] + local
-    high = x.start[0] + (low < local).astype(jnp.uint32)
-    bits = _mix(_mix(low ^ key[0]) + _mix(high ^ key[1]))
+    # The high half is that of the block's first entry or the next: two numbers, mixed outside of the loop over entries.
+    high = jnp.where(low < local, _mix(x.start[0] + 1), _mix(x.start[0]))
+    bits = _mix(((_mix(low) + high) ^ key[1]) + key[0])
     return (bits >> 8).astype(jnp.int32).astype(jnp.float32) * np.float32(2.0**-24)
 
 
