@@ -205,6 +205,9 @@ def _check_merge(options: Namespace) -> Iterable[str]:
 
 
 def _merge(options: Namespace) -> Outcome:
+    from bmjax.parallel.sorting import use_fast_sort
+
+    use_fast_sort()  # before NumPy is imported
     from bmjax.calibrate import dispatch
 
     recipe, sizes = _read_merge(options)
