@@ -21,7 +21,8 @@ from bmjax.io.safetensors import INDEX, SINGLE
 from bmjax.urls import url_of
 
 SMALL_FILES = (
-    "*.json", "*.txt", "*.jinja", "tokenizer*", "*.model", "*.tiktoken", "*.py", "README.md", "LICENSE*", "NOTICE*",
+    "*.json", "*.txt", "*.jinja", "tokenizer*", "*.model", "*.spm", "*.tiktoken", "vocab.*", "bpe.codes", "*.py",
+    "*.yaml", "README.md", "LICENSE*", "NOTICE*", "USE_POLICY.md",
 )  # fmt: skip
 # Other forms of the same model, and what a trainer left behind.
 NEEDLESS_FILES = ("onnx/*", "openvino/*", "original/*", "checkpoint*/*", "runs/*", "trainer_state.json")

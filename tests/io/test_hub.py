@@ -108,7 +108,8 @@ class Repository(Hub):
 
 SMALL = ["config.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja", "modeling_own.py", "LICENSE",
          "README.md", "NOTICE", "1_Pooling/config.json", "2_Dense/model.safetensors",
-         "additional_chat_templates/tools.jinja"]  # fmt: skip
+         "additional_chat_templates/tools.jinja", "source.spm", "vocab.bpe", "vocab.model", "bpe.codes", "tekken.json",
+         "qwen.tiktoken", "custom.yaml", "USE_POLICY.md"]  # fmt: skip
 NEEDLESS = ["consolidated.safetensors", "original/consolidated.00.pth", "original/params.json", "pytorch_model.bin",
             "onnx/model.onnx", "onnx/config.json", "checkpoint-100/model.safetensors", "model.gguf",
             "checkpoint-100/trainer_state.json", "trainer_state.json", "variants/model.safetensors"]  # fmt: skip
