@@ -54,15 +54,19 @@ MERGES = {
     "ties": {"merge_method": "ties", **MODELS, "parameters": {"weight": 1.0, "density": 0.5}},
 }
 SPLITS = ("train", "validation", "test")
-# NAME: keys of `bmjax run` that differ from those of the seed's own run.
-VARIANTS: dict[str, dict[str, Any]] = {
-    "rounds": {
-        "rounds": 5,
-        "round_merge": "task_arithmetic",
-        "merges": {"task_arithmetic": {"merge_method": "task_arithmetic", **MODELS, "parameters": {"weight": 0.7}}},
-    },
-}
-VARIANTS["rounds_faster"] = VARIANTS["rounds"] | {"branch.learning_rate": 1.4e-3}
+
+
+def in_rounds(rounds: int, learning_rate: float) -> dict[str, Any]:
+    """Keys of `bmjax run` for branches in rounds, with half of the sum of the task vectors after each."""
+    merge = {"merge_method": "task_arithmetic", **MODELS, "parameters": {"weight": 0.5}}
+    return {
+        "rounds": rounds, "round_merge": "task_arithmetic", "merges": {"task_arithmetic": merge},
+        "branch.learning_rate": learning_rate,
+    }  # fmt: skip
+
+
+# NAME: keys of `bmjax run` that differ from those of the seed's own run. Three and four times its learning rate.
+VARIANTS: dict[str, dict[str, Any]] = {"rounds": in_rounds(15, 2.1e-3), "more_rounds": in_rounds(30, 2.8e-3)}
 
 
 def interval(values: list[float], digits: int, unit: str = "") -> str:
