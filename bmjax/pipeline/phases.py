@@ -135,11 +135,18 @@ class Experiment:
     def _recipe(self, name: str, part: Round, dtype: str | None = None) -> Recipe:
         """Return a merge's recipe with its sources and, where it looks at data, with rows, seed and template.
 
+        The sources are backbone, the branches by their domains, and NAME_importances of branches that write them.
+
         part: the round whose branches are merged; its start is the recipe's `backbone`. dtype: of the result, unless
         the recipe says it.
         """
         settings, keys = self.settings, self.settings.merges[name]
-        sources = {"backbone": part.start.hf} | {domain: model.hf for domain, model in part.branches.items()}
+        sources = {
+            f"{domain}_importances": str(Path(model.hf).with_name("importances"))
+            for domain, model in part.branches.items()
+            if settings.branch_training(domain).importances
+        }
+        sources |= {"backbone": part.start.hf} | {domain: model.hf for domain, model in part.branches.items()}
         if dtype is not None and not keys.keys() & {"dtype", "out_dtype"}:
             keys = keys | {"dtype": dtype}
         if "sources" in keys:

@@ -120,6 +120,24 @@ def test_report_tells_the_rounds(finished):
     assert "Rounds" in page and f"{np.mean([s['loss'] for s in rounds[0]['validation'].values()]):.4f}" in page
 
 
+def test_importances_of_the_branches_weigh_a_merge(folder):
+    """In every round those of its own branches; a branch that writes none is named."""
+    fisher = {
+        "merge_method": "fisher", "base_model": "backbone",
+        "models": [{"model": name, "parameters": {"importance": f"{name}_importances"}} for name in ("a", "b")],
+    }  # fmt: skip
+    plain = settings(folder, rounds=2, merges={"fisher": fisher})
+    with pytest.raises(UserError, match=r"merges.fisher: .*a_importances"):
+        run(plain, folder / "no_importances", lambda line: None)
+    writing = RunSettings.read(plain.model_dump(mode="json", exclude_unset=True), ["branch.importances=true"])
+    run(writing, folder / "importances", lambda line: None)
+    for merged, part in (("rounds/1/merged", "rounds/1"), ("merges/fisher", "branch")):
+        report = json.loads((folder / "importances" / merged / "hf" / "merge_report.json").read_text())
+        for name in ("a", "b"):
+            directory = folder / "importances" / part / name / "importances"
+            assert str(directory) in json.dumps(report["recipe"]) and directory.is_dir()
+
+
 class Killed(BaseException):
     pass
 
