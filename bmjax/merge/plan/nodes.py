@@ -128,7 +128,7 @@ def plan(
     # What the models are, before anything compares them.
     configs = {name: read_config(model) or {} for name, model in models.items()}
     models, dequantized = quantized.dequantized(recipe, models, configs, always=bool(adapters))
-    models, adapted = apply_adapters(models, adapters)
+    models, adapted = apply_adapters(models, adapters, configs)
     models, renamed = prefixes.match(models, recipe.donor)
     models = with_masks_of_one_type(models, recipe.donor)
     layout, last = Layout(recipe, models), recipe.steps[-1]

@@ -90,6 +90,77 @@ def test_embeddings_transposed_matrices_and_whole_modules(save, tmp_path):
     np.testing.assert_array_equal(merged[HEAD], head)
 
 
+CODE = {"auto_map": {"AutoModelForCausalLM": "modeling.Model"}}
+GPT2_DECODER = {"model_type": "vision-encoder-decoder", "decoder": {"model_type": "gpt2"}}
+# Configs of a model, the module, the adapter's fan_in_fan_out, and whether PEFT transposes the product.
+LAYOUTS = {
+    "Conv1D, said": ({"model_type": "gpt2"}, "h.0.attn.c_proj", True, True),
+    "Conv1D, not said": ({"model_type": "gpt2"}, "h.0.attn.c_proj", False, True),
+    "Conv1D of an older class": ({"model_type": "openai-gpt"}, "h.0.mlp.c_fc", False, True),
+    "Conv1D of a decoder": (GPT2_DECODER, "decoder.transformer.h.0.attn.q_attn", False, True),
+    "Linear beside Conv1D": (GPT2_DECODER, "encoder.layers.0.q_proj", True, False),
+    "Linear by a name of Conv1D": ({"model_type": "gpt_bigcode"}, "h.0.attn.c_proj", False, False),
+    "Linear, said otherwise": ({"model_type": "llama"}, "model.layers.0.self_attn.q_proj", True, False),
+    "code of its own": ({"model_type": "other", **CODE}, "h.0.attn.c_proj", False, False),
+    "code of its own, said": ({"model_type": "other", **CODE}, "h.0.attn.c_proj", True, True),
+}
+
+
+@pytest.mark.parametrize("square", [True, False])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_class_of_the_model_says_which_matrices_are_transposed(save, tmp_path, name, square):
+    config, module, said, transposed = LAYOUTS[name]
+    outputs = 4 if square else 12
+    values, product = lora(module, outputs, 4)
+    stored = np.ones((4, outputs) if transposed else (outputs, 4), np.float32)
+    save("base", tensors() | {f"{module}.weight": stored}, **config)
+    adapter(tmp_path / "adapter", values, fan_in_fan_out=said)
+    expected = 1 + 3 * (product.T if transposed else product)
+    np.testing.assert_allclose(merged_alone()[f"{module}.weight"], expected, atol=1e-5)
+
+
+INSIDE = {
+    "matrices": ("{module}.base_layer.weight", "{module}.lora_A.default.weight", "{module}.lora_B.default.weight"),
+    "an embedding": ("{module}.lora_embedding_A.default", "{module}.lora_embedding_B.default"),
+    "magnitudes": ("{module}.lora_magnitude_vector.default.weight",),
+    "matrices alone": ("{module}.lora_A.weight", "{module}.lora_B.weight"),
+    "parameters of a layer": ("{module}.lora_A", "{module}.lora_B"),
+    "a whole module": ("{module}.modules_to_save.default.weight",),
+    "another kind": ("{module}.base_layer.weight", "{module}.ia3_l.default"),
+}
+
+
+@pytest.mark.parametrize("recipe", [soup("a", "b"), soup("b", "a"), {"merge_method": "passthrough", "models": ["b"]}])
+@pytest.mark.parametrize("name", INSIDE)
+def test_a_model_saved_with_its_adapter_inside_is_refused(save, name, recipe):
+    added = {form.format(module=Q): np.ones((4, 4), np.float32) for form in INSIDE[name]}
+    save("a", tensors())
+    save("b", {f"base_model.model.{key}": value for key, value in (tensors() | added).items()})
+    with pytest.raises(UserError) as error:
+        list(check(read_recipe(recipe), "out"))
+    message = str(error.value)
+    assert "model 'b': was saved with its adapter inside ('base_model.model." in message
+    assert "load it with peft, merge_and_unload, save_pretrained" in message and "\n" not in message
+
+
+def test_low_rank_factors_of_a_models_own_class_are_noted(save):
+    own = {f"{Q}.lora_A.vision.weight": np.ones((2, 4), np.float32)}
+    for name in ("a", "b"):
+        save(name, tensors() | own, vision_lora={"r": 2})
+    lines = []
+    merge(soup("a", "b"), "out", log=lines.append)
+    assert any("its class has LoRA matrices of its own" in line for line in lines)
+    save("c", tensors() | {"stem.base_layer.0.weight": np.ones((2, 2), np.float32)}, kv_lora_rank=2)
+    assert not any("LoRA" in line for line in check(read_recipe(soup("c")), "other"))
+
+
+def test_whole_modules_alone(save, tmp_path):
+    save("base", tensors())
+    adapter(tmp_path / "adapter", {HEAD: np.ones((6, 4), np.float32)}, modules_to_save=["lm_head"])
+    lines = list(check(read_recipe(soup("base+adapter")), "out"))
+    assert any(f"a LoRA adapter replaces 1 tensor ({HEAD})" in line for line in lines)
+
+
 def test_an_embedding_saved_whole_beside_its_factors(save, tmp_path):
     """As peft saves it: the factors change what was saved, which may have more rows than the model."""
     base = tensors()
@@ -183,6 +254,8 @@ BAD = {
     "half a pair": ({f"{UP}.lora_A.weight": np.ones((2, 4), np.float32)}, {}, "lora_A without lora_B"),
     "unknown tensor": ({f"{UP}.lora_C.weight": np.ones((2, 4), np.float32)}, {}, "lora_C"),
     "no alpha": ({}, {"lora_alpha": None}, "lora_alpha: expected a number"),
+    "the other way round": (lora(UP, 4, 8)[0], {}, "makes [4, 8], the model has [8, 4]"),
+    "nothing": (None, {}, "holds no LoRA matrices"),
 }
 
 
@@ -190,7 +263,7 @@ BAD = {
 def test_adapters_that_are_refused(save, tmp_path, name):
     values, config, message = BAD[name]
     save("base", tensors())
-    adapter(tmp_path / "adapter", values or lora(UP, 8, 4)[0], **config)
+    adapter(tmp_path / "adapter", {} if values is None else values or lora(UP, 8, 4)[0], **config)
     with pytest.raises(UserError) as error:
         list(check(read_recipe(soup("base+adapter")), "out"))
     assert message in str(error.value) and "\n" not in str(error.value)
