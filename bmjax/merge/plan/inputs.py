@@ -3,7 +3,8 @@
 Only plans call it.
 """
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from bmjax.merge.plan.tokenizer_text import largest_id
 from bmjax.merge.recipe.recipe import Recipe
 
 _MASKS = ("BOOL", "U8")
+# Experts of a layer, each with matrices of its own or all of them in one tensor.
+_SPLIT_EXPERTS, _STACKED_EXPERTS = re.compile(r"\bexperts\.\d+\."), re.compile(r"\bexperts\.[a-z]")
 
 
 def refuse_twins(recipe: Recipe, directories: Mapping[str, Path], adapters: Mapping[str, Path]) -> None:
@@ -74,3 +77,20 @@ def tokens_without_rows(layout: Layout) -> Iterator[str]:
             f"model '{donor}': its tokenizer has ids up to {largest}, its embedding {rows} rows: a model fails at the "
             f"tokens beyond; `tokenizer: {{source: base}}` gives them rows"
         )
+
+
+def experts_of_two_layouts(names: Iterable[str], other_names: Iterable[str], model: str, other: str) -> str | None:
+    """Return a line where one of two models has its experts one by one and the other has them stacked; else None."""
+    split, stacked = {}, {}
+    for key, tensors in ((model, list(names)), (other, list(other_names))):
+        if name := next(filter(_SPLIT_EXPERTS.search, tensors), None):
+            split[key] = name
+        elif name := next(filter(_STACKED_EXPERTS.search, tensors), None):
+            stacked[key] = name
+    if not split or not stacked:
+        return None
+    (first, matrix), (second, stack) = *split.items(), *stacked.items()
+    return (
+        f"model '{first}' has its experts one by one ({matrix}), model '{second}' has them stacked ({stack}); load "
+        f"'{first}' with transformers 5 and stack them, too: save_pretrained(DIRECTORY, save_original_format=False)"
+    )

@@ -21,7 +21,13 @@ from bmjax.merge.plan import prefixes, quantized
 from bmjax.merge.plan.adapters import adapted as apply_adapters
 from bmjax.merge.plan.chat import Chat, chat_of
 from bmjax.merge.plan.heads import is_same_tensor, says_tied
-from bmjax.merge.plan.inputs import refuse_twins, same_files, tokens_without_rows, with_masks_of_one_type
+from bmjax.merge.plan.inputs import (
+    experts_of_two_layouts,
+    refuse_twins,
+    same_files,
+    tokens_without_rows,
+    with_masks_of_one_type,
+)
 from bmjax.merge.plan.layout import Layout, Origin, read_config
 from bmjax.merge.plan.merged_config import config_changes
 from bmjax.merge.plan.output import check_target
@@ -328,6 +334,8 @@ class _Planner:
         for model, names in self._missing.items():
             donor, hint = self.recipe.donor, ""
             other = "another model" if model == donor else f"'{donor}'"
+            if line := experts_of_two_layouts(self.layout.names[model], self.layout.names[donor], model, donor):
+                raise UserError(line)
             if model != donor:
                 hint = f", or leave them to '{donor}' with `keep: [{_parts_of(names)}]`"
             raise UserError(

@@ -1,8 +1,8 @@
-"""Matches the names of tensors that differ only by a prefix: other versions of a library, classes, wrappers.
+"""Matches the names of tensors that differ only by a prefix or ending: versions of a library, classes, wrappers.
 
 transformers 4.52 made `model.layers.0` of a vision-language model `model.language_model.layers.0`; a class without a
-head drops `transformer.` or `bert.`; torch.compile puts `_orig_mod.` before all. `plan` calls it before anything else
-looks at names, so all that follows sees the donor's.
+head drops `transformer.` or `bert.`; torch.compile puts `_orig_mod.` before all; BERT's own file has `LayerNorm.gamma`.
+`plan` calls it before anything else looks at names, so all that follows sees the donor's.
 """
 
 import re
@@ -16,9 +16,19 @@ from bmjax.merge.plan.tensor_names import is_head, layer
 # Modules that hold the whole model, or a language model in a larger one: what lies in them has other names of its own.
 _WRAPPERS = (
     "model", "language_model", "text_model", "transformer", "backbone", "base_model", "module", "_orig_mod",
-    "_fsdp_wrapped_module", "bert", "roberta", "distilbert", "electra", "deberta", "mpnet", "albert", "esm", "gpt_neox",
+    "_fsdp_wrapped_module", "pretrained_model", "bert", "roberta", "distilbert", "electra", "deberta", "mpnet",
+    "albert", "esm", "gpt_neox",
 )  # fmt: skip
 _PREFIX = re.compile(rf"(?:(?:{'|'.join(_WRAPPERS)})\.)*")
+# Older and newer names of the parts of a norm, and of a weight that is a direction times a length (`weight_norm`).
+# Loaders read both.
+_ENDINGS = (
+    (re.compile(r"(norm\w*)\.gamma$", re.IGNORECASE), r"\1.weight"),
+    (re.compile(r"(norm\w*)\.beta$", re.IGNORECASE), r"\1.bias"),
+    (re.compile(r"\.weight_g$"), ".parametrizations.weight.original0"),
+    (re.compile(r"\.weight_v$"), ".parametrizations.weight.original1"),
+)
+_ENDING = re.compile(r"(parametrizations\.weight\.original[01]|[^.]+)$")
 _INNER_TOWER = re.compile(r"^(\w*(?:vision|visual|image|audio)\w*)\.(?:vision|audio)_model\.")
 
 
@@ -31,18 +41,20 @@ def match(models: Mapping[str, Checkpoint], donor: str) -> tuple[dict[str, Check
         tensors = {names.get(name, name): info for name, info in checkpoint.tensors.items()}
         matched[model] = replace(checkpoint, tensors=tensors) if names else checkpoint
         if names:
-            pairs = Counter((_PREFIX.match(a)[0], _PREFIX.match(b)[0]) for a, b in names.items())  # type: ignore[index]
-            told = ", ".join(
-                f"'{old or 'no prefix'}' is '{new or 'no prefix'}'" for (old, new), _ in pairs.most_common()
-            )
+            prefixes = Counter((_prefix(a), _prefix(b)) for a, b in names.items())
+            endings = Counter((_ENDING.search(a)[0], _ENDING.search(b)[0]) for a, b in names.items())  # type: ignore[index]
+            changed = [pair for kind in (prefixes, endings) for pair, _ in kind.most_common() if pair[0] != pair[1]]
+            # Where neither differs, a module inside of a tower does.
+            changed = changed or list(prefixes)
+            told = ", ".join(f"'{old or 'no prefix'}' is '{new or 'no prefix'}'" for old, new in changed)
             notes.append(f"model '{model}' names its tensors otherwise than '{donor}': {told}; they are matched")
     return matched, notes
 
 
 def donor_names(reference: Iterable[str], names: Iterable[str], *, heads_only_too: bool = False) -> dict[str, str]:
-    """Return the names in `reference` of those of `names` that differ from them by a prefix alone.
+    """Return the names in `reference` of those of `names` that differ from them by a prefix or an ending alone.
 
-    heads_only_too: also where no tensor of a layer is among them, which two models of one architecture have.
+    heads_only_too: other prefixes also where no tensor of a layer has one, as in two models of one architecture.
     """
     reference, names = dict.fromkeys(reference), dict.fromkeys(names)
     unmatched = _by_tail(name for name in reference if name not in names)
@@ -54,7 +66,7 @@ def donor_names(reference: Iterable[str], names: Iterable[str], *, heads_only_to
         if len(found) == 1 and len(unmatched.get(tail, ())) == 1
     }
     if not (heads_only_too or any(layer(name) for name in pairs)):
-        return {}
+        return {name: new for name, new in pairs.items() if _prefix(name) == _prefix(new)}
     # The donor's class has its head inside of the language model, or beside it.
     inside = any(name.startswith("language_model.") for name in reference)
     heads = {tail: found[0] for tail, found in lacking.items() if is_head(tail) and found[0] not in pairs}
@@ -65,5 +77,13 @@ def donor_names(reference: Iterable[str], names: Iterable[str], *, heads_only_to
 def _by_tail(names: Iterable[str]) -> dict[str, list[str]]:
     tails: dict[str, list[str]] = {}
     for name in names:
-        tails.setdefault(_INNER_TOWER.sub(r"\1.", _PREFIX.sub("", name, count=1)), []).append(name)
+        tail = _INNER_TOWER.sub(r"\1.", name[len(_prefix(name)) :])
+        for older, newer in _ENDINGS:
+            tail = older.sub(newer, tail)
+        tails.setdefault(tail, []).append(name)
     return tails
+
+
+def _prefix(name: str) -> str:
+    match = _PREFIX.match(name)
+    return match[0] if match else ""

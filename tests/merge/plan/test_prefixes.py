@@ -41,6 +41,7 @@ FORMS = {
     ),
     "compiled": ((), (("", "_orig_mod."),)),
     "in data parallel": ((), (("", "module."),)),
+    "with a value head": ((), (("", "pretrained_model."),)),
 }  # fmt: skip
 
 
@@ -80,6 +81,58 @@ def test_a_headless_class_gives_its_tensors(save):
     result = planned(soup("plain", "masked"), plain=save("plain", bert), masked=save("masked", other))
     assert names(result) == list(bert)
     assert any("'masked' holds 1 tensor (cls.bias)" in note for note in result.notes)
+
+
+BERT = {"encoder.layer.0.output.dense.weight": (4, 4), "encoder.layer.0.output.LayerNorm.weight": (4,),
+        "encoder.layer.0.output.LayerNorm.bias": (4,)}  # fmt: skip
+CONV = {"encoder.layers.0.attention.k_proj.weight": (4, 4),
+        "encoder.pos_conv.conv.parametrizations.weight.original0": (1, 1, 3),
+        "encoder.pos_conv.conv.parametrizations.weight.original1": (4, 2, 3)}  # fmt: skip
+GAMMA_BETA = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+# Shapes by newer names, how older versions named their ends, and the prefix that the older ones have.
+ENDINGS = {
+    "norms": (BERT, GAMMA_BETA, ""),
+    "norms under a prefix": (BERT, GAMMA_BETA, "bert."),
+    "normalized weights": (CONV, {"parametrizations.weight.original0": "weight_g",
+                                  "parametrizations.weight.original1": "weight_v"}, ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("direction", [1, -1])
+@pytest.mark.parametrize("case", ENDINGS)
+def test_older_endings_of_names_are_matched_and_named(save, case, direction):
+    shapes, older, prefix = ENDINGS[case]
+    rng = np.random.default_rng(0)
+    models = []
+    for ends, start in (({}, ""), (older, prefix)):
+        values = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+        end = {name: next((name.replace(*pair) for pair in ends.items() if pair[0] in name), name) for name in shapes}
+        models.append({f"{start}{end[name]}": value for name, value in values.items()})
+    a, b = models[::direction]
+    save("a", a), save("b", b)
+    notes = []
+    merge({**soup("a", "b"), "dtype": "float32"}, "out", log=notes.append)
+    merged = load_file("out/model.safetensors")
+    for (name, value), other in zip(a.items(), b.values(), strict=True):
+        np.testing.assert_allclose(merged[name], (value.astype(np.float64) + other) / 2, atol=1e-7, err_msg=name)
+    (note,) = (note for note in notes if "otherwise" in note)
+    for new, old in older.items():
+        new, old = (text.removeprefix("LayerNorm.") for text in (new, old))
+        assert (f"'{old}' is '{new}'" if direction == 1 else f"'{new}' is '{old}'") in note
+
+
+def test_experts_one_by_one_and_stacked_are_named_with_the_way_out(save):
+    router = {"model.layers.0.mlp.gate.weight": np.ones((2, 4), np.float32)}
+    one_by_one = {f"model.layers.0.mlp.experts.{i}.up_proj.weight": np.ones((8, 4), np.float32) for i in range(2)}
+    stacked = {"model.layers.0.mlp.experts.gate_up_proj": np.ones((2, 16, 4), np.float32)}
+    models = {"a": save("a", router | one_by_one), "b": save("b", router | stacked)}
+    for pair in (("a", "b"), ("b", "a")):
+        with pytest.raises(UserError) as error:
+            planned(soup(*pair), **models)
+        message = str(error.value)
+        assert "model 'a' has its experts one by one (model.layers.0.mlp.experts.0.up_proj.weight)" in message
+        assert "model 'b' has them stacked (model.layers.0.mlp.experts.gate_up_proj); load 'a'" in message
+        assert "save_original_format=False" in message and "keep" not in message
 
 
 def test_a_head_that_only_the_renamed_model_has_fits_the_donors_class(save):
