@@ -1,4 +1,4 @@
-"""Reads text, YAML and JSON objects of any origin safely: size limits, no Python tags, no double keys, no alias bombs.
+"""Reads text, YAML and JSON objects of any origin safely: size limits, no objects, no double keys, no alias bombs.
 
 Settings and recipes are read through this module. It knows nothing of their keys.
 """
@@ -45,7 +45,12 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
 )
+# Programs that dump a recipe from Python write layer ranges as tuples: these are read as lists, and nothing is run.
 # A set would be taken for a list, in an order that changes from run to run.
+_Loader.yaml_constructors = {
+    **yaml.SafeLoader.yaml_constructors,
+    "tag:yaml.org,2002:python/tuple": yaml.SafeLoader.yaml_constructors["tag:yaml.org,2002:seq"],
+}
 _Loader.yaml_constructors.pop("tag:yaml.org,2002:set")
 
 

@@ -19,6 +19,7 @@ from tests.test_config import Outer, problem
     ("steps: [1\n", "line 2: not valid YAML"),
     ("steps: !!python/object/apply:os.system ['true']\n", "line 1: not valid YAML: could not determine a constructor"),
     ("steps: !!python/name:os.system\n", "line 1: not valid YAML: could not determine a constructor"),
+    ("steps: !!python/tuple 3\n", "line 1: not valid YAML: expected a sequence node"),
     ("steps: 2024-13-45\n", "not valid YAML: a value is not what its tag or form says: month must be in 1..12"),
     ("steps: !!int x\n", "not valid YAML: a value is not what its tag or form says"),
     ("steps: !!bool x\n", "not valid YAML: a value is not what its tag or form says"),
@@ -92,6 +93,7 @@ def test_anchors_unicode_and_numbers_are_read(tmp_path):
     assert [parse_yaml_documents(f"x: {text}", "")[0]["x"] for text in numbers] == [
         1e-5, -2000.0, 5.0, 1.0, "1e", 16,
     ]  # fmt: skip
+    assert parse_yaml_documents("x: !!python/tuple [0, !!python/tuple [1]]", "") == [{"x": [0, [1]]}]
     empty = tmp_path / "empty.yaml"
     empty.write_text("# nothing\n")
     assert read_yaml(empty) == {}

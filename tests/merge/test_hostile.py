@@ -506,8 +506,9 @@ text("anchor of itself", "a: &a [*a]\n", "contains itself")
 text("deep", "a: " + "[" * 1500, "nested too deeply")
 text("of 300 KB", "# " + "x" * 300_000, "refused")
 for tag in ("!!python/object/apply:os.mkdir ['pwned']", "!!python/name:os.system", "!!python/object:os.Popen {}",
-            "!!python/module:os", "!!python/tuple [1, 2]", "!include /etc/passwd"):  # fmt: skip
+            "!!python/module:os", "!!python/dict {a: 1}", "!include /etc/passwd"):  # fmt: skip
     text(f"tag {tag.split()[0][1:]}", f"merge_method: {tag}\n", "not valid YAML")
+text("tuple for a method", "merge_method: !!python/tuple [1, 2]\nmodels: [math]\n", "merge_method: expected text")
 text("unknown alias", "models: *nothing\n", "not valid YAML")
 text("date that is none", "models: [2024-13-45]\nmerge_method: linear\n", "recipe.yaml")
 text("binary", "merge_method: !!binary //79\nmodels: [math]\n", "recipe.yaml")

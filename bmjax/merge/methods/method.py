@@ -146,6 +146,8 @@ class Parameter:
 
     def check(self, value: Any) -> Any:
         """Return `value` as this parameter's type. Raises UserError that says what was expected."""
+        if self.kind is bool and isinstance(value, (int, float)) and value in (0, 1):
+            return bool(value)  # as mergekit, whose parameters are all numbers
         choices = typing.get_args(self.kind) if typing.get_origin(self.kind) is Literal else ()
         if self.kind in (float, int) and isinstance(value, (int, float)) and not isinstance(value, bool):
             in_range = math.isfinite(value) and self.about.least <= value <= self.about.most

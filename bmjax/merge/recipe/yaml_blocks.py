@@ -92,6 +92,13 @@ class SliceBlock(_WithParameters):
     parameters: Parameters = Field({}, description="in place of the recipe's own")
     residual_weight: float | None = Field(None, description="without effect, as in mergekit")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _has_sources(cls, block: Any) -> Any:
+        if isinstance(block, Mapping) and "sources" not in block and {"model", "layer_range"} & block.keys():
+            raise ValueError("`sources:` is missing; write `- sources: [{model: NAME, layer_range: [FIRST, END]}]`")
+        return block
+
 
 class StepBlock(_WithParameters):
     """One merge: the whole recipe in mergekit's dialect, or one entry of `steps:`."""
@@ -140,7 +147,7 @@ _OPTIONS = (
     "allow_crimes", "transformers_cache", "lora_merge_cache", "lora_merge_dtype", "cuda", "device", "low_cpu_memory",
     "out_shard_size", "copy_tokenizer", "clone_tensors", "trust_remote_code", "lazy_unpickle", "write_model_card",
     "safe_serialization", "verbose", "verbosity", "quiet", "read_to_gpu", "multi_gpu", "num_threads", "gpu_rich",
-    "async_write", "write_threads",
+    "async_write", "write_threads", "allow_negative_weights",
 )  # fmt: skip
 _OF_THE_RESULT = ("tokenizer_source", "tokenizer", "chat_template")
 _TOP_ONLY = [key for key in TopBlock.model_fields if key not in StepBlock.model_fields]

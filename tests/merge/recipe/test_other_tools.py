@@ -236,7 +236,40 @@ def test_a_seed_as_mergekits_command_calls_it():
             read_recipe({**block, "random_seed": 7, "seed": 8})
 
 
-@pytest.mark.parametrize("key", ["cuda", "allow_crimes", "trust_remote_code", "out_shard_size", "copy_tokenizer"])
+@pytest.mark.parametrize(("written", "value"), [(1.0, True), (0.0, False), (1, True), (0, False), (True, True)])
+def test_numbers_that_stand_for_true_and_false(written, value):
+    block = {"merge_method": "ties", "base_model": "a", "models": ["b", "c"]}
+    recipe = read_recipe({**block, "parameters": {"normalize": written, "int8_mask": written}})
+    assert recipe.steps[0].arguments["normalize"] is value
+    assert recipe.notes == ("recipe: int8_mask has no effect: masks are never kept in memory whole",)
+    lines = [{"filter": "mlp", "value": written}, {"value": [written, False]}]
+    of_tensors = read_recipe({**block, "parameters": {"normalize": lines}}).steps[0].at("mlp", 0.0, {})
+    assert of_tensors["normalize"] is value
+
+
+@pytest.mark.parametrize("written", [2, 0.5, -1, "1", "true"])
+def test_other_numbers_do_not_stand_for_true_and_false(written):
+    block = {"merge_method": "ties", "base_model": "a", "models": ["b", "c"]}
+    with pytest.raises(UserError, match=f"normalize: expected true or false, found {written!r}"):
+        read_recipe({**block, "parameters": {"normalize": written}})
+
+
+@pytest.mark.parametrize("written", ["!!python/tuple [0, 3]", "!!python/tuple\n    - 0\n    - 3"])
+def test_layer_ranges_that_python_wrote(tmp_path, written):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"merge_method: passthrough\nslices:\n- sources:\n  - model: a\n    layer_range: {written}\n")
+    assert read_recipe(path).steps[0].slices[0].ranges == {"a": (0, 3)}
+
+
+@pytest.mark.parametrize("part", [{"model": "a", "layer_range": [0, 3]}, {"model": "a"}, {"layer_range": [0, 3]}])
+def test_slices_without_sources_are_told_so(part):
+    with pytest.raises(UserError, match=r"slices.0: `sources:` is missing; write `- sources: \["):
+        read_recipe({"merge_method": "passthrough", "slices": [part]})
+
+
+@pytest.mark.parametrize(
+    "key", ["allow_negative_weights", "cuda", "allow_crimes", "trust_remote_code", "out_shard_size", "copy_tokenizer"]
+)
 def test_options_of_mergekits_command_are_noted(key):
     recipe = read_recipe({**SOUP, key: True})
     assert recipe.notes == (f"recipe: key '{key}' has no effect: it is an option of mergekit's command",)

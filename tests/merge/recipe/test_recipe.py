@@ -175,8 +175,8 @@ BAD = {
     "not finite": ({**ARCEE, "parameters": {"lambda": float("nan")}}, "lambda: expected a number"),
     "unknown choice": ({**ARCEE, "parameters": {"combine": "meen"}}, "found 'meen'; did you mean 'mean'?"),
     "number is no switch": (
-        {"merge_method": "linear", "models": ["a"], "parameters": {"normalize": 1}},
-        "normalize: expected true or false, found 1",
+        {"merge_method": "linear", "models": ["a"], "parameters": {"normalize": 2}},
+        "normalize: expected true or false, found 2",
     ),
     "only the base": ({**ARCEE, "models": ["science"]}, "needs at least 1 model beside the base, found 0"),
     "empty models": ({"merge_method": "linear", "models": []}, "needs at least 1 model, found 0"),
