@@ -21,6 +21,7 @@ _INNER_KEYS = QUANTIZATION_KEYS[:2]  # MLX's word may mean something else inside
 BLOCK_SCALES, SCALES = "_scale_inv", "_scale"  # what a weight's name gets, for the scales that it is multiplied by
 _OF_ALL = ((), (1,), (1, 1))  # shapes of a scale for the whole matrix
 _FP8 = ("F8_E4M3", "F8_E5M2")
+_POWERS = "F8_E8M0"  # of scales: 2^(n - 127) for a byte n, which float32 holds exactly (ue8m0 of DeepSeek-V3.1)
 PLAIN = ("F32", "BF16", "F16", "F64")
 _WHOLE_NUMBERS = ("BOOL", "I64", "I32", "I16", "U64", "U32", "U16", "U8", "C64")  # of masks and positions, too
 # By these methods, FP8 weights are multiplied by `weight_scale`, with nothing added. None: of no config.json.
@@ -152,7 +153,11 @@ def _grids(name: str, model: Checkpoint, config: Mapping[str, Any]) -> dict[str,
     tensors, grids = model.tensors, dict[str, Grid]()
     for key, info in tensors.items():
         is_number = info.dtype in PLAIN or (info.dtype in _WHOLE_NUMBERS and not key.endswith(".weight"))
+        is_number = is_number or (info.dtype == _POWERS and key.endswith((BLOCK_SCALES, SCALES)))
         if _OTHER_PARTS.search(key) or not (is_number or info.dtype in _FP8):
+            if str(settings.get("quant_method")).endswith("fp8") and any(i.dtype in _FP8 for i in tensors.values()):
+                problem = f"{key} is {info.dtype} {list(info.shape)}, which is neither FP8 nor a scale that is known"
+                raise _refusal(name, model, f"{scheme(model, config)}, but {problem}")
             return {}
         if info.dtype not in _FP8:
             continue

@@ -14,7 +14,7 @@ from bmjax.io.safetensors import open_checkpoint
 from bmjax.merge.recipe.recipe import read_recipe
 from tests.merge.plan_helpers import EMBED, soup
 
-BF16, F8 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn
+BF16, F8, POWERS = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e8m0fnu
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 SHAPES = {"model.layers.0.mlp.up_proj.weight": (200, 160), "model.layers.1.mlp.up_proj.weight": (200, 160)}
 
@@ -67,7 +67,7 @@ def test_fp8_in_blocks_is_dequantized(save, tmp_path, method, donor):
     assert any("model 'fp8' is quantized (fp8 blockwise): it is dequantized as it is read" in line for line in lines)
 
 
-@pytest.mark.parametrize(("block", "kind"), [((64, 32), np.float32), ((128, 128), BF16)])
+@pytest.mark.parametrize(("block", "kind"), [((64, 32), np.float32), ((128, 128), BF16), ((128, 128), POWERS)])
 def test_other_blocks_and_types_of_scales(save, block, kind):
     stored, meant = quantized(plain(), block, kind)
     save("a", stored, quantization_config={**FP8, "weight_block_size": list(block)})
@@ -243,6 +243,14 @@ def test_scales_that_do_not_fit(save):
     stored[f"{UP}.weight_scale_inv"] = np.ones((1, 2), np.float32)
     save("a", stored, quantization_config=FP8)
     with pytest.raises(UserError, match=r"model 'a': .*up_proj.weight_scale_inv is \[1, 2\], expected \[2, 2\]"):
+        merge(soup("a"), "out")
+
+
+def test_what_is_neither_fp8_nor_its_scale_is_named(save):
+    stored, _ = quantized(plain())
+    stored["model.layers.0.mlp.other"] = np.ones((2, 2), POWERS)
+    save("a", stored, quantization_config=FP8)
+    with pytest.raises(UserError, match=r"\(fp8 blockwise, but model.layers.0.mlp.other is F8_E8M0 \[2, 2\], which is"):
         merge(soup("a"), "out")
 
 
