@@ -7,7 +7,7 @@ surplus tensors can be merged; `MergePlan.notes` says what was done about it.
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -31,7 +31,7 @@ from bmjax.merge.plan.inputs import (
 from bmjax.merge.plan.layout import Layout, Origin, read_config
 from bmjax.merge.plan.merged_config import config_changes
 from bmjax.merge.plan.output import check_target
-from bmjax.merge.plan.side_files import side_files
+from bmjax.merge.plan.side_files import lost_by_overwriting, side_files
 from bmjax.merge.plan.some_models import without_models
 from bmjax.merge.plan.tensor_names import is_buffer, is_of_tower, layer
 from bmjax.merge.plan.token_rows import StandIn, TokenRows
@@ -117,8 +117,11 @@ def prepare(recipe: Recipe, output: str | Path, overwrite: bool = False, *, down
     sources = [*directories.values(), *adapters.values()]
     if recipe.tokenizer is not None and recipe.tokenizer.source not in (*WORDS, *recipe.inputs):
         sources.append(recipe.directory(recipe.tokenizer.source, download=download, weights=False, key="tokenizer"))
-    check_target(Path(output), sources, overwrite)
-    return plan(recipe, {name: open_checkpoint(directory) for name, directory in directories.items()}, adapters)
+    replaced = check_target(Path(output), sources, overwrite)
+    planned = plan(recipe, {name: open_checkpoint(directory) for name, directory in directories.items()}, adapters)
+    if note := lost_by_overwriting(output, replaced, planned.models[recipe.donor].directory):
+        planned = replace(planned, notes=(*planned.notes, note))
+    return planned
 
 
 def plan(

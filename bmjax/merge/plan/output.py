@@ -14,8 +14,11 @@ _UNITS = {"B": 1} | {f"{prefix}{kind}": base ** (i + 1)
                      for kind, base in (("B", 1000), ("iB", 1024)) for i, prefix in enumerate("KMGT")}  # fmt: skip
 
 
-def check_target(target: Path, inputs: Iterable[Path], overwrite: bool) -> None:
-    """Raise a UserError unless `target` may be written: no input, not around or in one, empty unless `overwrite`."""
+def check_target(target: Path, inputs: Iterable[Path], overwrite: bool) -> set[str]:
+    """Return the names of what `target` holds, which the merge replaces.
+
+    Raises a UserError unless it may be written: no input, not around or in one, empty unless `overwrite`.
+    """
     if not is_text(str(target)):
         raise UserError(f"{ascii(str(target))[:80]}: its name is no Unicode text; choose another output directory")
     url = url_of(target)
@@ -36,17 +39,16 @@ def check_target(target: Path, inputs: Iterable[Path], overwrite: bool) -> None:
             raise UserError(f"{shown}: is inside the input {directory}; choose another output directory")
     if url is not None:
         if bucket.is_unfinished(url):
-            return
-        _check_content(url, {name.partition("/")[0] for name in bucket.names_in(url)}, overwrite)
-        return
+            return set()
+        return _checked_content(url, {name.partition("/")[0] for name in bucket.names_in(url)}, overwrite)
     if not target.exists():
-        return
+        return set()
     if not target.is_dir():
         raise UserError(f"{target}: exists and is not a directory; choose another output directory")
-    _check_content(str(target), {path.name for path in target.iterdir()}, overwrite)
+    return _checked_content(str(target), {path.name for path in target.iterdir()}, overwrite)
 
 
-def _check_content(target: str, names: set[str], overwrite: bool) -> None:
+def _checked_content(target: str, names: set[str], overwrite: bool) -> set[str]:
     if names and "config.json" not in names and not any(name.endswith(".safetensors") for name in names):
         raise UserError(
             f"{target}: exists and is not a model directory, so it is never overwritten; choose another output "
@@ -54,6 +56,7 @@ def _check_content(target: str, names: set[str], overwrite: bool) -> None:
         )
     if names and not overwrite:
         raise UserError(f"{target}: exists and is not empty; choose another output directory, or add --overwrite")
+    return names
 
 
 def check_space(target: Path, needed: int) -> int:

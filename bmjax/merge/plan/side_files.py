@@ -101,6 +101,23 @@ def side_files(directory: Path) -> SideFiles:
     return listed
 
 
+def lost_by_overwriting(output: str | Path, names: Iterable[str], donor: Path) -> str | None:
+    """Return a line where a directory that a merge replaces holds what the merge does not write; None where nothing.
+
+    names: of what the directory holds. donor: whose side files the result gets.
+    """
+    written = (*_WEIGHTS, *_OWN, *_TOKENIZER, "additional_chat_templates", "config.json", "generation_config.json")
+    copied = {path.relative_to(donor).parts[0] for path in side_files(donor).paths}
+    lost = sorted(name for name in names if name not in copied and not _is(name, written))
+    if not lost:
+        return None
+    more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
+    return (
+        f"{output}: overwriting it removes {', '.join(lost[:5])}{more}, which this merge does not write; move what you "
+        "want to keep"
+    )
+
+
 def copy_file(source: Path, target: Path) -> None:
     """Copy a side file, and make its folders. JSON loses the byte order mark that no loader reads."""
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -3,9 +3,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from bmjax.calibrate.dispatch import check, merge
 from bmjax.config import UserError
 from bmjax.merge.plan import output as places
 from bmjax.merge.plan.output import check_space, check_target, parse_size, size_text
+from bmjax.merge.recipe.recipe import read_recipe
+from tests.merge.plan_helpers import soup, tensors
 
 
 @pytest.mark.parametrize(
@@ -38,7 +41,7 @@ def test_the_target_is_empty_and_no_input(tmp_path):
         (folder / file).write_text("x")
     os.symlink(model, tmp_path / "link")
     check_target(tmp_path / "new" / "out", [model], overwrite=False)
-    check_target(full, [model], overwrite=True)
+    assert check_target(full, [model], overwrite=True) == {"model.safetensors"}
     for target, overwrite, message in (
         (model, True, "contains"),
         (model / "merged", True, "inside the input"),
@@ -54,6 +57,24 @@ def test_the_target_is_empty_and_no_input(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             check_target(target, [model], overwrite)
+
+
+def test_what_a_user_has_added_to_a_result_is_named_before_it_goes(save):
+    folder = save("a", tensors()).directory
+    (folder / "preprocessor_config.json").write_text("{}")
+    recipe = soup("a")
+    merge(recipe, "out")
+    lines = []
+    merge(recipe, "out", overwrite=True, log=lines.append)
+    assert not any("overwriting" in line for line in lines)
+    os.makedirs("out/extra"), os.makedirs("out/.git")
+    for name in ("notes.txt", "old.jsonl"):
+        with open(f"out/{name}", "w") as file:
+            file.write("mine")
+    said = "out: overwriting it removes .git, extra, notes.txt, old.jsonl, which this merge does not write; move what"
+    assert any(said in line for line in check(read_recipe(recipe), "out", overwrite=True))
+    merge(recipe, "out", overwrite=True, log=lines.append)
+    assert said in lines[-1] and not os.path.exists("out/notes.txt")
 
 
 def test_space(tmp_path, monkeypatch):
