@@ -108,7 +108,12 @@ def chat_of(layout: Layout, config: Mapping[str, Any], tokens: Vocabulary | None
             notes.append(f"chat_template: the end tokens stay as they are: {error}")
     chat = Chat(template, end, end_id)
     # What the models stop at and the result does not.
-    result = _Ends(source, {**config, **chat.config_changes(config)}, None if tokens is None else tokens.tokens)
+    result = _Ends(
+        source,
+        {**config, **chat.config_changes(config)},
+        None if tokens is None else tokens.tokens,
+        None if tokens is None else tokens.generation,
+    )
     extra = {end} if end is not None else set()
     for name, model in layout.models.items():
         ends = _Ends(model.directory, layout.configs[name] or {})
@@ -123,9 +128,16 @@ def chat_of(layout: Layout, config: Mapping[str, Any], tokens: Vocabulary | None
 class _Ends:
     """The tokens at which a model stops: those of its two configs by id, that of its tokenizer by text."""
 
-    def __init__(self, directory: Path, config: Mapping[str, Any], tokens: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        config: Mapping[str, Any],
+        tokens: Mapping[str, int] | None = None,
+        generation: Mapping[str, Any] | None = None,
+    ) -> None:
         self.directory, self.tokens = directory, tokens
-        blocks = [*config_blocks(dict(config)), read_json(directory / "generation_config.json")]
+        stored = read_json(directory / "generation_config.json") if generation is None else generation
+        blocks = [*config_blocks(dict(config)), stored]
         self.ids = list(dict.fromkeys(i for block in blocks for i in ids_in(block)))
         self.text = end_text(directory)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from bmjax.config import UserError
 from bmjax.io.safetensors import listing
+from bmjax.merge.plan.config_token_ids import follow_tokens
 from bmjax.merge.plan.heads import NESTED, TIED, UNTIED_FAMILIES, config_blocks, says_tied
 from bmjax.merge.plan.layer_kinds import KIND_LISTS, is_numbers_of_layers, set_kinds
 from bmjax.merge.plan.layout import Layout
@@ -14,7 +15,6 @@ from bmjax.merge.plan.quantized import QUANTIZATION_KEYS
 from bmjax.merge.plan.stacks import LAYER_COUNTS, MTP_COUNTS
 from bmjax.merge.plan.tensor_names import TOWERS, layer
 from bmjax.merge.plan.vocabulary import Vocabulary
-from bmjax.model.config import read_hf_config
 
 Config = dict[str, Any]
 _TYPES = ("dtype", "torch_dtype")
@@ -62,11 +62,11 @@ def config_changes(layout: Layout, has_head: bool, vocabulary: Vocabulary | None
         notes += _set_rows(new, layout)
     else:
         _put(new, "vocab_size", vocabulary.size)
-        if vocabulary.source != layout.models[donor].directory and (vocabulary.source / "config.json").exists():
-            tokenizer_config = read_hf_config(vocabulary.source)
-            for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-                if key in tokenizer_config:
-                    _put(new, key, tokenizer_config[key])
+        followed, lines = follow_tokens(new, vocabulary.ids[donor], vocabulary.tokens, stated=vocabulary.stated)
+        new |= followed
+        notes += lines
+        for key, value in vocabulary.stated.items():
+            _put(new, key, value)
     if layout.further[donor] and not layout.further[result]:
         for block in config_blocks(new):
             block |= {key: 0 for key in MTP_COUNTS if block.get(key)}
@@ -99,6 +99,11 @@ def config_changes(layout: Layout, has_head: bool, vocabulary: Vocabulary | None
     for name, config in configs.items():
         config = old if config is None else config
         ours, theirs = _with_one_rope(old), _with_one_rope(config)
+        if vocabulary is not None:  # ids are compared as tokens
+            ours, theirs = (
+                follow_tokens(part, vocabulary.ids.get(model, {}), vocabulary.tokens)[0]
+                for model, part in ((donor, ours), (name, theirs))
+            )
         candidates = {*ours, *theirs} - _MAY_DIFFER - changes.keys()
         keys = sorted(key for key in candidates if ours.get(key) != theirs.get(key))
         if "rope_parameters" in keys:  # by the names that the configs have

@@ -7,21 +7,24 @@ result has at least as many rows as the tokenizer's model, so that padding stays
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from bmjax.config import UserError, first_line
+from bmjax.merge.plan.config_token_ids import follow_tokens, stated_ids
 from bmjax.merge.plan.layout import Layout
 from bmjax.merge.plan.side_files import copy_file, tokenizer_files
 from bmjax.merge.recipe.tokenizer import WORDS, TokenizerSettings
+from bmjax.model.config import read_hf_config
 from bmjax.safe_yaml import read_object
-from bmjax.weights.tokenizer import load_tokenizer
+from bmjax.weights.tokenizer import load_tokenizer, read_json, write_json
 
 MAX_ROWS = 2**24  # of tokens; an array as long is made for every model
 MAX_TOKENIZER_BYTES = 2**28  # the largest have 40 million
+GENERATION = "generation_config.json"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -43,6 +46,8 @@ class Vocabulary:
     rules: Mapping[int, RowRule]  # of rows that the recipe speaks of
     added: Sequence[Any]  # tokens that the tokenizer gets, as `tokenizers.AddedToken`
     notes: Sequence[str]
+    stated: Mapping[str, Any] = field(default_factory=dict)  # ids of special tokens in the config of another source
+    generation: Mapping[str, Any] | None = None  # the donor's generation config under these ids; None: the source's
 
     def rows(self, model: str, count: int) -> np.ndarray:
         """Return for every row of the result the row of a model of `count` rows, -1 for none: int64 [size]."""
@@ -67,9 +72,11 @@ class Vocabulary:
         """Write the tokenizer's files in place of those in `folder`."""
         for path in tokenizer_files(folder):
             path.unlink()
-        for path in [*tokenizer_files(self.source), self.source / "generation_config.json"]:
+        for path in [*tokenizer_files(self.source), self.source / GENERATION]:
             if path.is_file():
                 copy_file(path, folder / path.relative_to(self.source))
+        if self.generation is not None and self.generation != read_json(folder / GENERATION):
+            write_json(folder / GENERATION, self.generation)
         if not self.added:
             return
         backend = _load(self.source)
@@ -168,7 +175,15 @@ def vocabulary(settings: TokenizerSettings, layout: Layout) -> Vocabulary:
     ]
     if zeros:
         notes.append(f"{len(zeros)} tokens have a row in no model; theirs are zeros")
-    return Vocabulary(size, tokens, ids, directories[source], rules, added, notes)
+    # What the donor's generation config says by id, unless the tokenizer's model has one.
+    folder, stated, generation = directories[source], dict[str, Any](), None
+    if folder != directories[donor] and (folder / "config.json").exists():
+        stated = stated_ids(read_hf_config(folder))
+    path = directories[donor] / GENERATION
+    if path.is_file() and (folder == path.parent or not (folder / GENERATION).is_file()):
+        generation, lines = follow_tokens(read_json(path), ids[donor], tokens, path.name, stated)
+        notes += lines
+    return Vocabulary(size, tokens, ids, folder, rules, added, notes, stated, generation)
 
 
 def _new_tokens(

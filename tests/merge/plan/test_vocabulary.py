@@ -313,3 +313,43 @@ def test_a_model_called_as_a_word_is_named_by_its_directory(make):
     assert planned.vocabulary.size == 8 and planned.vocabulary.tokens == {"u": 0, "v": 1}
     with pytest.raises(UserError, match=r"tokenizer_source: .*'base' means no model here; write \./base"):
         read_recipe(recipe | {"tokenizer_source": "model:base"})
+
+
+@pytest.mark.parametrize("generation", ["of the donor", "of both"])
+@pytest.mark.parametrize("stated", [{}, {"eos_token_id": 2}], ids=["none stated", "end stated"])
+def test_ids_in_the_configs_follow_another_models_tokenizer(make, tmp_path, generation, stated):
+    nested = {"text_config": {"image_token_id": 3, "vocab_size": 5}}
+    a = make("a", 0, ["u", "x", "<end>"], ["<image>", "<pad>"], eos_token_id=2, pad_token_id=4, **nested)
+    b = make("b", 1, ["u", "x"], ["<end>", "<pad>", "<image>"], image_token_id=4, **stated)
+    (a / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 4], "top_k": 1}))
+    if generation == "of both":
+        (b / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "top_k": 9}))
+    planned, _ = merge_rows(soup("a", "b", tokenizer_source="b"))
+    assert planned.config_changes == {"pad_token_id": 3, "text_config": {"image_token_id": 4, "vocab_size": 5}}
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "generation_config.json").write_text((a / "generation_config.json").read_text())
+    planned.vocabulary.save(out)
+    written = json.loads((out / "generation_config.json").read_text())
+    ends = 2 if stated else [2, 3]
+    assert written == (
+        {"eos_token_id": 2, "top_k": 9} if generation == "of both" else {"eos_token_id": ends, "top_k": 1}
+    )
+    notes = [note for note in planned.notes if "by the result's tokenizer" in note]
+    assert [note.split(":")[0] for note in notes] == (
+        ["config.json"] if generation == "of both" else ["generation_config.json", "config.json"]
+    )
+
+
+@pytest.mark.parametrize("source", ["base", "union"])
+def test_ids_stay_under_the_donors_own_tokenizer(make, tmp_path, source):
+    a = make("a", 0, ["u", "x"], ["<image>"], rows=4, vocab_size=4, eos_token_id=1, image_token_id=2,
+             pad_token_id=3)  # fmt: skip
+    make("b", 1, ["x", "u"], ["<new>", "<image>"], rows=4, eos_token_id=0, image_token_id=3, pad_token_id=3)
+    (a / "generation_config.json").write_text('{"eos_token_id":  1}')
+    planned, _ = merge_rows(soup("a", "b", tokenizer_source=source))
+    assert planned.config_changes == {}
+    notes = [note for note in planned.notes if "config.json" in note]
+    # Padding's id is a token's once the tokenizer grows. Ids of models that mean the same tokens do not differ.
+    told = "config.json: pad_token_id: 3 was no token's id, so it stays, and is now '<new>': look at it"
+    assert notes == ([told] if source == "union" else [])
