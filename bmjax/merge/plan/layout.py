@@ -29,6 +29,7 @@ from bmjax.merge.plan.tensor_names import (
     is_task_head,
     is_vocabulary,
     layer,
+    token_axis,
 )
 from bmjax.merge.recipe.recipe import Recipe
 from bmjax.merge.recipe.step import Slice, Step
@@ -144,9 +145,9 @@ class Layout:
         return None if stored_name is None else self.models[model].tensors[stored_name]
 
     def row_count(self, model: str, name: str) -> int | None:
-        """Return how many rows an input's tensor has; None when it has no such tensor, or a scalar."""
+        """Return how many rows of tokens an input's tensor has; None when it has no such tensor, or a scalar."""
         info = self.tensor(model, name)
-        return info.shape[0] if info is not None and info.shape else None
+        return info.shape[token_axis(name)] if info is not None and info.shape else None
 
     def find(self, model: str, name: str) -> str | None:
         """Return the name under which an input or a step holds a tensor: a tied model's head is its embedding.

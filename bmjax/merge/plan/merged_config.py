@@ -61,6 +61,9 @@ def config_changes(layout: Layout, has_head: bool, vocabulary: Vocabulary | None
     if vocabulary is None:
         notes += _set_rows(new, layout)
     else:
+        for block in config_blocks(new):  # Marian's
+            if "decoder_vocab_size" in block and block["decoder_vocab_size"] == block.get("vocab_size"):
+                block["decoder_vocab_size"] = vocabulary.size
         _put(new, "vocab_size", vocabulary.size)
         followed, lines = follow_tokens(new, vocabulary.ids[donor], vocabulary.tokens, stated=vocabulary.stated)
         new |= followed

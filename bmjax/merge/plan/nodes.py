@@ -33,7 +33,7 @@ from bmjax.merge.plan.merged_config import config_changes
 from bmjax.merge.plan.output import check_target
 from bmjax.merge.plan.side_files import lost_by_overwriting, side_files
 from bmjax.merge.plan.some_models import without_models
-from bmjax.merge.plan.tensor_names import is_buffer, is_of_tower, layer
+from bmjax.merge.plan.tensor_names import is_buffer, is_of_tower, layer, with_tokens
 from bmjax.merge.plan.token_rows import StandIn, TokenRows
 from bmjax.merge.plan.tokenizer_text import tokenizer_difference
 from bmjax.merge.plan.vocabulary import Vocabulary, vocabulary
@@ -278,9 +278,10 @@ class _Planner:
             info = self.layout.models[model].tensors[tensor]
             forms.setdefault(model, (info.shape, info.kept_dtype))
         leader, (shape, kind) = next(iter(forms.items()))
-        first = int(self.layout.is_vocabulary(name))
+        is_vocabulary = self.layout.is_vocabulary(name)
         for model, (other_shape, other_kind) in forms.items():
-            if other_shape[first:] != shape[first:]:
+            shapes = other_shape, shape
+            if len({with_tokens(name, s) if is_vocabulary else s for s in shapes}) > 1:
                 raise UserError(
                     f"tensor '{name}' has shape {list(other_shape)} in model '{model}' and {list(shape)} in "
                     f"'{leader}'; only models of equal sizes can be merged"
@@ -291,7 +292,7 @@ class _Planner:
                     f"only {', '.join(FLOATS)} can be mixed: convert one of them (quantized models: from the original)"
                 )
         rows = inputs[leader].rows
-        return shape if rows is None else (len(rows), *shape[1:])
+        return shape if rows is None else with_tokens(name, shape, len(rows))
 
     def _check_whole_numbers(self, name: str, inputs: Mapping[str, TensorSource]) -> None:
         """Raise a UserError where a small tensor that is no number to merge differs, which a merge would find late."""
@@ -389,6 +390,7 @@ class _Planner:
                     f"model '{model}' has another tokenizer than '{self.recipe.donor}': {difference}; rows of tokens "
                     "are merged by number; write tokenizer_source: base (or union) to merge them by token"
                 )
+        yield from self.rows.remarks(self._read.get(self.recipe.donor, ()))
         if self._kept_wide:
             yield (
                 f"{listing(self._kept_wide)} stay as '{self.recipe.donor}' stores them, wider than its "

@@ -21,6 +21,8 @@ _TASK_HEAD = re.compile(
     r"(^|\.)(scorer?|regressor|(\w+_)?classifier|classification_head|multiple_choice_head|qa_outputs|summary|logits_proj"
     r"|(v|cls|value|rank)s?_head|(rm|prm|critic|reward|regression|scoring)s?_(head|layer|proj))\."
 )
+# What an encoder-decoder adds to its scores of tokens, [1, V] (BART, Marian, Pegasus).
+_SCORES_BIAS = re.compile(r"(^|\.)final_logits_bias$")
 _BUFFER = re.compile(r"(^|\.)(inv_freq|position_ids|(attn|attention)\.(masked_)?bias)$")
 # Parts of the names of what is beside a language model: encoders of other senses, and what joins them to it.
 TOWERS = r"vision|visual|image|audio|speech|video|multi_modal|projector|connector|resampler|qformer|perceiver"
@@ -84,8 +86,19 @@ def is_embedding(name: str) -> bool:
 
 @functools.lru_cache(2**16)
 def is_vocabulary(name: str) -> bool:
-    """Return whether the tensor has a row for each token, by its name."""
-    return is_embedding(name) or is_head(name)
+    """Return whether the tensor has a row for each token, by its name. A bias of scores counts as a row's entries."""
+    return is_embedding(name) or is_head(name) or _SCORES_BIAS.search(name) is not None
+
+
+def token_axis(name: str) -> int:
+    """Return which axis of a tensor of the vocabulary goes along the tokens: the first, of a bias [1, V] the last."""
+    return -1 if _SCORES_BIAS.search(name) else 0
+
+
+def with_tokens(name: str, shape: tuple[int, ...], *count: int) -> tuple[int, ...]:
+    """Return the shape of a tensor of the vocabulary with `count` in place of its tokens, or without that axis."""
+    axis = token_axis(name)
+    return (*shape[:axis], *count, *shape[axis:][1:])
 
 
 def is_buffer(name: str) -> bool:

@@ -1,13 +1,15 @@
 """Rows of tokens: which rows of a model's embedding or head make the result's, and reading them in that order."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
 from bmjax.config import UserError
-from bmjax.io.safetensors import TensorInfo
+from bmjax.io.safetensors import TensorInfo, listing
+from bmjax.merge.plan.heads import config_blocks
 from bmjax.merge.plan.layout import Layout
+from bmjax.merge.plan.tensor_names import with_tokens
 from bmjax.merge.plan.vocabulary import MAX_ROWS, Vocabulary
 
 StandIn = tuple[str, str, np.ndarray]  # model, tensor, for every row of the result the row of that tensor, -1 for none
@@ -19,6 +21,7 @@ class TokenRows:
     def __init__(self, layout: Layout, tokens: Vocabulary | None) -> None:
         self.layout, self.tokens = layout, tokens
         self._rows: dict[tuple[str, str], np.ndarray] = {}
+        self._are_moved = False
 
     def of(self, model: str, result: str) -> tuple[np.ndarray | None, tuple[StandIn, ...]]:
         """Return an input's rows for the tensor `result` (None: as they are), and what stands in for missing ones."""
@@ -28,12 +31,32 @@ class TokenRows:
         rows = self._rows_of(model, result)
         if len(rows) == count and bool(np.array_equal(rows, np.arange(count))):
             return None, ()
+        self._are_moved = True
         if self.tokens is None:
             donor, surplus = self.layout.recipe.donor, count - len(rows)
             missing = f"the {-surplus} it lacks are taken from there"
             remark = f"its last {surplus} are not read" if surplus > 0 else missing
             self.layout.notes[f"model '{model}' has {count} rows of tokens, '{donor}' {len(rows)}: {remark}"] = None
         return rows, self._stand_ins(model, result)
+
+    def remarks(self, names: Iterable[str]) -> Iterator[str]:
+        """Yield a line on those of the donor's tensors that may have a part for each token, and are not known to."""
+        donor = self.layout.recipe.donor
+        embedding = self.layout.tensor(donor, self.layout.embedding(donor) or "")
+        if not self._are_moved or embedding is None:
+            return
+        count, width = embedding.shape[0], embedding.shape[1:]
+        blocks = config_blocks(self.layout.configs[donor] or {})
+        sizes = {value for block in blocks for key, value in block.items() if "vocab" not in key and type(value) is int}
+        if count in {*sizes, *width}:  # of as many tokens by chance
+            return
+        infos = self.layout.models[donor].tensors
+        unknown = [name for name in names if count in infos[name].shape and not self.layout.is_vocabulary(name)]
+        if unknown:
+            yield (
+                f"{listing(unknown)} of '{donor}': an axis is as long as its {count} rows of tokens, which move; if it "
+                "goes along the tokens the result is wrong, for it is merged by number"
+            )
 
     def _result_count(self, result: str) -> int:
         if self.tokens is not None:
@@ -93,7 +116,7 @@ def row_reader(
     as in `bmjax.merge.plan.nodes.TensorSource`. read: fills an array, of a tensor's stored type, with that tensor's
     entries from a flat index on.
     """
-    width = math.prod(info.shape[1:])
+    width = math.prod(with_tokens(info.name, info.shape))
 
     def fill(start: int, out: np.ndarray) -> None:
         row, end = start // width, start + len(out)

@@ -11,22 +11,23 @@ ROWS = np.array([3, 4, 5, -1, 0, -1, 2, 2, -1, 7], np.int64)
 OTHERS = [np.array([-1, -1, -1, 1, -1, 0, -1, -1, -1, -1]), np.array([-1, -1, -1, 2, -1, -1, -1, -1, -1, -1])]
 
 
-@pytest.mark.parametrize("shape", [(8, 5), (8,)])
+@pytest.mark.parametrize("key, shape", [("t", (8, 5)), ("t", (8,)), ("final_logits_bias", (1, 8))])
 @pytest.mark.parametrize("dtype, name", [(np.float32, "F32"), (ml_dtypes.bfloat16, "BF16")])
-def test_rows_are_read_in_the_results_order(shape, dtype, name):
+def test_rows_are_read_in_the_results_order(key, shape, dtype, name):
     rng = np.random.default_rng(0)
-    files = {f"t{i}": rng.standard_normal(shape).astype(dtype) for i in range(3)}
-    infos = [TensorInfo(key, Path("x"), name, shape, 0, value.nbytes) for key, value in files.items()]
+    files = {f"{i}.{key}": rng.standard_normal(shape).astype(dtype) for i in range(3)}
+    infos = [TensorInfo(stored, Path("x"), name, shape, 0, value.nbytes) for stored, value in files.items()]
     reads = []
 
     def read(info, start, out):
         reads.append((info.name, start, len(out)))
         out[...] = files[info.name].reshape(-1)[start : start + len(out)]
 
-    expected = np.zeros((len(ROWS), *shape[1:]), dtype)
+    by_row = [value.reshape(8, -1) for value in files.values()]
+    expected = np.zeros((len(ROWS), by_row[0].shape[1]), dtype)
     for i, row in enumerate(ROWS):
-        lent = [files[f"t{k + 1}"][at[i]].astype(np.float32) for k, at in enumerate(OTHERS) if at[i] >= 0]
-        expected[i] = files["t0"][row] if row >= 0 else np.mean(lent, axis=0).astype(dtype) if lent else 0
+        lent = [by_row[k + 1][at[i]].astype(np.float32) for k, at in enumerate(OTHERS) if at[i] >= 0]
+        expected[i] = by_row[0][row] if row >= 0 else np.mean(lent, axis=0).astype(dtype) if lent else 0
     flat = expected.reshape(-1)
     fill = row_reader(infos[0], ROWS, list(zip(infos[1:], OTHERS, strict=True)), read)
     for start in range(0, len(flat), 3):
@@ -37,4 +38,4 @@ def test_rows_are_read_in_the_results_order(shape, dtype, name):
     reads.clear()
     fill(0, np.empty(len(flat), dtype))
     width = flat.size // len(ROWS)
-    assert reads[0] == ("t0", 3 * width, 3 * width) and len(reads) == 8
+    assert reads[0] == (f"0.{key}", 3 * width, 3 * width) and len(reads) == 8

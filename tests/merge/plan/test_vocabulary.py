@@ -2,9 +2,11 @@ import json
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from bmjax.calibrate.dispatch import merge
 from bmjax.config import UserError
 from bmjax.io.safetensors import open_checkpoint
 from bmjax.merge.plan.nodes import plan
@@ -353,3 +355,40 @@ def test_ids_stay_under_the_donors_own_tokenizer(make, tmp_path, source):
     # Padding's id is a token's once the tokenizer grows. Ids of models that mean the same tokens do not differ.
     told = "config.json: pad_token_id: 3 was no token's id, so it stays, and is now '<new>': look at it"
     assert notes == ([told] if source == "union" else [])
+
+
+BIASES = {"final_logits_bias": (1, -1), "lm_head.bias": (-1,), "model.final_logits_bias": (1, -1)}
+
+
+@pytest.mark.parametrize("bias", BIASES)
+@pytest.mark.parametrize("source", ["base", "union", "b"])
+def test_a_bias_of_scores_follows_the_tokens(make, tmp_path, bias, source):
+    tokens = {"a": ["u", "x", "y"], "b": ["y", "u", "z", "w"]}
+    for name, texts in tokens.items():
+        folder = make(name, 0, texts)
+        stored = load_file(folder / "model.safetensors")
+        stored[bias] = np.array([ord(text) for text in texts], np.float32).reshape(BIASES[bias])
+        save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    merge(soup("a", "b", tokenizer_source=source), "out")
+    merged = load_file(tmp_path / "out" / "model.safetensors")[bias]
+    ids = tokens_of(tmp_path / "out")
+    assert merged.shape == np.empty(len(ids)).reshape(BIASES[bias]).shape
+    assert merged.ravel().tolist() == [ord(text) for text in sorted(ids, key=lambda text: ids[text])]
+
+
+def test_a_tensor_that_may_go_along_the_tokens_is_told_when_rows_move(make, tmp_path):
+    for name, texts in (("a", "uvwxyz"), ("b", "zuvwxy")):
+        folder = make(name, 0, list(texts), hidden_size=HIDDEN)
+        stored = load_file(folder / "model.safetensors") | {"model.token_types": np.zeros((6, 2), np.float32)}
+        save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    told = "1 tensor (model.token_types) of 'a': an axis is as long as its 6 rows of tokens, which move"
+    assert any(note.startswith(told) for note in merge_rows(soup("a", "b", tokenizer_source="base"))[0].notes)
+    assert not any("axis" in note for note in merge_rows(soup("a", "b"))[0].notes)
+    assert not any("axis" in note for note in merge_rows(soup("a", tokenizer_source="base"))[0].notes)
+
+
+def test_both_vocabulary_sizes_of_an_encoder_decoder_change(make):
+    make("a", 0, ["u", "x"], vocab_size=2, decoder_vocab_size=2)
+    make("b", 1, ["u", "y"])
+    planned, _ = merge_rows(soup("a", "b", tokenizer_source="union"))
+    assert planned.config_changes == {"vocab_size": 3, "decoder_vocab_size": 3}
