@@ -9,6 +9,7 @@ from bmjax.config import UserError
 from bmjax.io.safetensors import listing
 from bmjax.merge.plan.config_token_ids import follow_tokens
 from bmjax.merge.plan.heads import NESTED, TIED, UNTIED_FAMILIES, config_blocks, says_tied
+from bmjax.merge.plan.labels import source_of_class
 from bmjax.merge.plan.layer_kinds import KIND_LISTS, is_numbers_of_layers, set_kinds
 from bmjax.merge.plan.layout import Layout
 from bmjax.merge.plan.quantized import QUANTIZATION_KEYS
@@ -119,10 +120,9 @@ def config_changes(layout: Layout, has_head: bool, vocabulary: Vocabulary | None
 
 def _set_class(new: Config, layout: Layout) -> list[str]:
     """Take the class and its labels from the model of the last layers where slices end in a head of another kind."""
-    donor, result = layout.recipe.donor, layout.recipe.steps[-1].name
-    last = layout.last_input(result)
+    donor, last = layout.recipe.donor, source_of_class(layout)
     theirs = layout.configs[last]
-    if last == donor or theirs is None or layout.task(last) in (layout.task(donor), None):
+    if last == donor or theirs is None:
         return []
     changed = [key for key in _OF_CLASS if key in theirs and new.get(key) != theirs[key]]
     new |= {key: copy.deepcopy(theirs[key]) for key in changed}

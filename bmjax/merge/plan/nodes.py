@@ -28,6 +28,7 @@ from bmjax.merge.plan.inputs import (
     tokens_without_rows,
     with_masks_of_one_type,
 )
+from bmjax.merge.plan.labels import Labels
 from bmjax.merge.plan.layout import Layout, Origin, read_config
 from bmjax.merge.plan.merged_config import config_changes
 from bmjax.merge.plan.output import check_target
@@ -179,6 +180,7 @@ class _Planner:
 
     def __init__(self, layout: Layout, tokens: Vocabulary | None) -> None:
         self.layout, self.recipe, self.rows = layout, layout.recipe, TokenRows(layout, tokens)
+        self.labels = Labels(layout)
         self._nodes: dict[tuple[str, str], Node | None] = {}
         self._missing: dict[str, list[str]] = {}
         self._left_out: dict[str, str] = {}
@@ -258,7 +260,7 @@ class _Planner:
                 "saved without gathering its shards (ZeRO-3); save it again, gathered"
             )
         if not self.layout.is_vocabulary(result) or not info.shape:
-            return TensorSource(stored_name)
+            return TensorSource(stored_name, self.labels.rows(model, stored_name, info))
         rows, others = self.rows.of(model, result)
         for other, other_tensor, _ in others:
             self._read.setdefault(other, set()).add(other_tensor)
@@ -390,6 +392,7 @@ class _Planner:
                     f"model '{model}' has another tokenizer than '{self.recipe.donor}': {difference}; rows of tokens "
                     "are merged by number; write tokenizer_source: base (or union) to merge them by token"
                 )
+        yield from self.labels.remarks()
         yield from self.rows.remarks(self._read.get(self.recipe.donor, ()))
         if self._kept_wide:
             yield (
