@@ -14,7 +14,7 @@ from typing import Any
 from bmjax.config import UserError, first_line
 from bmjax.merge.plan.heads import config_blocks
 from bmjax.merge.plan.layout import Layout
-from bmjax.merge.plan.tokenizer_text import EOS, end_text, ids_in, token_ids
+from bmjax.merge.plan.tokenizer_text import EOS, end_text, further_templates, ids_in, token_ids
 from bmjax.merge.plan.vocabulary import Vocabulary
 from bmjax.merge.recipe.tokenizer import write_chat_template
 from bmjax.weights.tokenizer import read_json, stored_template
@@ -82,6 +82,8 @@ def chat_of(layout: Layout, config: Mapping[str, Any], tokens: Vocabulary | None
         if template is not None:
             shown = ", ".join(f"'{name}'" for name in names)
             notes.append(f"chat_template: that of {shown}, {len(names)} of the {len(templates)} models with one")
+            if template != stored and (further := further_templates(models[names[0]].directory)):
+                notes.append(f"chat_template: not taken of '{names[0]}', the default alone is: {', '.join(further)}")
         else:
             notes.append("chat_template: auto: no model has one, so the result has none")
         template = None if template == stored else template
@@ -89,6 +91,11 @@ def chat_of(layout: Layout, config: Mapping[str, Any], tokens: Vocabulary | None
         notes.append(
             f"the result has no chat template, as '{recipe.donor}', but '{next(iter(templates))}' has one; "
             "write chat_template: auto for the one that most models have"
+        )
+    if template is not None and (further := further_templates(source)):
+        notes.append(
+            f"chat_template: the tokenizer's other templates ({', '.join(further)}) are left out: they belong to "
+            "the one that is replaced"
         )
     # Where it ends turns.
     end, end_id = None, None

@@ -13,6 +13,7 @@ from typing import Any
 
 from bmjax.config import UserError, read_text
 from bmjax.merge.plan.pieces import pieces
+from bmjax.merge.recipe.tokenizer import FURTHER_TEMPLATES
 from bmjax.weights.tokenizer import MAX_CHARACTERS, read_json
 
 EOS = "eos_token_id"
@@ -62,6 +63,18 @@ def end_text(directory: Path) -> str | None:
     token = read_json(directory / "tokenizer_config.json").get("eos_token")
     token = token.get("content") if isinstance(token, dict) else token
     return token if isinstance(token, str) and token else None
+
+
+def further_templates(directory: Path) -> list[str]:
+    """Return the names of a directory's chat templates beside the default, `tool_use` for one."""
+    names = {path.stem: None for path in sorted((directory / FURTHER_TEMPLATES).glob("*.jinja"))}
+    for file in ("tokenizer_config.json", "chat_template.json", "processor_config.json"):
+        template = read_json(directory / file).get("chat_template")
+        if isinstance(template, list):
+            names |= {str(entry.get("name")): None for entry in template if isinstance(entry, dict)}
+        elif isinstance(template, dict):
+            names |= {str(name): None for name in template}
+    return [name for name in names if name != "default"]
 
 
 def ids_in(config: Mapping[str, Any]) -> Iterator[int]:

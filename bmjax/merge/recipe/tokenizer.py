@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -13,6 +14,7 @@ from bmjax.merge.recipe.model_names import ModelName, is_block, plain_name
 from bmjax.safe_yaml import read_object
 
 WORDS = ("base", "union")  # sources that are no model's name
+FURTHER_TEMPLATES = "additional_chat_templates"  # the folder of named ones, as transformers saves them
 _KINDS = ("zero", "model_token")
 
 
@@ -132,12 +134,13 @@ def chat_template(text: str | None) -> str | None:
 
 
 def write_chat_template(folder: Path, template: str) -> None:
-    """Make `template` the chat template of the tokenizer in `folder`, in place of whatever it has."""
+    """Make `template` the one chat template of the tokenizer in `folder`, in place of all that it has.
+
+    One for tools would be chosen whenever tools are given, and ends turns as the old template does.
+    """
     (folder / "chat_template.json").unlink(missing_ok=True)
+    shutil.rmtree(folder / FURTHER_TEMPLATES, ignore_errors=True)
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-    path = folder / "tokenizer_config.json"
-    if not path.is_file():
-        return
-    config = read_object(path)
-    if config.pop("chat_template", None) is not None:
-        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for path in (folder / "tokenizer_config.json", folder / "processor_config.json"):
+        if path.is_file() and (config := read_object(path)).pop("chat_template", None) is not None:
+            path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from bmjax.calibrate.dispatch import merge
 from bmjax.chat.template import named_template
@@ -133,3 +134,50 @@ def test_the_end_token_of_another_models_tokenizer(make, tmp_path):
     ids = token_ids(tmp_path / "out")
     assert stored_template(tmp_path / "out") == OTHER
     assert read_hf_config(tmp_path / "out")["eos_token_id"] == [ids[TURN_END], ids[TEXT_END]]
+
+
+def with_tool_template(folder, where):
+    """Gives a directory a template for tools, in one of the forms in which loaders look for it."""
+    entries = [{"name": "default", "template": "old"}, {"name": "tool_use", "template": "old tools"}]
+    named = {entry["name"]: entry["template"] for entry in entries}
+    if where == "folder":
+        (folder / "additional_chat_templates").mkdir()
+        (folder / "additional_chat_templates" / "tool_use.jinja").write_text("old tools")
+        (folder / "chat_template.jinja").write_text("old")
+    elif where == "list":
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": entries}))
+    else:
+        (folder / f"{where}.json").write_text(json.dumps({"chat_template": named, "x": 1}))
+
+
+@pytest.mark.parametrize("where", ["folder", "list", "chat_template", "processor_config"])
+@pytest.mark.parametrize("template", ["chatml", "auto", None])
+@pytest.mark.parametrize("source", [None, "base", "union"])
+def test_templates_for_tools_go_with_the_template_that_is_replaced(make, tmp_path, where, template, source):
+    base = make("base").directory
+    make("a", CHATML, TURN_END), make("b", CHATML, TURN_END)
+    with_tool_template(base, where)
+    notes, keys = [], {"tokenizer_source": source} if source else {}
+    merge(ties("a", "b", **({"chat_template": template} if template else {}), **keys), "out", log=notes.append)
+    out = tmp_path / "out"
+    told = "chat_template: the tokenizer's other templates (tool_use) are left out"
+    assert sum(note.startswith(told) for note in notes) == (template is not None)
+    texts = [path.read_text() for path in out.rglob("*") if path.suffix in (".json", ".jinja")]
+    assert any("old tools" in text for text in texts) == (template is None)
+    if template is not None:
+        assert set(templates_of(out).values()) == {CHATML}
+
+
+def templates_of(folder):
+    """The chat templates that transformers finds in a directory, by name."""
+    loaded = PreTrainedTokenizerFast.from_pretrained(folder).chat_template
+    return loaded if isinstance(loaded, dict) else {"default": loaded}
+
+
+def test_auto_takes_no_template_for_tools_of_another_model_and_says_so(make):
+    base, a = make("base"), make("a", CHATML, TURN_END)
+    (a.directory / "additional_chat_templates").mkdir()
+    (a.directory / "additional_chat_templates" / "tool_use.jinja").write_text("x")
+    notes = planned(ties("a", chat_template="auto"), base=base, a=a).notes
+    assert "chat_template: not taken of 'a', the default alone is: tool_use" in notes
