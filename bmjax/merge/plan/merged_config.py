@@ -103,9 +103,9 @@ def config_changes(layout: Layout, has_head: bool, vocabulary: Vocabulary | None
     for name, config in configs.items():
         config = old if config is None else config
         ours, theirs = _with_one_rope(old), _with_one_rope(config)
-        if vocabulary is not None:  # ids are compared as tokens
+        if vocabulary is not None and vocabulary.ids[name] != vocabulary.ids[donor]:  # ids are compared as tokens
             ours, theirs = (
-                follow_tokens(part, vocabulary.ids.get(model, {}), vocabulary.tokens)[0]
+                follow_tokens(part, vocabulary.ids[model], vocabulary.tokens)[0]
                 for model, part in ((donor, ours), (name, theirs))
             )
         candidates = {*ours, *theirs} - _MAY_DIFFER - changes.keys()

@@ -31,7 +31,7 @@ class TokenRows:
         rows = self._rows_of(model, result)
         if len(rows) == count and bool(np.array_equal(rows, np.arange(count))):
             return None, ()
-        self._are_moved = True
+        self._are_moved |= self.tokens is not None
         if self.tokens is None:
             donor, surplus = self.layout.recipe.donor, count - len(rows)
             missing = f"the {-surplus} it lacks are taken from there"
@@ -45,17 +45,21 @@ class TokenRows:
         embedding = self.layout.tensor(donor, self.layout.embedding(donor) or "")
         if not self._are_moved or embedding is None:
             return
-        count, width = embedding.shape[0], embedding.shape[1:]
-        blocks = config_blocks(self.layout.configs[donor] or {})
-        sizes = {value for block in blocks for key, value in block.items() if "vocab" not in key and type(value) is int}
-        if count in {*sizes, *width}:  # of as many tokens by chance
-            return
+        # What a config counts, by whether it is tokens. Of as many of something else by chance nothing can be said.
+        counts, sizes = {embedding.shape[0]}, {*embedding.shape[1:]}
+        for block in config_blocks(self.layout.configs[donor] or {}):
+            for key, value in block.items():
+                if type(value) is int and "token" not in key:
+                    (counts if "vocab" in key else sizes).add(value)
         infos = self.layout.models[donor].tensors
-        unknown = [name for name in names if count in infos[name].shape and not self.layout.is_vocabulary(name)]
+        unknown = [
+            name for name in names
+            if {*infos[name].shape} & (counts - sizes - {1}) and not self.layout.is_vocabulary(name)
+        ]  # fmt: skip
         if unknown:
             yield (
-                f"{listing(unknown)} of '{donor}': an axis is as long as its {count} rows of tokens, which move; if it "
-                "goes along the tokens the result is wrong, for it is merged by number"
+                f"{listing(unknown)} of '{donor}': an axis is as long as its rows of tokens, which move; if it goes "
+                "along the tokens the result is wrong, for it is merged by number"
             )
 
     def _result_count(self, result: str) -> int:

@@ -376,12 +376,13 @@ def test_a_bias_of_scores_follows_the_tokens(make, tmp_path, bias, source):
     assert merged.ravel().tolist() == [ord(text) for text in sorted(ids, key=lambda text: ids[text])]
 
 
-def test_a_tensor_that_may_go_along_the_tokens_is_told_when_rows_move(make, tmp_path):
+@pytest.mark.parametrize("shape", [(6, 2), (2, 6), (5, 4)])
+def test_a_tensor_that_may_go_along_the_tokens_is_told_when_rows_move(make, tmp_path, shape):
     for name, texts in (("a", "uvwxyz"), ("b", "zuvwxy")):
-        folder = make(name, 0, list(texts), hidden_size=HIDDEN)
-        stored = load_file(folder / "model.safetensors") | {"model.token_types": np.zeros((6, 2), np.float32)}
+        folder = make(name, 0, list(texts), hidden_size=HIDDEN, vocab_size_per_layer_input=5)
+        stored = load_file(folder / "model.safetensors") | {"model.embed_tokens_per_layer": np.zeros(shape, np.float32)}
         save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
-    told = "1 tensor (model.token_types) of 'a': an axis is as long as its 6 rows of tokens, which move"
+    told = "1 tensor (model.embed_tokens_per_layer) of 'a': an axis is as long as its rows of tokens, which move"
     assert any(note.startswith(told) for note in merge_rows(soup("a", "b", tokenizer_source="base"))[0].notes)
     assert not any("axis" in note for note in merge_rows(soup("a", "b"))[0].notes)
     assert not any("axis" in note for note in merge_rows(soup("a", tokenizer_source="base"))[0].notes)
