@@ -117,6 +117,11 @@ def labels_of(config: Mapping[str, Any] | None) -> list[str] | None:
     return labels if is_whole and labels != [f"LABEL_{i}" for i in range(len(pairs))] and labels else None
 
 
+def has_same_labels(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    """Return whether two configs have the same labels of classes, in whatever order."""
+    return sorted(_comparable(labels_of(first) or [])) == sorted(_comparable(labels_of(second) or []))
+
+
 def _comparable(labels: Sequence[str]) -> list[str]:
     """Return labels without their case, where they stay distinct."""
     folded = [label.strip().casefold() for label in labels]

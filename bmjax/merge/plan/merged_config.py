@@ -9,7 +9,7 @@ from bmjax.config import UserError
 from bmjax.io.safetensors import listing
 from bmjax.merge.plan.config_token_ids import follow_tokens
 from bmjax.merge.plan.heads import NESTED, TIED, UNTIED_FAMILIES, config_blocks, says_tied
-from bmjax.merge.plan.labels import source_of_class
+from bmjax.merge.plan.labels import has_same_labels, source_of_class
 from bmjax.merge.plan.layer_kinds import KIND_LISTS, is_numbers_of_layers, set_kinds
 from bmjax.merge.plan.layout import Layout
 from bmjax.merge.plan.quantized import QUANTIZATION_KEYS
@@ -109,6 +109,8 @@ def config_changes(layout: Layout, has_head: bool, vocabulary: Vocabulary | None
                 for model, part in ((donor, ours), (name, theirs))
             )
         candidates = {*ours, *theirs} - _MAY_DIFFER - changes.keys()
+        if has_same_labels(old, config):  # what their order means is told where heads are merged
+            candidates -= {"id2label", "label2id"}
         keys = sorted(key for key in candidates if ours.get(key) != theirs.get(key))
         if "rope_parameters" in keys:  # by the names that the configs have
             keys = sorted({*keys, *(key for key in _ROPE if key in old or key in config)} - {"rope_parameters"}

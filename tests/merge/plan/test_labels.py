@@ -40,6 +40,7 @@ def test_rows_of_classes_are_put_in_the_donors_order(classifier, tmp_path, head,
     assert result.read(head)[:, 0].tolist() == result.read(head.removesuffix("weight") + "bias").tolist() == [2, 3, 4]
     assert read_hf_config(tmp_path / "out")["id2label"] == {"0": "yes", "1": "no", "2": "so"}
     told = [note for note in notes if "in another order" in note]
+    assert not any("differs from 'a' in" in note for note in notes)
     assert len(told) == 1 and "(yes, no, so)" in told[0] and head in told[0]
 
 
