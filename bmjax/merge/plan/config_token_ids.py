@@ -117,7 +117,7 @@ def follow_tokens(
                 now = f", and is now {_shown(taken)}: look at it" if taken else ""
                 shown = _shown(map(str, ids.unknown))
                 notes[f"{file}: {key}: {shown} was no token's id, so it stays{now}"] = None
-            if value != block[key]:
+            if value != block[key] and outcome == "left out":  # else it is told already
                 moved[key] = None
             block[key] = value
     if moved:
