@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from bmjax.io.safetensors import BOUNCE_BYTES, Reader, TensorInfo, units
+from bmjax.io.tensor_forms import AdaptedTensor
 from bmjax.merge.plan.tensor_names import is_before_layers, is_embedding, is_head, is_of_tower, is_task_head, layer
 
 TIED = "tie_word_embeddings"
@@ -22,6 +23,8 @@ UNTIED_FAMILIES = frozenset(
     {"llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "phi3", "olmo2"}
 )
 TIED_FAMILIES = frozenset({"gemma", "gemma2", "gemma3", "gemma3_text", "gpt2", "cohere", "cohere2", "falcon", "opt"})
+# Families whose class ties embedding and head whatever the config says, and reads from it whether logits are scaled.
+ALWAYS_TIED_FAMILIES = frozenset({"t5", "mt5", "umt5", "longt5", "pop2piano", "udop"})
 _LANGUAGE = re.compile(r"CausalLM|LMHead|ConditionalGeneration|MaskedLM|PreTraining|Seq2SeqLM|Vision2Seq|ChatModel")
 _OTHER = re.compile(r"For[A-Z]\w*|Reward")
 
@@ -44,6 +47,8 @@ def says_tied(config: dict[str, Any]) -> bool | None:
 
 def is_tied_by_default(config: Config) -> bool:
     """Return whether the class that transformers has for a config ties the head where the config is silent."""
+    if any(block.get("model_type") in ALWAYS_TIED_FAMILIES for block in config_blocks(dict(config))):
+        return True
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type in UNTIED_FAMILIES:
         return False
@@ -56,10 +61,36 @@ def is_tied_by_default(config: Config) -> bool:
     return False
 
 
+def is_tied(config: Config) -> bool:
+    """Return whether a config, or its class where the config is silent, makes the embedding the head."""
+    said = says_tied(dict(config))
+    return is_tied_by_default(config) if said is None else said
+
+
+def is_language_class(config: Config) -> bool:
+    """Return whether a config is that of a model that reads tokens and scores them."""
+    architectures = config.get("architectures")
+    if isinstance(architectures, list) and architectures:
+        return _LANGUAGE.search(str(architectures[0])) is not None
+    return says_tied(dict(config)) is not None or config.get("model_type") in UNTIED_FAMILIES | TIED_FAMILIES
+
+
 def embedding_of(names: Iterable[str]) -> str | None:
-    """Return the one tensor that holds the tokens' embedding; None when none or several do."""
+    """Return the one tensor that holds the tokens' embedding; None when none or several do.
+
+    Encoders of other senses may have tables of their own, and encoder and decoder copies of `shared`.
+    """
     embeddings = [name for name in names if is_embedding(name)]
-    return embeddings[0] if len(embeddings) == 1 else None
+    of_text = [name for name in embeddings if not is_of_tower(name)]
+    shared = [name for name in of_text if re.search(r"(^|\.)shared\.weight$", name)]
+    return next((group[0] for group in (embeddings, of_text, shared) if len(group) == 1), None)
+
+
+def tied_embedding(names: Iterable[str]) -> str | None:
+    """Return the embedding that a tied model has as its head: its only one, or that of its decoder."""
+    names = list(names)
+    of_decoder = [name for name in names if is_embedding(name) and "decoder" in name]
+    return embedding_of(names) or (of_decoder[0] if len(of_decoder) == 1 else None)
 
 
 def heads_by_shape(tensors: Mapping[str, TensorInfo]) -> set[str]:
@@ -97,6 +128,12 @@ def task(config: Config | None, names: Iterable[str], has_head: bool) -> Literal
     if _LANGUAGE.search(name):
         return "language"
     return "other" if _OTHER.search(name) or name.endswith("Model") else None
+
+
+def is_tied_copy(embedding: TensorInfo | None, tensor: TensorInfo) -> bool:
+    """Return whether a tensor is an embedding once more, which gets what an adapter adds to the embedding."""
+    plain = embedding.plain if isinstance(embedding, AdaptedTensor) else embedding
+    return plain is not None and is_same_tensor(plain, tensor)
 
 
 def is_same_tensor(a: TensorInfo, b: TensorInfo) -> bool:

@@ -7,17 +7,17 @@ from typing import Any, NamedTuple
 
 from bmjax.config import UserError
 from bmjax.io.safetensors import Checkpoint, TensorInfo
-from bmjax.io.tensor_forms import AdaptedTensor
 from bmjax.merge.plan.heads import (
     TIED,
-    TIED_FAMILIES,
     embedding_of,
     heads_by_shape,
-    is_same_tensor,
-    is_tied_by_default,
+    is_tied,
+    is_tied_copy,
     says_tied,
     task,
+    tied_embedding,
 )
+from bmjax.merge.plan.shared_tensors import head_without_embedding
 from bmjax.merge.plan.stacks import further_token_tensors, language_stack, layer_counts
 from bmjax.merge.plan.tensor_names import (
     TOWERS,
@@ -189,9 +189,7 @@ class Layout:
     def is_tied(self, model: str) -> bool:
         """Return whether an input's config, or its class where the config is silent, makes its embedding its head."""
         if model not in self._tied:
-            config = self.config(model) or {}
-            said = says_tied(config)
-            self._tied[model] = is_tied_by_default(config) if said is None else said
+            self._tied[model] = is_tied(self.config(model) or {})
         return self._tied[model]
 
     def is_tied_result(self) -> bool:
@@ -237,6 +235,16 @@ class Layout:
                 f"was saved; restore it, or write {TIED} true into config.json if its embedding is its head"
             )
 
+    def check_embedding(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise a UserError where the result, of tensors of `shapes`, has a head and lacks an embedding."""
+        last = self.recipe.steps[-1]
+        first = self.recipe.donor_of(last.slices[0].step.reads[0] if last.slices else last.donor)
+        if (head := head_without_embedding(shapes, self.config(first) or {})) is not None:
+            raise UserError(
+                f"model '{first}': its weights hold a head, {head}, and no embedding: it was lost when the model was "
+                f"saved; restore it, or write {TIED} true into config.json if its head is its embedding"
+            )
+
     def _heads_of_other_kinds(self) -> frozenset[str]:
         """Return the tensors behind the layers of models of rewards or classes that no language model has."""
         kinds = {name: self.task(name) for name in self.models}
@@ -265,13 +273,10 @@ class Layout:
     def _is_copied_embedding(self, model: str, head: str) -> bool:
         """Return whether a tied model's files hold the embedding once more as its head, as some trainers save it."""
         tensors, config = self.models[model].tensors, self.configs[model] or {}
-        embedding, said = tensors.get(embedding_of(tensors) or ""), says_tied(config)
-        # What an adapter adds to the embedding of a tied model it adds to the head.
-        if isinstance(embedding, AdaptedTensor):
-            embedding = embedding.plain
-        # Where a class is not known to tie, a copy is kept: it costs its bytes, and nothing else.
-        is_tied = config.get("model_type") in TIED_FAMILIES if said is None else said
-        return is_tied and embedding is not None and is_same_tensor(embedding, tensors[head])
+        # Where no config ties it, a copy is kept: it costs its bytes, and nothing else.
+        if says_tied(config) is False or not is_tied_copy(tensors.get(tied_embedding(tensors) or ""), tensors[head]):
+            return False
+        return is_tied(config)
 
     def _origins_of_slices(self, step: Step) -> dict[str, Origin]:
         # What stands before the layers is the first slice's, what stands after them the last one's. Other stacks than

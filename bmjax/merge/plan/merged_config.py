@@ -8,7 +8,7 @@ from typing import Any
 from bmjax.config import UserError
 from bmjax.io.safetensors import listing
 from bmjax.merge.plan.config_token_ids import follow_tokens
-from bmjax.merge.plan.heads import NESTED, TIED, UNTIED_FAMILIES, config_blocks, says_tied
+from bmjax.merge.plan.heads import ALWAYS_TIED_FAMILIES, NESTED, TIED, UNTIED_FAMILIES, config_blocks, says_tied
 from bmjax.merge.plan.labels import has_same_labels, source_of_class
 from bmjax.merge.plan.layer_kinds import KIND_LISTS, is_numbers_of_layers, set_kinds
 from bmjax.merge.plan.layout import Layout
@@ -55,6 +55,10 @@ def config_changes(layout: Layout, has_head: bool, vocabulary: Vocabulary | None
     donor_has_head, said = any(map(layout.is_head_weight, layout.names[donor])), says_tied(old)
     is_silent = said is None and old.get("model_type") not in UNTIED_FAMILIES  # its class may tie what it finds
     if has_head and (said or is_silent or not donor_has_head):
+        # T5 scales its logits unless a config says that it is not tied, or says it of the scale itself.
+        for block in config_blocks(new):
+            if block.get("model_type") in ALWAYS_TIED_FAMILIES and block.get(TIED) is not False:
+                block.setdefault("scale_decoder_outputs", True)
         _put(new, TIED, False)
     elif donor_has_head and not has_head and layout.is_tied_result():
         _put(new, TIED, True)

@@ -32,6 +32,7 @@ from bmjax.merge.plan.labels import Labels
 from bmjax.merge.plan.layout import Layout, Origin, read_config
 from bmjax.merge.plan.merged_config import config_changes
 from bmjax.merge.plan.output import check_target
+from bmjax.merge.plan.shared_tensors import with_embeddings, with_shared_tensors
 from bmjax.merge.plan.side_files import lost_by_overwriting, side_files
 from bmjax.merge.plan.some_models import without_models
 from bmjax.merge.plan.tensor_names import is_buffer, is_of_tower, layer, with_tokens
@@ -138,9 +139,12 @@ def plan(
     # What the models are, before anything compares them.
     configs = {name: read_config(model) or {} for name, model in models.items()}
     models, dequantized = quantized.dequantized(recipe, models, configs, always=bool(adapters))
+    all_configs = {name: config or configs[recipe.donor] for name, config in configs.items()}
+    models, named = with_embeddings(models, all_configs)
     models, adapted = apply_adapters(models, adapters, configs)
     models, renamed = prefixes.match(models, recipe.donor)
     models = with_masks_of_one_type(models, recipe.donor)
+    models, shared = with_shared_tensors(models, all_configs)
     layout, last = Layout(recipe, models), recipe.steps[-1]
     tokens = None if recipe.tokenizer is None else vocabulary(recipe.tokenizer, layout)
     planner = _Planner(layout, tokens)
@@ -161,8 +165,10 @@ def plan(
     remarks = [
         *recipe.notes,
         *dequantized,
+        *named,
         *adapted,
         *renamed,
+        *shared,
         *(tokens.notes if tokens else ()),
         *([] if tokens else tokens_without_rows(layout)),
         *layout.notes,
@@ -350,7 +356,8 @@ class _Planner:
             )
 
     def check_heads(self, nodes: Sequence[Node]) -> None:
-        """Raise a UserError where the result has no head because a language model lost its own."""
+        """Raise a UserError where the result has no head, or no embedding, because a language model lost its own."""
+        self.layout.check_embedding({node.name: node.shape for node in nodes})
         if any(self.layout.is_head_weight(node.name) for node in nodes):
             return
         for model, read in self._read.items():
