@@ -1,4 +1,5 @@
-"""What is wrong or remarkable about a merge's inputs before tensors are planned: one model twice, tokens without rows.
+"""What is wrong or remarkable about a merge's inputs before tensors are planned: one model twice, layers that are lost,
+tokens without rows.
 
 Only plans call it.
 """
@@ -11,13 +12,18 @@ from typing import Any
 
 from bmjax.config import UserError
 from bmjax.io.safetensors import Checkpoint
+from bmjax.merge.plan.heads import TIED_FAMILIES, UNTIED_FAMILIES
 from bmjax.merge.plan.layout import Layout
+from bmjax.merge.plan.stacks import missing_layers, said_layers
+from bmjax.merge.plan.tensor_names import is_of_tower
 from bmjax.merge.plan.tokenizer_text import largest_id
 from bmjax.merge.recipe.recipe import Recipe
 
 _MASKS = ("BOOL", "U8")
 # Experts of a layer, each with matrices of its own or all of them in one tensor.
 _SPLIT_EXPERTS, _STACKED_EXPERTS = re.compile(r"\bexperts\.\d+\."), re.compile(r"\bexperts\.[a-z]")
+# Stacks of these names have tensors in every layer. A row of modules (`net.0`, `net.2`) has not.
+_OF_LAYERS = re.compile(r"(.*\.)?(layers|layer|h|blocks?)")
 
 
 def refuse_twins(recipe: Recipe, directories: Mapping[str, Path], adapters: Mapping[str, Path]) -> None:
@@ -66,6 +72,53 @@ def same_files(models: Mapping[str, Checkpoint]) -> Iterator[str]:
         first = first_names.setdefault(files, name)
         if first != name and model.directory.resolve() != models[first].directory.resolve():
             yield f"models '{first}' and '{name}' are two directories, but read the same files of weights"
+
+
+def refuse_lost_layers(layout: Layout) -> None:
+    """Raise a UserError where a step goes by the tensors of a model that lost layers as it was saved."""
+    for step in layout.recipe.steps:
+        ranges: list[tuple[str, int, int | None]] = [
+            (model, low, high) for part in step.slices for model, (low, high) in part.ranges.items()
+        ]
+        for model, low, high in ranges or [(step.donor, 0, None)]:
+            config = layout.configs.get(model) or {}
+            if model not in layout.models or "block_configs" in config:  # which may leave out whole layers
+                continue
+            names = [name for name in layout.names[model] if name not in layout.further[model]]
+            said, language = said_layers(config), layout.stack(model)
+            # Of an encoder and a decoder neither is the language model's alone.
+            stacks = [language] if language else [name for name in layout.layers[model] if not is_of_tower(name)]
+            for stack in filter(_OF_LAYERS.fullmatch, stacks):
+                count = layout.layers[model][stack]
+                missing = [n for n in missing_layers(names, stack) if low <= n < (high or count)]
+                if missing and not (missing == [0] and count - 1 in said):  # numbered from 1 on
+                    shown = ", ".join(map(str, missing[:5])) + (", ..." if missing[5:] else "")
+                    raise UserError(
+                        f"model '{model}': its weights hold no tensor of layer {shown} of {stack}, whose last is "
+                        f"{count - 1}: they were saved in part; save the whole model"
+                    )
+                is_known = config.get("model_type") in UNTIED_FAMILIES | TIED_FAMILIES
+                if is_known and language and not ranges and max(said, default=0) > count:
+                    raise UserError(
+                        f"model '{model}': its config.json says {max(said)} layers, its weights hold {count} in "
+                        f"{stack}: loaders would make others at random; save the whole model, or write {count} there"
+                    )
+
+
+def layers_beside_config(layout: Layout) -> Iterator[str]:
+    """Yield a line for every model whose config says another number of layers than its weights hold."""
+    for model in layout.models:
+        stack, said = layout.stack(model), said_layers(layout.configs[model] or {})
+        if not said or stack is None or not _OF_LAYERS.fullmatch(stack):
+            continue
+        names = (name for name in layout.names[model] if name not in layout.further[model])
+        count = layout.layers[model][stack] - len(missing_layers(names, stack))
+        if count not in said:
+            consequence = "make the others at random" if max(said) > count else "leave some out"
+            yield (
+                f"config.json of '{model}' says {' or '.join(map(str, sorted(said)))} layers, its weights hold {count} "
+                f"in {stack}: its loaders {consequence}"
+            )
 
 
 def tokens_without_rows(layout: Layout) -> Iterator[str]:

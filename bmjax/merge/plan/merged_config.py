@@ -13,7 +13,7 @@ from bmjax.merge.plan.labels import has_same_labels, source_of_class
 from bmjax.merge.plan.layer_kinds import KIND_LISTS, is_numbers_of_layers, set_kinds
 from bmjax.merge.plan.layout import Layout
 from bmjax.merge.plan.quantized import QUANTIZATION_KEYS
-from bmjax.merge.plan.stacks import LAYER_COUNTS, MTP_COUNTS
+from bmjax.merge.plan.stacks import LAYER_COUNTS, MTP_COUNTS, said_layers
 from bmjax.merge.plan.tensor_names import TOWERS, layer
 from bmjax.merge.plan.vocabulary import Vocabulary
 
@@ -199,10 +199,11 @@ def _set_layers(
     further: how many layers behind them predict further tokens (MTP), of which lists may speak, too.
     tail: the config of the model whose MTP layers stand in the result, and its number of layers; None for no such.
     """
-    notes, has_count = [], False
+    notes, has_count, said = [], False, said_layers(config)
+    counts = {count} if count in said or len(said) > 1 else {count, *said}  # a config may be wrong about its layers
     for i, block in enumerate(config_blocks(config)):
         for key in LAYER_COUNTS:
-            if block.get(key) == count:
+            if block.get(key) in counts:
                 block[key], has_count = len(layers), True
         per_model = {model: list(config_blocks(configs[model] or donor)) for model, _ in layers}
         theirs = {model: blocks[i] if i < len(blocks) else {} for model, blocks in per_model.items()}

@@ -23,6 +23,8 @@ from bmjax.merge.plan.chat import Chat, chat_of
 from bmjax.merge.plan.heads import is_same_tensor, says_tied
 from bmjax.merge.plan.inputs import (
     experts_of_two_layouts,
+    layers_beside_config,
+    refuse_lost_layers,
     refuse_twins,
     same_files,
     tokens_without_rows,
@@ -146,6 +148,7 @@ def plan(
     models = with_masks_of_one_type(models, recipe.donor)
     models, shared = with_shared_tensors(models, all_configs)
     layout, last = Layout(recipe, models), recipe.steps[-1]
+    refuse_lost_layers(layout)
     tokens = None if recipe.tokenizer is None else vocabulary(recipe.tokenizer, layout)
     planner = _Planner(layout, tokens)
     nodes = tuple(node for name in layout.names[last.name] if (node := planner.node(last, name)) is not None)
@@ -171,6 +174,7 @@ def plan(
         *shared,
         *(tokens.notes if tokens else ()),
         *([] if tokens else tokens_without_rows(layout)),
+        *layers_beside_config(layout),
         *layout.notes,
         *same_files(models),
         *planner.remarks(),

@@ -25,6 +25,19 @@ def layer_counts(names: Iterable[str]) -> dict[str, int]:
     return stacks
 
 
+def missing_layers(names: Iterable[str], stack: str) -> list[int]:
+    """Return the numbers below a stack's last layer of which there is no tensor."""
+    numbers = {tensor.number for tensor in filter(None, map(layer, names)) if tensor.stack == stack}
+    return [number for number in range(max(numbers, default=0)) if number not in numbers]
+
+
+def said_layers(config: dict[str, Any]) -> set[int]:
+    """Return the numbers of layers that a config speaks of; those of a language model inside another model alone."""
+    whole, *inner = config_blocks(config)
+    counts = [{block[key] for key in LAYER_COUNTS if type(block.get(key)) is int} for block in (*inner, whole)]
+    return set().union(*counts[:-1]) or counts[-1]
+
+
 def further_token_tensors(names: Iterable[str], config: dict[str, Any]) -> dict[str, None]:
     """Return the names of what predicts further tokens: modules called mtp, and layers beyond those of the config.
 
