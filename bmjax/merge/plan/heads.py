@@ -49,6 +49,9 @@ def is_tied_by_default(config: Config) -> bool:
     """Return whether the class that transformers has for a config ties the head where the config is silent."""
     if any(block.get("model_type") in ALWAYS_TIED_FAMILIES for block in config_blocks(dict(config))):
         return True
+    # A pair of models of other classes is as its decoder is.
+    if isinstance(decoder := config.get("decoder"), dict):
+        return is_tied(decoder)
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type in UNTIED_FAMILIES:
         return False

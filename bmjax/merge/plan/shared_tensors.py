@@ -19,6 +19,7 @@ from bmjax.merge.plan.heads import (
     is_language_class,
     is_tied,
     is_tied_copy,
+    tied_embedding,
 )
 from bmjax.merge.plan.stacks import further_token_tensors, language_stack, layer_counts
 from bmjax.merge.plan.tensor_names import is_before_layers, is_embedding, is_head, is_of_tower, layer
@@ -140,7 +141,7 @@ def with_shared_tensors(
         _has_own_head(checkpoint.tensors, configs[model]) for model, checkpoint in models.items()
     )
     if is_untied and any(is_tied(configs[model]) for model in models):
-        # None of the models need hold a copy: those that are tied restore it for each stack of layers.
+        # The tied model may hold no copy, and the untied one may be of a time when loaders made copies all the same.
         layers = [name for checkpoint in models.values() for name in checkpoint.tensors if layer(name)]
         for name, copies in names_of_copies.items():
             if not _SHARED.fullmatch(name):
@@ -194,7 +195,7 @@ def _names_of_copies(models: Iterable[Checkpoint]) -> dict[str, dict[str, None]]
 def _has_own_head(tensors: Mapping[str, TensorInfo], config: Config) -> bool:
     """Return whether a model's head is another matrix than its embedding."""
     heads = [name for name in tensors if is_head(name) and name.endswith(".weight")]
-    names = [name for name in tensors if _SHARED.fullmatch(name)] or [embedding_of(tensors) or ""]
+    names = [name for name in tensors if _SHARED.fullmatch(name)] or [tied_embedding(tensors) or ""]
     return bool(heads) and not (
         len(heads) == 1 and is_tied_copy(tensors.get(names[0]), tensors[heads[0]]) and is_tied(config)
     )

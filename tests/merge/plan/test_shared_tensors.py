@@ -8,6 +8,7 @@ from bmjax.config import UserError
 from bmjax.io.safetensors import open_checkpoint
 from bmjax.merge.plan.heads import TIED
 from bmjax.model.config import read_hf_config
+from tests.merge.plan.test_adapters import adapter, pair
 from tests.merge.plan.test_heads import stacked
 from tests.merge.plan_helpers import EMBED, HEAD, names, planned, soup, tensors
 
@@ -207,16 +208,22 @@ def test_scaled_logits_of_t5_stay_scaled_where_its_config_comes_to_say_untied(sa
     assert planned(soup("untied", "tied"), **models).config_changes == {}
 
 
-def test_the_head_of_a_decoder_is_a_copy_of_the_decoders_embedding(save):
+@pytest.mark.parametrize(
+    "config", [{TIED: True}, {"decoder": {TIED: True}}, {"decoder": {"model_type": "gpt2"}}], ids=str
+)
+def test_the_head_of_a_decoder_is_a_copy_of_the_decoders_embedding(save, config):
+    config = {"model_type": "encoder-decoder", **config}
     values = {
         "encoder.embeddings.word_embeddings.weight": np.zeros((6, 4), np.float32),
         "decoder.bert.embeddings.word_embeddings.weight": np.ones((6, 4), np.float32),
         "encoder.encoder.layer.0.output.dense.weight": np.ones((4, 4), np.float32),
         "decoder.bert.encoder.layer.0.output.dense.weight": np.ones((4, 4), np.float32),
     }
-    a = save("a", values | {"decoder.cls.predictions.decoder.weight": np.ones((6, 4), np.float32)}, **{TIED: True})
-    result = planned(soup("a"), a=a)
-    assert names(result) == list(values) and result.config_changes == {}
+    head = {"decoder.cls.predictions.decoder.weight": np.ones((6, 4), np.float32)}
+    models = {"a": save("a", values, **config), "copied": save("copied", values | head, **config)}
+    for recipe in (soup("a", "copied"), soup("copied", "a"), soup("copied")):
+        result = planned(recipe, **models)
+        assert names(result) == list(values) and result.config_changes == {}
 
 
 @pytest.mark.parametrize("stem", ["cls.predictions", "lm_head"])
@@ -239,3 +246,25 @@ def test_a_decoders_bias_that_copies_the_heads_is_one_with_it(save, stem):
         models[name] = save(name, untied | {bias: values[1][bias]} | more, **{**config, TIED: False})
     for recipe in (soup("a", "d", "e"), soup("e", "d")):
         assert copy in names(planned(recipe, **models))
+
+
+@pytest.mark.parametrize("form", ["its head alone", "copies"])
+def test_what_an_adapter_adds_to_a_shared_tensor_is_added_however_it_is_stored(save, tmp_path, form):
+    if form == "copies":
+        embedding, values = "model.shared.weight", [encoder_decoder("bart"), encoder_decoder("bart", 0, (*BOTH, HEAD))]
+        configs = [of_class("bart")] * 2
+    else:
+        embedding, plain = EMBED, tensors(head=False)
+        values = [plain, {HEAD if name == EMBED else name: value for name, value in plain.items()}]
+        configs = [TIED_CAUSAL] * 2
+    module = embedding.removesuffix(".weight")
+    a, b = pair(4, 6)
+    adapter(tmp_path / "adapter", {f"{module}.lora_embedding_A": a, f"{module}.lora_embedding_B": b})
+    for name, value, config in zip(("base", "other"), values, configs, strict=True):
+        save(name, value, **config)
+        merge(soup(f"{name}+adapter"), f"out of {name}")
+    results = [open_checkpoint(f"out of {name}") for name in ("base", "other")]
+    assert results[0].tensors.keys() == results[1].tensors.keys()
+    changed = [result.read(embedding) for result in results]
+    np.testing.assert_array_equal(*changed)
+    assert not np.allclose(changed[0], values[0][embedding])
