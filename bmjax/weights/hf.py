@@ -9,6 +9,7 @@ import math
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from itertools import groupby, product
 from pathlib import Path
@@ -57,9 +58,15 @@ def load_params(
 def open_params(directory: str | Path, config: ModelConfig) -> Checkpoint:
     """Open the checkpoint of a directory whose config is `config`, for `load_params` or `read_tensor`.
 
+    A tied checkpoint may hold its embedding as lm_head.weight alone: it gets the embedding's name.
+
     Raises UserError when the files do not hold exactly the tensors that the config describes.
     """
     checkpoint = open_checkpoint(directory)
+    if config.tied and HEAD in checkpoint.tensors and EMBEDDING not in checkpoint.tensors:
+        # safetensors' save_model keeps the first of two names.
+        tensors = {EMBEDDING if name == HEAD else name: info for name, info in checkpoint.tensors.items()}
+        checkpoint = replace(checkpoint, tensors=tensors)
     if fault := _fault(checkpoint, config):
         raise UserError(f"{checkpoint.directory}: {fault}")
     if is_main():

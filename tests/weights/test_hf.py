@@ -270,6 +270,17 @@ def test_a_tied_checkpoint_may_repeat_the_embedding(tmp_path: Path) -> None:
             load(tmp_path)
 
 
+def test_a_tied_checkpoint_may_hold_its_head_alone(tmp_path: Path) -> None:
+    tensors = raw_checkpoint(tmp_path, tied=True)
+    expected = load(tmp_path)
+    renamed = {spec.HEAD if name == spec.EMBEDDING else name: value for name, value in tensors.items()}
+    write_checkpoint(tmp_path, renamed, tied=True)
+    assert_same(load(tmp_path), expected)
+    write_checkpoint(tmp_path, renamed, tied=False)
+    with pytest.raises(UserError, match=r"missing 1 tensor \(model\.embed_tokens\.weight\)"):
+        load(tmp_path)
+
+
 def test_export_refuses_what_does_not_fit(tmp_path: Path) -> None:
     raw_checkpoint(tmp_path / "in")
     params, config = load(tmp_path / "in"), read_hf_config(tmp_path / "in")
