@@ -133,17 +133,21 @@ def task(config: Config | None, names: Iterable[str], has_head: bool) -> Literal
     return "other" if _OTHER.search(name) or name.endswith("Model") else None
 
 
-def is_tied_copy(embedding: TensorInfo | None, tensor: TensorInfo) -> bool:
-    """Return whether a tensor is an embedding once more, which gets what an adapter adds to the embedding."""
+def is_tied_copy(embedding: TensorInfo | None, tensor: TensorInfo, entries: int | None = None) -> bool:
+    """Return whether a tensor is an embedding once more, which gets what an adapter adds to the embedding.
+
+    entries: how many of the first ones are compared; None: all.
+    """
     plain = embedding.plain if isinstance(embedding, AdaptedTensor) else embedding
-    return plain is not None and is_same_tensor(plain, tensor)
+    return plain is not None and is_same_tensor(plain, tensor, entries)
 
 
-def is_same_tensor(a: TensorInfo, b: TensorInfo) -> bool:
-    """Return whether two tensors are equal in shape, type and every entry."""
+def is_same_tensor(a: TensorInfo, b: TensorInfo, entries: int | None = None) -> bool:
+    """Return whether two tensors are equal in shape, type and every entry, or in as many as `entries` says."""
     if (a.shape, a.dtype) != (b.shape, b.dtype) or not a.nbytes:
         return False
     unit, count = units(a.numpy_dtype, a.shape)
+    count = count if entries is None else min(count, entries)
     step = min(count, BOUNCE_BYTES // unit.itemsize)
     parts = np.empty((2, step), unit)
     with contextlib.closing(Reader()) as reader:

@@ -90,8 +90,10 @@ def refuse_lost_layers(layout: Layout) -> None:
             stacks = [language] if language else [name for name in layout.layers[model] if not is_of_tower(name)]
             for stack in filter(_OF_LAYERS.fullmatch, stacks):
                 count = layout.layers[model][stack]
-                missing = [n for n in missing_layers(names, stack) if low <= n < (high or count)]
-                if missing and not (missing == [0] and count - 1 in said):  # numbered from 1 on
+                lost = missing_layers(names, stack)
+                missing = [number for number in lost if low <= number < (high or count)]
+                # One layer alone is a part on purpose, and some families may number theirs from 1 on.
+                if missing and count - len(lost) > 1 and not (missing == [0] and count - 1 in said):
                     shown = ", ".join(map(str, missing[:5])) + (", ..." if missing[5:] else "")
                     raise UserError(
                         f"model '{model}': its weights hold no tensor of layer {shown} of {stack}, whose last is "

@@ -9,6 +9,7 @@ from bmjax.config import UserError
 from bmjax.io.safetensors import Checkpoint, TensorInfo
 from bmjax.merge.plan.heads import (
     TIED,
+    UNTIED_FAMILIES,
     embedding_of,
     heads_by_shape,
     is_tied,
@@ -273,10 +274,15 @@ class Layout:
     def _is_copied_embedding(self, model: str, head: str) -> bool:
         """Return whether a tied model's files hold the embedding once more as its head, as some trainers save it."""
         tensors, config = self.models[model].tensors, self.configs[model] or {}
+        said, model_type = says_tied(config), config.get("model_type")
         # Where no config ties it, a copy is kept: it costs its bytes, and nothing else.
-        if says_tied(config) is False or not is_tied_copy(tensors.get(tied_embedding(tensors) or ""), tensors[head]):
+        if said is False or (said is None and (model_type is None or model_type in UNTIED_FAMILIES)):
             return False
-        return is_tied(config)
+        embedding = tensors.get(tied_embedding(tensors) or "")
+        # The class of a silent config may have to be looked up, which takes seconds: few heads begin as the embedding.
+        return (
+            is_tied_copy(embedding, tensors[head], 2**12) and is_tied(config) and is_tied_copy(embedding, tensors[head])
+        )
 
     def _origins_of_slices(self, step: Step) -> dict[str, Origin]:
         # What stands before the layers is the first slice's, what stands after them the last one's. Other stacks than

@@ -197,5 +197,5 @@ def _has_own_head(tensors: Mapping[str, TensorInfo], config: Config) -> bool:
     heads = [name for name in tensors if is_head(name) and name.endswith(".weight")]
     names = [name for name in tensors if _SHARED.fullmatch(name)] or [tied_embedding(tensors) or ""]
     return bool(heads) and not (
-        len(heads) == 1 and is_tied_copy(tensors.get(names[0]), tensors[heads[0]]) and is_tied(config)
+        len(heads) == 1 and is_tied(config) and is_tied_copy(tensors.get(names[0]), tensors[heads[0]])
     )
