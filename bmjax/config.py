@@ -14,13 +14,14 @@ from typing import Any, Self
 from pydantic import AliasChoices, BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError, PydanticUndefined
 
-from bmjax.errors import MAX_WORD, UserError, first_line, nearest
+from bmjax.errors import MAX_WORD, UserError, first_line, nearest, shortened
 from bmjax.safe_yaml import aliased_keys, is_text, parse_yaml_documents, read_text, read_yaml, read_yaml_documents
 from bmjax.urls import url_problem
 
 __all__ = [
     "Settings", "UserError", "aliased_keys", "describe", "first_line", "first_problem", "is_text",
-    "nearest", "parse_yaml_documents", "read_text", "read_yaml", "read_yaml_documents", "type_name", "with_overrides",
+    "nearest", "parse_yaml_documents", "read_text", "read_yaml", "read_yaml_documents", "shortened",
+    "type_name", "with_overrides",
 ]  # fmt: skip
 
 

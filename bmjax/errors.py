@@ -50,6 +50,11 @@ def first_line(error: BaseException) -> str:
     return (lines or [type(error).__name__])[0][:200]
 
 
+def shortened(texts: Sequence[str], most: int) -> str:
+    """Join the first `most` texts for a message, and say how many more there are."""
+    return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")
+
+
 def nearest(word: str, known: Sequence[str]) -> str:
     """Return a hint: `; did you mean 'x'?`, or the known words when none is near."""
     short = [name for name in known if len(name) <= MAX_WORD]

@@ -5,8 +5,7 @@
 
 Every seed is a whole `bmjax demo`, or `bmjax run CONFIG`: other problems, initial weights and order of rows. To the
 demo's merges come those of MERGES. The demo's VARIANTS (branches in rounds) are runs of their own from the backbone and
-rows of the seed, with its mixture to compare with (--mixtures: also one trained as they are, where they train otherwise
-than the seed's own run). A killed bench continues.
+rows of the seed, with its mixture to compare with (--mixtures: also one trained as they are). A killed bench continues.
 
 For exploring: --loss asks no questions, --only makes some of the merges, --variants some of the variants ("" for none),
 --first begins at another seed, and key=value overrides what `bmjax run` reads.
@@ -154,15 +153,17 @@ def way_table(reports: list[dict[str, Any]]) -> str:
     """The share of the way to the mixture that each merge closes, and what it took beside the branches' training."""
     keys = measured(reports)[::-1]
     rows = [["merge", *(f"by {key}" for key in keys), "tokens, of the mixture's", "compute, of the mixture's"]]
-    for model in (name for name in reports[0]["models"] if "merge/" in name):
-        mixture = [r["models"]["mixture"]["tokens"] for r in reports]
+    models = reports[0]["models"]
+    for model in (name for name in models if "merge/" in name):
         costs = [
-            mean(r["models"][model]["cost"][kind] / tokens for r, tokens in zip(reports, mixture, strict=True))
+            mean(r["models"][model]["cost"][kind] / r["models"]["mixture"]["tokens"] for r in reports)
             for kind in ("tokens", "compute")
         ]
         cost_cells = [f"{100 * cost:.1f} %" if cost else "0" for cost in costs]
-        own_mixture = model.partition("merge/")[0] + "mixture"
-        for mixture in dict.fromkeys(["mixture", *([own_mixture] if own_mixture in reports[0]["models"] else [])]):
+        # The seed's mixture, and that of a variant where it has one.
+        for mixture in dict.fromkeys(["mixture", model.partition("merge/")[0] + "mixture"]):
+            if mixture not in models:
+                continue
             shares = [interval([100 * way(r, model, key, mixture) for r in reports], 1, " %") for key in keys]
             note = "" if mixture == "mixture" else ", to a mixture trained as they are"
             rows.append([model.replace("merge/", "") + note, *shares, *cost_cells])
@@ -172,8 +173,7 @@ def way_table(reports: list[dict[str, Any]]) -> str:
 def variant(report: dict[str, Any], base: Path, name: str, mixture: bool) -> dict[str, Any]:
     """Run a variant from the backbone and rows of a seed's run in `base`; its report, with costs.
 
-    mixture: train one with the variant's keys, too, where training depends on them. Else it has one step, for the
-    seed's own is compared with.
+    mixture: train one with the variant's keys, too. Else it has one step, for the seed's own is compared with.
     """
     config = report["config"]
     values = {key: config[key] for key in ("seed", "template", "branch", "choose", "evaluate", "run_programs")} | {
@@ -184,16 +184,11 @@ def variant(report: dict[str, Any], base: Path, name: str, mixture: bool) -> dic
             } | {key: settings[key] for key in ("judge", "branch")}
             for domain, settings in config["domains"].items()
         },
-        "mixture": {} if mixture and trains_otherwise(name) else {"steps": 1},
+        "mixture": {} if mixture else {"steps": 1},
     }  # fmt: skip
     directory = base.with_name(f"{base.name}-{name}")
     keys = [f"{key}={json.dumps(value)}" for key, value in VARIANTS[name].items()]
     return with_costs(directory, run(RunSettings.read(values, keys), directory))
-
-
-def trains_otherwise(name: str) -> bool:
-    """Whether a variant has keys of the training of a branch, which hold for its mixture, too."""
-    return any(key.startswith("branch.") for key in VARIANTS[name])
 
 
 def with_costs(directory: Path, report: dict[str, Any]) -> dict[str, Any]:
@@ -216,8 +211,7 @@ def seed_report(arguments: argparse.Namespace, seed: int, overrides: list[str]) 
     report["models"] |= {"merged": report["models"].pop("merged")}
     for name in arguments.variants:
         models = variant(report, base, name, arguments.mixtures)["models"]
-        with_mixture = arguments.mixtures and trains_otherwise(name)
-        wanted = [key for key in models if key.startswith("merge/") or (key == "mixture" and with_mixture)]
+        wanted = [key for key in models if key.startswith("merge/") or (key == "mixture" and arguments.mixtures)]
         report["models"] |= {f"{name}/{key}": models[key] for key in wanted}
     report["models"] |= {"mixture": report["models"].pop("mixture")}
     return report

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from bmjax.config import UserError, first_line, parse_yaml_documents, read_text
+from bmjax.config import UserError, first_line, parse_yaml_documents, read_text, shortened
 from bmjax.io.card import NAME as CARD
 from bmjax.io.hub import is_data_file
 from bmjax.io.safetensors import INDEX, open_checkpoint
@@ -37,7 +37,7 @@ class Upload:
         """Say what would be put where."""
         seen = "public or private as your account says" if private is None else "private"
         where = f"{self.repository}{f'@{revision}' if revision else ''}"
-        shown = ", ".join(self.files[:12]) + (f" and {len(self.files) - 12} more" if len(self.files) > 12 else "")
+        shown = shortened(self.files, 12)
         return [
             f"{self.directory}: a {'data set' if self.kind == 'dataset' else 'model'}, complete",
             f"{where} ({seen} if it is new): {len(self.files)} files, {self.size / 1e9:.3g} GB: {shown}",

@@ -104,14 +104,11 @@ class BlockTensor:
         return PerRow(self.join([passes.values(kernel, **static)(x, at(operands, x, None))]))
 
     def masks_by_rank(self, values: Kernel, ranks: Kernel, *operands: Any) -> Operand:
-        programs, add_sorted = (passes.values(values), passes.values(ranks)), self.zeros_and_sorted
+        values_of, ranks_of, sort_rows = passes.values(values), passes.values(ranks), self.zeros_and_sorted
 
         def masks(x: Block, rows: Any) -> list[jax.Array]:
-            arrays, least_ranks = programs[0](x, []), programs[1](x, at(operands, x, rows))
-            return [
-                passes.of_rank()(array, add_sorted(array), least)
-                for array, least in zip(arrays, least_ranks, strict=True)
-            ]
+            pairs = zip(values_of(x, []), ranks_of(x, at(operands, x, rows)), strict=True)
+            return [passes.of_rank()(array, sort_rows(array), least) for array, least in pairs]
 
         return self.kept_masks(masks)
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from bmjax.config import shortened
 from bmjax.merge.plan.heads import config_blocks
 
 Config = dict[str, Any]
@@ -109,13 +110,13 @@ def follow_tokens(
                 value, outcome = (None, "written as null") if is_null else (-1, "written as -1, no token's id")
             if ids.lost:
                 notes[
-                    f"{file}: {key}: the result's tokenizer lacks {_shown(map(repr, ids.lost))}: {outcome}; name it "
-                    "under `tokenizer:` `tokens:` to keep it"
+                    f"{file}: {key}: the result's tokenizer lacks {shortened([*map(repr, ids.lost)], 3)}: {outcome}; "
+                    "name it under `tokenizer:` `tokens:` to keep it"
                 ] = None
             if ids.unknown:
                 taken = [repr(ids.new_texts[i]) for i in ids.unknown if i in ids.new_texts]
-                now = f", and is now {_shown(taken)}: look at it" if taken else ""
-                shown = _shown(map(str, ids.unknown))
+                now = f", and is now {shortened(taken, 3)}: look at it" if taken else ""
+                shown = shortened([*map(str, ids.unknown)], 3)
                 notes[f"{file}: {key}: {shown} was no token's id, so it stays{now}"] = None
             if value != block[key] and outcome == "left out":  # else it is told already
                 moved[key] = None
@@ -126,7 +127,7 @@ def follow_tokens(
     models = {id(block) for block in config_blocks(dict(config))}
     others = [path for path, key, value in _other_ids(config, models) if ids.moved(value, key) != value]
     if others:
-        notes[f"{file}: {_shown(others)} stay as they are: look whether they are ids of the tokenizer"] = None
+        notes[f"{file}: {shortened(others, 3)} stay as they are: look whether they are ids of the tokenizer"] = None
     return result, list(notes)
 
 
@@ -144,8 +145,3 @@ def _other_ids(config: Mapping[str, Any], models: set[int], path: str = "") -> I
         if id(value) not in models:
             yield from ((f"{path}{key}.{k}", k, v) for k, v in value.items() if v is not None and _KEY.fullmatch(k))
         yield from _other_ids(value, models, f"{path}{key}.")
-
-
-def _shown(names: Any) -> str:
-    names = list(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

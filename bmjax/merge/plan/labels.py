@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from bmjax.config import UserError
+from bmjax.config import UserError, shortened
 from bmjax.io.safetensors import TensorInfo
 from bmjax.merge.plan.layout import Layout
 from bmjax.merge.plan.tensor_names import is_before_layers, is_task_head, layer
@@ -129,5 +129,4 @@ def _comparable(labels: Sequence[str]) -> list[str]:
 
 
 def _shown(labels: Sequence[str] | None) -> str:
-    labels = labels or ()
-    return ", ".join(labels[:4]) + (f" and {len(labels) - 4} more" if len(labels) > 4 else "")
+    return shortened(labels or (), 4)

@@ -156,23 +156,23 @@ def with_shared_tensors(
             if name not in tensors and not held:
                 continue
             # A model may hold the embedding of its decoder alone.
-            place = name if name in tensors else held[0]
-            equal = [copy for copy in held if copy == place or is_tied_copy(tensors[place], tensors[copy])]
-            if place != name and len(equal) < len(held):
+            holder = name if name in tensors else held[0]
+            equal = [copy for copy in held if copy == holder or is_tied_copy(tensors[holder], tensors[copy])]
+            if holder != name and len(equal) < len(held):
                 continue
             lacking = [copy for copy in copies if copy not in held] if is_untied else []
             shown = f"{' and '.join(equal)} {'are copies' if len(equal) > 1 else 'is a copy'}"
-            if place != name:
+            if holder != name:
                 notes.append(f"model '{model}' holds {name} only as {' and '.join(equal)}, which counts as {name}")
             elif equal and not is_untied:
                 notes.append(f"model '{model}': {shown} of {name} that loaders restore: left out")
             if lacking:
                 notes.append(f"model '{model}' lacks {' and '.join(lacking)}: its {name} stands there, too")
             # Copies that are kept get what an adapter adds to the tensor.
-            new = dict.fromkeys([name, *equal, *lacking] if is_untied else [name], tensors[place])
+            new = dict.fromkeys([name, *equal, *lacking] if is_untied else [name], tensors[holder])
             changed: dict[str, TensorInfo] = {}
             for key, info in tensors.items():
-                changed |= new if key == place else {} if key in new or key in equal else {key: info}
+                changed |= new if key == holder else {} if key in new or key in equal else {key: info}
             tensors = changed
         unified[model] = replace(checkpoint, tensors=tensors)
     return unified, notes

@@ -9,12 +9,13 @@ import os
 import re
 import shutil
 from codecs import BOM_UTF8
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
-from bmjax.config import UserError, read_text
+from bmjax.config import UserError, read_text, shortened
+from bmjax.merge.recipe.tokenizer import FURTHER_TEMPLATES
 
 MAX_BYTES = 2**28  # of one file that is not the tokenizer's, without which a result is no use
 MAX_FILES = 1000  # of one folder
@@ -40,7 +41,7 @@ _COMPILED, _COMPILED_FOLDER = ("*.pyc", "*.pyo"), "__pycache__"  # of code that 
 _TOKENIZER = (
     "tokenizer*", "tokenization_*.py", "vocab.*", "vocab-*.json", "merges.txt", "bpe.codes", "*.model", "*.spm",
     "*.tiktoken", "tekken.json", "added_tokens.json", "special_tokens_map.json", "chat_template.*",
-    "additional_chat_templates/*",
+    f"{FURTHER_TEMPLATES}/*",
 )  # fmt: skip
 _NEVER, _FOLDERS = (*_TRAINER, *_DATA, *_COMPILED), (*_TRAINER_FOLDERS, _COMPILED_FOLDER)  # wherever they lie
 
@@ -101,19 +102,20 @@ def side_files(directory: Path) -> SideFiles:
     return listed
 
 
-def lost_by_overwriting(output: str | Path, names: Iterable[str], donor: Path) -> str | None:
+def lost_by_overwriting(output: str | Path, names: Collection[str], donor: Path) -> str | None:
     """Return a line where a directory that a merge replaces holds what the merge does not write; None where nothing.
 
     names: of what the directory holds. donor: whose side files the result gets.
     """
-    written = (*_WEIGHTS, *_OWN, *_TOKENIZER, "additional_chat_templates", "config.json", "generation_config.json")
+    if not names:  # the donor's files need not be looked at
+        return None
+    written = (*_WEIGHTS, *_OWN, *_TOKENIZER, FURTHER_TEMPLATES, "config.json", "generation_config.json")
     copied = {path.relative_to(donor).parts[0] for path in side_files(donor).paths}
     lost = sorted(name for name in names if name not in copied and not _is(name, written))
     if not lost:
         return None
-    more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
     return (
-        f"{output}: overwriting it removes {', '.join(lost[:5])}{more}, which this merge does not write; move what you "
+        f"{output}: overwriting it removes {shortened(lost, 5)}, which this merge does not write; move what you "
         "want to keep"
     )
 
