@@ -4,11 +4,11 @@ A model class computes them from a layer's number where the config is silent (ev
 that are stacked in another order keep the kind that they were trained as, so the kinds have to be written.
 """
 
-import contextlib
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bmjax.merge.plan.config_classes import Completed, completed, is_known
 from bmjax.merge.plan.heads import config_blocks
 
 Config = dict[str, Any]
@@ -40,31 +40,64 @@ def set_kinds(
         donor: the config that `new` was made of.
     """
     notes = []
-    new_kinds = _computed(new)
-    computed = {model: _computed(configs[model] or donor) for model in dict.fromkeys(dict(layers))}
+    new_kinds = _computed(new).blocks
+    sources = {model: _computed(configs[model] or donor) for model in dict.fromkeys(model for model, _ in layers)}
+    unknown = next((source for source in sources.values() if not source.blocks), None)
     for i, block in enumerate(config_blocks(new)):
         for key in KIND_LISTS:
             if key in block and block[key] is not None:
                 continue
-            try:
-                kinds = [computed[model][i][key][number] for model, number in layers]
-            except (LookupError, TypeError):
-                continue
-            if kinds != (new_kinds[i].get(key) if i < len(new_kinds) else None):
+            kinds = _kinds(sources, i, key, layers)
+            if kinds and kinds != (new_kinds[i].get(key) if i < len(new_kinds) else None):
                 block[key] = kinds
         notes += _positions(block, i, layers, configs, donor)
-        if not new_kinds and not _is_uniform(block) and not any(key in block for key in KIND_LISTS):
-            keys = [key for key in block if _BY_POSITION.fullmatch(key) and not _PERIOD.fullmatch(key)]
-            keys = [key for key in keys if block[key] not in (None, 0, 1)]
-            if not keys and str(block.get("model_type")) in _known_families():
+        if unknown and not _is_uniform(block) and not any(key in block for key in KIND_LISTS):
+            notes += _unknown_kinds(block, new, unknown.refusal)
+    return list(dict.fromkeys(notes)) + ([] if unknown else _taken_otherwise(new, sources, layers))
+
+
+def _kinds(sources: Mapping[str, Completed], i: int, key: str, layers: Sequence[tuple[str, int]]) -> list[Any] | None:
+    """Return the kinds that the i-th block of the sources' configs gives to `layers`; None where one says none."""
+    try:
+        return [sources[model].blocks[i][key][number] for model, number in layers]
+    except (LookupError, TypeError):
+        return None
+
+
+def _unknown_kinds(block: Config, config: Config, refusal: str) -> list[str]:
+    """Return a note where neither a config nor its class says of what kind its layers are."""
+    if refusal:
+        return [
+            f"config.json: the class of {config['model_type']!r} refuses this config ({refusal}), so the kinds of its "
+            "layers are not known: the layers have moved, look at it"
+        ]
+    keys = [key for key in block if _BY_POSITION.fullmatch(key) and not _PERIOD.fullmatch(key)]
+    keys = [key for key in keys if type(block[key]) is int and block[key] > 1]
+    if not keys or is_known(config):
+        return []
+    return [
+        f"config.json: {', '.join(keys)} may give layers their kind by position, and the class of "
+        f"{block.get('model_type')!r} is not known here: the layers have moved, look at it"
+    ]
+
+
+def _taken_otherwise(new: Config, sources: Mapping[str, Completed], layers: Sequence[tuple[str, int]]) -> list[str]:
+    """Return a note where the class, which takes the models' configs, refuses the result's or gives it other kinds."""
+    result, family = _computed(new), new.get("model_type")
+    if result.refusal:
+        return [
+            f"config.json: the class of {family!r} takes the models' configs and refuses the result's "
+            f"({result.refusal}): it cannot be loaded as it is; stack other layers"
+        ]
+    notes = []
+    for i, block in enumerate(result.blocks):
+        for key in KIND_LISTS:
+            kinds, made = _kinds(sources, i, key, layers), block.get(key)
+            if kinds and isinstance(made, list) and kinds != made:
+                others = [n for n, kind in enumerate(kinds) if n >= len(made) or made[n] != kind]
                 notes.append(
-                    f"config.json: the class of {block['model_type']!r} refuses this config, so the kinds of its "
-                    "layers are not known: the layers have moved, look at it"
-                )
-            if keys:
-                notes.append(
-                    f"config.json: {', '.join(keys)} may give layers their kind by position, and the class of "
-                    f"{block.get('model_type')!r} is not known here: the layers have moved, look at it"
+                    f"config.json: the class of {family!r} gives layer {', '.join(map(str, others[:5]))} another kind "
+                    f"in {key} than the models have, whatever is written there; stack other layers"
                 )
     return notes
 
@@ -76,21 +109,10 @@ def _is_uniform(block: Config) -> bool:
     return family in UNIFORM_FAMILIES or (windowed and not block.get("use_sliding_window"))
 
 
-def _computed(config: Config) -> list[Config]:
-    """Return the blocks of a config as its class completes them; [] where its class is not known or not needed."""
-    if all(_is_uniform(block) for block in config_blocks(config)):
-        return []
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    with contextlib.suppress(Exception):  # an unknown type, or values that its class refuses
-        return list(config_blocks(CONFIG_MAPPING[config["model_type"]].from_dict(config).to_dict()))
-    return []
-
-
-def _known_families() -> Collection[str]:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    return CONFIG_MAPPING.keys()
+def _computed(config: Config) -> Completed:
+    """Return a config as its class completes it; nothing where its class need not be asked."""
+    is_uniform = all(_is_uniform(block) for block in config_blocks(config))
+    return Completed([], None, "") if is_uniform else completed(config)
 
 
 def _positions(

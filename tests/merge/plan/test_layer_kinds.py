@@ -115,3 +115,26 @@ def test_a_class_that_is_not_known_is_said(save):
 
 def test_uniform_families_have_no_kinds():
     assert not any(computed({"model_type": family}) for family in UNIFORM_FAMILIES)
+
+
+@pytest.mark.parametrize("family", ["falcon_h1", "bamba", "mamba2"])
+def test_numbers_that_json_lacks_are_read_as_transformers_5_writes_them(save, family):
+    limit = [0.0, {"__float__": "Infinity"}]
+    keys = {"time_step_limit": limit, "hidden_size": 64, "mamba_n_heads": 8, "num_heads": 8, "head_dim": 16}
+    keys |= {"attn_layer_indices": [1, 6], "mamba_d_head": 16, "mamba_d_ssm": 128}
+    a = save("a", tensors(8), model_type=family, num_hidden_layers=8, **keys)
+    assert not [note for note in planned(MOVED, a=a).notes if "class of" in note]
+
+
+def test_a_config_that_its_class_takes_of_the_model_and_not_of_the_result_is_told(save):
+    kinds = {"attention_types": [[["global", "local"], 4]]}
+    a = save("a", tensors(8), model_type="gpt_neo", num_layers=8, **kinds)
+    assert any("takes the models' configs and refuses the result's" in note for note in planned(MOVED, a=a).notes)
+    assert not planned(stack((0, 4), (4, 8), models="aa"), a=a).notes
+
+
+def test_a_kind_that_its_class_gives_whatever_is_written_is_told(save):
+    config = {"model_type": "gemma4_text", "num_hidden_layers": 8, "num_kv_shared_layers": 0}
+    a = save("a", tensors(8), **config, layer_types=["sliding_attention", "full_attention"] * 4)
+    (note,) = planned(stack((0, 4), (2, 7), models="aa"), a=a).notes
+    assert "the class of 'gemma4_text' gives layer 8 another kind in layer_types" in note
