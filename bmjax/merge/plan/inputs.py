@@ -12,6 +12,7 @@ from typing import Any
 
 from bmjax.config import UserError
 from bmjax.io.safetensors import Checkpoint
+from bmjax.merge.plan.config_classes import is_free_count
 from bmjax.merge.plan.heads import TIED_FAMILIES, UNTIED_FAMILIES
 from bmjax.merge.plan.layout import Layout
 from bmjax.merge.plan.stacks import missing_layers, said_layers
@@ -115,7 +116,7 @@ def layers_beside_config(layout: Layout) -> Iterator[str]:
             continue
         names = (name for name in layout.names[model] if name not in layout.further[model])
         count = layout.layers[model][stack] - len(missing_layers(names, stack))
-        if count not in said:
+        if count not in said and is_free_count(layout.configs[model] or {}, count):
             consequence = "make the others at random" if max(said) > count else "leave some out"
             yield (
                 f"config.json of '{model}' says {' or '.join(map(str, sorted(said)))} layers, its weights hold {count} "

@@ -83,3 +83,9 @@ def test_a_config_of_other_layers_than_the_weights_hold_is_noted(save, said, wor
     result = planned(stacked(("a", (0, 4)), ("a", (3, 4))), a=a)
     assert result.config_changes == ({"text_config": {"num_hidden_layers": 5}} if nested else {"num_hidden_layers": 5})
     assert list(result.notes) == [note]
+
+
+def test_a_number_of_layers_that_its_class_computes_is_no_count_of_the_stack(save):
+    values = {f"efficientnet.encoder.blocks.{i}.expansion.conv.weight": ONES for i in range(7)}
+    a = save("a", values, model_type="efficientnet", num_hidden_layers=64)
+    assert planned(soup("a"), a=a).notes == ()
