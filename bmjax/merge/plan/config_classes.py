@@ -7,7 +7,7 @@ import copy
 from typing import Any, NamedTuple
 
 from bmjax.merge.plan.heads import config_blocks
-from bmjax.merge.plan.stacks import LAYER_COUNTS
+from bmjax.merge.plan.stacks import counts_of
 
 Config = dict[str, Any]
 # How transformers 5 writes numbers that JSON does not have.
@@ -54,7 +54,7 @@ def is_free_count(config: Config, count: int) -> bool:
     """
     changed = copy.deepcopy(config)
     for block in config_blocks(changed):
-        block |= {key: count for key in LAYER_COUNTS if type(block.get(key)) is int}
+        block |= dict.fromkeys(counts_of(block), count)
     taken = completed(changed)
     return bool(taken.refusal) or taken.layers in (None, count)
 

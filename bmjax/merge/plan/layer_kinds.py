@@ -13,12 +13,13 @@ from bmjax.merge.plan.heads import config_blocks
 
 Config = dict[str, Any]
 KIND_LISTS = ("layer_types", "no_rope_layers", "layers_block_type", "mlp_layer_types")
+_REPEATED = ("block_types",)  # lists that may hold the kinds of the first layers alone, which begin again behind them
 # Classes without kinds of layers, which need not be asked; loading transformers takes seconds.
 UNIFORM_FAMILIES = frozenset({"llama", "mistral", "mixtral", "gpt2", "gpt_neox", "gemma", "phi3"})
 _PERIOD = re.compile(r".*(_period|_freq|_sparse_step|_layer_step|moe_layer_interval)")
 _BY_POSITION = re.compile(r".*(_pattern|_interval|_period|_freq|_step|_layers_interval)|max_window_layers")
 # How many of the first layers are dense where the others have experts; how many of the last share another's keys.
-_FIRST_DENSE = ("first_k_dense_replace", "num_dense_layers", "n_dense_layers", "moe_layer_start_index")
+_FIRST_DENSE = ("first_k_dense_replace", "num_dense_layers", "n_dense_layers")
 _LAST_SHARED = "num_kv_shared_layers"
 
 
@@ -26,6 +27,13 @@ def is_numbers_of_layers(value: list[Any], count: int, first: int = 0) -> bool:
     """Return whether a list of a config names layers by number, from `first` on: whole numbers that rise."""
     is_whole = all(type(number) is int for number in value)
     return is_whole and value == sorted(set(value)) and value[0] >= first and value[-1] < count + first
+
+
+def repeated(key: str, value: Any, count: int) -> Any:
+    """Return a list with an entry for each of `count` layers where it holds a pattern of kinds; else the value."""
+    if key not in _REPEATED or not isinstance(value, list) or not 0 < len(value) < count:
+        return value
+    return [value[number % len(value)] for number in range(count)]
 
 
 def set_kinds(
@@ -44,11 +52,12 @@ def set_kinds(
     sources = {model: _computed(configs[model] or donor) for model in dict.fromkeys(model for model, _ in layers)}
     unknown = next((source for source in sources.values() if not source.blocks), None)
     for i, block in enumerate(config_blocks(new)):
-        for key in KIND_LISTS:
+        for key in (*KIND_LISTS, *_REPEATED):
             if key in block and block[key] is not None:
                 continue
             kinds = _kinds(sources, i, key, layers)
-            if kinds and kinds != (new_kinds[i].get(key) if i < len(new_kinds) else None):
+            made = new_kinds[i].get(key) if i < len(new_kinds) else None
+            if kinds and kinds != repeated(key, made, len(layers)):
                 block[key] = kinds
         notes += _positions(block, i, layers, configs, donor)
         if unknown and not _is_uniform(block) and not any(key in block for key in KIND_LISTS):
@@ -59,7 +68,8 @@ def set_kinds(
 def _kinds(sources: Mapping[str, Completed], i: int, key: str, layers: Sequence[tuple[str, int]]) -> list[Any] | None:
     """Return the kinds that the i-th block of the sources' configs gives to `layers`; None where one says none."""
     try:
-        return [sources[model].blocks[i][key][number] for model, number in layers]
+        kinds = {model: repeated(key, source.blocks[i][key], source.layers or 0) for model, source in sources.items()}
+        return [kinds[model][number] for model, number in layers]
     except (LookupError, TypeError):
         return None
 

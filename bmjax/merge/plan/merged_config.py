@@ -7,13 +7,15 @@ from typing import Any
 
 from bmjax.config import UserError
 from bmjax.io.safetensors import listing
+from bmjax.merge.plan.config_classes import completed, is_known
 from bmjax.merge.plan.config_token_ids import follow_tokens
 from bmjax.merge.plan.heads import ALWAYS_TIED_FAMILIES, NESTED, TIED, UNTIED_FAMILIES, config_blocks, says_tied
 from bmjax.merge.plan.labels import has_same_labels, source_of_class
-from bmjax.merge.plan.layer_kinds import KIND_LISTS, is_numbers_of_layers, set_kinds
+from bmjax.merge.plan.layer_kinds import KIND_LISTS, is_numbers_of_layers, repeated, set_kinds
+from bmjax.merge.plan.layer_numbers import is_by_number, is_of_sources, moved_entries, moved_sources, set_numbers
 from bmjax.merge.plan.layout import Layout
 from bmjax.merge.plan.quantized import QUANTIZATION_KEYS
-from bmjax.merge.plan.stacks import LAYER_COUNTS, MTP_COUNTS, said_layers
+from bmjax.merge.plan.stacks import LAYER_COUNTS, MTP_COUNTS, RARE_COUNTS, said_layers
 from bmjax.merge.plan.tensor_names import TOWERS, layer
 from bmjax.merge.plan.vocabulary import Vocabulary
 
@@ -25,7 +27,10 @@ _OF_LAYERS = re.compile(
 )
 _LAYER_NAME = re.compile(rf"(?!re:|.*(?:{TOWERS}))(.*\b(?:layers?|h|blocks?)\.)([0-9]{{1,5}})((?:\..*)?)")
 # Keys of other things than layers, whose lists may be as long by chance.
-_OF_NO_LAYERS = re.compile(r"token|_ids?$|architectures|language|section|label")
+_OF_NO_LAYERS = re.compile(r"token|_ids?$|architectures|language|section|label|expert")
+_COUNTING = ("layers_block_type", "hybrid_override_pattern", "layer_types", "block_configs")
+_FROM_ONE = ("ple_layer_ids",)  # lists of layers that are numbered from 1 on, whatever their last number is
+_OF_OTHERS = re.compile(rf"{TOWERS}|^mtp_")  # parts of a config that speak of no layer of the language model's stack
 _ROPE = ("rope_parameters", "rope_scaling", "rope_theta")
 # What a config says of the class and of the labels of its head.
 _OF_CLASS = ("architectures", "auto_map", "num_labels", "id2label", "label2id", "problem_type")
@@ -202,7 +207,7 @@ def _set_layers(
     notes, has_count, said = [], False, said_layers(config)
     counts = {count} if count in said or len(said) > 1 else {count, *said}  # a config may be wrong about its layers
     for i, block in enumerate(config_blocks(config)):
-        for key in LAYER_COUNTS:
+        for key in (*LAYER_COUNTS, *RARE_COUNTS):
             if block.get(key) in counts:
                 block[key], has_count = len(layers), True
         per_model = {model: list(config_blocks(configs[model] or donor)) for model, _ in layers}
@@ -216,9 +221,17 @@ def _set_layers(
         for key in QUANTIZATION_KEYS:
             if isinstance(block.get(key), dict):
                 _rename_layers(block[key], layers)
-    if not has_count:
+    if not has_count and not _gives_count(config, len(layers)):
         notes.append(f"config.json: no key holds the number of layers, {count}; set it to {len(layers)} yourself")
     return notes
+
+
+def _gives_count(config: Config, count: int) -> bool:
+    """Return whether a config without a count of its layers gives their number by a list with an entry for each."""
+    if is_known(config):
+        return completed(config).layers == count
+    lists = (block.get(key) for block in config_blocks(config) for key in _COUNTING)
+    return any(isinstance(entries, (list, str)) and len(entries) == count for entries in lists)
 
 
 def _tails(block: Config, theirs: Sequence[Config], their_count: int, count: int) -> dict[str, list[Any]]:
@@ -268,14 +281,18 @@ def _set_entries(
 
     theirs: the same part of every input's config. path: of the part in the config, with a point behind it.
     """
-    notes = []
+    notes = set_numbers(values, theirs, count, layers, path)
     first = _first_number(values, count)
     for key, value in values.items():
-        if key in (*NESTED, *QUANTIZATION_KEYS, "rope_parameters", "rope_scaling") or re.search(TOWERS, key):
+        if key in (*NESTED, *QUANTIZATION_KEYS, "rope_parameters", "rope_scaling") or _OF_OTHERS.search(key):
             continue
         entries: dict[str, Any] = {
             model: part.get(key) if isinstance(part, dict) else None for model, part in theirs.items()
         }
+        if is_by_number(value) and not _OF_NO_LAYERS.search(key):
+            values[key], lines = moved_entries(f"{path}{key}", value, entries, count, layers)
+            notes += lines
+            continue
         if isinstance(value, dict):
             notes += _set_entries(value, entries, count, layers, f"{path}{key}.")
             continue
@@ -283,10 +300,14 @@ def _set_entries(
         is_known = _OF_LAYERS.search(key) is not None
         if not value or not (is_text or isinstance(value, list)):
             continue
+        pattern, value = value, repeated(key, value, count)
+        entries = {model: repeated(key, entry, count) for model, entry in entries.items()}
         if not is_known and (len(value) != count or _OF_NO_LAYERS.search(key)):
             continue
         shift = first if len(value) < count else 0  # a list as long as the layers has their kinds, or all from 0 on
-        if not is_text and key not in KIND_LISTS and is_numbers_of_layers(value, count, shift):
+        shift = 1 if key in _FROM_ONE else shift
+        is_set = not is_text and key not in KIND_LISTS and not is_of_sources(key, value, count)
+        if is_set and is_numbers_of_layers(value, count, shift):
             values[key] = [n + shift for n, (m, number) in enumerate(layers) if number + shift in (entries[m] or ())]
         elif len(value) != count:
             if not (is_text or path):
@@ -297,7 +318,11 @@ def _set_entries(
             )
         else:
             moved = [entries[model][number] for model, number in layers]
-            values[key] = "".join(moved) if is_text else moved
+            if not is_text and is_of_sources(key, value, count):
+                moved, lines = moved_sources(f"{path}{key}", entries, layers)
+                notes += lines
+            if moved != repeated(key, pattern, len(layers)):
+                values[key] = "".join(moved) if is_text else moved
             if not is_known:
                 notes.append(
                     f"config.json: {path}{key} has as many entries as there were layers, so they follow their layers; "

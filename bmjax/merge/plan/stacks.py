@@ -12,6 +12,8 @@ from bmjax.merge.plan.heads import config_blocks
 from bmjax.merge.plan.tensor_names import TOWERS, layer
 
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers")
+# Counts of some families (OpenELM, xLSTM) whose names mean something else in others: read where no other count stands.
+RARE_COUNTS = ("num_transformer_layers", "num_blocks")
 MTP_COUNTS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "mtp_num_layers")
 _MTP = re.compile(r"(^|\.)mtp(_\w+)?\.")
 _MTP_PARTS = re.compile(r"(eh_proj|enorm|hnorm|shared_head)\b")
@@ -31,10 +33,16 @@ def missing_layers(names: Iterable[str], stack: str) -> list[int]:
     return [number for number in range(max(numbers, default=0)) if number not in numbers]
 
 
+def counts_of(block: Mapping[str, Any]) -> dict[str, int]:
+    """Return the numbers of layers that a part of a config speaks of, by their keys."""
+    known = ({key: block[key] for key in keys if type(block.get(key)) is int} for keys in (LAYER_COUNTS, RARE_COUNTS))
+    return next(filter(None, known), {})
+
+
 def said_layers(config: dict[str, Any]) -> set[int]:
     """Return the numbers of layers that a config speaks of; those of a language model inside another model alone."""
     whole, *inner = config_blocks(config)
-    counts = [{block[key] for key in LAYER_COUNTS if type(block.get(key)) is int} for block in (*inner, whole)]
+    counts = [set(counts_of(block).values()) for block in (*inner, whole)]
     return set().union(*counts[:-1]) or counts[-1]
 
 
@@ -48,7 +56,7 @@ def further_token_tensors(names: Iterable[str], config: dict[str, Any]) -> dict[
     stacks = layer_counts(name for name in names if name not in chosen and not re.search(TOWERS, name))
     for block in config_blocks(config):
         further = max((block[key] for key in MTP_COUNTS if type(block.get(key)) is int), default=0)
-        count = next((block[key] for key in LAYER_COUNTS if type(block.get(key)) is int), 0)
+        count = next(iter(counts_of(block).values()), 0)
         for stack, stored in stacks.items():
             behind = {n: None for n in names if (t := layer(n)) and t.stack == stack and t.number >= count}
             if 0 < count < stored and (stored - count <= further or any(map(_MTP_PARTS.search, behind))):
@@ -67,6 +75,6 @@ def language_stack(stacks: Mapping[str, int], config: dict[str, Any]) -> str | N
     if len(candidates) > 1:
         # Where the language model's config stands inside, that of the whole may count other layers.
         whole, *inner = config_blocks(config)
-        counts = [block[key] for block in inner or [whole] for key in LAYER_COUNTS if key in block]
+        counts = [count for block in inner or [whole] for count in counts_of(block).values()]
         candidates = [stack for stack in candidates if stacks[stack] in counts]
     return candidates[0] if len(candidates) == 1 else None
