@@ -156,6 +156,8 @@ def write_beside(folder: Path, plan: MergePlan, types: Iterable[str]) -> None:
     donor = plan.models[plan.recipe.donor].directory
     for path in side_files(donor).paths:
         copy_file(path, folder / path.relative_to(donor))
+    for name, content in plan.side_changes.items():
+        write_json(folder / name, content)
     if plan.config_changes.get("quantization_config", True) is None:
         (folder / "hf_quant_config.json").unlink(missing_ok=True)
     if (folder / "config.json").exists():

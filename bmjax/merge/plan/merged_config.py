@@ -15,6 +15,7 @@ from bmjax.merge.plan.layer_kinds import KIND_LISTS, is_numbers_of_layers, repea
 from bmjax.merge.plan.layer_numbers import is_by_number, is_of_sources, moved_entries, moved_sources, set_numbers
 from bmjax.merge.plan.layout import Layout
 from bmjax.merge.plan.quantized import QUANTIZATION_KEYS
+from bmjax.merge.plan.quantized_names import follow_files, follow_names
 from bmjax.merge.plan.stacks import LAYER_COUNTS, MTP_COUNTS, RARE_COUNTS, said_layers
 from bmjax.merge.plan.tensor_names import TOWERS, layer
 from bmjax.merge.plan.vocabulary import Vocabulary
@@ -25,7 +26,6 @@ _TYPES = ("dtype", "torch_dtype")
 _OF_LAYERS = re.compile(
     "layer|attn_idxs|attn_type_list|block_configs|block_types|_heads$|ffn_multipliers|intermediate_size$|_pattern$"
 )
-_LAYER_NAME = re.compile(rf"(?!re:|.*(?:{TOWERS}))(.*\b(?:layers?|h|blocks?)\.)([0-9]{{1,5}})((?:\..*)?)")
 # Keys of other things than layers, whose lists may be as long by chance.
 _OF_NO_LAYERS = re.compile(r"token|_ids?$|architectures|language|section|label|expert")
 _COUNTING = ("layers_block_type", "hybrid_override_pattern", "layer_types", "block_configs")
@@ -92,11 +92,9 @@ def config_changes(layout: Layout, has_head: bool, vocabulary: Vocabulary | None
             f"what predicts further tokens (MTP) is that of '{last}', whose config says how many layers it has"
         )
     # The layers: which input's layer each of the result's is configured as, where that is known.
-    stack, donor_stack = layout.stack(result), layout.stack(donor)
-    count = layout.layers[result][stack] if stack else 0
-    donor_layers = layout.layers[donor][donor_stack] if donor_stack else 0
-    layers = [layout.origin_of_layer(result, number) for number in range(count)]
-    if layers and layers != [(donor, number) for number in range(donor_layers)]:
+    donor_stack = layout.stack(donor)
+    layers, donor_layers = _stacked(layout)
+    if layers:
         further = {t.number for name in layout.further[donor] if (t := layer(name)) and t.stack == donor_stack}
         counts = [block[key] for block in config_blocks(old) for key in MTP_COUNTS if type(block.get(key)) is int]
         behind = len(further) or (max(counts, default=0) if layout.further[donor] else 0)
@@ -127,6 +125,21 @@ def config_changes(layout: Layout, has_head: bool, vocabulary: Vocabulary | None
         if keys:
             notes.append(f"config.json of '{name}' differs from '{donor}' in {', '.join(keys)}; it is not used")
     return changes, notes
+
+
+def settings_changes(layout: Layout) -> tuple[dict[str, Any], list[str]]:
+    """Return the new content of the donor's files of quantization settings beside config.json, by name, and notes."""
+    layers, count = _stacked(layout)
+    return follow_files(layout.models[layout.recipe.donor].directory, layers, count) if layers else ({}, [])
+
+
+def _stacked(layout: Layout) -> tuple[list[tuple[str, int]], int]:
+    """Return the (input, its layer) of each layer of the result, [] where they are the donor's; and how many it has."""
+    donor, result = layout.recipe.donor, layout.recipe.steps[-1].name
+    stack, donor_stack = layout.stack(result), layout.stack(donor)
+    count = layout.layers[donor][donor_stack] if donor_stack else 0
+    layers = [layout.origin_of_layer(result, n) for n in range(layout.layers[result][stack] if stack else 0)]
+    return ([] if layers == [(donor, number) for number in range(count)] else layers), count
 
 
 def _set_class(new: Config, layout: Layout) -> list[str]:
@@ -220,7 +233,8 @@ def _set_layers(
         block |= {key: [*block[key], *tail] for key, tail in tails.items()}
         for key in QUANTIZATION_KEYS:
             if isinstance(block.get(key), dict):
-                _rename_layers(block[key], layers)
+                block[key], lines = follow_names(block[key], layers, count, f"config.json: {key}")
+                notes += lines
     if not has_count and not _gives_count(config, len(layers)):
         notes.append(f"config.json: no key holds the number of layers, {count}; set it to {len(layers)} yourself")
     return notes
@@ -253,25 +267,6 @@ def _is_with_further(value: Any, count: int, further: int) -> bool:
 def _without_further(part: Config, count: int, further: int) -> Config:
     """Return a part of a config whose lists end before the layers that predict further tokens."""
     return {key: v[:count] if _is_with_further(v, count, further) else v for key, v in part.items()}
-
-
-def _rename_layers(values: Config, layers: Sequence[tuple[str, int]]) -> None:
-    """Make a quantization config's lists of modules, by name, name layers where they are now.
-
-    It stays where models of one scheme are copied, so all of them have the same lists.
-    """
-    for key, value in values.items():
-        if not isinstance(value, list):
-            continue
-        names = [(name, _LAYER_NAME.fullmatch(name) if isinstance(name, str) else None) for name in value]
-        if not any(match for _, match in names):
-            continue
-        values[key] = [name for name, match in names if match is None] + [
-            f"{match[1]}{n}{match[3]}"
-            for n, (_, number) in enumerate(layers)
-            for _, match in names
-            if match is not None and int(match[2]) == number
-        ]
 
 
 def _set_entries(

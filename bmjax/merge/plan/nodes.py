@@ -32,7 +32,7 @@ from bmjax.merge.plan.inputs import (
 )
 from bmjax.merge.plan.labels import Labels
 from bmjax.merge.plan.layout import Layout, Origin, read_config
-from bmjax.merge.plan.merged_config import config_changes
+from bmjax.merge.plan.merged_config import config_changes, settings_changes
 from bmjax.merge.plan.output import check_target
 from bmjax.merge.plan.shared_tensors import with_embeddings, with_shared_tensors
 from bmjax.merge.plan.side_files import lost_by_overwriting, side_files
@@ -100,6 +100,7 @@ class MergePlan:
     notes: tuple[str, ...]  # the recipe's, and what is remarkable about the models
     vocabulary: Vocabulary | None = None  # the tokenizer to save, None where the donor's files are copied
     chat: Chat = field(default_factory=Chat)  # what changes in its chat template and end tokens
+    side_changes: Mapping[str, Any] = field(default_factory=dict)  # the new content of some of the donor's JSON files
 
     @property
     def nbytes(self) -> int:
@@ -159,6 +160,7 @@ def plan(
         )
     planner.check_heads(nodes)
     changes, notes = config_changes(layout, any(layout.is_head_weight(node.name) for node in nodes), tokens)
+    side_changes, side_notes = settings_changes(layout)
     donor_config = layout.configs[recipe.donor]
     chat = chat_of(layout, {**(donor_config or {}), **changes}, tokens)
     if donor_config is not None:
@@ -179,10 +181,11 @@ def plan(
         *same_files(models),
         *planner.remarks(),
         *notes,
+        *side_notes,
         *chat.notes,
         *side_files(models[recipe.donor].directory).notes,
     ]
-    return MergePlan(recipe, models, nodes, changes, tuple(remarks), tokens, chat)
+    return MergePlan(recipe, models, nodes, changes, tuple(remarks), tokens, chat, side_changes)
 
 
 class _Planner:
