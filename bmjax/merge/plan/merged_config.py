@@ -93,7 +93,7 @@ def config_changes(layout: Layout, has_head: bool, vocabulary: Vocabulary | None
         )
     # The layers: which input's layer each of the result's is configured as, where that is known.
     donor_stack = layout.stack(donor)
-    layers, donor_layers = _stacked(layout)
+    layers, donor_layers = stacked_layers(layout)
     if layers:
         further = {t.number for name in layout.further[donor] if (t := layer(name)) and t.stack == donor_stack}
         counts = [block[key] for block in config_blocks(old) for key in MTP_COUNTS if type(block.get(key)) is int]
@@ -129,11 +129,11 @@ def config_changes(layout: Layout, has_head: bool, vocabulary: Vocabulary | None
 
 def settings_changes(layout: Layout) -> tuple[dict[str, Any], list[str]]:
     """Return the new content of the donor's files of quantization settings beside config.json, by name, and notes."""
-    layers, count = _stacked(layout)
+    layers, count = stacked_layers(layout)
     return follow_files(layout.models[layout.recipe.donor].directory, layers, count) if layers else ({}, [])
 
 
-def _stacked(layout: Layout) -> tuple[list[tuple[str, int]], int]:
+def stacked_layers(layout: Layout) -> tuple[list[tuple[str, int]], int]:
     """Return the (input, its layer) of each layer of the result, [] where they are the donor's; and how many it has."""
     donor, result = layout.recipe.donor, layout.recipe.steps[-1].name
     stack, donor_stack = layout.stack(result), layout.stack(donor)
