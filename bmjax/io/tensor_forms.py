@@ -90,6 +90,39 @@ class AdaptedTensor(_Computed):
 
 
 @dataclass(frozen=True)
+class PartsTensor(_Computed):
+    """Equal parts of `plain`, along its rows or columns, in another order: some may stand twice, some not at all.
+
+    axis: 0 for parts of `size` rows, 1 for parts of `size` columns. parts: the number of each part in `plain`.
+    """
+
+    axis: int
+    parts: tuple[int, ...]
+    size: int
+
+    @property
+    def kept_dtype(self) -> str:
+        return self.plain.kept_dtype
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return self.plain.files
+
+    def rows(self, reader: Reader, first: int, last: int) -> np.ndarray:
+        if self.axis == 1:
+            columns = np.array(self.parts)[:, None] * self.size + np.arange(self.size)
+            return read_rows(reader, self.plain, first, last)[:, columns.reshape(-1)]
+        pieces = []
+        while first < last:
+            part, row = divmod(first, self.size)
+            count = min(self.size - row, last - first)
+            start = self.parts[part] * self.size + row
+            pieces.append(read_rows(reader, self.plain, start, start + count))
+            first += count
+        return np.concatenate(pieces)
+
+
+@dataclass(frozen=True)
 class ReplacementTensor(TensorInfo):
     """A tensor that an adapter holds whole, often in float32 where the model's own, `replaced`, is bfloat16."""
 

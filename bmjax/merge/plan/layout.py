@@ -140,6 +140,14 @@ class Layout:
             start += part.layers
         return self.origin_of_layer(step.donor, number)
 
+    def stacked_layers(self) -> tuple[list[tuple[str, int]], int]:
+        """Return the (input, its layer) of every layer of the result, [] where they are the donor's; and its count."""
+        donor, result = self.recipe.donor, self.recipe.steps[-1].name
+        stack, donor_stack = self.stack(result), self.stack(donor)
+        count = self.layers[donor][donor_stack] if donor_stack else 0
+        layers = [self.origin_of_layer(result, n) for n in range(self.layers[result][stack] if stack else 0)]
+        return ([] if layers == [(donor, number) for number in range(count)] else layers), count
+
     def tensor(self, model: str, name: str) -> TensorInfo | None:
         """Return the header entry of an input's tensor; for the head of a tied model that of its embedding."""
         stored_name = self.find(model, name)

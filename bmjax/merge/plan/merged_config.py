@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bmjax.config import UserError
-from bmjax.io.safetensors import listing
 from bmjax.merge.plan.config_classes import completed, is_known
 from bmjax.merge.plan.config_token_ids import follow_tokens
 from bmjax.merge.plan.heads import ALWAYS_TIED_FAMILIES, NESTED, TIED, UNTIED_FAMILIES, config_blocks, says_tied
@@ -14,6 +13,7 @@ from bmjax.merge.plan.labels import has_same_labels, source_of_class
 from bmjax.merge.plan.layer_kinds import KIND_LISTS, is_numbers_of_layers, repeated, set_kinds
 from bmjax.merge.plan.layer_numbers import is_by_number, is_of_sources, moved_entries, moved_sources, set_numbers
 from bmjax.merge.plan.layout import Layout
+from bmjax.merge.plan.per_layer_tensors import PER_LAYER_ROWS, per_layer_rows
 from bmjax.merge.plan.quantized import QUANTIZATION_KEYS
 from bmjax.merge.plan.quantized_names import follow_files, follow_names
 from bmjax.merge.plan.stacks import LAYER_COUNTS, MTP_COUNTS, RARE_COUNTS, said_layers
@@ -75,6 +75,8 @@ def config_changes(layout: Layout, has_head: bool, vocabulary: Vocabulary | None
             if "decoder_vocab_size" in block and block["decoder_vocab_size"] == block.get("vocab_size"):
                 block["decoder_vocab_size"] = vocabulary.size
         _put(new, "vocab_size", vocabulary.size)
+        if (rows := per_layer_rows(layout, vocabulary)) is not None:
+            _put(new, PER_LAYER_ROWS, rows)
         followed, lines = follow_tokens(new, vocabulary.ids[donor], vocabulary.tokens, stated=vocabulary.stated)
         new |= followed
         notes += lines
@@ -93,7 +95,7 @@ def config_changes(layout: Layout, has_head: bool, vocabulary: Vocabulary | None
         )
     # The layers: which input's layer each of the result's is configured as, where that is known.
     donor_stack = layout.stack(donor)
-    layers, donor_layers = stacked_layers(layout)
+    layers, donor_layers = layout.stacked_layers()
     if layers:
         further = {t.number for name in layout.further[donor] if (t := layer(name)) and t.stack == donor_stack}
         counts = [block[key] for block in config_blocks(old) for key in MTP_COUNTS if type(block.get(key)) is int]
@@ -104,7 +106,6 @@ def config_changes(layout: Layout, has_head: bool, vocabulary: Vocabulary | None
             tail = configs.get(last) or old, layout.layers[last][last_stack] if last_stack else 0
         notes += _set_layers(new, donor_layers, behind, layers, configs, old, tail)
         notes += set_kinds(new, layers, configs, old)
-        notes += _parts_of_tensors(layout, donor_layers)
     changes = {key: value for key, value in new.items() if key not in old or old[key] != value}
     # Where the inputs differ in more than bookkeeping.
     for name, config in configs.items():
@@ -129,17 +130,8 @@ def config_changes(layout: Layout, has_head: bool, vocabulary: Vocabulary | None
 
 def settings_changes(layout: Layout) -> tuple[dict[str, Any], list[str]]:
     """Return the new content of the donor's files of quantization settings beside config.json, by name, and notes."""
-    layers, count = stacked_layers(layout)
+    layers, count = layout.stacked_layers()
     return follow_files(layout.models[layout.recipe.donor].directory, layers, count) if layers else ({}, [])
-
-
-def stacked_layers(layout: Layout) -> tuple[list[tuple[str, int]], int]:
-    """Return the (input, its layer) of each layer of the result, [] where they are the donor's; and how many it has."""
-    donor, result = layout.recipe.donor, layout.recipe.steps[-1].name
-    stack, donor_stack = layout.stack(result), layout.stack(donor)
-    count = layout.layers[donor][donor_stack] if donor_stack else 0
-    layers = [layout.origin_of_layer(result, n) for n in range(layout.layers[result][stack] if stack else 0)]
-    return ([] if layers == [(donor, number) for number in range(count)] else layers), count
 
 
 def _set_class(new: Config, layout: Layout) -> list[str]:
@@ -198,7 +190,8 @@ def set_type(config: Config, name: str) -> None:
 
 
 def _put(config: dict[str, Any], key: str, value: Any) -> None:
-    holders = [block for block in config_blocks(config) if key in block] or [config]
+    blocks = list(config_blocks(config))
+    holders = [block for block in blocks if key in block] or [blocks[-1] if key == PER_LAYER_ROWS else config]
     for block in holders:
         block[key] = value
 
@@ -334,18 +327,3 @@ def _first_number(values: Config, count: int) -> int:
         and all(type(number) is int for number in value) and value == sorted(set(value))
     ]  # fmt: skip
     return int(any(value[-1] == count for value in lists) and all(value[0] >= 1 for value in lists))
-
-
-def _parts_of_tensors(layout: Layout, layers: int) -> list[str]:
-    """Return a note on tensors outside of the layers that hold a part for each of them, as Gemma 3n's do."""
-    donor = layout.recipe.donor
-    names = [
-        name for name, info in layout.models[donor].tensors.items()
-        if layer(name) is None and "per_layer" in name and any(n > layers and n % layers == 0 for n in info.shape)
-    ]  # fmt: skip
-    if not names:
-        return []
-    return [
-        f"{listing(names)} hold a part for each of the {layers} layers of '{donor}', and stay as they are: the layers "
-        "have moved, so the result cannot be loaded or computes something else"
-    ]

@@ -32,8 +32,9 @@ from bmjax.merge.plan.inputs import (
 )
 from bmjax.merge.plan.labels import Labels
 from bmjax.merge.plan.layout import Layout, Origin, read_config
-from bmjax.merge.plan.merged_config import config_changes, settings_changes, stacked_layers
+from bmjax.merge.plan.merged_config import config_changes, settings_changes
 from bmjax.merge.plan.output import check_target
+from bmjax.merge.plan.per_layer_tensors import with_moved_parts
 from bmjax.merge.plan.shared_blocks import refuse_moved_blocks
 from bmjax.merge.plan.shared_tensors import with_embeddings, with_shared_tensors
 from bmjax.merge.plan.side_files import lost_by_overwriting, side_files
@@ -151,7 +152,10 @@ def plan(
     models, shared = with_shared_tensors(models, all_configs)
     layout, last = Layout(recipe, models), recipe.steps[-1]
     refuse_lost_layers(layout)
-    refuse_moved_blocks(layout, stacked_layers(layout)[0])
+    refuse_moved_blocks(layout, layout.stacked_layers()[0])
+    if moved := with_moved_parts(layout):
+        models = {**models, **moved}
+        layout = Layout(recipe, models)
     tokens = None if recipe.tokenizer is None else vocabulary(recipe.tokenizer, layout)
     planner = _Planner(layout, tokens)
     nodes = tuple(node for name in layout.names[last.name] if (node := planner.node(last, name)) is not None)

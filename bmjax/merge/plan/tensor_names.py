@@ -21,6 +21,8 @@ _TASK_HEAD = re.compile(
     r"(^|\.)(scorer?|regressor|(\w+_)?classifier|classification_head|multiple_choice_head|qa_outputs|summary|logits_proj"
     r"|(v|cls|value|rank)s?_head|(rm|prm|critic|reward|regression|scoring)s?_(head|layer|proj))\."
 )
+# The embedding of each layer beside the model's own, [V, L x size], of Gemma 3n and Gemma 4.
+_PER_LAYER_EMBEDDING = re.compile(r"(^|\.)embed_tokens_per_layer\.weight$")
 # What an encoder-decoder adds to its scores of tokens, [1, V] (BART, Marian, Pegasus).
 _SCORES_BIAS = re.compile(r"(^|\.)final_logits_bias$")
 _BUFFER = re.compile(r"(^|\.)(inv_freq|position_ids|(attn|attention)\.(masked_)?bias)$")
@@ -87,7 +89,12 @@ def is_embedding(name: str) -> bool:
 @functools.lru_cache(2**16)
 def is_vocabulary(name: str) -> bool:
     """Return whether the tensor has a row for each token, by its name. A bias of scores counts as a row's entries."""
-    return is_embedding(name) or is_head(name) or _SCORES_BIAS.search(name) is not None
+    return is_embedding(name) or is_head(name) or _SCORES_BIAS.search(name) is not None or is_per_layer_embedding(name)
+
+
+def is_per_layer_embedding(name: str) -> bool:
+    """Return whether the tensor has a row for each token, with a part for each layer."""
+    return _PER_LAYER_EMBEDDING.search(name) is not None
 
 
 def token_axis(name: str) -> int:

@@ -9,7 +9,8 @@ from bmjax.config import UserError
 from bmjax.io.safetensors import TensorInfo, listing
 from bmjax.merge.plan.heads import config_blocks
 from bmjax.merge.plan.layout import Layout
-from bmjax.merge.plan.tensor_names import with_tokens
+from bmjax.merge.plan.per_layer_tensors import per_layer_rows
+from bmjax.merge.plan.tensor_names import is_per_layer_embedding, with_tokens
 from bmjax.merge.plan.vocabulary import MAX_ROWS, Vocabulary
 
 StandIn = tuple[str, str, np.ndarray]  # model, tensor, for every row of the result the row of that tensor, -1 for none
@@ -64,7 +65,8 @@ class TokenRows:
 
     def _result_count(self, result: str) -> int:
         if self.tokens is not None:
-            return self.tokens.size
+            rows = per_layer_rows(self.layout, self.tokens) if is_per_layer_embedding(result) else None
+            return self.tokens.size if rows is None else rows
         recipe = self.layout.recipe
         counts = (self.layout.row_count(model, result) for model in (recipe.donor, *recipe.inputs))
         return next(count for count in counts if count is not None)
@@ -78,7 +80,12 @@ class TokenRows:
                     f"tensor '{result}' has {count} rows in model '{model}', the result {result_count}; rows of tokens "
                     f"are put in order up to {MAX_ROWS}"
                 )
-            if self.tokens is not None:
+            if self.tokens is not None and is_per_layer_embedding(result):
+                # Of tokens beyond its last row a model takes the first.
+                embedded = self.layout.row_count(model, self.layout.embedding(model) or "") or count
+                rows = self.tokens.rows(model, max(embedded, count))[:result_count]
+                rows[rows >= count] = 0
+            elif self.tokens is not None:
                 rows = self.tokens.rows(model, count)
             else:
                 rows = np.arange(result_count, dtype=np.int64)

@@ -116,17 +116,6 @@ def test_a_list_that_goes_on_to_the_layers_for_further_tokens(save):
     assert result.config_changes == {"num_hidden_layers": 3, "layer_types": ["z", "w", "x", "m"]} and not result.notes
 
 
-def test_tensors_with_a_part_for_each_layer_are_told_when_layers_move(save):
-    values = tensors() | {"model.embed_tokens_per_layer.weight": np.ones((6, 8), np.float32),
-                          "model.per_layer_model_projection.weight": np.ones((8, 4), np.float32),
-                          "model.per_layer_projection_norm.weight": np.ones(2, np.float32)}  # fmt: skip
-    a = save("a", values, num_hidden_layers=4)
-    (note,) = planned(MOVED, a=a).notes
-    assert "embed_tokens_per_layer" in note and "_model_projection" in note and "projection_norm" not in note
-    assert "part for each of the 4 layers of 'a'" in note
-    assert planned(soup("a"), a=a).notes == ()
-
-
 def test_differing_configs_are_told(save):
     a, b = save("a", tensors(), rope_theta=1.0, vocab_size=6), save("b", tensors(), rope_theta=2.0, vocab_size=7)
     assert planned(soup("a", "b"), a=a, b=b).notes == (

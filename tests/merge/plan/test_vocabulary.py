@@ -388,6 +388,28 @@ def test_a_tensor_that_may_go_along_the_tokens_is_told_when_rows_move(make, tmp_
     assert not any("axis" in note for note in merge_rows(soup("a", tokenizer_source="base"))[0].notes)
 
 
+@pytest.mark.parametrize("rows", [6, 4])
+@pytest.mark.parametrize("source", ["base", "union"])
+def test_embeddings_of_each_layer_follow_their_tokens(make, tmp_path, rows, source):
+    stored = {}
+    for seed, (name, texts) in enumerate((("a", "uvwxyz"), ("b", "zuvwxq"))):
+        folder = make(name, seed, list(texts), hidden_size=HIDDEN, vocab_size_per_layer_input=rows)
+        # Tokens beyond the last row take the first, as their class does.
+        table = np.arange(rows * 2, dtype=np.float32).reshape(rows, 2) + 100 * seed
+        stored[name] = {text: table[i if i < rows else 0] for i, text in enumerate(texts)}
+        values = load_file(folder / "model.safetensors") | {"model.embed_tokens_per_layer.weight": table}
+        save_file(values, folder / "model.safetensors", metadata={"format": "pt"})
+    merge(soup("a", "b", tokenizer_source=source), "out")
+    merged = load_file(tmp_path / "out" / "model.safetensors")["model.embed_tokens_per_layer.weight"]
+    size = json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size_per_layer_input"]
+    ids = tokens_of(tmp_path / "out")
+    assert len(merged) == size == (7 if source == "union" else rows)
+    for text, i in ids.items():
+        if i < size:  # of a token that one model lacks the other's row counts for both
+            both = [stored[name].get(text, stored[other].get(text)) for name, other in (("a", "b"), ("b", "a"))]
+            np.testing.assert_allclose(merged[i], np.mean(both, 0), err_msg=text)
+
+
 def test_both_vocabulary_sizes_of_an_encoder_decoder_change(make):
     make("a", 0, ["u", "x"], vocab_size=2, decoder_vocab_size=2)
     make("b", 1, ["u", "y"])
