@@ -13,9 +13,9 @@ from typing import Any
 from bmjax.config import UserError
 from bmjax.io.safetensors import Checkpoint
 from bmjax.merge.plan.config_classes import is_free_count
-from bmjax.merge.plan.heads import TIED_FAMILIES, UNTIED_FAMILIES
+from bmjax.merge.plan.heads import TIED_FAMILIES, UNTIED_FAMILIES, config_blocks
 from bmjax.merge.plan.layout import Layout
-from bmjax.merge.plan.stacks import missing_layers, said_layers
+from bmjax.merge.plan.stacks import RARE_COUNTS, missing_layers, said_layers
 from bmjax.merge.plan.tensor_names import is_of_tower
 from bmjax.merge.plan.tokenizer_text import largest_id
 from bmjax.merge.recipe.recipe import Recipe
@@ -116,7 +116,9 @@ def layers_beside_config(layout: Layout) -> Iterator[str]:
             continue
         names = (name for name in layout.names[model] if name not in layout.further[model])
         count = layout.layers[model][stack] - len(missing_layers(names, stack))
-        if count not in said and is_free_count(layout.configs[model] or {}, count):
+        config = layout.configs[model] or {}
+        others = {block.get(key) for block in config_blocks(config) for key in RARE_COUNTS}
+        if count not in said | others and is_free_count(config, count):
             consequence = "make the others at random" if max(said) > count else "leave some out"
             yield (
                 f"config.json of '{model}' says {' or '.join(map(str, sorted(said)))} layers, its weights hold {count} "

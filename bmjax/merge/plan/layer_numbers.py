@@ -108,23 +108,25 @@ def _set_row(
     """Set the first and the last number of a row of layers that are of another kind than those around it."""
     first, last, behind = row
     keys = f"{path}{first} and {last}"
-    inside = []
+    inside, numbers, notes = [], [], list[str]()
     for n, (model, number) in enumerate(layers):
         start, end = parts[model].get(first), parts[model].get(last)
-        is_open = end in (None, -1) and behind == 0  # up to the last layer
-        if type(start) is not int or not (is_open or type(end) is int):
+        if behind == 0 and end in (None, -1):  # up to the last layer
+            end = number
+        if type(start) is not int or type(end) is not int:
             return [f"config.json: {keys} number layers, which have moved, and are no two numbers; look at them"]
-        if start <= number and (is_open or number <= end - behind):
+        if start <= number <= end - behind:
             inside.append(n)
+            numbers.append(number)
     if not inside or inside != list(range(inside[0], inside[-1] + 1)):
         shown = ", ".join(map(str, inside[:8])) or "none"
         return [
             f"config.json: {keys} name one row of layers, and those of that kind are now {shown}: the result cannot be "
             "loaded as it is; stack other layers"
         ]
+    if behind and numbers != list(range(values[first], values[last] - behind + 1)):
+        notes = [f"config.json: {keys} name other layers than before; what is stored for each of them is not moved"]
     values[first] = inside[0]
     if values.get(last) not in (None, -1) or inside[-1] < len(layers) - 1:
         values[last] = inside[-1] + behind
-    if behind and [layers[n][1] for n in inside] != list(range(start, end - behind + 1)):
-        return [f"config.json: {keys} name other layers than before; what is stored for each of them is not moved"]
-    return []
+    return notes

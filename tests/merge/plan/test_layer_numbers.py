@@ -118,6 +118,11 @@ def test_counts_of_layers_of_other_names(save, key):
     assert result.config_changes == {key: 8, "num_hidden_layers": 8} and not result.notes
 
 
+def test_a_count_of_another_name_goes_before_one_that_is_wrong(save):
+    result = result_of(save, num_hidden_layers=32, num_blocks=6)
+    assert result.config_changes == {"num_hidden_layers": 8, "num_blocks": 8} and not result.notes
+
+
 def test_a_count_of_something_else_beside_that_of_layers_stays(save):
     result = planned(MOVED, a=save("a", tensors(6), num_hidden_layers=6, num_blocks=4))
     assert result.config_changes == {"num_hidden_layers": 8} and not result.notes
