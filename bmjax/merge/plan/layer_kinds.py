@@ -16,7 +16,7 @@ KIND_LISTS = ("layer_types", "no_rope_layers", "layers_block_type", "mlp_layer_t
 _REPEATED = ("block_types",)  # lists that may hold the kinds of the first layers alone, which begin again behind them
 # Classes without kinds of layers, which need not be asked; loading transformers takes seconds.
 UNIFORM_FAMILIES = frozenset({"llama", "mistral", "mixtral", "gpt2", "gpt_neox", "gemma", "phi3"})
-_PERIOD = re.compile(r".*(_period|_freq|_sparse_step|_layer_step|moe_layer_interval)")
+_PERIOD = re.compile(r".*(_period|_freq|_sparse_step|_layer_step|moe_layer_interval)|n_layers_per_\w+")
 _BY_POSITION = re.compile(r".*(_pattern|_interval|_period|_freq|_step|_layers_interval)|max_window_layers")
 # How many of the first layers are dense where the others have experts; how many of the last share another's keys.
 _FIRST_DENSE = ("first_k_dense_replace", "num_dense_layers", "n_dense_layers")

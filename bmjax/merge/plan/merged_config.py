@@ -40,10 +40,12 @@ _MAY_DIFFER = {
 }  # fmt: skip
 
 
-def config_changes(layout: Layout, has_head: bool, vocabulary: Vocabulary | None) -> tuple[Config, list[str]]:
+def config_changes(
+    layout: Layout, has_head: bool, vocabulary: Vocabulary | None, *, is_quantized: bool = True
+) -> tuple[Config, list[str]]:
     """Return the keys of the donor's config.json that change, with their values, and notes.
 
-    has_head: whether the result has a head of its own.
+    has_head: whether the result has a head of its own. is_quantized: whether it keeps what is said of quantization.
     """
     donor, result = layout.recipe.donor, layout.recipe.steps[-1].name
     configs = layout.configs
@@ -106,6 +108,11 @@ def config_changes(layout: Layout, has_head: bool, vocabulary: Vocabulary | None
             tail = configs.get(last) or old, layout.layers[last][last_stack] if last_stack else 0
         notes += _set_layers(new, donor_layers, behind, layers, configs, old, tail)
         notes += set_kinds(new, layers, configs, old)
+        for block in config_blocks(new) if is_quantized else ():
+            for key in QUANTIZATION_KEYS:
+                if isinstance(block.get(key), dict):
+                    block[key], lines = follow_names(block[key], layers, donor_layers, f"config.json: {key}")
+                    notes += lines
     changes = {key: value for key, value in new.items() if key not in old or old[key] != value}
     # Where the inputs differ in more than bookkeeping.
     for name, config in configs.items():
@@ -224,10 +231,6 @@ def _set_layers(
         tails = _tails(block, list(config_blocks(tail[0]))[i:][:1], tail[1], count) if tail else {}
         notes += _set_entries(block, theirs, count, layers)
         block |= {key: [*block[key], *tail] for key, tail in tails.items()}
-        for key in QUANTIZATION_KEYS:
-            if isinstance(block.get(key), dict):
-                block[key], lines = follow_names(block[key], layers, count, f"config.json: {key}")
-                notes += lines
     if not has_count and not _gives_count(config, len(layers)):
         notes.append(f"config.json: no key holds the number of layers, {count}; set it to {len(layers)} yourself")
     return notes

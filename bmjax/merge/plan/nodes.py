@@ -153,9 +153,8 @@ def plan(
     layout, last = Layout(recipe, models), recipe.steps[-1]
     refuse_lost_layers(layout)
     refuse_moved_blocks(layout, layout.stacked_layers()[0])
-    if moved := with_moved_parts(layout):
-        models = {**models, **moved}
-        layout = Layout(recipe, models)
+    layout = with_moved_parts(layout)
+    models = layout.models
     tokens = None if recipe.tokenizer is None else vocabulary(recipe.tokenizer, layout)
     planner = _Planner(layout, tokens)
     nodes = tuple(node for name in layout.names[last.name] if (node := planner.node(last, name)) is not None)
@@ -165,8 +164,9 @@ def plan(
             f"step '{last.name}': its result would hold no tensor, by the names of those in '{recipe.donor}'"
         )
     planner.check_heads(nodes)
-    changes, notes = config_changes(layout, any(layout.is_head_weight(node.name) for node in nodes), tokens)
-    side_changes, side_notes = settings_changes(layout)
+    has_head = any(layout.is_head_weight(node.name) for node in nodes)
+    changes, notes = config_changes(layout, has_head, tokens, is_quantized=not dequantized)
+    side_changes, side_notes = ({}, []) if dequantized else settings_changes(layout)
     donor_config = layout.configs[recipe.donor]
     chat = chat_of(layout, {**(donor_config or {}), **changes}, tokens)
     if donor_config is not None:

@@ -7,7 +7,7 @@ in a stack, and the rows of the former its tokens.
 from dataclasses import replace
 
 from bmjax.config import UserError
-from bmjax.io.safetensors import Checkpoint, TensorInfo, listing
+from bmjax.io.safetensors import TensorInfo, listing
 from bmjax.io.tensor_forms import PartsTensor
 from bmjax.merge.plan.layout import Layout
 from bmjax.merge.plan.tensor_names import is_per_layer_embedding, layer
@@ -17,8 +17,8 @@ PER_LAYER_ROWS = "vocab_size_per_layer_input"  # the key of a config for the row
 _AXES = {"embed_tokens_per_layer": 1, "per_layer_model_projection": 0}  # along which axis the parts lie, by module
 
 
-def with_moved_parts(layout: Layout) -> dict[str, Checkpoint]:
-    """Return the models whose tensors with a part for each layer get the parts of a stack's layers; {} for no such.
+def with_moved_parts(layout: Layout) -> Layout:
+    """Return the layout with models whose tensors with a part for each layer have the parts of a stack's layers.
 
     Raises UserError for a stack of several models' layers, whose parts one tensor would have to hold, and for tensors
     of which it is not known where their parts are.
@@ -26,7 +26,7 @@ def with_moved_parts(layout: Layout) -> dict[str, Checkpoint]:
     recipe, slices = layout.recipe, layout.recipe.steps[-1].slices
     with_parts = {model: names for model in recipe.inputs if (names := _with_parts(layout, model))}
     if not with_parts or not layout.stacked_layers()[0]:
-        return {}
+        return layout
     is_one_step = len(recipe.steps) == 1 and len({frozenset(part.ranges) for part in slices}) == 1
     for model, names in with_parts.items():
         unknown = [name for name in names if _module(name) not in _AXES]
@@ -40,13 +40,13 @@ def with_moved_parts(layout: Layout) -> dict[str, Checkpoint]:
                 f"{listing(unknown or names)} of '{model}' hold a part for each of its layers, and the layers move; "
                 f"{problem}"
             )
-    changed = {}
+    changed = dict(layout.models)
     for model, names in with_parts.items():
         numbers = tuple(part.ranges[model][0] + k for part in slices for k in range(part.layers))
         tensors = dict(layout.models[model].tensors)
         tensors |= {name: _moved(tensors[name], numbers, _layers(layout, model)) for name in names}
         changed[model] = replace(layout.models[model], tensors=tensors)
-    return changed
+    return Layout(recipe, changed)
 
 
 def per_layer_rows(layout: Layout, vocabulary: Vocabulary) -> int | None:

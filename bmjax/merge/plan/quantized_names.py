@@ -14,6 +14,7 @@ from bmjax.weights.tokenizer import read_json
 
 # Files beside config.json that hold such settings.
 SETTINGS_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
+MAX_CHARACTERS = 10_000  # of a name or a pattern that is looked at
 _STACK = r"\b(?:layers?|h|blocks?)"
 _OTHERS = re.compile(rf"{TOWERS}|(^|[.*])mtp")  # modules beside the language model's stack
 # A name, or a glob with a point behind the number: `model.layers.3.mlp.up_proj`, `*.layers.3.*`.
@@ -79,6 +80,8 @@ def _renamed(
     """Return what a name becomes, with the layer of each; None for a name of no layer by number; and a note."""
     if _OTHERS.search(name):
         return None, []
+    if len(name) > MAX_CHARACTERS:
+        return None, [f"{path}: '{name[:60]}...' has {len(name)} characters: it is not changed, look at it"]
     if match := _BEGIN.fullmatch(name):  # of layer 1, 10, 11 and so on
         numbers = [number for number in range(count) if str(number).startswith(match[2])]
         places = [n for n, (_, number) in enumerate(layers) if number in numbers]
@@ -94,8 +97,8 @@ def _renamed(
         return {f"{match[1]}{n}{match[3]}": n for n, (_, old) in enumerate(layers) if old == number}, []
     if _SOME.search(name):
         return None, [
-            f"{path}: '{name}' names layers by number, and they have moved: it is not changed, so other layers are "
-            "treated as it says; write it for the result's layers"
+            f"{path}: '{name[:200]}' names layers by number, and they have moved: it is not changed, so other layers "
+            "are treated as it says; write it for the result's layers"
         ]
     return None, []
 

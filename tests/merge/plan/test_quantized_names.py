@@ -2,6 +2,8 @@
 
 import json
 
+import ml_dtypes
+import numpy as np
 import pytest
 
 from bmjax.calibrate.dispatch import merge
@@ -69,6 +71,24 @@ def test_settings_by_name_in_config_json(save, key):
     a = save("a", tensors(), num_hidden_layers=4, quantization_config=settings)
     result = planned(MOVED, a=a)
     assert result.config_changes["quantization_config"][key] == {"model.layers.1.mlp": {"bits": 8}} and not result.notes
+
+
+def test_a_pattern_without_end_is_told_in_a_moment():
+    for name in ("(" * 20_000, "layers." * 5_000, "(" * 4_000 + "layers.1" + ")" * 4_000):
+        moved, notes = follow_names([name], LAYERS, 4, "x")
+        assert moved == [name] and len(notes) == 1
+
+
+def test_a_model_that_is_dequantized_has_no_settings_to_follow(save):
+    block = {"quant_method": "fp8", "weight_block_size": [2, 2], "ignore": [r"re:.*layers\.(0|3)\..*"]}
+    values = tensors() | {
+        "model.layers.0.mlp.up_proj.weight": np.ones((8, 4), ml_dtypes.float8_e4m3fn),
+        "model.layers.0.mlp.up_proj.weight_scale_inv": np.ones((4, 2), np.float32),
+    }
+    a = save("a", values, num_hidden_layers=4, quantization_config=block)
+    recipe = {**MOVED, "merge_method": "linear"}
+    result = planned(recipe, a=a)
+    assert result.config_changes["quantization_config"] is None and not any("names layers" in n for n in result.notes)
 
 
 def test_settings_beside_config_json_follow_the_layers(tmp_path, monkeypatch):
