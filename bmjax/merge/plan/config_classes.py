@@ -39,19 +39,24 @@ def completed(config: Config) -> Completed:
 
 def is_known(config: Config) -> bool:
     """Return whether transformers, which a merge does without where it is not installed, has a class for a config."""
+    if not isinstance(config.get("model_type"), str):
+        return False
     try:
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     except ImportError:
         return False
-    return isinstance(config.get("model_type"), str) and config["model_type"] in CONFIG_MAPPING
+    return config["model_type"] in CONFIG_MAPPING
 
 
 def is_free_count(config: Config, count: int) -> bool:
     """Return whether a config's number of layers is what its class builds, so that another number is taken.
 
-    EfficientNet's class computes the number from other keys, whatever the config says. count: another number. True
-    where the class is not known.
+    EfficientNet's class computes it from a list of numbers, num_block_repeats, whatever the config says. count: another
+    number. True where the class is not known.
     """
+    lists = (value for value in config.values() if isinstance(value, list) and value)
+    if not any(all(type(number) is int for number in value) for value in lists):  # its class need not be asked
+        return True
     changed = copy.deepcopy(config)
     for block in config_blocks(changed):
         block |= dict.fromkeys(counts_of(block), count)
@@ -62,7 +67,7 @@ def is_free_count(config: Config, count: int) -> bool:
 def _decoded(value: Any) -> Any:
     """Return a copy of a config's value with the numbers that JSON does not have."""
     if isinstance(value, dict):
-        if value.keys() == {_FLOAT_TAG} and value[_FLOAT_TAG] in _FLOATS:
-            return _FLOATS[value[_FLOAT_TAG]]
+        if value.keys() == {_FLOAT_TAG} and str(value[_FLOAT_TAG]) in _FLOATS:
+            return _FLOATS[str(value[_FLOAT_TAG])]
         return {key: _decoded(item) for key, item in value.items()}
     return [_decoded(item) for item in value] if isinstance(value, list) else value

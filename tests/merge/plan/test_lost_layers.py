@@ -87,5 +87,5 @@ def test_a_config_of_other_layers_than_the_weights_hold_is_noted(save, said, wor
 
 def test_a_number_of_layers_that_its_class_computes_is_no_count_of_the_stack(save):
     values = {f"efficientnet.encoder.blocks.{i}.expansion.conv.weight": ONES for i in range(7)}
-    a = save("a", values, model_type="efficientnet", num_hidden_layers=64)
+    a = save("a", values, model_type="efficientnet", num_hidden_layers=64, num_block_repeats=[1, 2, 2, 3, 3, 4, 1])
     assert planned(soup("a"), a=a).notes == ()
