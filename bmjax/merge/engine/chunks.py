@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 import xxhash
+from numpy.lib.stride_tricks import sliding_window_view
 
 from bmjax.config import UserError
 from bmjax.merge.engine import passes
@@ -208,12 +209,12 @@ class ChunkCache:
         # From chunks that stay in memory anyway. Indexing integers is faster than indexing bfloat16.
         stored = np.dtype(np.float32) if tensor.dtype == np.float64 else tensor.dtype
         bits = np.empty(shape, f"u{stored.itemsize}")
-        chunks, across = sample.rows // self.chunk_rows, np.arange(sample.width)
+        chunks = sample.rows // self.chunk_rows
         for i in np.unique(chunks).tolist():
             inside = chunks == i
             starts = (sample.rows[inside] - i * self.chunk_rows) * self.columns + sample.first[inside]
             entries = self.load(tensor, self.chunks[i]).reshape(-1).view(bits.dtype)
-            bits[inside] = entries[starts[:, None] + across]
+            bits[inside] = sliding_window_view(entries, sample.width)[starts]
         return bits.view(stored)
 
 
@@ -324,7 +325,7 @@ class View(BlockTensor):
 
         if self.size <= SAMPLE and len(chunks) == 1:
             flat = [a.reshape(-1)[: self.size] for a in arrays(chunks[0])]
-            return [np.partition(f, list(r))[list(r)] for f, r in zip(flat, ranks, strict=True)]
+            return [np.sort(f)[list(r)] for f, r in zip(flat, ranks, strict=True)]
         bracket_counts = passes.brackets(kernel, tuple(k for k, r in enumerate(ranks) for _ in r), **static)
         values = passes.values(kernel, **static)
 
