@@ -293,8 +293,8 @@ class View(BlockTensor):
     @staticmethod
     def zeros_and_sorted(array: Any) -> np.ndarray:
         rows, columns = array.shape
-        result = np.zeros((rows, columns + 1), np.float32)
-        result[:, 1:] = array
+        result = np.empty((rows, columns + 1), np.float32)
+        result[:, 0], result[:, 1:] = 0, array
         result[:, 1:].sort(axis=-1)
         return result
 
