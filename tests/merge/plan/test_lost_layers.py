@@ -83,3 +83,27 @@ def test_a_config_of_other_layers_than_the_weights_hold_is_noted(save, said, wor
     result = planned(stacked(("a", (0, 4)), ("a", (3, 4))), a=a)
     assert result.config_changes == ({"text_config": {"num_hidden_layers": 5}} if nested else {"num_hidden_layers": 5})
     assert list(result.notes) == [note]
+
+
+def lacking(*suffixes, layers=6, seed=0):
+    return {name: value for name, value in tensors(layers, seed=seed).items() if not name.endswith(suffixes)}
+
+
+def test_tensors_that_a_layer_lost_in_all_models_are_noted(save):
+    a, b = (save(name, lacking("2.mlp.up_proj.weight", seed=i)) for i, name in enumerate("ab"))
+    (note,) = planned(soup("a", "b"), a=a, b=b).notes
+    assert note == (
+        "models 'a' and 'b': lost 1 tensor (model.layers.2.mlp.up_proj.weight): 5 of 6 layers have it, so loaders "
+        "will make it at random"
+    )
+
+
+@pytest.mark.parametrize("values, config", [
+    (lacking("0.mlp.up_proj.weight"), {}),
+    (lacking("5.mlp.up_proj.weight"), {}),
+    (lacking("2.mlp.up_proj.weight", "3.mlp.up_proj.weight"), {}),
+    (lacking("2.mlp.up_proj.weight") | {"model.layers.2.mlp.experts.0.weight": ONES}, {}),
+    (lacking("2.mlp.up_proj.weight"), {"block_configs": [{}] * 6}),
+], ids=["first", "last", "two of a kind", "another kind", "blocks that the config describes"])  # fmt: skip
+def test_layers_of_fewer_tensors_on_purpose(save, values, config):
+    assert planned(soup("a"), a=save("a", values, **config)).notes == ()
