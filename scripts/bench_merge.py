@@ -2,12 +2,13 @@
 """Merging speed and memory on this machine: bmjax and mergekit on the same recipes and checkpoints, whole processes.
 
     .venv/bin/python scripts/bench_merge.py [--work DIR --methods ties,arcee_fusion --runs 3]
-    .venv/bin/python scripts/bench_merge.py --shape 3b --work DIR
+    .venv/bin/python scripts/bench_merge.py --shape 3b --work DIR [--cold]
 
 Qwen2-shaped bf16 checkpoints, a base and its branches, are made once and kept under --work; mergekit gets a virtual
 environment of its own. A round of a method copies the bytes that its merge moves, then runs either tool; outputs are
-removed and disks synced in between, inputs stay in the page cache where they fit. Medians count. Peak RSS is the
-kernel's for the whole child process. --shape 3b measures bmjax alone unless --mergekit-env is given.
+removed and disks synced in between, inputs stay in the page cache where they fit; with --cold they are put out of it
+before each. Medians count. Peak RSS is the kernel's for the whole child process. --shape 3b measures bmjax alone unless
+--mergekit-env is given.
 """
 
 import argparse
@@ -253,27 +254,33 @@ def copy(models: Sequence[Path], out: Path) -> float:
     return time.perf_counter() - began
 
 
-def clear(out: Path) -> None:
-    """Leaves nothing of the last run that the next one would pay for."""
+def clear(out: Path, evicted: Sequence[Path] = ()) -> None:
+    """Leaves nothing of the last run that the next one would pay for, nor the files `evicted` in the page cache."""
     shutil.rmtree(out, ignore_errors=True)
     os.sync()
+    for path in evicted:
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def measure(tools: dict[str, list[str | Path]], case: Case, shape: Shape, models: Path, runs: int) -> dict[str, Any]:
+def measure(
+    tools: dict[str, list[str | Path]], case: Case, shape: Shape, models: Path, runs: int, cold: bool
+) -> dict[str, Any]:
     """Medians of a method: seconds of `copy`, and (seconds, MiB) of each tool or a word that says why not."""
     recipe, out = models.parent / "recipe.yaml", models.parent / "out"
     recipe.write_text(yaml.safe_dump(case.recipe(models, shape.branches, dtype="bfloat16"), sort_keys=False))
     names = [*(["base"] if case.base else []), *(f"branch{i + 1}" for i in range(case.branches or shape.branches))]
+    evicted = sorted(models.glob("*/*.safetensors")) if cold else []
     copies: list[float] = []
     done: dict[str, list[Run]] = {tool: [] for tool in tools}
     results: dict[str, Any] = {}
     for _ in range(runs):
-        clear(out)
+        clear(out, evicted)
         copies.append(copy([models / name for name in names], out))
         for tool, command in tools.items():
             if tool in results:
                 continue
-            clear(out)
+            clear(out, evicted)
             result = run([*command, recipe, out])
             if result.code:
                 absent = tool == "bmjax" and ABSENT in result.said
@@ -348,6 +355,7 @@ def main() -> int:
     parser.add_argument("--largest", type=float, default=LARGEST, metavar="X",
                         help=f"largest change of an entry, {OUTLIERS} a tensor ({LARGEST}; 0: none)")  # fmt: skip
     parser.add_argument("--runs", type=int, default=1, help="rounds of each method; their median counts")
+    parser.add_argument("--cold", action="store_true", help="put the inputs out of the page cache before each run")
     parser.add_argument("--mergekit-env", type=Path, metavar="DIR",
                         help="mergekit's environment, made if need be (default: WORK/mergekit)")  # fmt: skip
     parser.add_argument("--skip-mergekit", action="store_true", help="measure bmjax alone")
@@ -372,28 +380,30 @@ def main() -> int:
         if not arguments.skip_mergekit and (arguments.shape != "3b" or arguments.mergekit_env):
             environment = (arguments.mergekit_env or work / "mergekit").resolve()
             tools["mergekit"] = [make_mergekit(environment) / "mergekit-yaml"]
-        failed = bench(tools, models, arguments.shape, arguments.methods, arguments.runs)
+        failed = bench(tools, models, arguments.shape, arguments.methods, arguments.runs, arguments.cold)
     return failed
 
 
-def bench(tools: dict[str, list[str | Path]], models: Path, name: str, methods: Sequence[str], runs: int) -> int:
+def bench(
+    tools: dict[str, list[str | Path]], models: Path, name: str, methods: Sequence[str], runs: int, cold: bool
+) -> int:
     """Prints the table; 1 when a tool failed at a method that it has."""
     shape = SHAPES[name]
     weights = sorted(models.glob("*/*.safetensors"))
     total = sum(path.stat().st_size for path in weights)
-    for path in weights:
+    for path in () if cold else weights:
         with open(path, "rb", buffering=0) as file:
             while file.read(CHUNK_BYTES):
                 pass
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    fits = "" if total < 0.8 * memory else "; the inputs do not fit in it"
+    fits = "; cold inputs" if cold else "" if total < 0.8 * memory else "; the inputs do not fit in it"
     print(f"{models.name}: {shape.branches} branches and their base, {total / 1e9:.1f} GB bf16; "
           f"{os.cpu_count()} cores, {memory / 2**30:.0f} GiB memory{fits}\n")  # fmt: skip
     print("| method | bmjax s | mergekit s | ratio | bmjax MiB | mergekit MiB | copy s | bmjax / copy |")
     print("|---|---|---|---|---|---|---|---|")
     failed = False
     for method in methods:
-        result = measure(tools, CASES[method], shape, models, runs)
+        result = measure(tools, CASES[method], shape, models, runs, cold)
         failed |= "failed" in result.values()
         print(row(method, result), flush=True)
     print()

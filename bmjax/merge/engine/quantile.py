@@ -19,7 +19,7 @@ import numpy as np
 from bmjax.merge.lazy import Array, jnp, lax
 
 MAX_ELEMENTS = 2**31 - 1
-SIGMAS = 5.0  # half the width of a bracket, in standard deviations of a sample's quantile
+SIGMAS = 3.5  # half the width of a bracket, in standard deviations of a sample's quantile
 
 
 def rank(q: float, n: int) -> int:

@@ -32,7 +32,8 @@ class ReadAhead:
         with self._moved:
             self._done[tensor] += nbytes
             self._total += nbytes
-            self._moved.notify()
+            if self._may_ask():  # else the thread would wake for nothing, at three of four chunks
+                self._moved.notify()
 
     def finish(self, tensor: str) -> None:
         """Count all of a tensor's inputs as read."""
@@ -43,6 +44,9 @@ class ReadAhead:
             self._closed = True
             self._moved.notify()
         self._thread.join()
+
+    def _may_ask(self) -> bool:
+        return self._asked < self._total + self._ahead
 
     def _run(self) -> None:
         # A file that is gone or broken is an error of whoever reads it.
@@ -58,7 +62,7 @@ class ReadAhead:
                     if count <= 0:
                         continue
                     with self._moved:
-                        self._moved.wait_for(lambda: self._closed or self._asked < self._total + self._ahead)
+                        self._moved.wait_for(lambda: self._closed or self._may_ask())
                         if self._closed:
                             return
                     self._files.advise(info, start, count)

@@ -5,18 +5,19 @@ Only plans call it.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bmjax.config import UserError
-from bmjax.io.safetensors import Checkpoint
+from bmjax.io.safetensors import Checkpoint, listing
 from bmjax.merge.plan.config_classes import is_free_count
 from bmjax.merge.plan.heads import TIED_FAMILIES, UNTIED_FAMILIES, config_blocks
 from bmjax.merge.plan.layout import Layout
 from bmjax.merge.plan.stacks import RARE_COUNTS, missing_layers, said_layers
-from bmjax.merge.plan.tensor_names import is_of_tower
+from bmjax.merge.plan.tensor_names import is_of_tower, layer
 from bmjax.merge.plan.tokenizer_text import largest_id
 from bmjax.merge.recipe.recipe import Recipe
 
@@ -124,6 +125,35 @@ def layers_beside_config(layout: Layout) -> Iterator[str]:
                 f"config.json of '{model}' says {' or '.join(map(str, sorted(said)))} layers, its weights hold {count} "
                 f"in {stack}: its loaders {consequence}"
             )
+
+
+def tensors_lost_in_layers(layout: Layout) -> Iterator[str]:
+    """Yield a line for every layer that lacks tensors which most layers of its stack have.
+
+    A model that lacks what another one has is refused elsewhere; these may be lacking in all. A layer of another kind
+    has tensors of its own, or is not the only one of its kind. The first and the last may lack some on purpose
+    (ModernBERT's first has no norm before its attention).
+    """
+    models_by_line: dict[str, list[str]] = {}
+    for model in layout.models:
+        stacks: dict[str, dict[int, set[str]]] = {}
+        for name in layout.names[model]:
+            tensor = layer(name)
+            if tensor and _OF_LAYERS.fullmatch(tensor.stack) and name not in layout.further[model]:
+                stacks.setdefault(tensor.stack, {}).setdefault(tensor.number, set()).add(tensor.tensor)
+        for stack, layers in stacks.items():
+            kinds = Counter(map(frozenset, layers.values()))
+            usual, count = kinds.most_common(1)[0]
+            if 2 * count <= len(layers) or "block_configs" in (layout.configs.get(model) or {}):
+                continue
+            for number in sorted(layers)[1:-1]:
+                tensors = layers[number]
+                if tensors < usual and kinds[frozenset(tensors)] == 1:
+                    lacking = listing([f"{stack}.{number}.{tensor}" for tensor in sorted(usual - tensors)])
+                    line = f"lost {lacking}: {count} of {len(layers)} layers have it, so loaders will make it at random"
+                    models_by_line.setdefault(line, []).append(model)
+    for line, models in models_by_line.items():
+        yield f"model{'s' * (len(models) > 1)} {' and '.join(map(repr, models))}: {line}"
 
 
 def tokens_without_rows(layout: Layout) -> Iterator[str]:

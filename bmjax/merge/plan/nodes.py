@@ -27,6 +27,7 @@ from bmjax.merge.plan.inputs import (
     refuse_lost_layers,
     refuse_twins,
     same_files,
+    tensors_lost_in_layers,
     tokens_without_rows,
     with_masks_of_one_type,
 )
@@ -183,6 +184,7 @@ def plan(
         *(tokens.notes if tokens else ()),
         *([] if tokens else tokens_without_rows(layout)),
         *layers_beside_config(layout),
+        *tensors_lost_in_layers(layout),
         *layout.notes,
         *same_files(models),
         *planner.remarks(),

@@ -89,3 +89,27 @@ def test_a_number_of_layers_that_its_class_computes_is_no_count_of_the_stack(sav
     values = {f"efficientnet.encoder.blocks.{i}.expansion.conv.weight": ONES for i in range(7)}
     a = save("a", values, model_type="efficientnet", num_hidden_layers=64, num_block_repeats=[1, 2, 2, 3, 3, 4, 1])
     assert planned(soup("a"), a=a).notes == ()
+
+
+def lacking(*suffixes, layers=6, seed=0):
+    return {name: value for name, value in tensors(layers, seed=seed).items() if not name.endswith(suffixes)}
+
+
+def test_tensors_that_a_layer_lost_in_all_models_are_noted(save):
+    a, b = (save(name, lacking("2.mlp.up_proj.weight", seed=i)) for i, name in enumerate("ab"))
+    (note,) = planned(soup("a", "b"), a=a, b=b).notes
+    assert note == (
+        "models 'a' and 'b': lost 1 tensor (model.layers.2.mlp.up_proj.weight): 5 of 6 layers have it, so loaders "
+        "will make it at random"
+    )
+
+
+@pytest.mark.parametrize("values, config", [
+    (lacking("0.mlp.up_proj.weight"), {}),
+    (lacking("5.mlp.up_proj.weight"), {}),
+    (lacking("2.mlp.up_proj.weight", "3.mlp.up_proj.weight"), {}),
+    (lacking("2.mlp.up_proj.weight") | {"model.layers.2.mlp.experts.0.weight": ONES}, {}),
+    (lacking("2.mlp.up_proj.weight"), {"block_configs": [{}] * 6}),
+], ids=["first", "last", "two of a kind", "another kind", "blocks that the config describes"])  # fmt: skip
+def test_layers_of_fewer_tensors_on_purpose(save, values, config):
+    assert planned(soup("a"), a=save("a", values, **config)).notes == ()
