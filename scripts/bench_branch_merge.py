@@ -7,8 +7,8 @@ Every seed is a whole `bmjax demo`, or `bmjax run CONFIG`: other problems, initi
 demo's merges come those of MERGES. The demo's VARIANTS (branches in rounds) are runs of their own from the backbone and
 rows of the seed, with its mixture to compare with (--mixtures: also one trained as they are). A killed bench continues.
 
-For exploring: --loss asks no questions, --only makes some of the merges, --variants some of the variants ("" for none),
---first begins at another seed, and key=value overrides what `bmjax run` reads.
+For exploring: --loss asks no questions, --only makes some of the merges, or those of LONGER, --variants some of the
+variants ("" for none), --first begins at another seed, and key=value overrides what `bmjax run` reads.
 """
 
 import argparse
@@ -51,6 +51,13 @@ MERGES = {
         "parameters": {"rows": 16, "batch": 2, "steps": 60, "documents": 500, "held_out": 16, "seq_len": 128},
     },
     "ties": {"merge_method": "ties", **MODELS, "parameters": {"weight": 1.0, "density": 0.5}},
+}
+# Long distillations, on more documents: made where --only names them.
+_LONG = CALIBRATION | {"batch": 5, "documents": 3000, "distill_rate": 3e-4, "distill_temperature": 2.0}
+LONGER = {
+    "distilled_40": {"merge_method": "regmean", **MODELS, "parameters": _LONG | {"distill": 40}},
+    "distilled_80": {"merge_method": "learned", **MODELS, "parameters": _LONG | {"steps": 16, "distill": 80}},
+    "distilled_120": {"merge_method": "learned", **MODELS, "parameters": _LONG | {"steps": 16, "distill": 120}},
 }
 SPLITS = ("train", "validation", "test")
 
@@ -244,6 +251,7 @@ def main() -> int:
     try:
         merges = read_yaml(arguments.config or CONFIG)["merges"] | (MERGES if arguments.config is None else {})
         wanted = arguments.only.split(",") if arguments.only else list(merges)
+        merges |= LONGER if arguments.config is None else {}
         for name in wanted:
             if name not in merges:
                 parser.error(f"--only: no merge is named '{name}'{nearest(name, list(merges))}")
