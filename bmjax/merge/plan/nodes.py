@@ -17,7 +17,7 @@ import numpy as np
 
 from bmjax.config import UserError
 from bmjax.io.safetensors import DTYPES, Checkpoint, byte_count, listing, open_checkpoint
-from bmjax.merge.plan import prefixes, quantized
+from bmjax.merge.plan import prefixes, quantized, wrappers
 from bmjax.merge.plan.adapters import adapted as apply_adapters
 from bmjax.merge.plan.chat import Chat, chat_of
 from bmjax.merge.plan.heads import is_same_tensor, says_tied
@@ -140,6 +140,7 @@ def plan(
         raise UserError(f"model '{empty[0]}': holds no tensor")
     # What the models are, before anything compares them.
     configs = {name: read_config(model) or {} for name, model in models.items()}
+    models, unwrapped = wrappers.unwrapped(models, {name: configs[name] or configs[recipe.donor] for name in models})
     models, dequantized = quantized.dequantized(recipe, models, configs, always=bool(adapters))
     all_configs = {name: config or configs[recipe.donor] for name, config in configs.items()}
     models, named = with_embeddings(models, all_configs)
@@ -167,6 +168,7 @@ def plan(
         changes |= quantized.without_settings({**configs[recipe.donor], **changes})
     remarks = [
         *recipe.notes,
+        *unwrapped,
         *dequantized,
         *named,
         *adapted,

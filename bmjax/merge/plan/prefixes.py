@@ -1,8 +1,8 @@
-"""Matches the names of tensors that differ only by a prefix or ending: versions of a library, classes, wrappers.
+"""Matches the names of tensors that differ only by a prefix or ending: versions of a library, classes.
 
 transformers 4.52 made `model.layers.0` of a vision-language model `model.language_model.layers.0`; a class without a
-head drops `transformer.` or `bert.`; torch.compile puts `_orig_mod.` before all; BERT's own file has `LayerNorm.gamma`.
-`plan` calls it before anything else looks at names, so all that follows sees the donor's.
+head drops `transformer.` or `bert.`; BERT's own file has `LayerNorm.gamma`. `plan` calls it before anything compares
+names, so all that follows sees the donor's. What training wrappers add is gone by then, see wrappers.py.
 """
 
 import re

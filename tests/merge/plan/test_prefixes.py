@@ -39,9 +39,6 @@ FORMS = {
         (("visual.", "vision_tower.vision_model."),), (("visual.", "model.vision_tower."),
                                                        ("model.", "model.language_model.")),
     ),
-    "compiled": ((), (("", "_orig_mod."),)),
-    "in data parallel": ((), (("", "module."),)),
-    "with a value head": ((), (("", "pretrained_model."),)),
 }  # fmt: skip
 
 
