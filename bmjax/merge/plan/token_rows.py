@@ -64,10 +64,13 @@ class TokenRows:
 
     def _result_count(self, result: str) -> int:
         if self.tokens is not None:
-            return self.tokens.size
+            return self.tokens.size + self._is_embedding(result) * self.tokens.result_behind
         recipe = self.layout.recipe
         counts = (self.layout.row_count(model, result) for model in (recipe.donor, *recipe.inputs))
         return next(count for count in counts if count is not None)
+
+    def _is_embedding(self, result: str) -> bool:
+        return result == self.layout.embedding(self.layout.recipe.donor)
 
     def _rows_of(self, model: str, result: str) -> np.ndarray:
         """Return for every row of the result the model's row, -1 where it has none: int64."""
@@ -79,7 +82,7 @@ class TokenRows:
                     f"are put in order up to {MAX_ROWS}"
                 )
             if self.tokens is not None:
-                rows = self.tokens.rows(model, count)
+                rows = self.tokens.rows(model, count, self._is_embedding(result))
             else:
                 rows = np.arange(result_count, dtype=np.int64)
                 rows[count:] = -1
@@ -91,7 +94,7 @@ class TokenRows:
         lacks = self._rows_of(model, result) < 0
         taken: dict[str, np.ndarray] = {}
         for row, rule in (self.tokens.rules if self.tokens else {}).items():
-            if lacks[row]:
+            if row < len(lacks) and lacks[row]:
                 lacks[row] = False
                 if rule.source is not None:
                     source_model, source_row = rule.source
