@@ -8,7 +8,7 @@ _LAYER = re.compile(r"\.([0-9]{1,5})\.")
 # Modules of these names hold a row for each token. The second group's names stand in encoders of other senses, too.
 _EMBEDDING = re.compile(
     r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings?|tok_embeddings|tokens_embed|token_embeddings?|input_embeddings?"
-    r"|in_out_embed|shared|embeddings)\.weight"
+    r"|in_out_embed|embed_text_tokens|shared|embeddings)\.weight"
 )
 _SHORT_EMBEDDING = re.compile(r"(^|\.)(emb|embed|embedding)\.weight")
 _HEAD = re.compile(
