@@ -370,6 +370,8 @@ class _Planner:
             names = self.layout.names[model]
             if self.layout.embedding(model) not in read or any(map(self.layout.is_head_weight, names)):
                 continue
+            if self.layout.scores_codes(model):
+                continue
             kind, said = self.layout.task(model), says_tied(self.layout.config(model) or {})
             if kind == "language" or (kind is None and said is False):
                 self.layout.check_head(model)
