@@ -146,12 +146,21 @@ class StoredTensor:
             self._count_read(chunk.count * self.dtype.itemsize)
         return _at_most_float32(flat.reshape(chunk.height, columns))
 
+    def raw(self, chunk: Chunk) -> np.ndarray:
+        """Read the entries of a chunk once more, as they are stored: [entries]."""
+        out = np.empty(chunk.count, self.dtype)
+        self.read(chunk.start, out)
+        return out
+
+    def values(self, chunk: Chunk) -> np.ndarray:
+        """Read the entries of a chunk once more, float32 or float64 [entries]."""
+        out = self.raw(chunk)
+        return out if out.dtype == np.float64 else out.astype(np.float32)
+
     def check_finite(self, chunks: Sequence[Chunk]) -> None:
         """Raise UserError where the tensor holds NaN or infinity."""
         for chunk in chunks:
-            out = np.empty(chunk.count, self.dtype)
-            self.read(chunk.start, out)
-            if not np.isfinite(out.astype(np.float32)).all():
+            if not np.isfinite(_at_most_float32(self.values(chunk))).all():
                 raise UserError(
                     f"model '{self.model}': tensor '{self.tensor}' holds NaN or infinity; "
                     "the file or the training run is broken"

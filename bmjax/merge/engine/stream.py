@@ -22,6 +22,7 @@ from bmjax.merge.engine.device import compute_on
 from bmjax.merge.engine.journal import Journal
 from bmjax.merge.engine.quantile import NotFiniteError
 from bmjax.merge.engine.read_ahead import ReadAhead
+from bmjax.merge.engine.zeros import vanished, zero_models
 from bmjax.merge.methods.arcee_fusion import agreement
 from bmjax.merge.plan.nodes import MergePlan, Node, TensorSource
 from bmjax.merge.plan.token_rows import row_reader
@@ -144,20 +145,35 @@ class Stream:
             views[n].prepare(n.arguments)
 
         # The result, with the statistics of every step.
-        def write(chunk: Chunk) -> tuple[bytes, list[np.ndarray]]:
+        may_vanish = node.dtype == np.float16 and any(tensor.dtype != np.float16 for tensor in stored.values())
+
+        def write(chunk: Chunk) -> tuple[bytes, np.ndarray, list[np.ndarray]]:
             results: dict[View, Any] = {}
             leaf = np.asarray(views[node].compute(chunk, results)).reshape(-1)[: chunk.count]
+            x = results[views[node]][0]
+
+            def exact() -> np.ndarray:
+                values, _ = views[node].result(x, chunk, np.dtype(np.float32))
+                return np.asarray(values).reshape(-1)[: chunk.count]
+
+            lost = vanished(leaf, exact) if may_vanish else np.zeros(2, np.int64)
             leaf = leaf.astype(node.dtype, copy=False)
             self.writer.write(node.name, chunk.start * node.dtype.itemsize, leaf)
-            return block_digest(leaf), [views[n].statistics(*results[views[n]]) for n in nodes]
+            return block_digest(leaf), lost, [views[n].statistics(*results[views[n]]) for n in nodes]
 
-        digests, chunk_sums = zip(*cache.map(write, cache.chunks), strict=True)
+        digests, losses, chunk_sums = zip(*cache.map(write, cache.chunks), strict=True)
         stats: dict[str, Stats] = {}
         for n, *sums in zip(nodes, *chunk_sums, strict=True):
             of_step = Stats.of(cache.size, n.step.branches, np.sum(sums, axis=0))
             if node.name in self._sampled and n.step.method.name == "arcee_fusion":
                 of_step = replace(of_step, agreement=agreement(views[n].sample_of_rows(SAMPLE // 4)))
+            read = {m: stored[_stored_key(m, source)] for m, source in n.inputs.items() if source.node is None}
+            if len(node.shape) > 1 or "norm" in node.name:  # biases may be zero
+                reference = n.step.base or n.step.branches[0]
+                of_step = replace(of_step, zero=zero_models(of_step, reference, read, cache.chunks))
             stats[n.step.name] = of_step
+        lost, remaining = np.sum(losses, axis=0).tolist()
+        stats[node.step.name] = replace(stats[node.step.name], vanished=(lost, remaining))
 
         # What may be wrong with them, and the journal's line.
         if not all(np.isfinite([*s.products.flat, s.reference, s.moved]).all() for s in stats.values()):

@@ -37,6 +37,7 @@ from bmjax.merge.plan.output import check_target
 from bmjax.merge.plan.shared_tensors import with_embeddings, with_shared_tensors
 from bmjax.merge.plan.side_files import lost_by_overwriting, side_files
 from bmjax.merge.plan.some_models import without_models
+from bmjax.merge.plan.stored_zeros import ends_in_zeros
 from bmjax.merge.plan.tensor_names import is_buffer, is_of_tower, layer, with_tokens
 from bmjax.merge.plan.token_rows import StandIn, TokenRows
 from bmjax.merge.plan.tokenizer_text import tokenizer_difference
@@ -177,6 +178,7 @@ def plan(
         *(tokens.notes if tokens else ()),
         *([] if tokens else tokens_without_rows(layout)),
         *layers_beside_config(layout),
+        *ends_in_zeros(models),
         *layout.notes,
         *same_files(models),
         *planner.remarks(),
