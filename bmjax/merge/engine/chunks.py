@@ -157,10 +157,11 @@ class StoredTensor:
         out = self.raw(chunk)
         return out if out.dtype == np.float64 else out.astype(np.float32)
 
-    def check_finite(self, chunks: Sequence[Chunk]) -> None:
-        """Raise UserError where the tensor holds NaN or infinity."""
+    def check_finite(self, chunks: Sequence[Chunk], as_stored: bool = False) -> None:
+        """Raise UserError where the tensor holds NaN or infinity. as_stored: float64 is not taken as float32."""
         for chunk in chunks:
-            if not np.isfinite(_at_most_float32(self.values(chunk))).all():
+            values = self.values(chunk)
+            if not np.isfinite(values if as_stored else _at_most_float32(values)).all():
                 raise UserError(
                     f"model '{self.model}': tensor '{self.tensor}' holds NaN or infinity; "
                     "the file or the training run is broken"

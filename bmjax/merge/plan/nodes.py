@@ -34,6 +34,7 @@ from bmjax.merge.plan.labels import Labels
 from bmjax.merge.plan.layout import Layout, Origin, read_config
 from bmjax.merge.plan.merged_config import config_changes
 from bmjax.merge.plan.output import check_target
+from bmjax.merge.plan.precision import rounded_to_float32
 from bmjax.merge.plan.shared_tensors import with_embeddings, with_shared_tensors
 from bmjax.merge.plan.side_files import lost_by_overwriting, side_files
 from bmjax.merge.plan.some_models import without_models
@@ -179,6 +180,7 @@ def plan(
         *([] if tokens else tokens_without_rows(layout)),
         *layers_beside_config(layout),
         *ends_in_zeros(models),
+        *rounded_to_float32(nodes),
         *layout.notes,
         *same_files(models),
         *planner.remarks(),
