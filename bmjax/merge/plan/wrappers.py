@@ -54,6 +54,15 @@ def unwrapped(
     return plain, notes
 
 
+def common_prefixes(names: Iterable[str]) -> list[str]:
+    """Return the prefixes that all names have, each of whole modules, the shortest first: `a.`, `a.b.`."""
+    names = list(names)
+    first, last = (name.split(".")[:-1] for name in (min(names), max(names)))  # between which all others stand
+    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+    segments = [f"{segment}." for segment, _ in pairs]
+    return ["".join(segments[:count]) for count in range(1, len(segments) + 1)]
+
+
 def _renamed(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
     return replace(checkpoint, tensors={names[name]: info for name, info in checkpoint.tensors.items()})
 
@@ -84,17 +93,13 @@ def _unknown_prefix(names: Iterable[str], others: Iterable[Iterable[str]], is_kn
     Where it is not, one of the `others`, the other models' names, must have the layers' tensors without it.
     """
     names = list(names)
-    first, last = (name.split(".")[:-1] for name in (min(names), max(names)))  # between which all others stand
-    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
-    segments = [segment for segment, _ in pairs]
-    for count in range(1, len(segments) + 1):
-        prefix = ".".join(segments[:count]) + "."
+    for prefix in common_prefixes(names):
         rests = [name.removeprefix(prefix) for name in names]
         is_of_class = all(_TOP.match(rest) or is_head(rest) or is_task_head(rest) for rest in rests)
         in_layers = {rest for rest in rests if layer(rest) is not None and _TOP.match(rest)}
         if not (is_of_class and in_layers):
             continue
         is_told = any(2 * len(in_layers.intersection(other)) > len(in_layers) for other in others)
-        if is_known or (is_told and segments[0] not in _OF_CLASSES):
+        if is_known or (is_told and prefix.split(".")[0] not in _OF_CLASSES):
             return prefix
     return ""
