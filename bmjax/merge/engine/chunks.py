@@ -21,7 +21,7 @@ from bmjax.merge.engine.quantile import bracket_search
 from bmjax.merge.engine.tensor import BlockTensor, at, block_of
 from bmjax.merge.methods.kernels import Block, Kernel
 from bmjax.merge.methods.method import Operand
-from bmjax.merge.plan.nodes import Node
+from bmjax.merge.plan.node import Node
 from bmjax.merge.recipe.recipe import Recipe
 
 CHUNK = 2**20  # entries

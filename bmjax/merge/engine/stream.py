@@ -25,8 +25,8 @@ from bmjax.merge.engine.quantile import NotFiniteError
 from bmjax.merge.engine.read_ahead import ReadAhead
 from bmjax.merge.engine.zeros import vanished, zero_models
 from bmjax.merge.methods.arcee_fusion import agreement
-from bmjax.merge.plan.nodes import MergePlan, Node, TensorSource
-from bmjax.merge.plan.precision import is_copy
+from bmjax.merge.plan.node import Node, TensorSource
+from bmjax.merge.plan.nodes import MergePlan
 from bmjax.merge.plan.token_rows import row_reader
 from bmjax.merge.report.statistics import Stats, TensorStats, check_overflow
 
@@ -149,7 +149,7 @@ class Stream:
             views[n].prepare(n.arguments)
 
         # The result, with the statistics of every step.
-        copied = next(iter(stored.values())) if is_copy(node) else None
+        copied = next(iter(stored.values())) if node.is_copy else None
         if copied is not None and copied.dtype != node.dtype:
             copied = None
         may_vanish = node.dtype == np.float16 and any(tensor.dtype != np.float16 for tensor in stored.values())

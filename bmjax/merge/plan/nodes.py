@@ -33,62 +33,21 @@ from bmjax.merge.plan.inputs import (
 from bmjax.merge.plan.labels import Labels
 from bmjax.merge.plan.layout import Layout, Origin, read_config
 from bmjax.merge.plan.merged_config import config_changes
+from bmjax.merge.plan.node import FLOATS, Node, TensorSource, rounded_to_float32
 from bmjax.merge.plan.output import check_target
-from bmjax.merge.plan.precision import rounded_to_float32
 from bmjax.merge.plan.shared_tensors import with_embeddings, with_shared_tensors
 from bmjax.merge.plan.side_files import lost_by_overwriting, side_files
 from bmjax.merge.plan.some_models import without_models
 from bmjax.merge.plan.stored_zeros import ends_in_zeros
 from bmjax.merge.plan.tensor_names import is_buffer, is_of_tower, layer, with_tokens
-from bmjax.merge.plan.token_rows import StandIn, TokenRows
+from bmjax.merge.plan.token_rows import TokenRows
 from bmjax.merge.plan.tokenizer_text import tokenizer_difference
 from bmjax.merge.plan.vocabulary import Vocabulary, vocabulary
 from bmjax.merge.recipe.recipe import Recipe
 from bmjax.merge.recipe.step import Step
 from bmjax.merge.recipe.tokenizer import WORDS
 
-FLOATS = ("F32", "BF16", "F16", "F64")
-_FLOAT_TYPES = tuple(DTYPES[name] for name in FLOATS)
 _COMPARED_BYTES = 2**20  # of a tensor of whole numbers, which is read for a plan
-
-
-@dataclass(frozen=True, eq=False)
-class TensorSource:
-    """Where a node finds one model's tensor.
-
-    Rows of tokens that the model lacks are the mean of those `others` that have a row there, zeros if none has. The
-    donor stands in alone where it has the row.
-    """
-
-    tensor: str  # its name in the model; a tied model's head is its embedding
-    rows: np.ndarray | None = None  # for each row of the result the tensor's, int64, -1 for none; None: the same rows
-    node: "Node | None" = None  # what makes it, if the model is an earlier step
-    others: tuple[StandIn, ...] = ()
-
-
-@dataclass(frozen=True, eq=False)
-class Node:
-    """One tensor of a step's result."""
-
-    name: str
-    step: Step  # names the base and the branches; for a slice they are the slice's
-    inputs: Mapping[str, TensorSource]  # of every model that is read, the base first
-    arguments: Mapping[str, Any]  # the method's, for this tensor
-    dtype: np.dtype  # as written; float32 for what only later steps read
-    shape: tuple[int, ...]
-
-    @property
-    def floating(self) -> bool:
-        """Whether it is merged. What is not (masks, tables of positions) must be the same in all inputs."""
-        return self.dtype in _FLOAT_TYPES
-
-    def files(self) -> list[tuple[str, str]]:
-        """Return (input, tensor) of everything that is read from files for it, each once."""
-        files: dict[tuple[str, str], None] = {}
-        for model, source in self.inputs.items():
-            files |= dict.fromkeys([(model, source.tensor)] if source.node is None else source.node.files())
-            files |= {(other, tensor): None for other, tensor, _ in source.others}
-        return list(files)
 
 
 @dataclass(frozen=True)

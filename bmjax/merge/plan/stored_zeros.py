@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from bmjax.io.safetensors import Checkpoint, Reader, TensorInfo
+from bmjax.merge.plan.node import FLOATS
 from bmjax.merge.plan.tensor_names import is_vocabulary
 
-_FLOATS = ("F32", "BF16", "F16", "F64")
 _LEAST, _TAIL, _PIECES, _PIECE = 64, 4096, 32, 512  # bytes, but for the number of pieces
 
 
@@ -29,7 +29,7 @@ def ends_in_zeros(models: Mapping[str, Checkpoint]) -> Iterator[str]:
                 if type(info) is TensorInfo and (info.file not in last or info.start > last[info.file][1].start):
                     last[info.file] = name, info
             for file, (name, info) in last.items():
-                if info.dtype not in _FLOATS or info.nbytes < _LEAST or name.endswith("bias"):
+                if info.dtype not in FLOATS or info.nbytes < _LEAST or name.endswith("bias"):
                     continue
                 others = (other.tensors.get(name) for key, other in models.items() if key != model)
                 if _has_zero_end(reader, info) and not any(_has_zero_end(reader, o) for o in others if o is not None):

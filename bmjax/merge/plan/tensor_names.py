@@ -84,7 +84,7 @@ def is_task_head(name: str) -> bool:
 
 def is_code_head(name: str) -> bool:
     """Return whether the tensor turns hidden states into scores of codes, of which a decoder makes sounds or images."""
-    return _CODE_HEAD.search(name) is not None
+    return ("head" in name or "logits" in name) and _CODE_HEAD.search(name) is not None
 
 
 def is_embedding(name: str) -> bool:

@@ -120,7 +120,7 @@ def row_reader(
     """Return `fill(start, out)`, which reads a tensor in the order of the result's rows into `out` [n].
 
     Rows that follow each other in the file are read at once. info, rows, others: a tensor, its rows and what stands in,
-    as in `bmjax.merge.plan.nodes.TensorSource`. read: fills an array, of a tensor's stored type, with that tensor's
+    as in `bmjax.merge.plan.node.TensorSource`. read: fills an array, of a tensor's stored type, with that tensor's
     entries from a flat index on.
     """
     width = math.prod(with_tokens(info.name, info.shape))
