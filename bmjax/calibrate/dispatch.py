@@ -70,7 +70,10 @@ def merge(
     from bmjax.parallel.start import keep_compiled_programs
 
     keep_compiled_programs()
-    return files.merge(plan, output, shard_bytes=shard_bytes, memory=memory, device=device, progress=progress)
+    report = files.merge(plan, output, shard_bytes=shard_bytes, memory=memory, device=device, progress=progress)
+    for line in report.get("remarks", ()):
+        say(line)
+    return report
 
 
 def check(

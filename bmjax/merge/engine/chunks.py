@@ -22,7 +22,7 @@ from bmjax.merge.engine.quantile import bracket_search
 from bmjax.merge.engine.tensor import BlockTensor, at, block_of
 from bmjax.merge.methods.kernels import Block, Kernel
 from bmjax.merge.methods.method import Operand
-from bmjax.merge.plan.nodes import Node
+from bmjax.merge.plan.node import Node
 from bmjax.merge.recipe.recipe import Recipe
 
 CHUNK = 2**20  # entries
@@ -148,12 +148,22 @@ class StoredTensor:
             self._count_read(chunk.count * self.dtype.itemsize)
         return _at_most_float32(flat.reshape(chunk.height, columns))
 
-    def check_finite(self, chunks: Sequence[Chunk]) -> None:
-        """Raise UserError where the tensor holds NaN or infinity."""
+    def raw(self, chunk: Chunk) -> np.ndarray:
+        """Read the entries of a chunk once more, as they are stored: [entries]."""
+        out = np.empty(chunk.count, self.dtype)
+        self.read(chunk.start, out)
+        return out
+
+    def values(self, chunk: Chunk) -> np.ndarray:
+        """Read the entries of a chunk once more, float32 or float64 [entries]."""
+        out = self.raw(chunk)
+        return out if out.dtype == np.float64 else out.astype(np.float32)
+
+    def check_finite(self, chunks: Sequence[Chunk], as_stored: bool = False) -> None:
+        """Raise UserError where the tensor holds NaN or infinity. as_stored: float64 is not taken as float32."""
         for chunk in chunks:
-            out = np.empty(chunk.count, self.dtype)
-            self.read(chunk.start, out)
-            if not np.isfinite(out.astype(np.float32)).all():
+            values = self.values(chunk)
+            if not np.isfinite(values if as_stored else _at_most_float32(values)).all():
                 raise UserError(
                     f"model '{self.model}': tensor '{self.tensor}' holds NaN or infinity; "
                     "the file or the training run is broken"

@@ -28,6 +28,7 @@ from bmjax.merge.plan.quantized import QUANTIZATION_KEYS
 from bmjax.merge.plan.side_files import copy_file, side_files
 from bmjax.merge.recipe.recipe import Recipe
 from bmjax.merge.report.card import write_card
+from bmjax.merge.report.remarks import remarks
 from bmjax.merge.report.statistics import merge_report, report, source_entry
 from bmjax.model.config import context_length, read_hf_config
 from bmjax.version import __version__
@@ -89,6 +90,8 @@ def merge(
         statistics = report(recipe.steps, tensors)
         result = merge_report(recipe.text, recipe.seed, sources, journal.checksums(), dtypes, statistics)
         result["device"] = chosen.device_kind
+        if lines := list(remarks(tensors, {node.name: node.dtype for node in plan.nodes})):
+            result["remarks"] = lines
         finish(folder, plan, result)
         journal.close(remove=True)
     return result

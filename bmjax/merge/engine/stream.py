@@ -20,10 +20,13 @@ from bmjax.io.safetensors import Reader, SharedWriter, TensorInfo, units
 from bmjax.merge.engine.chunks import CHUNK, SAMPLE, Chunk, ChunkCache, StoredTensor, View, block_digest, digest
 from bmjax.merge.engine.device import compute_on
 from bmjax.merge.engine.journal import Journal
+from bmjax.merge.engine.masks import is_shared_mask
 from bmjax.merge.engine.quantile import NotFiniteError
 from bmjax.merge.engine.read_ahead import ReadAhead
+from bmjax.merge.engine.zeros import vanished, zero_models
 from bmjax.merge.methods.arcee_fusion import agreement
-from bmjax.merge.plan.nodes import MergePlan, Node, TensorSource
+from bmjax.merge.plan.node import Node, TensorSource
+from bmjax.merge.plan.nodes import MergePlan
 from bmjax.merge.plan.token_rows import row_reader
 from bmjax.merge.report.statistics import Stats, TensorStats, check_overflow
 
@@ -126,6 +129,8 @@ class Stream:
         try:
             return self._merge(nodes, stored, cache)
         except NotFiniteError:
+            if is_shared_mask(stored.values(), cache.chunks):
+                return self._copy_mask(node, next(iter(stored.values())), cache)
             for broken in stored.values():
                 broken.check_finite(cache.chunks)
             raise
@@ -144,26 +149,51 @@ class Stream:
             views[n].prepare(n.arguments)
 
         # The result, with the statistics of every step.
-        def write(chunk: Chunk) -> tuple[bytes, list[np.ndarray]]:
+        copied = next(iter(stored.values())) if node.is_copy else None
+        if copied is not None and copied.dtype != node.dtype:
+            copied = None
+        may_vanish = node.dtype == np.float16 and any(tensor.dtype != np.float16 for tensor in stored.values())
+
+        def write(chunk: Chunk) -> tuple[bytes, np.ndarray, list[np.ndarray]]:
             results: dict[View, Any] = {}
             leaf = np.asarray(views[node].compute(chunk, results)).reshape(-1)[: chunk.count]
+            x = results[views[node]][0]
+
+            def exact() -> np.ndarray:
+                values, _ = views[node].result(x, chunk, np.dtype(np.float32))
+                return np.asarray(values).reshape(-1)[: chunk.count]
+
+            lost = vanished(leaf, exact) if may_vanish else np.zeros(2, np.int64)
+            if copied is not None:
+                is_read_whole = copied.dtype != np.float64
+                leaf = np.asarray(x.branches[0]).reshape(-1)[: chunk.count] if is_read_whole else copied.raw(chunk)
             leaf = leaf.astype(node.dtype, copy=False)
             self.writer.write(node.name, chunk.start * node.dtype.itemsize, leaf)
-            return block_digest(leaf), [views[n].statistics(*results[views[n]]) for n in nodes]
+            return block_digest(leaf), lost, [views[n].statistics(*results[views[n]]) for n in nodes]
 
-        digests, chunk_sums = zip(*cache.map(write, cache.chunks), strict=True)
+        digests, losses, chunk_sums = zip(*cache.map(write, cache.chunks), strict=True)
         stats: dict[str, Stats] = {}
         for n, *sums in zip(nodes, *chunk_sums, strict=True):
             of_step = Stats.of(cache.size, n.step.branches, np.sum(sums, axis=0))
             if node.name in self._sampled and n.step.method.name == "arcee_fusion":
                 of_step = replace(of_step, agreement=agreement(views[n].sample_of_rows(SAMPLE // 4)))
+            read = {m: stored[_stored_key(m, source)] for m, source in n.inputs.items() if source.node is None}
+            if len(node.shape) > 1 or "norm" in node.name:  # biases may be zero
+                reference = n.step.base or n.step.branches[0]
+                of_step = replace(of_step, zero=zero_models(of_step, reference, read, cache.chunks))
             stats[n.step.name] = of_step
+        lost, remaining = np.sum(losses, axis=0).tolist()
+        stats[node.step.name] = replace(stats[node.step.name], vanished=(lost, remaining))
 
         # What may be wrong with them, and the journal's line.
         if not all(np.isfinite([*s.products.flat, s.reference, s.moved]).all() for s in stats.values()):
+            if is_shared_mask(stored.values(), cache.chunks):
+                return self._copy_mask(node, next(iter(stored.values())), cache)
             for tensor in stored.values():
-                tensor.check_finite(cache.chunks)
-        check_overflow(node.name, stats[node.step.name], node.dtype)
+                tensor.check_finite(cache.chunks, as_stored=copied is not None)
+            stats = stats if copied is None else {}  # those of float64 beyond float32 say nothing
+        if copied is None:
+            check_overflow(node.name, stats[node.step.name], node.dtype)
         checksums: dict[str, dict[str, str]] = {}
         for tensor in stored.values():
             checksum = digest(tensor.digests[i] for i in sorted(tensor.digests))
@@ -177,6 +207,17 @@ class Stream:
                 self._unflushed = 0
                 self._flusher.submit(self.writer.flush, node.name)
         return stats
+
+    def _copy_mask(self, node: Node, mask: StoredTensor, cache: ChunkCache) -> TensorStats:
+        """Write a mask of infinities, which all models share, and of which there are no statistics."""
+        blocks = []
+        for chunk in cache.chunks:
+            with np.errstate(over="ignore"):  # the least number of a wider type becomes -inf
+                out = mask.raw(chunk).astype(node.dtype)
+            self.writer.write(node.name, chunk.start * node.dtype.itemsize, out)
+            blocks.append(block_digest(out))
+        self.journal.add(node.name, {}, cache.chunk_rows * cache.columns, digest(blocks), {})
+        return {}
 
     def _copy(self, node: Node, infos: Mapping[tuple[str, str], TensorInfo]) -> TensorStats:
         """Copy a tensor that is not floating-point, as a mask or a table of positions; all models must agree."""

@@ -79,6 +79,7 @@ def _inside(models: Mapping[str, Checkpoint], configs: Mapping[str, Mapping[str,
     for model, checkpoint in models.items():
         if (name := next(filter(_INSIDE.search, checkpoint.tensors), None)) is None:
             continue
+        name = checkpoint.tensors[name].name  # as it is stored
         if not any(_OWN_FACTORS.search(key) for key in configs[model]):
             raise UserError(
                 f"model '{model}': was saved with its adapter inside ('{name}'), so its weights are not what it "

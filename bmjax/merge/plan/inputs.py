@@ -93,6 +93,8 @@ def refuse_lost_layers(layout: Layout) -> None:
             for stack in filter(_OF_LAYERS.fullmatch, stacks):
                 count = layout.layers[model][stack]
                 lost = missing_layers(names, stack)
+                if lost and count not in said and not _are_layers_of_a_kind(layout.models[model], names, stack):
+                    continue
                 missing = [number for number in lost if low <= number < (high or count)]
                 # One layer alone is a part on purpose, and some families may number theirs from 1 on.
                 if missing and count - len(lost) > 1 and not (missing == [0] and count - 1 in said):
@@ -107,6 +109,20 @@ def refuse_lost_layers(layout: Layout) -> None:
                         f"model '{model}': its config.json says {max(said)} layers, its weights hold {count} in "
                         f"{stack}: loaders would make others at random; save the whole model, or write {count} there"
                     )
+
+
+def _are_layers_of_a_kind(checkpoint: Checkpoint, names: Iterable[str], stack: str) -> bool:
+    """Return whether all layers of a stack share a tensor, as their norm, of one shape.
+
+    A codec's modules do not: convolutions, and activations between them, which have no tensors.
+    """
+    parts: dict[int, set[tuple[str, tuple[int, ...]]]] = {}
+    for name in names:
+        if (t := layer(name)) is not None and t.stack == stack:
+            tensors = parts.setdefault(t.number, set())
+            if "." in t.tensor and name in checkpoint.tensors:
+                tensors.add((t.tensor, checkpoint.tensors[name].shape))
+    return bool(set.intersection(*parts.values()))
 
 
 def layers_beside_config(layout: Layout) -> Iterator[str]:

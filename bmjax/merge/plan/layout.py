@@ -25,6 +25,7 @@ from bmjax.merge.plan.tensor_names import (
     Layer,
     depth,
     is_before_layers,
+    is_code_head,
     is_head,
     is_of_tower,
     is_task_head,
@@ -117,6 +118,11 @@ class Layout:
         """Return whether a tensor is the matrix of a language head. The bias alone stands beside a tied embedding."""
         return name.endswith(".weight") and self.is_head(name)
 
+    def scores_codes(self, model: str) -> bool:
+        """Return whether an input or a step scores codes in place of tokens, so that it needs no language head."""
+        names = self.names[model]
+        return any(map(is_code_head, names)) and not any(map(self.is_head_weight, names))
+
     def is_vocabulary(self, name: str) -> bool:
         """Return whether a tensor has a row for each token."""
         return is_vocabulary(name) or self.is_head(name) or name in self._further_rows
@@ -165,7 +171,7 @@ class Layout:
         """
         if name in self.names[model]:
             return name
-        if not self.is_head_weight(name) or self.is_foreign(model, name):
+        if not self.is_head_weight(name) or self.is_foreign(model, name) or self.scores_codes(model):
             return None
         if (embedding := self.embedding(model)) is not None:
             self.check_head(model, name)

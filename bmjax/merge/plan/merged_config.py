@@ -8,7 +8,15 @@ from typing import Any
 from bmjax.config import UserError
 from bmjax.merge.plan.config_classes import completed, is_known
 from bmjax.merge.plan.config_token_ids import follow_tokens
-from bmjax.merge.plan.heads import ALWAYS_TIED_FAMILIES, NESTED, TIED, UNTIED_FAMILIES, config_blocks, says_tied
+from bmjax.merge.plan.heads import (
+    ALWAYS_TIED_FAMILIES,
+    NESTED,
+    TIED,
+    TIED_FAMILIES,
+    UNTIED_FAMILIES,
+    config_blocks,
+    says_tied,
+)
 from bmjax.merge.plan.labels import has_same_labels, source_of_class
 from bmjax.merge.plan.layer_kinds import KIND_LISTS, is_numbers_of_layers, repeated, set_kinds
 from bmjax.merge.plan.layer_numbers import is_by_number, is_of_sources, moved_entries, moved_sources, set_numbers
@@ -165,6 +173,10 @@ def _set_rows(new: Config, layout: Layout) -> list[str]:
     if info is None or not info.shape or not said or info.shape[0] in said:
         return []
     if info.file.parent == layout.models[donor].directory:
+        # Some classes have rows behind for other things than tokens.
+        rows = {layout.row_count(donor, name) for name in layout.names[donor] if layout.is_head_weight(name)}
+        if new.get("model_type") not in UNTIED_FAMILIES | TIED_FAMILIES and rows != {info.shape[0]}:
+            return []
         return [
             f"config.json of '{donor}' says vocab_size {said[0]}, its embedding has {info.shape[0]} rows: loaders may "
             "refuse the result, as they do that model"

@@ -17,7 +17,7 @@ import numpy as np
 
 from bmjax.config import UserError
 from bmjax.io.safetensors import DTYPES, Checkpoint, byte_count, listing, open_checkpoint
-from bmjax.merge.plan import prefixes, quantized
+from bmjax.merge.plan import prefixes, quantized, wrappers
 from bmjax.merge.plan.adapters import adapted as apply_adapters
 from bmjax.merge.plan.chat import Chat, chat_of
 from bmjax.merge.plan.heads import is_same_tensor, says_tied
@@ -34,62 +34,23 @@ from bmjax.merge.plan.inputs import (
 from bmjax.merge.plan.labels import Labels
 from bmjax.merge.plan.layout import Layout, Origin, read_config
 from bmjax.merge.plan.merged_config import config_changes, settings_changes
+from bmjax.merge.plan.node import FLOATS, Node, TensorSource, rounded_to_float32
 from bmjax.merge.plan.output import check_target
 from bmjax.merge.plan.per_layer_tensors import with_moved_parts
 from bmjax.merge.plan.shared_blocks import refuse_moved_blocks
 from bmjax.merge.plan.shared_tensors import with_embeddings, with_shared_tensors
 from bmjax.merge.plan.side_files import lost_by_overwriting, side_files
 from bmjax.merge.plan.some_models import without_models
+from bmjax.merge.plan.stored_zeros import ends_in_zeros
 from bmjax.merge.plan.tensor_names import is_buffer, is_of_tower, layer, with_tokens
-from bmjax.merge.plan.token_rows import StandIn, TokenRows
+from bmjax.merge.plan.token_rows import TokenRows
 from bmjax.merge.plan.tokenizer_text import tokenizer_difference
 from bmjax.merge.plan.vocabulary import Vocabulary, vocabulary
 from bmjax.merge.recipe.recipe import Recipe
 from bmjax.merge.recipe.step import Step
 from bmjax.merge.recipe.tokenizer import WORDS
 
-FLOATS = ("F32", "BF16", "F16", "F64")
-_FLOAT_TYPES = tuple(DTYPES[name] for name in FLOATS)
 _COMPARED_BYTES = 2**20  # of a tensor of whole numbers, which is read for a plan
-
-
-@dataclass(frozen=True, eq=False)
-class TensorSource:
-    """Where a node finds one model's tensor.
-
-    Rows of tokens that the model lacks are the mean of those `others` that have a row there, zeros if none has. The
-    donor stands in alone where it has the row.
-    """
-
-    tensor: str  # its name in the model; a tied model's head is its embedding
-    rows: np.ndarray | None = None  # for each row of the result the tensor's, int64, -1 for none; None: the same rows
-    node: "Node | None" = None  # what makes it, if the model is an earlier step
-    others: tuple[StandIn, ...] = ()
-
-
-@dataclass(frozen=True, eq=False)
-class Node:
-    """One tensor of a step's result."""
-
-    name: str
-    step: Step  # names the base and the branches; for a slice they are the slice's
-    inputs: Mapping[str, TensorSource]  # of every model that is read, the base first
-    arguments: Mapping[str, Any]  # the method's, for this tensor
-    dtype: np.dtype  # as written; float32 for what only later steps read
-    shape: tuple[int, ...]
-
-    @property
-    def floating(self) -> bool:
-        """Whether it is merged. What is not (masks, tables of positions) must be the same in all inputs."""
-        return self.dtype in _FLOAT_TYPES
-
-    def files(self) -> list[tuple[str, str]]:
-        """Return (input, tensor) of everything that is read from files for it, each once."""
-        files: dict[tuple[str, str], None] = {}
-        for model, source in self.inputs.items():
-            files |= dict.fromkeys([(model, source.tensor)] if source.node is None else source.node.files())
-            files |= {(other, tensor): None for other, tensor, _ in source.others}
-        return list(files)
 
 
 @dataclass(frozen=True)
@@ -144,6 +105,7 @@ def plan(
         raise UserError(f"model '{empty[0]}': holds no tensor")
     # What the models are, before anything compares them.
     configs = {name: read_config(model) or {} for name, model in models.items()}
+    models, unwrapped = wrappers.unwrapped(models, {name: configs[name] or configs[recipe.donor] for name in models})
     models, dequantized = quantized.dequantized(recipe, models, configs, always=bool(adapters))
     all_configs = {name: config or configs[recipe.donor] for name, config in configs.items()}
     models, named = with_embeddings(models, all_configs)
@@ -176,6 +138,7 @@ def plan(
         changes |= quantized.without_settings({**configs[recipe.donor], **changes})
     remarks = [
         *recipe.notes,
+        *unwrapped,
         *dequantized,
         *named,
         *adapted,
@@ -185,6 +148,8 @@ def plan(
         *([] if tokens else tokens_without_rows(layout)),
         *layers_beside_config(layout),
         *tensors_lost_in_layers(layout),
+        *ends_in_zeros(models),
+        *rounded_to_float32(nodes),
         *layout.notes,
         *same_files(models),
         *planner.remarks(),
@@ -378,6 +343,8 @@ class _Planner:
         for model, read in self._read.items():
             names = self.layout.names[model]
             if self.layout.embedding(model) not in read or any(map(self.layout.is_head_weight, names)):
+                continue
+            if self.layout.scores_codes(model):
                 continue
             kind, said = self.layout.task(model), says_tied(self.layout.config(model) or {})
             if kind == "language" or (kind is None and said is False):

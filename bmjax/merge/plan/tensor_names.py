@@ -8,7 +8,7 @@ _LAYER = re.compile(r"\.([0-9]{1,5})\.")
 # Modules of these names hold a row for each token. The second group's names stand in encoders of other senses, too.
 _EMBEDDING = re.compile(
     r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings?|tok_embeddings|tokens_embed|token_embeddings?|input_embeddings?"
-    r"|in_out_embed|shared|embeddings)\.weight"
+    r"|in_out_embed|embed_text_tokens|shared|embeddings)\.weight"
 )
 _SHORT_EMBEDDING = re.compile(r"(^|\.)(emb|embed|embedding)\.weight")
 _HEAD = re.compile(
@@ -23,6 +23,11 @@ _TASK_HEAD = re.compile(
 )
 # The embedding of each layer beside the model's own, [V, L x size], of Gemma 3n and Gemma 4.
 _PER_LAYER_EMBEDDING = re.compile(r"(^|\.)embed_tokens_per_layer\.weight$")
+# Scores of the codes of sounds or images: a head for each codebook, or one under a name of its own.
+_CODE_HEAD = re.compile(
+    r"(^|\.)((\w+_)?lm_heads?\.[0-9]+|(\w+_)?lm_heads|codebooks?_heads?|(audio|code|codec)_(lm_)?heads?|logits_dense)\."
+    r"(.*\.)?(weight|bias)$"
+)
 # What an encoder-decoder adds to its scores of tokens, [1, V] (BART, Marian, Pegasus).
 _SCORES_BIAS = re.compile(r"(^|\.)final_logits_bias$")
 _BUFFER = re.compile(r"(^|\.)(inv_freq|position_ids|(attn|attention)\.(masked_)?bias)$")
@@ -48,10 +53,11 @@ class Layer(NamedTuple):
 def layer(name: str) -> Layer | None:
     """Return the layer of a tensor: its number is the first in the name. None for embeddings, norms and heads.
 
-    A head of rewards or classes may be a row of modules, `score.0` and `score.2`, which are no layers.
+    A head of rewards or classes may be a row of modules, `score.0` and `score.2`, which are no layers. Nor are the
+    heads of several codebooks.
     """
     match = _LAYER.search(name)
-    if match is None or _TASK_HEAD.search(name[: match.start() + 1]):
+    if match is None or _TASK_HEAD.search(name[: match.start() + 1]) or is_code_head(name):
         return None
     return Layer(name[: match.start()], int(match[1]), name[match.end() :])
 
@@ -76,6 +82,11 @@ def is_head(name: str) -> bool:
 def is_task_head(name: str) -> bool:
     """Return whether the tensor turns hidden states into something else than scores of tokens: rewards, classes."""
     return layer(name) is None and not is_head(name) and _TASK_HEAD.search(name) is not None
+
+
+def is_code_head(name: str) -> bool:
+    """Return whether the tensor turns hidden states into scores of codes, of which a decoder makes sounds or images."""
+    return ("head" in name or "logits" in name) and _CODE_HEAD.search(name) is not None
 
 
 def is_embedding(name: str) -> bool:

@@ -65,11 +65,15 @@ class TokenRows:
 
     def _result_count(self, result: str) -> int:
         if self.tokens is not None:
-            rows = per_layer_rows(self.layout, self.tokens) if is_per_layer_embedding(result) else None
-            return self.tokens.size if rows is None else rows
+            if is_per_layer_embedding(result) and (rows := per_layer_rows(self.layout, self.tokens)) is not None:
+                return rows
+            return self.tokens.size + self._is_embedding(result) * self.tokens.result_behind
         recipe = self.layout.recipe
         counts = (self.layout.row_count(model, result) for model in (recipe.donor, *recipe.inputs))
         return next(count for count in counts if count is not None)
+
+    def _is_embedding(self, result: str) -> bool:
+        return result == self.layout.embedding(self.layout.recipe.donor)
 
     def _rows_of(self, model: str, result: str) -> np.ndarray:
         """Return for every row of the result the model's row, -1 where it has none: int64."""
@@ -86,7 +90,7 @@ class TokenRows:
                 rows = self.tokens.rows(model, max(embedded, count))[:result_count]
                 rows[rows >= count] = 0
             elif self.tokens is not None:
-                rows = self.tokens.rows(model, count)
+                rows = self.tokens.rows(model, count, self._is_embedding(result))
             else:
                 rows = np.arange(result_count, dtype=np.int64)
                 rows[count:] = -1
@@ -98,7 +102,7 @@ class TokenRows:
         lacks = self._rows_of(model, result) < 0
         taken: dict[str, np.ndarray] = {}
         for row, rule in (self.tokens.rules if self.tokens else {}).items():
-            if lacks[row]:
+            if row < len(lacks) and lacks[row]:
                 lacks[row] = False
                 if rule.source is not None:
                     source_model, source_row = rule.source
@@ -124,7 +128,7 @@ def row_reader(
     """Return `fill(start, out)`, which reads a tensor in the order of the result's rows into `out` [n].
 
     Rows that follow each other in the file are read at once. info, rows, others: a tensor, its rows and what stands in,
-    as in `bmjax.merge.plan.nodes.TensorSource`. read: fills an array, of a tensor's stored type, with that tensor's
+    as in `bmjax.merge.plan.node.TensorSource`. read: fills an array, of a tensor's stored type, with that tensor's
     entries from a flat index on.
     """
     width = math.prod(with_tokens(info.name, info.shape))

@@ -15,6 +15,7 @@ import numpy as np
 
 from bmjax.config import UserError, first_line
 from bmjax.merge.plan.config_token_ids import follow_tokens, stated_ids
+from bmjax.merge.plan.heads import TIED_FAMILIES, UNTIED_FAMILIES, config_blocks
 from bmjax.merge.plan.layout import Layout
 from bmjax.merge.plan.side_files import copy_file, tokenizer_files
 from bmjax.merge.recipe.tokenizer import WORDS, TokenizerSettings
@@ -39,7 +40,7 @@ class RowRule(NamedTuple):
 class Vocabulary:
     """The tokens of a merge's result."""
 
-    size: int  # rows of the result
+    size: int  # rows of the result's head, and of its embedding but for those behind
     tokens: Mapping[str, int]  # the result's row of each token
     ids: Mapping[str, Mapping[str, int]]  # of every model, its row of each token
     source: Path  # directory of the tokenizer
@@ -48,24 +49,33 @@ class Vocabulary:
     notes: Sequence[str]
     stated: Mapping[str, Any] = field(default_factory=dict)  # ids of special tokens in the config of another source
     generation: Mapping[str, Any] | None = None  # the donor's generation config under these ids; None: the source's
+    behind: Mapping[str, int] = field(default_factory=dict)  # of every model, see `rows_behind`
+    result_behind: int = 0  # rows behind `size` in the result's embedding
 
-    def rows(self, model: str, count: int) -> np.ndarray:
-        """Return for every row of the result the row of a model of `count` rows, -1 for none: int64 [size]."""
+    def rows(self, model: str, count: int, is_embedding: bool = False) -> np.ndarray:
+        """Return for every row of the result the row of a model of `count` rows, -1 for none: int64 [rows]."""
         ids = self.ids[model]
-        rows = np.full(self.size, -1, np.int64)
+        behind, result_behind = (self.behind.get(model, 0), self.result_behind) if is_embedding else (0, 0)
+        ordinary, size = count - behind, self.size + result_behind
+        rows = np.full(size, -1, np.int64)
+        # What lies behind all tokens stays there.
+        kept = min(behind, result_behind)
+        rows[self.size : self.size + kept] = np.arange(ordinary, ordinary + kept)
         if ids == self.tokens:
-            rows[:count] = np.arange(min(count, self.size))
+            shared = min(ordinary, self.size)
+            rows[:shared] = np.arange(shared)
         else:
             # Padding, rows of no token in either, keeps its number.
-            free = np.ones(max(self.size, count), np.bool_)
+            free = np.ones(max(size, count), np.bool_)
             free[[i for i in (*self.tokens.values(), *ids.values()) if i < len(free)]] = False
-            padding = np.flatnonzero(free[: min(self.size, count)])
+            padding = np.flatnonzero(free[: min(self.size, ordinary)])
             rows[padding] = padding
-            pairs = [(i, ids[token]) for token, i in self.tokens.items() if ids.get(token, count) < count]
+        if ids != self.tokens or ordinary != self.size:
+            pairs = [(i, ids[token]) for token, i in self.tokens.items() if i < size and ids.get(token, count) < count]
             if pairs:
                 result_rows, model_rows = np.array(pairs, np.int64).T
                 rows[result_rows] = model_rows
-        rows[[row for row, rule in self.rules.items() if rule.force]] = -1
+        rows[[row for row, rule in self.rules.items() if rule.force and row < size]] = -1
         return rows
 
     def save(self, folder: Path) -> None:
@@ -148,7 +158,12 @@ def vocabulary(settings: TokenizerSettings, layout: Layout) -> Vocabulary:
         backends[source].add_tokens(added)
         tokens = backends[source].get_vocab(with_added_tokens=True)
         notes.append(f"the tokenizer of '{source}' gets {len(added)} tokens more")
-    size = max(rows.get(source, 0), 1 + max(tokens.values(), default=0))
+    behind = {model: rows_behind(layout, model) for model in rows}
+    result_behind = behind.get(source, behind[donor])
+    needed = 1 + max(tokens.values(), default=0)
+    # A token of a row behind, as that of an image, is only read, so the head needs no row for it.
+    size = rows.get(source, 0) - behind.get(source, 0)
+    size = size if not added and needed <= rows.get(source, 0) else max(size, needed)
     multiple = settings.pad_to_multiple_of or 1
     size = -(-size // multiple) * multiple
     if size > MAX_ROWS:
@@ -183,7 +198,29 @@ def vocabulary(settings: TokenizerSettings, layout: Layout) -> Vocabulary:
     if path.is_file() and (folder == path.parent or not (folder / GENERATION).is_file()):
         generation, lines = follow_tokens(read_json(path), ids[donor], tokens, path.name, stated)
         notes += lines
-    return Vocabulary(size, tokens, ids, folder, rules, added, notes, stated, generation)
+    lost = [model for model in rows if behind[model] > result_behind]
+    notes += [
+        f"model '{model}' has {behind[model]} rows of no token behind its vocab_size, the result {result_behind}: the "
+        "others are left out" for model in lost
+    ]  # fmt: skip
+    return Vocabulary(
+        size, tokens, ids, folder, rules, added, notes, stated, generation, behind=behind, result_behind=result_behind
+    )
+
+
+def rows_behind(layout: Layout, model: str) -> int:
+    """Return how many rows an input's embedding has behind its `vocab_size`, which its head lacks.
+
+    Such a row is of no token that the model writes: of an image (Mllama), or of what precedes a text (Moshi).
+    """
+    config = layout.config(model) or {}
+    embedding = layout.row_count(model, layout.embedding(model) or "") or 0
+    heads = [name for name in layout.names[model] if layout.is_head_weight(name)]
+    said = {block.get("vocab_size") for block in config_blocks(config)}
+    if len(heads) != 1 or config.get("model_type") in UNTIED_FAMILIES | TIED_FAMILIES:
+        return 0
+    head = layout.row_count(model, heads[0]) or 0
+    return embedding - head if head in said and 0 < head < embedding else 0
 
 
 def _new_tokens(

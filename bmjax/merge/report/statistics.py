@@ -34,6 +34,8 @@ class Stats:
     # Of methods that look at data, the squared norm of what each model gave to the result, and the sum over entries of
     # its coefficients, both [branches].
     weighted: tuple[np.ndarray, np.ndarray] | None = None
+    zero: tuple[str, ...] = ()  # models that have nothing but zeros, where others have not
+    vanished: tuple[int, int] = (0, 0)  # values that became 0 in a type too narrow for them, and others, if counted
 
     @classmethod
     def of(cls, size: int, branches: Sequence[str], sums: np.ndarray) -> "Stats":
@@ -59,7 +61,8 @@ class Stats:
         if plain["weighted"] is not None:
             squares, shares = (np.array(values, np.float64) for values in plain["weighted"])
             arrays["weighted"] = squares, shares
-        return cls(**{**plain, **arrays, "branches": tuple(plain["branches"]), "agreement": agreement})
+        lists = {key: tuple(plain[key]) for key in ("branches", "zero", "vanished")}
+        return cls(**{**plain, **arrays, **lists, "agreement": agreement})
 
 
 TensorStats = Mapping[str, Stats]

@@ -33,6 +33,13 @@ def test_a_layer_that_was_lost_is_refused(save, stack, number, config):
             planned(recipe, **models)
 
 
+def test_a_layer_is_lost_where_the_config_counts_it_though_no_two_are_alike(save):
+    values = {f"model.layers.{i}.part_{i}.weight": ONES for i in (0, 1, 3)}
+    with pytest.raises(UserError, match=r"no tensor of layer 2 of model\.layers"):
+        planned(soup("a"), a=save("a", values, num_hidden_layers=4))
+    assert names(planned(soup("b"), b=save("b", values))) == list(values)
+
+
 def test_slices_may_not_go_over_a_layer_that_was_lost_and_may_leave_it_out(save):
     a = save("a", without(2, layers=6))
     with pytest.raises(UserError, match=r"model 'a': .* no tensor of layer 2 of"):
@@ -51,12 +58,22 @@ def test_a_layer_that_an_encoder_or_a_decoder_lost_is_refused(save, part):
         planned(soup("a"), a=save("a", values, model_type="t5", tie_word_embeddings=True))
 
 
+def codec(stack):
+    """As EnCodec and Mimi: convolutions of several widths and blocks, with activations between them."""
+    modules = {"0.conv": (8, 4), "1.lstm": (16, 4), "3.conv": (8, 8), "4.block.1.conv": (4, 4), "6.conv": (4, 8)}
+    return {f"{stack}.{name}.weight": np.ones(shape, np.float32) for name, shape in modules.items()}
+
+
 @pytest.mark.parametrize("values, config", [
+    (codec("decoder.layers") | codec("encoder.layers"), {"model_type": "encodec"}),
+    (codec("layers"), {}),
+    ({f"decoder.layers.{i}.weight": ONES for i in (0, 2, 4)}, {}),
     ({"net.0.weight": ONES, "net.2.weight": ONES}, {}),
     (without(2), {"block_configs": [{}] * 4}),
     (without(0, layers=5), {"num_hidden_layers": 4}),
     (tensors() | {f"visual.blocks.{i}.w": ONES for i in (0, 2)}, {}),
-], ids=["modules in a row", "layers without tensors", "numbered from 1", "another stack"])  # fmt: skip
+], ids=["two codecs", "a codec", "alike modules", "modules in a row", "layers without tensors", "numbered from 1",
+        "another stack"])  # fmt: skip
 def test_numbers_that_are_left_out_on_purpose(save, values, config):
     result = planned(soup("a"), a=save("a", values, **config))
     assert names(result) == list(values) and result.notes == ()

@@ -39,9 +39,6 @@ FORMS = {
         (("visual.", "vision_tower.vision_model."),), (("visual.", "model.vision_tower."),
                                                        ("model.", "model.language_model.")),
     ),
-    "compiled": ((), (("", "_orig_mod."),)),
-    "in data parallel": ((), (("", "module."),)),
-    "with a value head": ((), (("", "pretrained_model."),)),
 }  # fmt: skip
 
 
@@ -119,6 +116,24 @@ def test_older_endings_of_names_are_matched_and_named(save, case, direction):
     for new, old in older.items():
         new, old = (text.removeprefix("LayerNorm.") for text in (new, old))
         assert (f"'{old}' is '{new}'" if direction == 1 else f"'{new}' is '{old}'") in note
+
+
+@pytest.mark.parametrize("direction", [1, -1])
+def test_a_prefix_that_is_not_known_is_matched_and_named(save, direction):
+    """Where names without it begin as a class's may do or not, the donor's stay."""
+    plain = {f"{part}.block.{i}.{w}.weight": (4, 4) for part in ("encoder", "decoder") for i in range(2) for w in "qk"}
+    plain |= {"shared.weight": (6, 4), "decoder.final_layer_norm.weight": (4,)}
+    rng = np.random.default_rng(0)
+    models = [
+        {p + name: rng.standard_normal(s).astype(np.float32) for name, s in plain.items()} for p in ("", "actor.")
+    ]
+    a, b = models[::direction]
+    config = {"model_type": "t5", "tie_word_embeddings": True}
+    result = planned(soup("a", "b"), a=save("a", a, **config), b=save("b", b, **config))
+    assert names(result) == list(a)
+    assert all(node.inputs.keys() == {"a", "b"} for node in result.nodes)
+    other = ("'actor.' is 'no prefix'", "'no prefix' is 'actor.'")[direction < 0]
+    assert any(note.startswith("model 'b' names its tensors otherwise") and other in note for note in result.notes)
 
 
 def test_experts_one_by_one_and_stacked_are_named_with_the_way_out(save):
