@@ -43,7 +43,7 @@ MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 MAX_INDEX_CHARACTERS = 2**25  # that of 90,000 tensors has 9 million
 MAX_DIMENSIONS = 32
 BOUNCE_BYTES = 16 * 2**20
-_LFS = b"version https://git-lfs"
+LFS_POINTER = b"version https://git-lfs"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 Plan = Sequence[tuple[str, np.dtype, tuple[int, ...]]]
 
@@ -224,7 +224,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     """Return the tensors of a file in the order of their bytes. UserError unless header and file agree exactly."""
     with contextlib.closing(Reader()) as reader, reader.files.use(path) as fd:
         size = os.fstat(fd).st_size
-        if os.pread(fd, len(_LFS), 0) == _LFS:
+        if os.pread(fd, len(LFS_POINTER), 0) == LFS_POINTER:
             raise UserError(f"{path}: a pointer of Git LFS, not the file itself; run `git lfs pull` in its directory")
         if size < 8:
             raise UserError(f"{path}: {size} bytes, too short for a safetensors file; it was cut off")

@@ -626,7 +626,7 @@ recipe("template unknown", {**TIES, "chat_template": "chatlm"}, "did you mean 'c
 recipe("template broken", {**TIES, "chat_template": "{% if %}"}, "not valid jinja")
 text("template half a character", json.dumps({**TIES, "chat_template": "{{ '\ud800' }}"}))
 case("tokenizer cut off", put("base/tokenizer.json", '{"version": '), {**TIES, "tokenizer_source": "base"},
-     "base/tokenizer.json", "cannot be loaded")  # fmt: skip
+     "base/tokenizer.json", "cut off or damaged")  # fmt: skip
 case("tokenizer a pipe", pipe("base/tokenizer.json"), {**TIES, "tokenizer_source": "base"}, "base")
 case("tokenizer of huge ids", put("base/tokenizer.json", json.dumps({**TOKENIZER, "model": {
     "type": "WordLevel", "vocab": {"t0": 0, "t1": 2**32 - 1}, "unk_token": "t0"}})),

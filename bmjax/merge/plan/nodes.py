@@ -20,6 +20,7 @@ from bmjax.io.safetensors import DTYPES, Checkpoint, byte_count, listing, open_c
 from bmjax.merge.plan import prefixes, quantized
 from bmjax.merge.plan.adapters import adapted as apply_adapters
 from bmjax.merge.plan.chat import Chat, chat_of
+from bmjax.merge.plan.damaged_files import check_side_files
 from bmjax.merge.plan.heads import is_same_tensor, says_tied
 from bmjax.merge.plan.inputs import (
     experts_of_two_layouts,
@@ -138,6 +139,7 @@ def plan(
     """
     if empty := [name for name, model in models.items() if not model.tensors]:
         raise UserError(f"model '{empty[0]}': holds no tensor")
+    damaged = check_side_files(recipe.donor, models[recipe.donor].directory)
     # What the models are, before anything compares them.
     configs = {name: read_config(model) or {} for name, model in models.items()}
     models, dequantized = quantized.dequantized(recipe, models, configs, always=bool(adapters))
@@ -181,6 +183,7 @@ def plan(
         *notes,
         *chat.notes,
         *side_files(models[recipe.donor].directory).notes,
+        *damaged,
     ]
     return MergePlan(recipe, models, nodes, changes, tuple(remarks), tokens, chat)
 
