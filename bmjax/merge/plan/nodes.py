@@ -40,7 +40,7 @@ from bmjax.merge.plan.side_files import lost_by_overwriting, side_files
 from bmjax.merge.plan.some_models import without_models
 from bmjax.merge.plan.tensor_names import is_buffer, is_of_tower, layer, with_tokens
 from bmjax.merge.plan.token_rows import StandIn, TokenRows
-from bmjax.merge.plan.tokenizer_text import tokenizer_difference
+from bmjax.merge.plan.tokenizer_remarks import tokenizer_remarks
 from bmjax.merge.plan.vocabulary import Vocabulary, vocabulary
 from bmjax.merge.recipe.recipe import Recipe
 from bmjax.merge.recipe.step import Step
@@ -397,15 +397,8 @@ class _Planner:
                     f"'{self.recipe.donor}' lacks" if model != self.recipe.donor else "the result has no place for"
                 )
                 yield f"model '{model}' holds {listing(names)} that {lacking}; not merged"
-        donor = self.layout.models[self.recipe.donor].directory
-        for model, read in self._read.items() if self.rows.tokens is None else ():
-            if any(map(self.layout.is_vocabulary, read)) and (
-                difference := tokenizer_difference(donor, self.layout.models[model].directory)
-            ):
-                yield (
-                    f"model '{model}' has another tokenizer than '{self.recipe.donor}': {difference}; rows of tokens "
-                    "are merged by number; write tokenizer_source: base (or union) to merge them by token"
-                )
+        with_rows = [model for model, read in self._read.items() if any(map(self.layout.is_vocabulary, read))]
+        yield from tokenizer_remarks(self.layout, with_rows, self.rows.tokens)
         yield from self.labels.remarks()
         yield from self.rows.remarks(self._read.get(self.recipe.donor, ()))
         if self._kept_wide:
