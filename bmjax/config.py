@@ -159,7 +159,8 @@ def first_problem(values: Any, error: ValidationError) -> str:
         return f"{dotted}: {problem['ctx']['error']}" if dotted else str(problem["ctx"]["error"])
     wrong = _value_text(problem["input"])
     if kind == "invalid_key" or problem["loc"][-1:] == ("[key]",):
-        return f"{dotted}: expected a name as key, found {wrong}"
+        quotes = "" if isinstance(problem["input"], str) else "; write it in quotes"
+        return f"{dotted}: expected a name as key, found {wrong}{quotes}"
     space = "; write a space after the colon" if problem["input"] is None and ":" in keys[-1] else ""
     *most, last = dict.fromkeys(_expected(p) for p in same_root if _keys(p, values) == keys)
     return f"{dotted}: expected {', '.join(most)}{' or ' * bool(most)}{last}, found {wrong}{space}"

@@ -148,7 +148,7 @@ def build_step(block: StepBlock, location: str, notes: list[str], compat: str | 
 
 
 def _entry(entry: Any) -> ModelEntry:
-    if isinstance(entry, str) and entry:
+    if entry is not None and not isinstance(entry, (Mapping, list)) and entry != "":
         entry = {"model": entry}
     if not isinstance(entry, Mapping):
         raise UserError(f"models: expected a model's name or `model: NAME`, found {entry!r}")
