@@ -23,6 +23,7 @@ import numpy as np
 from bmjax.config import UserError, first_line, is_text, read_text
 from bmjax.io.atomic import write_atomic
 from bmjax.io.open_files import OpenFiles
+from bmjax.io.other_layouts import is_trainer_state, layout_problem
 
 DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
@@ -155,7 +156,9 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
         left_behind = [f"{INDEX} names files that are not there; {SINGLE} is read"] if has_index else []
         notes = [*left_behind, *_strays(directory, {SINGLE}, f"{SINGLE} is, and no index names them")]
         return Checkpoint(directory, read_header(directory / SINGLE), tuple(notes))
-    names = sorted(path.name for path in directory.iterdir())
+    if problem := layout_problem(directory):
+        raise UserError(f"{directory}: {problem}")
+    names = sorted(path.name for path in directory.iterdir() if not is_trainer_state(path.name))
     shards = [name for name in names if name.endswith(".safetensors")]
     pickles = [name for name in names if re.search(r"\.(bin|pt|pth|ckpt|pkl)(\.index\.json)?$", name)]
     if shards:
