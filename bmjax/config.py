@@ -87,7 +87,10 @@ class Settings(BaseModel):
 
 
 def with_overrides(cls: type[Settings], values: Any, overrides: Sequence[str]) -> Any:
-    """Return the values of a config after the `key.sub=value` overrides in order; UserError for another form."""
+    """Return the values of a config after the `key.sub=value` overrides in order; UserError for another form.
+
+    `key.0.sub=value` is of the first entry of a list.
+    """
     for override in overrides:
         key, sign, text = override.partition("=")
         if not sign or not key.strip() or not is_text(key):
@@ -97,7 +100,7 @@ def with_overrides(cls: type[Settings], values: Any, overrides: Sequence[str]) -
             parsed: list[Any] = [text]  # a template, which YAML would take for a block
         else:
             parsed = parse_yaml_documents(text, f"override '{override[:MAX_WORD]}'") or [None]
-        values = _changed(values, keys, parsed[0])
+        values = _changed(values, keys, parsed[0], override)
     return values
 
 
@@ -113,12 +116,23 @@ def _takes_text(cls: type[Settings], keys: Sequence[str]) -> bool:
     return field is not None and field.annotation in (str, str | None)
 
 
-def _changed(values: Any, keys: Sequence[str], value: Any) -> Any:
-    """Return a copy of a block with one value set; blocks on the way to it are made where there are none."""
+def _changed(values: Any, keys: Sequence[str], value: Any, override: str) -> Any:
+    """Return a copy of a block with one value set; blocks on the way to it are made where there are none.
+
+    An entry of a list is named by its number, from 0 on. UserError, with the override, for one that is not there.
+    """
     if not keys:
         return value
+    if isinstance(values, list):
+        if keys[0] not in map(str, range(len(values))):
+            numbers = f"; name an entry by its number, 0 to {len(values) - 1}" if values else ""
+            raise UserError(
+                f"override '{override[:MAX_WORD]}': '{keys[0]}' is no entry of a list of {len(values)}{numbers}"
+            )
+        i = int(keys[0])
+        return [*values[:i], _changed(values[i], keys[1:], value, override), *values[i + 1 :]]
     block = values if isinstance(values, Mapping) else {}
-    return {**block, keys[0]: _changed(block.get(keys[0]), keys[1:], value)}
+    return {**block, keys[0]: _changed(block.get(keys[0]), keys[1:], value, override)}
 
 
 _KINDS = {
@@ -159,7 +173,8 @@ def first_problem(values: Any, error: ValidationError) -> str:
         return f"{dotted}: {problem['ctx']['error']}" if dotted else str(problem["ctx"]["error"])
     wrong = _value_text(problem["input"])
     if kind == "invalid_key" or problem["loc"][-1:] == ("[key]",):
-        return f"{dotted}: expected a name as key, found {wrong}"
+        quotes = "" if isinstance(problem["input"], str) else "; write it in quotes"
+        return f"{dotted}: expected a name as key, found {wrong}{quotes}"
     space = "; write a space after the colon" if problem["input"] is None and ":" in keys[-1] else ""
     *most, last = dict.fromkeys(_expected(p) for p in same_root if _keys(p, values) == keys)
     return f"{dotted}: expected {', '.join(most)}{' or ' * bool(most)}{last}, found {wrong}{space}"

@@ -87,8 +87,8 @@ def test_two_names_of_one_key_are_told(values, line):
     ({"steps": 1, "source": {"names": 1}}, "source.names: expected a list, found a whole number '1'"),
     ({"steps": 1, "tasks": {"MATH": {"rtae": 1}}}, "unknown key 'tasks.MATH.rtae'; did you mean 'rate'?"),
     ({"steps": 1, "tasks": {"str": {"rate": "x"}}}, "tasks.str.rate: expected a number, found text 'x'"),
-    ({"steps": 1, "tasks": {3: {}}}, "tasks.3: expected a name as key, found a whole number '3'"),
-    ({"steps": 1, 7: 1}, "7: expected a name as key, found a whole number '7'"),
+    ({"steps": 1, "tasks": {3: {}}}, "tasks.3: expected a name as key, found a whole number '3'; write it in quotes"),
+    ({"steps": 1, 7: 1}, "7: expected a name as key, found a whole number '7'; write it in quotes"),
     ({"steps": 1, "pairs": {"id": [1]}}, "pairs.id: too few values: the one with index 1 is missing"),
 ])  # fmt: skip
 def test_wrong_values_are_named(values, line):

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from bmjax.cli.foreign_options import MERGEKIT
 from bmjax.cli.methods_help import methods_text
 from bmjax.cli.parser import Command, Option, Outcome
 from bmjax.errors import UserError
@@ -377,7 +378,7 @@ _ROWS = (
             Option("--search", action="store_true", help="try meshes, microbatches, remat; print the best that fits")),
         json=True),
     Command("merge", "merge Hugging Face directories; the same as python -m bmjax.merge", _merge,
-        words=("RECIPE", "OUT"), options=_MERGE_OPTIONS, details=methods_text, check=_check_merge,
+        words=("RECIPE", "OUT"), options=_MERGE_OPTIONS, details=methods_text, check=_check_merge, foreign=MERGEKIT,
         stopped="interrupted; OUT is as it was, and the same command goes on with the merge", json=True),
     Command("convert", "a Hugging Face directory to an Orbax checkpoint of parameters, and back", _convert,
         words=("SRC", "DST"), overrides=False, stopped="stopped; DST is as it was",

@@ -11,11 +11,12 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from bmjax.cli.foreign_options import in_place_of
 from bmjax.errors import UserError, nearest
 from bmjax.version import __version__
 
@@ -81,6 +82,7 @@ class Command:
     check: Callable[[argparse.Namespace], Iterable[str]] | None = None  # the lines of --check, where it is an option
     alone: str | None = None  # the option that stands in place of the words, as --compare does
     extra: str | None = None  # the extra that brings what it needs, where the core is not enough
+    foreign: Mapping[str, str] = field(default_factory=dict)  # options of other tools, and what to do in their place
     stopped: str = "stopped; the same command continues from there"  # said after an interrupt
 
     @property
@@ -173,7 +175,10 @@ def parse(commands: Mapping[str, Command], arguments: Sequence[str]) -> tuple[Co
     command = commands[name]
     options, rest = make_parser(commands, name).parse_known_args(words)
     # Everything that is no known option of the command is in `rest`, in order.
-    for flag in (word.partition("=")[0] for word in rest if word.startswith("-")):
+    flags = [word.partition("=")[0] for word in rest if word.startswith("-")]
+    if advice := in_place_of(flags, command.foreign):
+        raise UserError(f"bmjax {name} has no such option: {advice}")
+    for flag in flags:
         hint = nearest(flag, [spelling for row in command.all_options for spelling in row.flags])
         hint = hint if "did you mean" in hint else ""
         settings = "settings are given as key=value, " if command.overrides else ""

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from bmjax.config import UserError
+from bmjax.config import UserError, first_line
 from bmjax.errors import disk_problem
 from bmjax.io import bucket, bucket_lock
 from bmjax.log import write_line
@@ -124,9 +124,10 @@ def lock_file(file: IO[Any], name: Path, holder: str) -> None:
 def replacing(target: str | Path, resume: bool = False) -> Iterator[Path]:
     """Make a directory beside `target`, `.NAME.partial`, that becomes `target` when the block ends well.
 
-    An existing target is moved aside and deleted after that. After an error the directory is removed and the target
-    untouched. An OSError (a full disk, no permission) becomes a UserError, one line naming the target. UserError when
-    another process is writing the target.
+    An existing target is moved aside, to `.NAME.replaced`, and deleted after that; a line says so where that fails.
+    After an error the directory is removed and the target untouched. An OSError (a full disk, no permission) becomes a
+    UserError, one line naming the target. UserError when another process is writing the target, and before anything is
+    made where the target's place or what it holds is closed to this process.
 
     resume: whether to go on with what a killed or interrupted process wrote, else the directory is empty. It then stays
     after an exception that is neither a UserError nor an OSError, for the next call.
@@ -148,7 +149,9 @@ def replacing(target: str | Path, resume: bool = False) -> Iterator[Path]:
     named, target = Path(target), Path(target).resolve()
     if target.exists() and not target.is_dir():
         raise UserError(f"{named}: exists and is not a directory; choose another name")
-    folder, aside = target.parent / f".{target.name}.partial", target.parent / f".{target.name}.replaced"
+    if problem := replacement_problem(target):
+        raise UserError(f"{named}: {problem}")
+    folder, aside = target.parent / f".{target.name}.partial", _aside(target)
     with _parents(target, named), contextlib.ExitStack() as stack:
         folder.mkdir(exist_ok=True)
         lock = os.open(folder, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -165,7 +168,13 @@ def replacing(target: str | Path, resume: bool = False) -> Iterator[Path]:
             # From here on no other process is between the two renames.
             if aside.is_dir() and not target.exists():
                 aside.rename(target)
-            shutil.rmtree(aside, ignore_errors=True)
+            try:
+                _remove(aside)
+            except OSError as error:
+                raise UserError(
+                    f"{named}: cannot be replaced: what it held before is still in {aside}: {disk_problem(error)}; "
+                    "remove that first"
+                ) from None
             for path in () if resume else folder.iterdir():
                 (shutil.rmtree if path.is_dir() and not path.is_symlink() else os.unlink)(path)
             yield folder
@@ -174,7 +183,53 @@ def replacing(target: str | Path, resume: bool = False) -> Iterator[Path]:
             if not resume or isinstance(error, (UserError, OSError)):
                 shutil.rmtree(folder, ignore_errors=True)
             raise
-        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            _remove(aside)
+        except OSError as error:
+            reason = error.strerror or first_line(error)
+            write_line(f"{named}: is written; what it held before stays in {aside}, remove that yourself: {reason}")
+
+
+def replacement_problem(target: Path) -> str | None:
+    """Return why `replacing` could not put a directory in the place of `target`, and what helps; None where it could.
+
+    It goes by the rights to directories alone, and by what is there now.
+    """
+    parent = next(folder for folder in target.parents if os.path.exists(folder))
+    if not os.access(parent, os.W_OK | os.X_OK):
+        return f"cannot write: {parent} may not be written to; get the right to it, or choose another place"
+    if closed := _closed_folder(target):
+        return (
+            f"cannot be replaced: what is in {closed} may not be removed; get the right to it, or choose another place"
+        )
+    if closed := _closed_folder(aside := _aside(target)):
+        return (
+            f"cannot be replaced: what it held before an earlier replacement is still in {aside}, and what is in "
+            f"{closed} may not be removed; remove {aside}, or choose another place"
+        )
+    return None
+
+
+def _closed_folder(directory: Path) -> Path | None:
+    """Return a folder of a directory, or itself, out of which nothing may be removed; None where all of it may."""
+    for parent, folders, names in os.walk(directory):
+        if (folders or names) and not os.access(parent, os.W_OK | os.X_OK):
+            return Path(parent)
+        for folder in (Path(parent, name) for name in folders):
+            if not folder.is_symlink() and not os.access(folder, os.R_OK):  # os.walk passes over it
+                return folder
+    return None
+
+
+def _aside(target: Path) -> Path:
+    """Return where a directory is kept from the moment when another takes its place until it is removed."""
+    return target.parent / f".{target.name}.replaced"
+
+
+def _remove(directory: Path) -> None:
+    """Remove a directory with all that is in it, if it is there."""
+    if os.path.lexists(directory):
+        shutil.rmtree(directory)
 
 
 def _rename_into_place(folder: Path, target: Path, aside: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bmjax.config import UserError
+from bmjax.io.other_layouts import is_trainer_state, layout_problem
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
 # Ends of tensor names that only a quantized model has.
@@ -38,6 +39,8 @@ def check_files(directory: Path, label: str = "") -> None:
             f"{label}{directory}: an adapter (LoRA) of {base or 'a model it does not name'}, no model of its own; "
             f"merge it into that model first (in a recipe, write MODEL+{directory}) and name the result"
         )
+    if problem := layout_problem(directory):
+        raise UserError(f"{label}{directory}: {problem}")
     check_names([path.name for path in directory.glob("*")], str(directory), label)
 
 
@@ -49,7 +52,7 @@ def check_names(names: Iterable[str], shown: str, label: str = "") -> None:
         shown: the model's name or directory, for the error.
         label: what the error begins with.
     """
-    names = sorted(names)
+    names = sorted(name for name in names if not is_trainer_state(name))
     if ggufs := [name for name in names if name.endswith(".gguf")]:
         raise UserError(
             f"{label}{shown}: the weights are GGUF ({ggufs[0]}), which llama.cpp reads; expected safetensors: name the "

@@ -23,6 +23,7 @@ import numpy as np
 from bmjax.config import UserError, first_line, is_text, read_text
 from bmjax.io.atomic import write_atomic
 from bmjax.io.open_files import OpenFiles
+from bmjax.io.other_layouts import is_trainer_state, layout_problem
 
 DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
@@ -43,7 +44,7 @@ MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 MAX_INDEX_CHARACTERS = 2**25  # that of 90,000 tensors has 9 million
 MAX_DIMENSIONS = 32
 BOUNCE_BYTES = 16 * 2**20
-_LFS = b"version https://git-lfs"
+LFS_POINTER = b"version https://git-lfs"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 Plan = Sequence[tuple[str, np.dtype, tuple[int, ...]]]
 
@@ -155,7 +156,9 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
         left_behind = [f"{INDEX} names files that are not there; {SINGLE} is read"] if has_index else []
         notes = [*left_behind, *_strays(directory, {SINGLE}, f"{SINGLE} is, and no index names them")]
         return Checkpoint(directory, read_header(directory / SINGLE), tuple(notes))
-    names = sorted(path.name for path in directory.iterdir())
+    if problem := layout_problem(directory):
+        raise UserError(f"{directory}: {problem}")
+    names = sorted(path.name for path in directory.iterdir() if not is_trainer_state(path.name))
     shards = [name for name in names if name.endswith(".safetensors")]
     pickles = [name for name in names if re.search(r"\.(bin|pt|pth|ckpt|pkl)(\.index\.json)?$", name)]
     if shards:
@@ -224,7 +227,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     """Return the tensors of a file in the order of their bytes. UserError unless header and file agree exactly."""
     with contextlib.closing(Reader()) as reader, reader.files.use(path) as fd:
         size = os.fstat(fd).st_size
-        if os.pread(fd, len(_LFS), 0) == _LFS:
+        if os.pread(fd, len(LFS_POINTER), 0) == LFS_POINTER:
             raise UserError(f"{path}: a pointer of Git LFS, not the file itself; run `git lfs pull` in its directory")
         if size < 8:
             raise UserError(f"{path}: {size} bytes, too short for a safetensors file; it was cut off")

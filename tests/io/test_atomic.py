@@ -299,3 +299,81 @@ def test_unknown_schemes_are_refused_and_no_folder_is_made(tmp_path, monkeypatch
             with pytest.raises(UserError, match="no file system has the scheme"), opened(url):
                 pass
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def rights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever runs this may do all, so the rights that a directory's mode gives its owner are imitated."""
+    plain = os.access
+
+    def access(path: Path, mode: int) -> bool:
+        asked = (mode & os.R_OK and 0o400) | (mode & os.W_OK and 0o200) | (mode & os.X_OK and 0o100)
+        return plain(path, mode) and os.stat(path).st_mode & asked == asked
+
+    monkeypatch.setattr(os, "access", access)
+
+
+@pytest.mark.parametrize("closed", ["", "inside", "unreadable"])
+def test_what_may_not_be_removed_is_not_replaced(tmp_path: Path, rights: None, closed: str) -> None:
+    target = tmp_path / "out"
+    (target / "inside").mkdir(parents=True)
+    (target / "inside" / "old").write_text("x")
+    if closed == "unreadable":
+        (target / closed).mkdir()
+    (target / closed).chmod(0o300 if closed == "unreadable" else 0o500)
+    with pytest.raises(UserError) as error, resuming(target):
+        pytest.fail("began to write")
+    assert str(error.value) == (
+        f"{target}: cannot be replaced: what is in {target / closed} may not be removed; get the right to it, or "
+        "choose another place"
+    )
+    assert names(tmp_path) == ["out"]
+    (target / closed).chmod(0o700)
+    with resuming(target) as folder:
+        (folder / "file").write_text("one")
+    assert names(tmp_path) == ["out"] and names(target) == ["file"]
+
+
+@pytest.mark.parametrize("parents", ["", "deep/deeper"])
+def test_a_parent_that_may_not_be_written_to(tmp_path: Path, rights: None, parents: str) -> None:
+    (tmp_path / "closed").mkdir(mode=0o500)
+    with (
+        pytest.raises(UserError, match="may not be written to; get the right to it") as error,
+        resuming(tmp_path / "closed" / parents / "out"),
+    ):
+        pytest.fail("began to write")
+    assert f"{tmp_path / 'closed'} may not" in str(error.value) and not names(tmp_path / "closed")
+
+
+def test_what_cannot_be_removed_after_all_is_told_and_refused_the_next_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target, aside = tmp_path / "out", tmp_path / ".out.replaced"
+    target.mkdir()
+    (target / "old").write_text("x")
+
+    def refuse(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise PermissionError(1, "Operation not permitted")
+
+    with resuming(target) as folder:
+        (folder / "file").write_text("one")
+        monkeypatch.setattr("shutil.rmtree", refuse)
+    assert names(target) == ["file"] and names(aside) == ["old"]
+    said = capsys.readouterr().err
+    assert f"is written; what it held before stays in {aside}, remove that yourself: Operation not permitted" in said
+    left = r"what it held before is still in .*\.out\.replaced: Operation not permitted"
+    with pytest.raises(UserError, match=left), resuming(target):
+        pytest.fail("began to write")
+    assert names(target) == ["file"]
+
+
+def test_a_closed_directory_that_an_earlier_run_left_is_named(tmp_path: Path, rights: None) -> None:
+    aside = tmp_path / ".out.replaced"
+    aside.mkdir()
+    (aside / "old").write_text("x")
+    aside.chmod(0o500)
+    (tmp_path / "out").mkdir()
+    left = r"is still in .*\.out\.replaced, and .* remove .*\.out\.replaced, or"
+    with pytest.raises(UserError, match=left), resuming(tmp_path / "out"):
+        pytest.fail("began to write")

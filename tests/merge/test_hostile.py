@@ -548,7 +548,7 @@ recipe("models of lists", {**TIES, "models": [["math"]]}, "expected a model's na
 recipe("models empty", {**TIES, "models": []}, "found 0")
 recipe("model of no name", {**TIES, "models": [""]}, "expected a model's name")
 recipe("model twice", {**TIES, "models": ["math", "math"]}, "'math' is listed twice")
-recipe("model a number", {**TIES, "models": [{"model": 3}]}, "model: expected text")
+recipe("model a number", {**TIES, "models": [{"model": 3}]}, "write the name in quotes")
 recipe("model misspelt", {**TIES, "models": [{"modle": "math"}]}, "did you mean 'model'?")
 recipe("unknown key", {**TIES, "base_modle": "x"}, "did you mean 'base_model'?")
 recipe("key a number", {**TIES, 3: 4}, "unknown key '3'")
@@ -578,7 +578,7 @@ recipe("seed beyond 64 bits", {**TIES, "seed": 2**63}, "seed: expected a number 
 recipe("seed a fraction", {**TIES, "seed": 0.5}, "seed")
 recipe("seed true", {**TIES, "seed": True}, "seed")
 recipe("sources a list", {**TIES, "sources": ["math"]}, "sources: expected a block of keys")
-recipe("source a number", {**TIES, "sources": {"math": 3}}, "sources.math: expected text")
+recipe("source a number", {**TIES, "sources": {"math": 3}}, "sources.math: expected a model's name")
 recipe("source absent", {**TIES, "sources": {"math": "nowhere"}}, "model 'math': nowhere: no such model directory")
 recipe("compat unknown", {**TIES, "compat": "x"}, "compat")
 recipe("steps a text", {"steps": "x"}, "steps")
@@ -599,7 +599,7 @@ recipe("layers beyond the last", sliced(["math", 0, 3]), "layer_range ends at 3"
 recipe("layers 10**12", sliced(["math", 0, 10**12]), "layer_range ends at 1000000000000")
 recipe("layers backwards", sliced(["math", 2, 1]), "layer_range [2, 1]")
 recipe("layers negative", sliced(["math", -1, 1]), "layer_range [-1, 1]")
-recipe("layers of none", sliced(["math", 1, 1]), "layer_range [1, 1]")
+recipe("layers of none", sliced(["math", 1, 1]), "its layer_range holds no layer")
 recipe("layers a text", sliced(["math", "all"]), "layer_range")
 recipe("layers of fractions", sliced(["math", 0, 1.5]), "layer_range")
 recipe("layers of three", sliced(["math", 0, 1, 2]), "layer_range")
@@ -611,7 +611,7 @@ recipe("layers of a model without", sliced(["flat", 0, 1]), "flat", "one stack o
 recipe("layers in the sky", sliced(["tall", 0, 99_999]), "'tall'")
 
 recipe("tokenizer absent", {**TIES, "tokenizer_source": "nowhere"}, "nowhere: no such model directory")
-recipe("tokenizer a number", {**TIES, "tokenizer_source": 3}, "tokenizer_source: expected text")
+recipe("tokenizer a number", {**TIES, "tokenizer_source": 3}, "tokenizer_source: expected a model's name")
 recipe("tokenizer twice", {**TIES, "tokenizer_source": "base", "tokenizer": {}}, "both stand")
 recipe("tokenizer a list", {**TIES, "tokenizer": []}, "tokenizer")
 recipe("tokenizer of no key", {**TIES, "tokenizer": {"sorce": "base"}}, "did you mean 'source'?")
@@ -626,7 +626,7 @@ recipe("template unknown", {**TIES, "chat_template": "chatlm"}, "did you mean 'c
 recipe("template broken", {**TIES, "chat_template": "{% if %}"}, "not valid jinja")
 text("template half a character", json.dumps({**TIES, "chat_template": "{{ '\ud800' }}"}))
 case("tokenizer cut off", put("base/tokenizer.json", '{"version": '), {**TIES, "tokenizer_source": "base"},
-     "base/tokenizer.json", "cannot be loaded")  # fmt: skip
+     "base/tokenizer.json", "cut off or damaged")  # fmt: skip
 case("tokenizer a pipe", pipe("base/tokenizer.json"), {**TIES, "tokenizer_source": "base"}, "base")
 case("tokenizer of huge ids", put("base/tokenizer.json", json.dumps({**TOKENIZER, "model": {
     "type": "WordLevel", "vocab": {"t0": 0, "t1": 2**32 - 1}, "unk_token": "t0"}})),

@@ -13,10 +13,20 @@ from bmjax.merge.methods.method import About, Merged, PerModel, Rebase, Scale, T
 
 
 def weights_sum(parameters: Mapping[str, Any]) -> None:
-    """Raise UserError where a division by the sum of the weights, as `normalize` asks for, would be one by zero."""
-    if parameters.get("normalize", True) and abs(sum(parameters["weight"])) < 1e-6:
-        weights = ", ".join(f"{w:g}" for w in parameters["weight"])
-        raise UserError(f"weight: {weights} sum to 0, which the merge divides by; change one of them")
+    """Raise UserError where a division by the sum of the weights, as `normalize` asks for, would be one by zero.
+
+    It would lose all digits, too, where they nearly cancel, or where all are tiny.
+    """
+    weights = parameters["weight"]
+    if parameters.get("normalize", True) and abs(total := sum(weights)) < 1e-6:
+        shown = ", ".join(f"{weight:g}" for weight in weights)
+        largest = max(map(abs, weights))
+        if abs(total) < 1e-6 * largest or not largest:
+            raise UserError(f"weight: {shown} sum to 0, which the merge divides by; change one of them")
+        raise UserError(
+            f"weight: {shown} sum to {total:g}, too little for the merge to divide by; multiply all of them by one "
+            "number, only their ratios count"
+        )
 
 
 def shares(weight: PerModel) -> PerModel:

@@ -95,7 +95,7 @@ def refuse_lost_layers(layout: Layout) -> None:
                 lost = missing_layers(names, stack)
                 if lost and count not in said and not _are_layers_of_a_kind(layout.models[model], names, stack):
                     continue
-                missing = [number for number in lost if low <= number < (high or count)]
+                missing = [number for number in lost if low <= number < (count if high is None else high)]
                 # One layer alone is a part on purpose, and some families may number theirs from 1 on.
                 if missing and count - len(lost) > 1 and not (missing == [0] and count - 1 in said):
                     shown = ", ".join(map(str, missing[:5])) + (", ..." if missing[5:] else "")

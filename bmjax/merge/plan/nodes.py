@@ -20,6 +20,7 @@ from bmjax.io.safetensors import DTYPES, Checkpoint, byte_count, listing, open_c
 from bmjax.merge.plan import prefixes, quantized, wrappers
 from bmjax.merge.plan.adapters import adapted as apply_adapters
 from bmjax.merge.plan.chat import Chat, chat_of
+from bmjax.merge.plan.damaged_files import check_side_files
 from bmjax.merge.plan.heads import is_same_tensor, says_tied
 from bmjax.merge.plan.inputs import (
     experts_of_two_layouts,
@@ -44,7 +45,7 @@ from bmjax.merge.plan.some_models import without_models
 from bmjax.merge.plan.stored_zeros import ends_in_zeros
 from bmjax.merge.plan.tensor_names import is_buffer, is_of_tower, layer, with_tokens
 from bmjax.merge.plan.token_rows import TokenRows
-from bmjax.merge.plan.tokenizer_text import tokenizer_difference
+from bmjax.merge.plan.tokenizer_remarks import tokenizer_remarks
 from bmjax.merge.plan.vocabulary import Vocabulary, vocabulary
 from bmjax.merge.recipe.recipe import Recipe
 from bmjax.merge.recipe.step import Step
@@ -103,6 +104,7 @@ def plan(
     """
     if empty := [name for name, model in models.items() if not model.tensors]:
         raise UserError(f"model '{empty[0]}': holds no tensor")
+    damaged = check_side_files(recipe.donor, models[recipe.donor].directory)
     # What the models are, before anything compares them.
     configs = {name: read_config(model) or {} for name, model in models.items()}
     models, unwrapped = wrappers.unwrapped(models, {name: configs[name] or configs[recipe.donor] for name in models})
@@ -157,6 +159,7 @@ def plan(
         *side_notes,
         *chat.notes,
         *side_files(models[recipe.donor].directory).notes,
+        *damaged,
     ]
     return MergePlan(recipe, models, nodes, changes, tuple(remarks), tokens, chat, side_changes)
 
@@ -372,15 +375,8 @@ class _Planner:
                     f"'{self.recipe.donor}' lacks" if model != self.recipe.donor else "the result has no place for"
                 )
                 yield f"model '{model}' holds {listing(names)} that {lacking}; not merged"
-        donor = self.layout.models[self.recipe.donor].directory
-        for model, read in self._read.items() if self.rows.tokens is None else ():
-            if any(map(self.layout.is_vocabulary, read)) and (
-                difference := tokenizer_difference(donor, self.layout.models[model].directory)
-            ):
-                yield (
-                    f"model '{model}' has another tokenizer than '{self.recipe.donor}': {difference}; rows of tokens "
-                    "are merged by number; write tokenizer_source: base (or union) to merge them by token"
-                )
+        with_rows = [model for model, read in self._read.items() if any(map(self.layout.is_vocabulary, read))]
+        yield from tokenizer_remarks(self.layout, with_rows, self.rows.tokens)
         yield from self.labels.remarks()
         yield from self.rows.remarks(self._read.get(self.recipe.donor, ()))
         if self._kept_wide:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bmjax.config import UserError, is_text
 from bmjax.io import bucket
+from bmjax.io.atomic import replacement_problem
 from bmjax.urls import url_of
 
 _UNITS = {"B": 1} | {f"{prefix}{kind}": base ** (i + 1)
@@ -41,11 +42,14 @@ def check_target(target: Path, inputs: Iterable[Path], overwrite: bool) -> set[s
         if bucket.is_unfinished(url):
             return set()
         return _checked_content(url, {name.partition("/")[0] for name in bucket.names_in(url)}, overwrite)
-    if not target.exists():
-        return set()
-    if not target.is_dir():
-        raise UserError(f"{target}: exists and is not a directory; choose another output directory")
-    return _checked_content(str(target), {path.name for path in target.iterdir()}, overwrite)
+    names = set()
+    if target.exists():
+        if not target.is_dir():
+            raise UserError(f"{target}: exists and is not a directory; choose another output directory")
+        names = _checked_content(str(target), {path.name for path in target.iterdir()}, overwrite)
+    if problem := replacement_problem(resolved):
+        raise UserError(f"{target}: {problem}")
+    return names
 
 
 def _checked_content(target: str, names: set[str], overwrite: bool) -> set[str]:

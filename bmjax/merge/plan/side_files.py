@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
+from typing import NoReturn
 
 from bmjax.config import UserError, read_text, shortened
 from bmjax.merge.recipe.tokenizer import FURTHER_TEMPLATES
@@ -150,7 +151,11 @@ def _files_in(folder: Path) -> Iterator[Path]:
 
     Links to folders are not followed, they may lead in a circle.
     """
-    for parent, folders, names in os.walk(folder):
+
+    def refuse(error: OSError) -> NoReturn:
+        raise UserError(f"{error.filename}: cannot be read: {error.strerror}; get the right to, or move it away")
+
+    for parent, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and not _is(name, _FOLDERS))
         kept = (name for name in sorted(names) if not name.startswith(".") and not _is(name, _NEVER))
         yield from (path for name in kept if (path := Path(parent, name)).is_file())

@@ -53,7 +53,7 @@ def token_ids(directory: Path) -> dict[str, int] | None:
 
 def largest_id(directory: Path) -> int | None:
     """Return the largest id of any token in a directory's tokenizer files; None where none of them tells it."""
-    files = _vocabulary_files(directory)
+    files = vocabulary_files(directory)
     texts = _texts(directory, files[0]) if files else _added(directory)
     return max(texts or (), default=None)
 
@@ -88,7 +88,7 @@ def tokenizer_difference(first: Path, second: Path) -> str | None:
 
     Directories without a tokenizer agree with all. What only one tokenizer has counts as well, added tokens too.
     """
-    files = _vocabulary_files(first), _vocabulary_files(second)
+    files = vocabulary_files(first), vocabulary_files(second)
     if not all(files):
         return None
     common = next((name for name in files[0] if name in files[1]), None)
@@ -117,7 +117,8 @@ def tokenizer_difference(first: Path, second: Path) -> str | None:
     return f"{count} ({shown}{', ...' * (len(differing) > 3)})"
 
 
-def _vocabulary_files(directory: Path) -> list[str]:
+def vocabulary_files(directory: Path) -> list[str]:
+    """Return the names of the files that a directory's tokenizer can be loaded from, the fast one's first."""
     return [name for name in _VOCABULARIES if (directory / name).is_file()]
 
 

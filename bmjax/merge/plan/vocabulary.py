@@ -15,6 +15,7 @@ import numpy as np
 
 from bmjax.config import UserError, first_line
 from bmjax.merge.plan.config_token_ids import follow_tokens, stated_ids
+from bmjax.merge.plan.damaged_files import damage, refuse_damaged_tokenizer
 from bmjax.merge.plan.heads import TIED_FAMILIES, UNTIED_FAMILIES, config_blocks
 from bmjax.merge.plan.layout import Layout
 from bmjax.merge.plan.side_files import copy_file, tokenizer_files
@@ -122,7 +123,8 @@ def _load(directory: Path) -> Any:
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:
-        raise UserError(f"{path}: the tokenizer cannot be loaded: {first_line(error)}") from None
+        problem = damage(path) or f"the tokenizer cannot be loaded: {first_line(error)}"
+        raise UserError(f"{path}: {problem}") from None
 
 
 def vocabulary(settings: TokenizerSettings, layout: Layout) -> Vocabulary:
@@ -136,6 +138,8 @@ def vocabulary(settings: TokenizerSettings, layout: Layout) -> Vocabulary:
     directories = {name: model.directory for name, model in layout.models.items()}
     if source not in directories:
         directories[source] = recipe.directory(source, weights=False, key="tokenizer")
+    if source != donor:  # whose files were all checked
+        refuse_damaged_tokenizer(source, directories[source])
     rows: dict[str, int] = {}  # of every input's embedding
     for model in recipe.inputs:
         count = layout.row_count(model, layout.embedding(model) or "")

@@ -3,6 +3,7 @@
 All of them become one text, `MODEL[@REVISION][+ADAPTER[@REVISION]]`, which `bmjax.io.hub` resolves.
 """
 
+import datetime
 import os
 import re
 from collections.abc import Mapping
@@ -29,6 +30,8 @@ def plain_name(value: Any) -> Any:
         if page := _PAGE.fullmatch(value):
             return with_revision(page["id"], page["revision"])
         return value.removeprefix("model:")
+    if isinstance(value, (bool, int, float, datetime.date)):
+        raise ValueError(quoted_hint(value))
     if not isinstance(value, Mapping):
         return value
     for key in value:
@@ -39,6 +42,13 @@ def plain_name(value: Any) -> Any:
         raise ValueError("expected a model's name, or a block with 'path'")
     name = with_revision(plain_name(name), value.get("revision"))
     return f"{name}+{plain_name(value['lora'])}" if value.get("lora") else name
+
+
+def quoted_hint(value: Any) -> str:
+    """Return what helps against a name that YAML takes for a number, a date, or true or false."""
+    kind = "true or false" if isinstance(value, bool) else "a number" if isinstance(value, (int, float)) else "a date"
+    shown = str(value).lower() if isinstance(value, bool) else str(value)
+    return f"expected a model's name, found {shown}, which YAML reads as {kind}; write the name in quotes"
 
 
 def is_block(value: Any) -> bool:

@@ -223,6 +223,12 @@ def _tokenizer(top: TopBlock, steps: tuple[Step, ...]) -> TokenizerSettings | No
         return None
     tokenizer = top.tokenizer or TokenizerSettings(source=str(top.tokenizer_source))
     recipe = Recipe(steps, top.sources)
+    source = tokenizer.source
+    if source not in (*WORDS, *top.sources) and "/" not in source and not os.path.lexists(source):
+        hint = nearest(source.lower(), WORDS)
+        if "did you mean" in hint and recipe.same_input(source) not in recipe.inputs:
+            key = "tokenizer" if top.tokenizer else "tokenizer_source"
+            raise UserError(f"{key}: '{source}' is no model here, nor one of {', '.join(WORDS)}{hint}")
     for rule in tokenizer.rules.values():
         if rule.model is not None and recipe.same_input(rule.model) not in recipe.inputs:
             raise UserError(f"tokenizer.tokens: '{rule.model}' is not a model here{nearest(rule.model, recipe.inputs)}")

@@ -10,10 +10,12 @@ from bmjax.chat.columns import columns_of
 from bmjax.config import UserError, nearest
 from bmjax.merge.methods import METHODS, Method
 from bmjax.merge.methods.method import WITHOUT_EFFECT, Parameter
+from bmjax.merge.recipe import remarks
 from bmjax.merge.recipe.calibration import CALIBRATED, DEFAULTS, CalibrationSettings
 from bmjax.merge.recipe.model_names import plain_name
+from bmjax.merge.recipe.slices import check_lengths, layer_ranges
 from bmjax.merge.recipe.values import Rule, Value, checked, parse, simplify
-from bmjax.merge.recipe.yaml_blocks import LayersEntry, ModelEntry, SliceBlock, StepBlock, validate
+from bmjax.merge.recipe.yaml_blocks import ModelEntry, SliceBlock, StepBlock, validate
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ def build_step(block: StepBlock, location: str, notes: list[str], compat: str | 
 
 
 def _entry(entry: Any) -> ModelEntry:
-    if isinstance(entry, str) and entry:
+    if entry is not None and not isinstance(entry, (Mapping, list)) and entry != "":
         entry = {"model": entry}
     if not isinstance(entry, Mapping):
         raise UserError(f"models: expected a model's name or `model: NAME`, found {entry!r}")
@@ -176,6 +178,8 @@ class _StepBuilder:
         if method.base == "required" and base_model is None:
             raise UserError(f"{method.name} needs 'base_model': the model that changes are measured against")
         base = None if method.base == "unused" else base_model
+        if part is None and base_model is not None and base is None and method.branches[1] != 1:
+            entries = self.with_base(entries, base_model)
         for entry in entries:
             if entry.data is not None and entry.model == base:
                 raise UserError(f"model '{base}' is the base_model, which needs no 'data'; remove it from 'models'")
@@ -187,6 +191,8 @@ class _StepBuilder:
             if entry.model == base and entry.parameters:
                 self.check_names(entry.parameters)
                 self.note(f"parameters of the base model '{base}' have no effect")
+        if part is not None and len(entries) == 1 and method.base != "unused":
+            return self.copied(entries[0], base_model, part)
         listed, entries = len(entries), [entry for entry in entries if base is None or entry.model != base]
         least, most = method.branches
         if len(entries) < least or (most is not None and len(entries) > most):
@@ -215,6 +221,28 @@ class _StepBuilder:
             method.check(step.arguments)
         return step
 
+    def copied(self, entry: ModelEntry, base_model: str | None, part: SliceBlock) -> Step:
+        """Return the step of a slice that lists one model: its layers as they are."""
+        for level in (part.parameters, self.block.parameters, entry.parameters):
+            self.check_names(level)
+        if base_model not in (None, entry.model):
+            self.note(remarks.lone_model_remark(entry.model, base_model))
+        keep = parse("keep", [_kept(part) for part in self.block.keep], bool) if self.block.keep else ()
+        step = Step(self.block.name or "", self.method, None, (), base_model or entry.model, {}, (), keep)
+        return replace(step.kept(), branches=(entry.model,))
+
+    def with_base(self, entries: Sequence[ModelEntry], base: str) -> Sequence[ModelEntry]:
+        """Return the models of a method without a base, and where the recipe asks for it the base, as mergekit does."""
+        if any(entry.model == base for entry in entries):
+            return entries
+        # Of linear it wants a weight of every model, so one for all.
+        is_added, name = self.method.name == "karcher" or "weight" in self.block.parameters, self.method.name
+        if self.compat == "mergekit" and is_added:
+            self.note(f"base_model '{base}' is merged, too, with `compat: mergekit`, though it is not among the models")
+            return [ModelEntry(model=base), *entries]
+        self.note(remarks.unlisted_base_remark(name, base, is_added and self.compat is None))
+        return entries
+
     def from_slices(self, parts: Sequence[SliceBlock]) -> Step:
         """Build the step whose layers come from slices."""
         if self.method.name in CALIBRATED:
@@ -225,13 +253,16 @@ class _StepBuilder:
                 if part.residual_weight is not None:
                     self.note("residual_weight has no effect, as in mergekit")
                 step = self.from_models(part.sources, part)
-                slices.append(Slice(step, _ranges(step, part.sources)))
+                slices.append(Slice(step, layer_ranges(step.reads, part.sources)))
             except UserError as error:
                 raise UserError(f"slices[{i}]: {error}") from None
+        check_lengths([part.layers for part in slices])
         first = slices[0].step
         branches = tuple(dict.fromkeys(name for part in slices for name in part.step.branches))
+        base = next((part.step.base for part in slices if part.step.base is not None), None)
         donor = self.block.base_model or first.donor
-        return replace(first, branches=branches, donor=donor, arguments={}, slices=tuple(slices))
+        whole = replace(first, method=self.method, base=base, branches=branches, donor=donor)
+        return replace(whole, arguments={}, slices=tuple(slices))
 
     def calibration(self, entries: Sequence[ModelEntry]) -> tuple[CalibrationSettings, tuple[str | list[str], ...]]:
         """Return the settings of a method that looks at data, and the rows of every branch."""
@@ -280,12 +311,24 @@ class _StepBuilder:
         arguments: dict[str, Any] = {}
         for name, parameter in method.parameters.items():
             if parameter.about.per_model and len(entries) > 1:
-                self.note_depth(name, levels)
-            common = [rule for level in levels for rule in _rules(parameter, level)]
+                self.note(*filter(None, (remarks.depth_remark(name, level.get(name)) for level in levels)))
+            # The rules of the step, and of each model its own; what shadows what is told.
+            common: list[Rule] = []
+            for level in levels:
+                common += (rules := _rules(parameter, level))
+                self.note(*remarks.shadow_remarks(name, rules))
+            own = [_rules(parameter, entry.parameters) for entry in entries]
+            is_a_models = parameter.about.per_model or method.branches[1] == 1
+            for entry, rules in zip(entries, own, strict=True) if is_a_models else ():
+                of_model = f"{name} of model '{entry.model}'" if rules else name
+                self.note(*remarks.shadow_remarks(of_model, rules))
+                if parameter.default is not inspect.Parameter.empty:
+                    self.note(*remarks.remainder_remarks(of_model, (*rules, *common), parameter.default))
             if parameter.default is not inspect.Parameter.empty:
-                self.note_remainder(parameter, common, entries)
+                if not is_a_models:
+                    self.note(*remarks.remainder_remarks(name, common, parameter.default))
                 common.append(Rule((parameter.default,)))
-            per_model = [simplify(name, (*_rules(parameter, entry.parameters), *common)) for entry in entries]
+            per_model = [simplify(name, (*rules, *common)) for rules in own]
             if parameter.about.per_model:
                 arguments[name] = tuple(per_model)
             else:
@@ -295,31 +338,6 @@ class _StepBuilder:
                     of = f" of model '{entry.model}'" if parameter.about.per_model else ""
                     raise UserError(f"{method.name} needs parameter '{name}'{of}; it has no default")
         return arguments
-
-    def note_depth(self, name: str, levels: Sequence[Mapping[str, Any]]) -> None:
-        """Note that a list, which may have been meant for the models, goes along the depth."""
-        for value in (level.get(name) for level in levels):
-            if isinstance(value, list) and len(value) > 1 and not any(isinstance(entry, Mapping) for entry in value):
-                self.note(
-                    f"{name}: {value} goes along the depth, from the first layer to the last, for every model alike; "
-                    f"for one value a model write {{model: NAME, parameters: {{{name}: VALUE}}}}"
-                )
-
-    def note_remainder(self, parameter: Parameter, common: Sequence[Rule], entries: Sequence[ModelEntry]) -> None:
-        """Note that filters leave tensors to the default, which their author may not have meant.
-
-        common: the rules of the step for all models.
-        """
-        is_a_models = parameter.about.per_model or self.method.branches[1] == 1
-        for entry in entries:
-            own = _rules(parameter, entry.parameters) if is_a_models else ()
-            rules = [*own, *common]
-            if rules and not any(rule.fits("") for rule in rules):  # which only those for any name do
-                of = f" of model '{entry.model}'" if own else ""
-                self.note(
-                    f"{parameter.name}{of}: tensors that no filter fits get the default, {parameter.default}; add a "
-                    "last entry `- value: V` to set theirs"
-                )
 
     def check_names(self, parameters: Mapping[str, Any]) -> None:
         """Raise a UserError for a key that is neither a parameter of the method nor known to have no effect."""
@@ -351,10 +369,10 @@ class _StepBuilder:
             self.note(f"{name} has no effect with `compat: mergekit`: its {self.method.name} has none")
         return idle
 
-    def note(self, text: str) -> None:
-        line = f"{self.location}: {text}"
-        if line not in self.notes:
-            self.notes.append(line)
+    def note(self, *texts: str) -> None:
+        for line in (f"{self.location}: {text}" for text in texts):
+            if line not in self.notes:
+                self.notes.append(line)
 
 
 def _kept(entry: Any) -> dict[str, Any]:
@@ -379,21 +397,3 @@ def _model(parameter: str, value: Any) -> Any:
         return plain_name(value)
     except ValueError as error:
         raise UserError(f"{parameter}: {error}") from None
-
-
-def _ranges(step: Step, entries: Sequence[LayersEntry]) -> dict[str, tuple[int, int]]:
-    """Return which layers of each model a slice reads; a model that is not listed is read where all others are."""
-    ranges = {entry.model: entry.layer_range for entry in entries}
-    leader, (start, stop) = next(iter(ranges.items()))
-    for model, (first, end) in ranges.items():
-        if not 0 <= first < end:
-            raise UserError(f"model '{model}': layer_range [{first}, {end}]: expected [first, end], 0 <= first < end")
-    for model, (first, end) in ranges.items():
-        if end - first != stop - start:
-            raise UserError(
-                f"'{leader}' gives {stop - start} layers, '{model}' {end - first}; all sources of a slice give as many"
-            )
-    unlisted = [model for model in step.reads if model not in ranges]
-    if unlisted and len(set(ranges.values())) > 1:
-        raise UserError(f"list '{unlisted[0]}' among the sources: which of its layers are meant is not clear")
-    return {model: ranges.get(model, (start, stop)) for model in step.reads}

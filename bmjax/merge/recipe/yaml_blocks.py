@@ -14,6 +14,7 @@ from bmjax.merge.methods import METHODS
 from bmjax.merge.plan.tensor_names import TOWERS
 from bmjax.merge.recipe.calibration import CALIBRATED
 from bmjax.merge.recipe.model_names import ModelName, model_key, plain_entry, plain_name
+from bmjax.merge.recipe.overrides import assign, root, with_changes
 from bmjax.merge.recipe.tokenizer import TokenizerSettings, TokenizerSource
 
 Dtype = Annotated[
@@ -199,12 +200,12 @@ def read_blocks(
     top, merges = _split_steps(documents[0], location) if has_steps else _split_documents(documents, location)
     # Which override belongs to which of them.
     if len(documents) == 1 and not has_steps:
-        of_top = [override for override in overrides if _root(override) in _TOP_ONLY]
+        of_top = [override for override in overrides if root(override) in _TOP_ONLY]
         of_steps = [[override for override in overrides if override not in of_top]]
         locations = [location]
     else:
         names = [str(merge.get("name") or "merged") for merge in merges]
-        of_top, of_steps = _assign(overrides, names)
+        of_top, of_steps = assign(overrides, names, [*TopBlock.model_fields])
         locations = [f"{location}: {'step' if has_steps else 'document'} '{name}'" for name in names]
         merges = [{**merge, "name": name} for merge, name in zip(merges, names, strict=True)]
     steps = [
@@ -328,7 +329,7 @@ def _is_one_model(first: str, second: str, sources: Any) -> bool:
 def validate(kind: type[S], values: Mapping[str, Any], location: str, overrides: Sequence[str] = ()) -> S:
     """Return `values` as settings; errors begin with `location`."""
     try:
-        return kind.read(values, overrides)
+        return kind.read(with_changes(kind, values, overrides))
     except UserError as error:
         raise UserError(f"{location}: {str(error).removeprefix('settings: ')}") from None
 
@@ -385,29 +386,3 @@ def _split_documents(
                 raise UserError(f"{location}: '{key}' is {top[key]!r} in one document and {value!r} in another")
             top[key] = value
     return top, [{k: v for k, v in document.items() if k in StepBlock.model_fields} for document in ordered]
-
-
-def _root(override: str) -> str:
-    return override.split("=")[0].split(".")[0].strip()
-
-
-def _assign(overrides: Sequence[str], names: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """Return the overrides of the whole recipe, and those of every step without their `steps.NAME.`."""
-    of_top: list[str] = []
-    of_steps: dict[str, list[str]] = {name: [] for name in names}
-    for override in overrides:
-        root, _, rest = override.partition(".")
-        if root == "steps" and "=" in rest:
-            name, _, key = rest.partition(".")
-            if name not in of_steps or not key:
-                target = name.split("=")[0]
-                raise UserError(f"override '{override}': no step is named '{target}'{nearest(target, names)}")
-            of_steps[name].append(key)
-        elif _root(override) in ("dtype", "out_dtype"):
-            of_steps[names[-1]].append(override)
-        elif "=" in override and _root(override) not in TopBlock.model_fields:
-            hint = nearest(_root(override), ["steps", *TopBlock.model_fields])
-            raise UserError(f"override '{override}': unknown key{hint} (a step's key: steps.{names[-1]}.KEY=VALUE)")
-        else:
-            of_top.append(override)
-    return of_top, [of_steps[name] for name in names]

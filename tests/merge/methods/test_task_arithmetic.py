@@ -43,7 +43,7 @@ def test_bfloat16_is_rounded_once():
 
 @pytest.mark.parametrize("method", ["ties", "sce", "linear"])
 def test_int8_mask_is_accepted_with_a_note(method):
-    recipe = {"merge_method": method, "base_model": "base", "models": ["a"], "parameters": {"int8_mask": True}}
+    recipe = {"merge_method": method, "base_model": "base", "models": ["base", "a"], "parameters": {"int8_mask": True}}
     assert read_recipe(recipe).notes == ("recipe: int8_mask has no effect: masks are never kept in memory whole",)
     assert "int8_mask" not in METHODS[method].parameters
     with pytest.raises(UserError, match="int8_mask: expected true or false, found 3"):

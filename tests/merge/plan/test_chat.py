@@ -114,7 +114,7 @@ def test_other_end_tokens_of_a_branch_are_noted(make, kind):
     models = {"base": make("base", generation=kind != "no generation config"), "a": make("a", CHATML, TURN_END)}
     if kind == "tokenizer cannot be read":
         for model in models.values():
-            (model.directory / "tokenizer.json").write_text("{")
+            (model.directory / "tokenizer.json").write_text("{}")
     notes = planned(ties("a"), **models).notes
     assert any("model 'a' ends an answer at" in note and TURN_END in note and "may not stop" in note for note in notes)
     assert any("the result has no chat template" in note and "chat_template: auto" in note for note in notes)

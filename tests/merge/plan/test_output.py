@@ -82,3 +82,21 @@ def test_space(tmp_path, monkeypatch):
     assert check_space(tmp_path / "a" / "out", 5000) == 5000
     with pytest.raises(UserError, match=r"out: the result takes 6\.0 KB, 5\.0 KB are free there"):
         check_space(tmp_path / "a" / "out", 6000)
+
+
+@pytest.mark.parametrize("place", ["closed/out", "closed/deep/out", "full", "left"])
+def test_a_place_that_may_not_be_written_is_refused_before_the_merge(save, tmp_path, monkeypatch, place):
+    """Whoever runs this may do all, so the rights that a directory's mode gives its owner are imitated."""
+    plain = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: plain(path, mode) and os.stat(path).st_mode & 0o200 > 0)
+    save("a", tensors())
+    (tmp_path / "closed").mkdir(mode=0o500)
+    for name in ("full", "left", ".left.replaced"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name).chmod(0o700 if name == "left" else 0o500)
+    named = {"full": "full may not be removed", "left": r"still in .*\.left\.replaced"}.get(place, "closed may not be")
+    for run in (lambda: list(check(read_recipe(soup("a")), place, True)), lambda: merge(soup("a"), place, True)):
+        with pytest.raises(UserError, match=f"{place}: cannot .*{named}.* choose another place"):
+            run()
+    list(check(read_recipe(soup("a")), "open", True))

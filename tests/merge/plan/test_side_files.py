@@ -27,11 +27,15 @@ LEFT_OUT = [
 ]  # fmt: skip
 
 
+def content(name):
+    return json.dumps({"text": f"the donor's {name}"}) if name.endswith(".json") else f"the donor's {name}"
+
+
 def put(folder, *names):
     for name in names:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"the donor's {name}")
+        path.write_text(content(name))
 
 
 def files(folder):
@@ -46,21 +50,21 @@ def test_small_files_come_along_and_weights_and_state_do_not(save, tmp_path):
     written = files(tmp_path / "out")
     assert written >= {*SMALL, "config.json"} and not written & {*LEFT_OUT, "only_here.json"} - {"README.md"}
     for name in SMALL:
-        assert (tmp_path / "out" / name).read_text() == f"the donor's {name}"
+        assert (tmp_path / "out" / name).read_text() == content(name)
     assert "the donor's" not in (tmp_path / "out/README.md").read_text()
 
 
 def test_links_of_a_cache_are_files_and_links_to_folders_are_not_followed(save, tmp_path):
     donor = save("a", tensors()).directory
-    put(tmp_path / "blobs", "4f2a", "inside/x.json")
-    os.symlink("../blobs/4f2a", donor / "processor_config.json")
+    put(tmp_path / "blobs", "4f2a.json", "inside/x.json")
+    os.symlink("../blobs/4f2a.json", donor / "processor_config.json")
     os.symlink("../blobs/inside", donor / "inside")
     os.symlink("nowhere", donor / "dangling.json")
     os.mkdir(donor / "loop")
     os.symlink("..", donor / "loop/up")
     merge(soup("a"), "out")
     assert not (tmp_path / "out/processor_config.json").is_symlink()
-    assert (tmp_path / "out/processor_config.json").read_text() == "the donor's 4f2a"
+    assert (tmp_path / "out/processor_config.json").read_text() == content("4f2a.json")
     assert not {name for name in files(tmp_path / "out") if "inside" in name or "loop" in name or "dangling" in name}
 
 

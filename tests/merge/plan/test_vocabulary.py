@@ -275,7 +275,7 @@ def test_another_tokenizer_behind_equal_shapes_is_noted_with_the_ids(make, token
 
 def test_tokenizers_that_cannot_be_read_are_compared_by_their_bytes(make):
     for name in "ab":
-        (make(name, 0, ["u", "x"]) / "tokenizer.json").write_text(f"not JSON, of {name}")
+        (make(name, 0, ["u", "x"]) / "tokenizer.json").write_text(json.dumps({"of": name}))
     assert any("tokenizer.json differs" in note for note in merge_rows(soup("a", "b"))[0].notes)
     for name in "ab":
         (open_checkpoint(name).directory / "tokenizer.json").unlink()

@@ -193,7 +193,18 @@ BAD = {
     ),
     "weights that cancel": (
         {"merge_method": "linear", "models": ["a", "b"], "parameters": {"weight": 0}},
-        "sum to 0",
+        "weight: 0, 0 sum to 0, which",
+    ),
+    "weights that nearly cancel": (
+        {
+            "merge_method": "linear",
+            "models": [{"model": "a", "parameters": {"weight": -0.3}}, {"model": "b", "parameters": {"weight": 0.3}}],
+        },
+        "weight: -0.3, 0.3 sum to 0, which",
+    ),
+    "weights too small": (
+        {"merge_method": "linear", "models": ["a", "b"], "parameters": {"weight": 1e-30}},
+        "weight: 1e-30, 1e-30 sum to 2e-30, too little for the merge to divide by; multiply all of them",
     ),
     "unknown dtype": ({**ARCEE, "dtype": "float8"}, "dtype"),
     "models and slices": (sliced([["a", 0, 2]], models=["a"]), "'models' and 'slices' both stand"),
