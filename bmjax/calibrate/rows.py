@@ -17,6 +17,7 @@ from bmjax.merge.recipe.calibration import CalibrationSettings
 from bmjax.merge.recipe.step import Step
 from bmjax.weights.student import Student
 
+MANY = 10  # times `held_out`: so many documents of `data` can spare those
 FEW = 8  # held-out documents of a domain; fewer of them judge little
 
 
@@ -66,8 +67,8 @@ def read_domains(step: Step, seed: int, student: Student) -> list[Domain]:
                 f"out (held_out); give more rows, lower it, or give held_out_data ({left_out})"
             )
         notes = [f"{label}: data: {line}" for line in _remarks(drawn, p.seq_len)]
-        # Rows of its own to judge by change the judge alone: the same documents are learned from, where there are many.
-        first = p.held_out if least or len(drawn.examples) > 2 * p.held_out else 0
+        # Rows of its own to judge by change the judge alone: the same documents are learned from, unless few would be.
+        first = p.held_out if least or len(drawn.examples) >= MANY * p.held_out else 0
         learned, held_out, judging = replace(drawn, examples=drawn.examples[first:]), drawn, p.held_out
         if held_out_source:
             others = _rows(held_out_source, f"{label}: held_out_data", columns)

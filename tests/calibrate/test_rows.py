@@ -65,8 +65,8 @@ def test_held_out_documents_are_not_among_the_learned(models, tmp_path):
 
 
 def test_held_out_data_changes_the_judge_alone(models, tmp_path):
-    (without, _), _ = read(models, tmp_path, sums(30, 5))
-    (with_it, _), _ = read(models, tmp_path, sums(30, 5), sums(20, 6), judged=7)
+    (without, _), _ = read(models, tmp_path, sums(60, 5))
+    (with_it, _), _ = read(models, tmp_path, sums(60, 5), sums(20, 6), judged=7)
     assert documents(with_it.learned) == documents(without.learned)
     assert len(documents(with_it.judged)) == 7 and not set(documents(with_it.judged)) & set(documents(without.judged))
     # Few rows are all learned from.
