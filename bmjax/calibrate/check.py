@@ -9,8 +9,9 @@ from pathlib import Path
 
 from bmjax.calibrate.fit import check_models, notes_of_templates
 from bmjax.calibrate.needs import Needs, needs_of
-from bmjax.calibrate.rows import Domain, notes_of_step, read_domains
+from bmjax.calibrate.rows import Domain, notes_of_judge, notes_of_rows, read_domains
 from bmjax.chat.forms import UNSUPPORTED
+from bmjax.chat.template import chat_template
 from bmjax.config import UserError
 from bmjax.io import hub
 from bmjax.io.rows import mapped, read_rows
@@ -42,11 +43,13 @@ def check_steps(plan: MergePlan) -> list[CheckedStep]:
         config = ModelConfig.from_dir(directory)
         _check_sizes(step, config)
         check_models(plan, step, config)
-        domains, notes = None, list[str]()
+        domains, notes = None, [*notes_of_judge(step)]
         if plan.recipe.tokenizer is None:
             domains, template = _read_rows(step, plan.recipe.seed, directory)
-            notes = [*notes_of_step(step, domains), *notes_of_templates(plan, step, template)]
+            notes += [*notes_of_rows(step, domains), *notes_of_templates(plan, step, template)]
         else:  # rows are tokenized when the result's tokenizer is there
+            if step.calibration.template is not None:
+                chat_template(None, step.calibration.template)
             for name, *sources, columns in zip(step.branches, step.data, step.held_out_data, step.columns, strict=True):
                 for key, rows in zip(("data", "held_out_data"), sources, strict=True):
                     if rows is not None:
@@ -70,7 +73,7 @@ def check_rows(recipe: Recipe, model: str | Path) -> list[str]:
             continue
         directory = hub.model_directory(model)
         _check_sizes(step, ModelConfig.from_dir(directory))
-        lines += notes_of_step(step, _read_rows(step, recipe.seed, directory)[0])
+        lines += [*notes_of_judge(step), *notes_of_rows(step, _read_rows(step, recipe.seed, directory)[0])]
     return lines
 
 

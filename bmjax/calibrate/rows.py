@@ -79,27 +79,41 @@ def read_domains(step: Step, seed: int, student: Student) -> list[Domain]:
             check_vocabulary(dataset, student.config.vocab_size, student.directory)
         of_the_judge = held_out.examples[:judging]
         judged = _unseen(of_the_judge, learned.examples)
-        notes += _notes_of_judge(label, len(of_the_judge), len(judged))
+        if len(judged) < len(of_the_judge):
+            notes.append(
+                f"{label}: {len(of_the_judge) - len(judged)} of {len(of_the_judge)} held-out documents occur among "
+                "those that are learned from, or twice: left out"
+            )
         if not judged:
             raise UserError(
                 f"{label}: all held-out documents occur among those that are learned from; give held_out_data, rows "
                 "that no model was trained on"
             )
         learned_rows = Loader(learned, p.seq_len, p.batch, True, True, seed)
-        notes += _notes_of_rows(label, step, p, learned_rows)
+        notes += _remarks_on_packed(label, step, p, learned_rows)
         held_out_rows = Loader(replace(held_out, examples=judged), p.seq_len, 1, True, False, seed)
         domains.append(Domain(learned_rows, held_out_rows, tuple(notes)))
     return domains
 
 
-def notes_of_step(step: Step, domains: Sequence[Domain]) -> Iterator[str]:
-    """Yield what a step has to say of its rows, a line each."""
+def notes_of_judge(step: Step) -> Iterator[str]:
+    """Yield a line where a step is judged by rows that its models may have been trained on."""
     held_out_data = step.held_out_data or (None,) * len(step.branches)
     if names := [f"'{name}'" for name, rows in zip(step.branches, held_out_data, strict=True) if rows is None]:
         yield (
             f"step '{step.name}': the held-out rows of {', '.join(names)} come from their data: if a model was trained "
             "on them, held-out losses are too low and judge badly; give held_out_data, rows that no model was trained "
             "on"
+        )
+
+
+def notes_of_rows(step: Step, domains: Sequence[Domain]) -> Iterator[str]:
+    """Yield what the rows of a step lack, a line each."""
+    counts = {name: len(domain.judged.dataset.examples) for name, domain in zip(step.branches, domains, strict=True)}
+    if few := [f"{count} of '{name}'" for name, count in counts.items() if count < FEW]:
+        yield (
+            f"step '{step.name}': few held-out documents judge little ({', '.join(few)}): what a stage gains has to be "
+            "told from noise by them; give more (held_out, or judged of held_out_data)"
         )
     for domain in domains:
         yield from domain.notes
@@ -128,20 +142,7 @@ def _unseen(held_out: Sequence[Example], learned: Sequence[Example]) -> list[Exa
     return unseen
 
 
-def _notes_of_judge(label: str, held_out: int, judged: int) -> Iterator[str]:
-    if judged < held_out:
-        yield (
-            f"{label}: {held_out - judged} of {held_out} held-out documents occur among those that are learned from, "
-            "or twice: left out"
-        )
-    if judged < FEW:
-        yield (
-            f"{label}: {judged} held-out documents judge little: what a stage gains has to be told from noise by them; "
-            "give more (held_out, or judged of held_out_data)"
-        )
-
-
-def _notes_of_rows(label: str, step: Step, p: CalibrationSettings, learned: Loader) -> Iterator[str]:
+def _remarks_on_packed(label: str, step: Step, p: CalibrationSettings, learned: Loader) -> Iterator[str]:
     texts = [example.tokens.tobytes() for example in learned.dataset.examples]
     if copies := len(texts) - len(set(texts)):
         yield f"{label}: data: {copies} of {len(texts)} documents are copies of others"

@@ -30,7 +30,7 @@ from bmjax.calibrate.learn import coefficients, held_out_losses, learn, polish
 from bmjax.calibrate.models import KEPT_BYTES, Models, Tree, checksums_of
 from bmjax.calibrate.progress import Progress
 from bmjax.calibrate.regmean import RegMean
-from bmjax.calibrate.rows import Domain, notes_of_step, read_domains
+from bmjax.calibrate.rows import Domain, notes_of_rows, read_domains
 from bmjax.calibrate.walk import Changes, Chooser, Contributions, Fixed, Stored, Work, walk
 from bmjax.io.atomic import replacing, write_atomic
 from bmjax.io.safetensors import INDEX, Plan, SharedWriter, open_checkpoint
@@ -210,7 +210,7 @@ def merge_step(
         # The rows, the models, and each model's part in the mean of the changes.
         if domains is None:
             domains = read_domains(step, seed, opened)
-            for line in notes_of_step(step, domains):
+            for line in notes_of_rows(step, domains):
                 log(line)
         calibration = data.read(step, p, seed, opened, mesh, domains)
         models = Models({name: directories[name] for name in step.reads}, config, mesh)

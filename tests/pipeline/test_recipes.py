@@ -62,7 +62,7 @@ def test_validation_rows_judge_a_merge_and_test_rows_are_not_read(folder, tmp_pa
     # What the rows lack is said before the branches are trained, and again with the merge.
     stages = [line for line in said if line.startswith("== ")]
     assert stages.index("== merge_rows") < stages.index("== branch/a")
-    assert any(line.startswith("merge/m: model 'a': ") and "judge little" in line for line in said)
+    assert any(line.startswith("merge/m: step 'merged': ") and "judge little" in line for line in said)
 
 
 def test_validation_rows_without_texts_judge_nothing(folder, tmp_path):
