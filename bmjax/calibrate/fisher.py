@@ -151,6 +151,8 @@ def squares(
             path = squares_file(folder, label, row.hf_key)
             mean = means[row.hf_key] = _save(path, row, np.asarray(kept.pop(row.path)))
             if not np.isfinite(mean):
+                for any_part in range(last + 2):  # a weight that is no number is named itself
+                    models.check_finite(any_part)
                 raise UserError(
                     f"along: fisher: model '{name}': the squared gradients of tensor '{row.hf_key}' are NaN or "
                     "infinite on the rows of its domain; its weights are too large to weigh it by them"

@@ -117,6 +117,17 @@ def test_another_chat_template_is_noted(models, tmp_path):
     assert not any("chat template" in line for line in same)
 
 
+@pytest.mark.parametrize("along", ["changes", "fisher", "regmean"])
+def test_a_weight_that_is_no_number_is_named_itself(models, tmp_path, along):
+    merge = variant(models, tmp_path)
+    merge |= {"merge_method": "learned", "parameters": merge["parameters"] | {"along": along}}
+    weights = tensors(tmp_path / "a")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 3] = np.nan
+    safetensors.numpy.save_file(weights, tmp_path / "a/model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"model 'a': tensor 'model.layers.1.mlp.up_proj.weight' holds NaN"):
+        dispatch.merge(merge, tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("method", "parameters"), [("regmean", {}), ("learned", {"along": "fisher"}), ("learned", {"along": "regmean"})]
 )
