@@ -26,7 +26,10 @@ __all__ = [
 
 
 # Keys that hold paths of files that bmjax reads or writes itself, on this machine or in a bucket.
-_PATH_KEYS = {"output", "student", "data", "model", "traces", "problems", "questions", "held_out", "sources", "train"}
+_PATH_KEYS = {
+    "output", "student", "data", "model", "traces", "problems", "questions", "held_out", "held_out_data", "sources",
+    "train",
+}  # fmt: skip
 
 
 class Settings(BaseModel):

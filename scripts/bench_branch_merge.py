@@ -35,8 +35,8 @@ SCALES = {"accuracy": (100, 1, ", %", "Accuracy"), "loss": (1, 4, "", "Held-out 
 FORWARD_ONLY = {"grams": 1 / 3, "held_out": 1 / 3, "distilling_teachers": 1 / 3}
 
 CALIBRATION = {
-    "start": 1.4, "off_diagonal": 1.0, "rows": 16, "batch": 2, "documents": 500, "held_out": 16, "seq_len": 128,
-    "remat": "none",
+    "start": 1.4, "off_diagonal": 1.0, "rows": 16, "batch": 2, "documents": 500, "held_out": 16, "judged": 128,
+    "seq_len": 128, "remat": "none",
 }  # fmt: skip
 MODELS = {"base_model": "backbone", "models": ["math", "code", "science"]}
 MERGES = {
@@ -48,7 +48,15 @@ MERGES = {
     "layerwise": {
         "merge_method": "layerwise",
         **MODELS,
-        "parameters": {"rows": 16, "batch": 2, "steps": 60, "documents": 500, "held_out": 16, "seq_len": 128},
+        "parameters": {
+            "rows": 16,
+            "batch": 2,
+            "steps": 60,
+            "documents": 500,
+            "held_out": 16,
+            "judged": 128,
+            "seq_len": 128,
+        },
     },
     "ties": {"merge_method": "ties", **MODELS, "parameters": {"weight": 1.0, "density": 0.5}},
 }

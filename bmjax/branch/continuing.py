@@ -42,9 +42,18 @@ class Predecessor:
             return f"{str(self.checkpoint).rsplit('/', 2)[0]}/metrics.jsonl"
         return Path(self.checkpoint).parents[1] / "metrics.jsonl"
 
-    def moments(self, abstract: Any) -> Any:
-        """Read Adam's moments. abstract: a pytree of jax.ShapeDtypeStruct with shardings."""
-        return load_part(self.checkpoint, {"moments": abstract})["moments"]
+    def moments(self, abstract: Any, student: str) -> Any:
+        """Read Adam's moments; UserError, which names the student, where they are those of another architecture.
+
+        abstract: a pytree of jax.ShapeDtypeStruct with shardings.
+        """
+        try:
+            return load_part(self.checkpoint, {"moments": abstract})["moments"]
+        except UserError:
+            raise UserError(
+                f"continue_from: {self.checkpoint}: holds no moments of the shapes of student '{student}': it is of a "
+                "student of other sizes, or damaged; go on with a student of the same sizes"
+            ) from None
 
 
 def predecessor(settings: TrainSettings) -> Predecessor | None:

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -50,6 +50,7 @@ class Encoding:
         turns: learn all answers of a conversation, or the last one only.
         ignore: keys of rows and turns to read as if they were absent.
         end_tokens: ids of which every answer must end with one; empty: an answer may end with any.
+        long_prompts: rows whose prompt alone fills seq_len are refused, or left out with a remark ('drop').
     """
 
     tokenizer: Any
@@ -59,6 +60,7 @@ class Encoding:
     turns: Turns = "all"
     ignore: Collection[str] = ()
     end_tokens: Collection[int] = ()
+    long_prompts: Literal["refuse", "drop"] = "refuse"
 
 
 @dataclass
@@ -126,7 +128,12 @@ def documents(rows: Iterable[Row], encoding: Encoding, tally: Tally) -> Iterator
     tally.digest.update(encoding.template.encode())
     location = first_without = None
     for location, tokens, mask in _tokenized(rows, encoding, tally):
-        if len(tokens) > seq_len:
+        is_long = len(tokens) > seq_len
+        if is_long and encoding.long_prompts == "drop" and mask[1:].any() and not mask[1:seq_len].any():
+            tally.remark(f"the prompt alone fills seq_len {seq_len}: left out", location)
+            tally.dropped += 1
+            continue
+        if is_long:
             if encoding.overlong == "error":
                 raise UserError(
                     f"{location}: {len(tokens)} tokens, seq_len is {seq_len}; "

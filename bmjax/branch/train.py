@@ -218,7 +218,7 @@ def _resume(run: Run, state: State, checkpoints: Checkpoints) -> tuple[State, in
     """
     latest = checkpoints.latest()
     if latest is None and run.earlier is not None:
-        moments = run.earlier.moments(abstract_of(state["moments"]))
+        moments = run.earlier.moments(abstract_of(state["moments"]), run.settings.student)
         run.log(f"going on from step {run.earlier.step} of {run.earlier.checkpoint}, with the weights of the student")
         return state | {"moments": moments}, run.earlier.step, run.earlier.meta["tokens"]
     if latest is None:

@@ -1,18 +1,15 @@
 """The calibration set: packed rows of every domain to learn from, and documents held out of them."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from bmjax.branch import examples
 from bmjax.branch.loader import Loader
-from bmjax.chat.forms import UNSUPPORTED
-from bmjax.config import UserError
-from bmjax.io.rows import mapped, read_rows
+from bmjax.calibrate.rows import Domain, read_domains
 from bmjax.merge.recipe.calibration import CalibrationSettings
 from bmjax.merge.recipe.recipe import Step
 from bmjax.model.batch import Batch
@@ -73,27 +70,15 @@ class Calibration:
         return jax.device_put(batch, sharding(self.mesh, ("batch", "length"), batch.tokens.shape))
 
 
-def read(step: Step, p: CalibrationSettings, seed: int, student: Student, mesh: Mesh) -> Calibration:
-    """Read the calibration set of a step with the settings `p`; UserError for rows that cannot be read, or too few.
+def read(
+    step: Step, p: CalibrationSettings, seed: int, student: Student, mesh: Mesh, domains: Sequence[Domain] | None = None
+) -> Calibration:
+    """Return the calibration set of a step with the settings `p`; UserError for rows that cannot be read, or too few.
 
     seed: which documents are drawn and held out, and their order. student: the base, opened with its template.
+    domains: the step's, where they are read.
     """
-    assert student.template is not None
-    loaders, held_out = [], []
-    for name, source, columns in zip(step.branches, step.data, step.columns, strict=True):
-        rows = list(mapped(read_rows(source, f"models.{name}.data"), columns, UNSUPPORTED))
-        if len(rows) <= p.held_out:
-            raise UserError(
-                f"models.{name}.data: {len(rows)} rows, {p.held_out} of them to be held out (held_out); "
-                "give more rows or lower it"
-            )
-        order = np.random.default_rng([seed, 2]).permutation(len(rows))[: max(p.documents, p.held_out + 1)]
-        drawn = [rows[i] for i in order]
-        dataset = examples.build_dataset(drawn, examples.Encoding(student.tokenizer, student.template, p.seq_len))
-        examples.check_vocabulary(dataset, student.config.vocab_size, student.directory)
-        judged, learned = dataset.examples[: p.held_out], dataset.examples[p.held_out :]
-        by_row = Loader(replace(dataset, examples=judged), p.seq_len, 1, True, False, seed)
-        all_rows = Loader(by_row.dataset, p.seq_len, len(by_row.rows), True, False, seed)
-        held_out.append(all_rows.at(0))
-        loaders.append(Loader(replace(dataset, examples=learned), p.seq_len, p.batch, True, True, seed))
-    return Calibration(mesh, loaders, held_out, {})
+    domains = read_domains(step, seed, student) if domains is None else domains
+    # All held-out rows of a domain are one batch.
+    held_out = [domain.judged.with_batch(len(domain.judged.rows)).at(0) for domain in domains]
+    return Calibration(mesh, [domain.learned for domain in domains], held_out, {})

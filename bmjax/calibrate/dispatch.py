@@ -8,17 +8,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bmjax.calibrate.needs import Needs, needs_of
-from bmjax.chat.forms import UNSUPPORTED
 from bmjax.config import UserError
-from bmjax.io.rows import mapped, read_rows
 from bmjax.log import Log, silent
 from bmjax.merge.plan.check import check as check_plan
 from bmjax.merge.plan.nodes import MergePlan, prepare
 from bmjax.merge.plan.output import check_space
 from bmjax.merge.plan.side_files import side_files
-from bmjax.merge.recipe.recipe import Recipe, Step, read_recipe
-from bmjax.model.config import ModelConfig
+from bmjax.merge.recipe.recipe import Recipe, read_recipe
 
 
 def merge(
@@ -56,16 +52,20 @@ def merge(
         recipe = read_recipe(recipe, overrides)
     _refuse_options(recipe, memory, device)
     plan = prepare(recipe, output, overwrite)
-    # Everything that can be known beforehand, before the first step takes its time.
-    if recipe.is_calibrated:
-        _check_space(plan, output, _check_steps(plan))
     say = log or silent
-    for line in plan.notes:
-        say(line)
     if recipe.is_calibrated:
         from bmjax.calibrate import steps
+        from bmjax.calibrate.check import check_steps  # loads jax, which a check of other recipes does not need
 
-        return steps.merge_steps(plan, Path(output), shard_bytes, say)
+        # Everything that can be known beforehand, before the first step takes its time.
+        checked = check_steps(plan)
+        _check_space(plan, output, max(of_step.needs.disk for of_step in checked))
+        for line in (*plan.notes, *(line for of_step in checked for line in of_step.notes)):
+            say(line)
+        domains = {of_step.step.name: of_step.domains for of_step in checked if of_step.domains is not None}
+        return steps.merge_steps(plan, Path(output), shard_bytes, say, domains)
+    for line in plan.notes:
+        say(line)
     from bmjax.merge.engine import files  # loads jax, which a check does not need
     from bmjax.parallel.start import keep_compiled_programs
 
@@ -90,17 +90,24 @@ def check(
     plan = prepare(recipe, output, overwrite, download=False)
     yield from check_plan(plan, output, memory=memory, shard_bytes=shard_bytes)
     if recipe.is_calibrated:
-        checked = _check_steps(plan)
-        for step, needs in checked:
-            for name, rows in zip(step.branches, step.data, strict=True):
-                yield f"read {rows if isinstance(rows, str) else ', '.join(rows)} for '{name}' of step '{step.name}'"
-            yield from needs.lines(step)
-        _check_space(plan, output, checked)
+        from bmjax.calibrate.check import check_steps
+
+        checked = check_steps(plan)
+        for of_step in checked:
+            step = of_step.step
+            for name, *sources in zip(step.branches, step.data, step.held_out_data, strict=True):
+                for rows, use in zip(sources, ("", " to judge by,"), strict=True):
+                    if rows is not None:
+                        listed = rows if isinstance(rows, str) else ", ".join(rows)
+                        yield f"read {listed}{use} for '{name}' of step '{step.name}'"
+            yield from of_step.needs.lines(step)
+        _check_space(plan, output, max(of_step.needs.disk for of_step in checked))
+        yield from (f"note: {line}" for of_step in checked for line in of_step.notes)
 
 
-def _check_space(plan: MergePlan, output: str | Path, steps: Sequence[tuple[Step, Needs]]) -> None:
+def _check_space(plan: MergePlan, output: str | Path, scratch: int) -> None:
     beside = side_files(plan.models[plan.recipe.donor].directory).nbytes
-    check_space(Path(output), plan.nbytes + beside + max(needs.disk for _, needs in steps))
+    check_space(Path(output), plan.nbytes + beside + scratch)
 
 
 def _refuse_options(recipe: Recipe, memory: int | None, device: str) -> None:
@@ -115,25 +122,3 @@ def _refuse_options(recipe: Recipe, memory: int | None, device: str) -> None:
     from bmjax.merge.engine.device import choose  # loads jax, which a check does not need otherwise
 
     choose(device, [step.method.name for step in recipe.steps])
-
-
-def _check_steps(plan: MergePlan) -> list[tuple[Step, Needs]]:
-    """Return what each step that looks at data needs; UserError for what one would refuse, known without a tensor."""
-    checked = []
-    for step in plan.recipe.steps:
-        if step.calibration is None:
-            continue
-        # The base's directory, or that of the model that its config comes from.
-        config = ModelConfig.from_dir(plan.models[plan.recipe.donor_of(step.donor)].directory)
-        if step.calibration.seq_len > config.max_length:
-            raise UserError(
-                f"step '{step.name}': seq_len: {step.calibration.seq_len} is more than the base's context of "
-                f"{config.max_length} tokens; lower it"
-            )
-        for name, rows, columns in zip(step.branches, step.data, step.columns, strict=True):
-            next(mapped(read_rows(rows, f"models.{name}.data"), columns, UNSUPPORTED))
-        read = [plan.models[name] for name in step.reads if name in plan.models]
-        stored = [info for model in read for info in model.tensors.values()]
-        itemsize = max((info.numpy_dtype.itemsize for info in stored), default=4)  # steps are stored in float32
-        checked.append((step, needs_of(step, config, itemsize if len(read) == len(step.reads) else 4)))
-    return checked

@@ -20,6 +20,7 @@ from bmjax.calibrate.hidden import Hidden
 from bmjax.calibrate.models import Index, Models, Tree, pieces
 from bmjax.calibrate.programs import Shares, advance, cast
 from bmjax.calibrate.progress import Progress
+from bmjax.config import UserError
 from bmjax.io.atomic import replacing_file
 from bmjax.merge.recipe.calibration import CalibrationSettings
 from bmjax.model import parts
@@ -148,10 +149,23 @@ def squares(
         means = {}
         for row in parts.rows(config, part):
             path = squares_file(folder, label, row.hf_key)
-            means[row.hf_key] = _save(path, row, np.asarray(kept.pop(row.path)))
+            mean = means[row.hf_key] = _save(path, row, np.asarray(kept.pop(row.path)))
+            if not np.isfinite(mean):
+                for any_part in range(last + 2):  # a weight that is no number is named itself
+                    models.check_finite(any_part)
+                raise UserError(
+                    f"along: fisher: model '{name}': the squared gradients of tensor '{row.hf_key}' are NaN or "
+                    "infinite on the rows of its domain; its weights are too large to weigh it by them"
+                )
         if part:
             gradient.flush(part)
         progress.put(f"{label}/backward/{part}", means)
+    every_mean = [mean for part in range(last + 2) for mean in progress.get(f"{label}/backward/{part}").values()]
+    if not any(every_mean):
+        raise UserError(
+            f"along: fisher: model '{name}': all squared gradients are 0 on the rows of its domain, from tensor "
+            f"'{parts.rows(config, last + 1)[0].hf_key}' on; its weights are too large, or none decides what it writes"
+        )
 
 
 def _over_rows(add: Callable[..., Any], kept: Any, *arrays: Any) -> tuple[Any, Any]:

@@ -18,6 +18,7 @@ import optax
 
 from bmjax.calibrate.data import Calibration
 from bmjax.calibrate.hidden import Hidden
+from bmjax.calibrate.judge import Loss, by_document
 from bmjax.calibrate.models import Tree
 from bmjax.calibrate.programs import Shares, layer, merge_part, pull_back_layer, pull_back_part
 from bmjax.calibrate.programs import embed as embed_tokens
@@ -170,23 +171,32 @@ def _embedding_gradient(config: ModelConfig, dtype: Any, batch: Batch[jax.Array]
     return gradient
 
 
-def _nats(
-    config: ModelConfig, params: Tree, batch: Batch[jax.Array], domains: int, dtype: str, remat: Remat
-) -> jax.Array:
-    """Return the mean over domains of nats a target token; the batch's rows are those of one domain after another."""
+def _hidden_and_head(
+    config: ModelConfig, params: Tree, batch: Batch[jax.Array], dtype: str, remat: Remat
+) -> tuple[jax.Array, jax.Array]:
+    """Return the final hidden states [B, T, D] and the head [D, V], both in `dtype`."""
     weights = jax.tree.map(lambda a: a.astype(dtype), params)
     model = qwen2.Qwen2(config, jnp.dtype(dtype), remat)
     hidden: Any = model.apply({"params": weights}, batch.tokens, batch.segment_ids, None)[0]
-    labels, shares = targets_by_domain(batch, domains)
-    return loss.cross_entropy_sum(hidden, qwen2.head_weight(config, weights), labels, shares)
+    return hidden, qwen2.head_weight(config, weights)
 
 
-_judge = turns.jit(_nats, static_argnums=(0, 3, 4, 5))
+@functools.partial(turns.jit, static_argnums=(0, 3))
+def _losses_by_token(
+    config: ModelConfig, params: Tree, batch: Batch[jax.Array], dtype: str
+) -> tuple[jax.Array, jax.Array]:
+    """Return the loss at every position, and which positions are judged; both float32 [B, T]."""
+    labels, mask = loss.next_token_targets(batch)
+    return loss.cross_entropy_by_token(*_hidden_and_head(config, params, batch, dtype, "none"), labels), mask
 
 
-def held_out_losses(config: ModelConfig, params: Tree, calibration: Calibration, dtype: str) -> list[float]:
-    """Return the nats a target token of each domain's held-out documents, under a model that is whole in memory."""
-    return [float(_judge(config, params, batch, 1, dtype, "none")) for batch in calibration.judged()]
+def held_out_losses(config: ModelConfig, params: Tree, calibration: Calibration, dtype: str) -> list[Loss]:
+    """Return the loss of each domain's held-out documents, under a model that is whole in memory."""
+    losses = []
+    for batch in calibration.judged():
+        nats, mask = _losses_by_token(config, params, batch, dtype)
+        losses.append(by_document(nats, mask, batch.segment_ids))
+    return losses
 
 
 @turns.jit
@@ -226,7 +236,9 @@ def _step(
 
     def nats(candidate: Tree) -> jax.Array:
         held = jax.tree.map(lambda m, leaf: jnp.where(m, leaf, jax.lax.stop_gradient(leaf)), moving, candidate)
-        return _nats(config, held, batch, domains, dtype, remat)
+        return loss.cross_entropy_sum(
+            *_hidden_and_head(config, held, batch, dtype, remat), *targets_by_domain(batch, domains)
+        )
 
     updates, moments = _CLIPPED_ADAM.update(jax.grad(nats)(params), moments)
     return jax.tree.map(lambda leaf, u: leaf - rate * u, params, updates), moments

@@ -78,10 +78,11 @@ def needs_of(step: Step, config: ModelConfig, itemsize: int) -> Needs:
         # Two models, gradients and two moments; for each branch its head, and its states on the rows of all steps.
         teachers = branches * computed * config.hidden_size * (p.distill * p.batch * p.seq_len + config.vocab_size)
         memory = max(memory, 4 * 5 * spec.count(config) + teachers * bool(p.distill))
+    judged = sum(p.judged if rows else p.held_out for rows in step.held_out_data or (None,) * branches)
     # Disk: the states of rows between layers, and what is kept of the contributions.
     width = p.seq_len * config.hidden_size * computed
     streams = (p.along == "regmean") + 2 * layerwise + (p.along == "fisher")
-    disk = 2 * branches * p.rows * width * streams + 2 * 3 * branches * p.held_out * width
+    disk = 2 * branches * p.rows * width * streams + 2 * 3 * judged * width
     everything = spec.count(config)
     if p.along == "fisher":
         disk += branches * p.rows * width * (config.num_layers + 2) + 4 * branches * everything
@@ -91,4 +92,4 @@ def needs_of(step: Step, config: ModelConfig, itemsize: int) -> Needs:
         disk += branches * p.batch * width * (config.num_layers + 2)
     if p.polish or p.distill:
         disk += 4 * everything
-    return Needs(tokens, branches * p.held_out, memory, disk)
+    return Needs(tokens, judged, memory, disk)

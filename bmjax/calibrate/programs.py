@@ -40,7 +40,7 @@ def cast(dtype: Any, params: Any) -> Any:
 
 embed = functools.partial(turns.jit, static_argnums=(0, 3))(parts.embed)
 layer = functools.partial(turns.jit, static_argnums=0)(parts.layer)
-loss_sum = functools.partial(turns.jit, static_argnums=0)(parts.loss_sum)
+losses_by_token = functools.partial(turns.jit, static_argnums=0)(parts.losses_by_token)
 
 
 def advance(config: ModelConfig, part: int, params: Tree, hidden: Hidden, dtype: Any) -> None:

@@ -41,6 +41,10 @@ class Inputs:
     rows_TD: np.ndarray | None = None  # float32
     gram_DD: np.ndarray | None = None  # float32
 
+    def is_finite(self) -> bool:
+        """Return whether all of it, and its squares, are numbers."""
+        return all(np.isfinite(x).all() for x in (self.diagonal(), self.gram_DD) if x is not None)
+
     def diagonal(self) -> np.ndarray:
         """Return the mean square of every entry, float64."""
         if self.rows_TD is not None:
@@ -146,13 +150,20 @@ class RegMean:
         config, p = self._models.config, self._p
         base, *branches = models
         measured = []
-        for stream, branch in zip(self._streams, branches, strict=True):
+        for model, stream, branch in zip(self._models.branches, self._streams, branches, strict=True):
             params = cast(p.compute_dtype, branch) if part <= config.num_layers else {}
             if not 1 <= part <= config.num_layers:
                 if part == 0:
                     advance(config, part, params, stream, jnp.dtype(p.compute_dtype))
                 continue
             measured.append(self._inputs(part, params, stream))
+            for name, inputs in measured[-1].items():
+                if not inputs.is_finite():
+                    key = next(row.hf_key for row in parts.rows(config, part) if row.path[-2:] == (name, "kernel"))
+                    raise UserError(
+                        f"regmean: model '{model}': the inputs of tensor '{key}' on the rows of its domain, or their "
+                        "squares, are NaN or infinite; its weights are too large to be merged by them"
+                    )
             del params
         shares: dict[tuple[str, ...], list[jax.Array]] = {}
         for name in measured[0] if measured else ():

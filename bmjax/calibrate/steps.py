@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -21,14 +21,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bmjax.calibrate import data
+from bmjax.calibrate import data, judge
 from bmjax.calibrate.distill import distill
 from bmjax.calibrate.fisher import Fisher
+from bmjax.calibrate.judge import Loss
 from bmjax.calibrate.layerwise import Layerwise
 from bmjax.calibrate.learn import coefficients, held_out_losses, learn, polish
 from bmjax.calibrate.models import KEPT_BYTES, Models, Tree, checksums_of
 from bmjax.calibrate.progress import Progress
 from bmjax.calibrate.regmean import RegMean
+from bmjax.calibrate.rows import Domain, notes_of_rows, read_domains
 from bmjax.calibrate.walk import Changes, Chooser, Contributions, Fixed, Stored, Work, walk
 from bmjax.io.atomic import replacing, write_atomic
 from bmjax.io.safetensors import INDEX, Plan, SharedWriter, open_checkpoint
@@ -51,8 +53,13 @@ from bmjax.weights import hf, student
 STEPS = ".steps"  # hidden, so that no folder of the donor's has this name
 
 
-def merge_steps(plan: MergePlan, output: Path, shard_bytes: float, log: Log) -> dict[str, Any]:
-    """Carry out the steps in order and write the last one's result to `output`; returns the report."""
+def merge_steps(
+    plan: MergePlan, output: Path, shard_bytes: float, log: Log, domains: Mapping[str, Sequence[Domain]]
+) -> dict[str, Any]:
+    """Carry out the steps in order and write the last one's result to `output`; returns the report.
+
+    domains: the rows of steps that look at data, by the steps' names; a step without them reads its own.
+    """
     recipe, inputs = plan.recipe, {name: model.directory for name, model in plan.models.items()}
     last = recipe.steps[-1]
     dtype = recipe.dtype or hf.stored_dtype(inputs[recipe.donor]).name
@@ -80,7 +87,7 @@ def merge_steps(plan: MergePlan, output: Path, shard_bytes: float, log: Log) -> 
             models = {name: {**inputs, **temporary}[name] for name in step.models}
             stats, results = merge_step(
                 step, models, target, dtype=dtype if step is last else "float32", seed=recipe.seed,
-                shard_bytes=shard_bytes, log=log,
+                shard_bytes=shard_bytes, log=log, domains=domains.get(step.name),
             )  # fmt: skip
             return {"summary": report([step], stats), "results": results}
 
@@ -169,7 +176,7 @@ def _until(recipe: Recipe, step: Step, temporary: Mapping[str, Path]) -> Recipe:
 def _fingerprint(plan: MergePlan, shard_bytes: float) -> str:
     """Return a hash of what must be the same for an unfinished merge to go on."""
     recipe = plan.recipe
-    data = [source for step in recipe.steps for rows in step.data for source in ([rows] if isinstance(rows, str) else rows)]  # fmt: skip # noqa: E501
+    data = [name for step in recipe.steps for name in step.files_of_rows]
     templates = [step.calibration.template for step in recipe.steps if step.calibration and step.calibration.template]
     names = [*(str(model.directory) for model in plan.models.values()), *data, *templates]
     devices = [jax.default_backend(), jax.device_count()]
@@ -179,13 +186,16 @@ def _fingerprint(plan: MergePlan, shard_bytes: float) -> str:
 
 
 def merge_step(
-    step: Step, directories: Mapping[str, Path], output: Path, *, dtype: str, seed: int, shard_bytes: float, log: Log
-) -> tuple[dict[str, TensorStats], dict[str, Any]]:
+    step: Step, directories: Mapping[str, Path], output: Path, *, dtype: str, seed: int, shard_bytes: float, log: Log,
+    domains: Sequence[Domain] | None = None,
+) -> tuple[dict[str, TensorStats], dict[str, Any]]:  # fmt: skip
     """Carry out a step and write its result as a Hugging Face directory.
 
     The models are read part by part, see walk.py; polishing and distilling alone hold the result and its moments in
-    memory. What is learned is kept only if it lowers the mean over domains of the held-out loss, and so are the
+    memory. What is learned is kept only if it lowers the held-out loss by more than noise, see judge.py, and so are the
     polishing and the distilling steps. When it was killed it goes on after the last finished layer.
+
+    domains: the step's rows, where they are read.
 
     Returns the statistics of every tensor, the further keys of merge_report.json (held_out_loss, kept, tokens,
     layer_distance), and the checksums of the models' tensors.
@@ -198,7 +208,11 @@ def merge_step(
         scratch = folder / "scratch"
         progress = Progress(scratch / "progress.jsonl")
         # The rows, the models, and each model's part in the mean of the changes.
-        calibration = data.read(step, p, seed, opened, mesh)
+        if domains is None:
+            domains = read_domains(step, seed, opened)
+            for line in notes_of_rows(step, domains):
+                log(line)
+        calibration = data.read(step, p, seed, opened, mesh, domains)
         models = Models({name: directories[name] for name in step.reads}, config, mesh)
         contributions = _contributions(models, calibration, p, scratch, progress)
         held_out = calibration.judged_in_batches(p.batch)
@@ -208,7 +222,7 @@ def merge_step(
         plan = hf.tensor_plan(config, np.float32 if finishes else stored_as)
         written = scratch / "unfinished" if finishes else folder
         written.mkdir(exist_ok=True)
-        losses: dict[str, list[float]] = {}
+        losses: dict[str, list[Loss]] = {}
 
         def walked(label: str, chooser: Chooser, write: bool, **judge: str) -> dict[str, TensorStats]:
             """Walk over the models with the coefficients of `chooser`; returns the statistics."""
@@ -223,13 +237,10 @@ def merge_step(
             return stats
 
         def is_better(stage_name: str) -> bool:
-            loss, best = np.mean(losses[stage_name]), np.mean(losses[kept])
-            if loss < best:
-                return True
-            log(
-                f"{stage_name}: held-out loss {loss:.4f} is not below {best:.4f} ({kept}); not kept"
-            )  # NaN is not, either
-            return False
+            reason = judge.fault(step.branches, losses[kept], losses[stage_name])
+            if reason is not None:
+                log(f"{stage_name}: {reason}; not kept ({kept} is)")
+            return reason is None
 
         # The start, and what is learned. The start is written only if nothing better follows.
         start = Fixed(lambda part: [coefficients(parts.rows(config, part), p.start, "tensor") for _ in step.branches])
@@ -260,10 +271,18 @@ def merge_step(
             stats = _moved(step, config, stats, base, params)
             plan = hf.tensor_plan(config, stored_as)
             _write(folder, params, config, plan, shard_bytes)
+        if worse := judge.worse_than_base(step.branches, losses["base"], losses[kept]):
+            log(
+                f"{kept}: held-out loss is above the base's ({worse}): in these domains the merge is worse than "
+                f"'{step.base}', and is written all the same"
+            )
         hf.finish_directory(folder, opened.hf_config, plan, opened.directory)
         progress.close()
         shutil.rmtree(scratch)
-    by_stage = {name: dict(zip(step.branches, values, strict=True)) for name, values in losses.items()}
+    by_stage = {
+        name: {branch: loss.mean for branch, loss in zip(step.branches, of_stage, strict=True)}
+        for name, of_stage in losses.items()
+    }
     results = {"held_out_loss": by_stage, "kept": kept, "tokens": calibration.tokens, **more}
     return stats, results | {"checksums": models.checksums}
 

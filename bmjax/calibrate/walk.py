@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bmjax.calibrate.hidden import Batches, Hidden, save_array
+from bmjax.calibrate.judge import Loss, by_document, joined
 from bmjax.calibrate.models import Index, Models, Tree, piece, pieces
 from bmjax.calibrate.programs import (
     Shares,
@@ -21,7 +22,7 @@ from bmjax.calibrate.programs import (
     assemble,
     cast,
     chunks,
-    loss_sum,
+    losses_by_token,
     merge_chunk_with_sums,
     merge_part,
 )
@@ -120,15 +121,16 @@ class Judged:
         for stream in self._streams:
             advance(self._config, part, weights, stream, jnp.dtype(self._dtype))
 
-    def losses(self, params: Tree) -> list[float]:
-        """Return nats a target token of each domain. params: of the final norm and the matrix that is the head."""
+    def losses(self, params: Tree) -> list[Loss]:
+        """Return the loss of each domain. params: of the final norm and the matrix that is the head."""
         weights, losses = cast(self._dtype, params), []
         for stream in self._streams:
-            sums = np.zeros(2)
+            of_batches = []
             for i, batch in enumerate(stream.batches):
                 states = stream.read(self._config.num_layers + 1, i)
-                sums += [float(x) for x in loss_sum(self._config, weights, states, batch)]
-            losses.append(float(sums[0] / max(sums[1], 1.0)))
+                nats, mask = losses_by_token(self._config, weights, states, batch)
+                of_batches.append(by_document(nats, mask, batch.segment_ids))
+            losses.append(joined(of_batches))
         return losses
 
     def flush(self, position: int) -> None:
@@ -154,7 +156,7 @@ class Work:
 
 def walk(
     work: Work, label: str, chooser: Chooser, writer: SharedWriter | None, dtype: Any, judge: dict[str, str]
-) -> tuple[dict[str, TensorStats], dict[str, list[float]]]:
+) -> tuple[dict[str, TensorStats], dict[str, list[Loss]]]:
     """Merge one part after another.
 
     Arguments:
@@ -167,7 +169,7 @@ def walk(
     models, config, progress = work.models, work.models.config, work.progress
     judged = {kind: Judged(work.folder, f"{label}-{kind}", models, work.held_out, work.p.compute_dtype)
               for kind in judge}  # fmt: skip
-    losses: dict[str, list[float]] = {}
+    losses: dict[str, list[Loss]] = {}
     stats: dict[str, TensorStats] = {}
     for part in range(parts.count(config)):
         key, last = f"{label}/{part}", part == parts.count(config) - 1
@@ -185,7 +187,8 @@ def walk(
             stats[name] = {work.step.name: Stats.read(plain)}
         for name, checksums in finished["checksums"].items():
             models.checksums[name] |= checksums
-        losses |= finished["losses"]
+        for name, plain in finished["losses"].items():
+            losses[name] = [Loss.read(of_domain) for of_domain in plain]
     return stats, losses
 
 
@@ -222,7 +225,7 @@ def _merge_part(
     merged = unflatten(leaves.items())
     del shares, leaves
     # The rows that go through it.
-    losses: dict[str, list[float]] = {}
+    losses: dict[str, Any] = {}
     known = {"base": loaded[0], "merged": merged}
     if not last:
         for kind, of_model in judged.items():
@@ -234,7 +237,7 @@ def _merge_part(
             params = known.pop(kind)
             if config.tied:
                 params |= _embedding(work, chooser, kind)
-            losses[judge[kind]] = of_model.losses(params)
+            losses[judge[kind]] = [loss.plain() for loss in of_model.losses(params)]
     checksums = {
         name: {row.hf_key: known_sums[row.hf_key] for row in parts.rows(config, part) if row.hf_key in known_sums}
         for name, known_sums in models.checksums.items()

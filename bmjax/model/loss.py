@@ -47,9 +47,34 @@ def cross_entropy_sum(h_BTD: Array, w_DV: Array, labels_BT: Array, mask_BT: Arra
     return _loss_and_gradients(h_BTD, w_DV, labels_BT, mask_BT, False, False)[0]
 
 
-def _sums_of_chunk(split: Layout, h, w, labels, mask, gradient: bool, train_head: bool) -> Any:
-    """Return ((loss, dw), dh) of a chunk: dw [D, V] float32, dh [n, D] of the local vocabulary; None if not wanted."""
-    # h [n, D], w [D, V], labels and mask [n]
+def cross_entropy_by_token(h_BTD: Array, w_DV: Array, labels_BT: Array) -> Array:
+    """Compute -log p(label) at every position in nats, float32 [B, T], without gradients; logits chunk by chunk."""
+    split = layout(labels_BT.shape, w_DV.shape, ("embed", "vocab"))
+
+    def local(h, w, labels) -> Any:
+        # h [B/(data fsdp), T/context, D], w [D/(fsdp context), V/tensor], labels [B/(data fsdp), T/context]
+        if split.embed:
+            w = lax.all_gather(w, split.embed, axis=0, tiled=True)  # [D, V/tensor]
+        chunks = _chunk_count(labels.size, w.shape[1])
+
+        def split_up(x: Array) -> Array:  # [N, ...] -> [chunks, n, ...], zero-padded
+            x = jnp.pad(x, [(0, -len(x) % chunks)] + [(0, 0)] * (x.ndim - 1))
+            return x.reshape(chunks, -1, *x.shape[1:])
+
+        rows = split_up(h.reshape(-1, h.shape[-1])), split_up(labels.reshape(-1))
+        nats = lax.map(lambda chunk: _nats_of_chunk(split, chunk[0], w, chunk[1])[0], rows)
+        return nats.reshape(-1)[: labels.size].reshape(labels.shape)
+
+    h_spec = PartitionSpec(*split.tokens, None)
+    nats_BT: Array = on_each_device(local, (h_spec, split.matrix, split.tokens), split.tokens)(
+        h_BTD, w_DV, jnp.asarray(labels_BT)
+    )
+    return nats_BT
+
+
+def _nats_of_chunk(split: Layout, h, w, labels) -> Any:
+    """Return -log p(label) [n], the exponentials [n, V], their sums [n, 1], and the labels in the local vocabulary."""
+    # h [n, D], w [D, V], labels [n]
     z_NV = jnp.einsum("nd,dv->nv", h, w, preferred_element_type=jnp.float32)
     largest = jnp.max(z_NV, axis=-1, keepdims=True)
     if split.vocab:
@@ -61,7 +86,14 @@ def _sums_of_chunk(split: Layout, h, w, labels, mask, gradient: bool, train_head
     if split.vocab:
         label_logit = jnp.where((labels >= 0) & (labels < w.shape[1]), label_logit, 0.0)
         total, label_logit = lax.psum((total, label_logit), split.vocab)
-    loss = jnp.sum((jnp.log(total[:, 0]) + largest[:, 0] - label_logit) * mask)
+    return jnp.log(total[:, 0]) + largest[:, 0] - label_logit, e_NV, total, labels
+
+
+def _sums_of_chunk(split: Layout, h, w, labels, mask, gradient: bool, train_head: bool) -> Any:
+    """Return ((loss, dw), dh) of a chunk: dw [D, V] float32, dh [n, D] of the local vocabulary; None if not wanted."""
+    # h [n, D], w [D, V], labels and mask [n]
+    nats, e_NV, total, labels = _nats_of_chunk(split, h, w, labels)
+    loss = jnp.sum(nats * mask)
     if not gradient:
         return (loss, None), None
     scale = mask[:, None] / total  # dz = e * scale - onehot * mask

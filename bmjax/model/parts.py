@@ -112,6 +112,16 @@ def loss_sum(config: ModelConfig, params: Tree, x_BTD: Array, batch: Batch[Array
     return weighted_loss(config, params, x_BTD, labels, mask), jnp.sum(mask)
 
 
+def losses_by_token(config: ModelConfig, params: Tree, x_BTD: Array, batch: Batch[Array]) -> tuple[Array, Array]:
+    """Return the next-token loss in nats at every position, and which positions are judged; both float32 [B, T].
+
+    Arguments as of `loss_sum`; there is no gradient.
+    """
+    labels, mask = loss.next_token_targets(batch)
+    hidden: Any = _FinalNorm(config).apply({"params": {"final_norm": params["final_norm"]}}, x_BTD)
+    return loss.cross_entropy_by_token(hidden, qwen2.head_weight(config, params), labels), mask
+
+
 def weighted_loss(config: ModelConfig, params: Tree, x_BTD: Array, labels_BT: Array, weights_BT: Array) -> Array:
     """Return the sum of weight * loss in nats over a batch's positions, float32; arguments as of `loss_sum`."""
     hidden: Any = _FinalNorm(config).apply({"params": {"final_norm": params["final_norm"]}}, x_BTD)

@@ -14,7 +14,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from typing import Any
 from bmjax.branch.settings import SAME_RESULT, Training, TrainSettings
 from bmjax.branch.train import train
 from bmjax.calibrate import dispatch
-from bmjax.config import UserError, nearest
+from bmjax.config import UserError
 from bmjax.evaluate.run import evaluate
 from bmjax.evaluate.settings import EvalSettings, TaskSettings
 from bmjax.io import hub
@@ -31,8 +30,8 @@ from bmjax.io.rows import read_rows
 from bmjax.io.states import file_states
 from bmjax.log import Log, write_line
 from bmjax.merge.engine.files import REPORT
-from bmjax.merge.recipe.recipe import Recipe, read_recipe
-from bmjax.pipeline import rounds, sizes, student, traces
+from bmjax.merge.recipe.recipe import Recipe
+from bmjax.pipeline import recipes, rounds, sizes, student, traces
 from bmjax.pipeline.cards import write_results
 from bmjax.pipeline.results import Model, Round, build_report, choose
 from bmjax.pipeline.rows import DomainRows, measures
@@ -133,40 +132,7 @@ class Experiment:
         return Model(name, str(self.directory / name / "hf"), name, f"{name}/metrics.jsonl")
 
     def _recipe(self, name: str, part: Round, dtype: str | None = None) -> Recipe:
-        """Return a merge's recipe with its sources and, where it looks at data, with rows, seed and template.
-
-        The sources are backbone, the branches by their domains, and NAME_importances of branches that write them.
-
-        part: the round whose branches are merged; its start is the recipe's `backbone`. dtype: of the result, unless
-        the recipe says it.
-        """
-        settings, keys = self.settings, self.settings.merges[name]
-        sources = {
-            f"{domain}_importances": str(Path(model.hf).with_name("importances"))
-            for domain, model in part.branches.items()
-            if settings.branch_training(domain).importances
-        }
-        sources |= {"backbone": part.start.hf} | {domain: model.hf for domain, model in part.branches.items()}
-        if dtype is not None and not keys.keys() & {"dtype", "out_dtype"}:
-            keys = keys | {"dtype": dtype}
-        if "sources" in keys:
-            raise UserError(f"merges.{name}: sources are given by the run (backbone and the domains); remove the key")
-        try:
-            data = {domain: str(rows.file("train")) for domain, rows in self.rows.items()}
-            recipe = read_recipe(keys | {"sources": sources}, data=data)
-        except UserError as error:
-            raise UserError(f"merges.{name}: {str(error).removeprefix('recipe: ')}") from None
-        for model in recipe.inputs:
-            if model not in sources:
-                raise UserError(f"merges.{name}: no model is named '{model}'{nearest(model, list(sources))}")
-        if not recipe.is_calibrated:
-            return recipe
-        steps = list(recipe.steps)
-        for i, step in enumerate(steps):
-            if step.calibration is not None and "template" not in step.calibration.model_fields_set:
-                calibration = step.calibration.model_copy(update={"template": settings.template})
-                steps[i] = replace(step, calibration=calibration)
-        return replace(recipe, steps=tuple(steps), seed=recipe.seed + settings.seed)
+        return recipes.recipe_of(self.settings, name, part, self.rows, dtype)
 
     def stages(self) -> list[Stage]:
         """Return all stages in the order in which they are run."""
@@ -176,6 +142,7 @@ class Experiment:
             *(self._teach(rows) for rows in self.rows.values() if rows.domain.train is None),
             *(self._new_backbone(training) for training in [settings.backbone] if training is not None),
             *([self._sizes()] if sizes.are_missing(settings) else []),
+            *([self._merge_rows()] if any(recipe.is_calibrated for recipe in self.recipes.values()) else []),
             *(stage for number in range(1, settings.rounds) for stage in self._round(number)),
             *(self._branch(name, settings.rounds) for name in domains),
             self._train(self.mixture, domains, self._mixture_training),
@@ -213,6 +180,25 @@ class Experiment:
         folder = self.directory / name
         work, plan = partial(traces.teach, rows, folder), partial(traces.describe, rows, folder)
         return Stage(name, inputs, (f"data/{rows.name}",), tuple(outputs), work, plan)
+
+    def _merge_rows(self) -> Stage:
+        """Return the stage that reads what merges will look at: what they refuse is told before a branch is trained."""
+        looking = {name: recipe for name, recipe in self.recipes.items() if recipe.is_calibrated}
+        start, log = self.backbone.hf, self.log
+
+        def check() -> list[str]:
+            return recipes.check_rows({name: self._recipe(name, self.rounds[0]) for name in looking}, start)
+
+        def plan() -> list[str]:
+            if not all(path.exists() for path in needed):
+                return ["its rows are checked when they and the backbone are there"]
+            return [f"note: {line}" for line in check()]
+
+        files = [rows.file(split) for rows in self.rows.values() for split in recipes.SPLITS]
+        needed = [*files, *([Path(start) / "config.json"] if self.backbone.made_by else [])]
+        inputs = [[self.settings.merges[name] for name in looking], *self._external(), self.settings.seed]
+        after = (*self.backbone.made_by, *recipes.row_stages(self.rows))
+        return Stage("merge_rows", lambda: inputs, after, (), lambda: [log(line) for line in check()], plan)
 
     # Trainings
 
@@ -321,31 +307,34 @@ class Experiment:
         def work() -> None:
             recipe, merged = self._recipe(merge, part, "float32"), self.directory / name / "merged" / "hf"
             if not (merged / REPORT).exists():
-                dispatch.merge(recipe, merged, overwrite=True, log=self.log if recipe.is_calibrated else None)
+                dispatch.merge(recipe, merged, overwrite=True, log=self.log)
             earlier_start = self.rounds[number - 2].start.hf if number > 1 else None
             rounds.outer_step(settings, number, self.directory, part.start.hf, earlier_start)
 
         after = (*(model.name for model in part.branches.values()), *part.start.made_by)
+        if self.recipes[merge].is_calibrated:
+            after += recipes.row_stages(self.rows)
         inputs = [settings.merges[merge], settings.outer_rate, settings.outer_momentum, *self._external()]
         outputs = tuple(f"{name}/{folder}" for folder in rounds.folders(settings, number))
         return [
             *(self._branch(domain, number) for domain in settings.domains),
-            Stage(name, lambda: inputs, after, outputs, work),
+            Stage(name, lambda: inputs, after, outputs, work, lambda: recipes.notes(self.recipes[merge])),
             self._score(self.rounds[number].start, "validation", loss_only=True),
         ]
 
     def _merge(self, name: str) -> Stage:
         recipe, output, part = self.recipes[name], Path(self.merges[name].hf), self.rounds[-1]
-        log = self.log if recipe.is_calibrated else None
 
         def work() -> None:
             # Models between rounds are float32; the result is stored as the backbone is.
             dtype = None if self.settings.rounds == 1 else stored_dtype(hub.model_directory(self.backbone.hf)).name
-            dispatch.merge(self._recipe(name, part, dtype), output, overwrite=True, log=log)
+            dispatch.merge(self._recipe(name, part, dtype), output, overwrite=True, log=self.log)
 
         after = (*(model.name for model in part.branches.values()), *part.start.made_by)
+        if recipe.is_calibrated:
+            after += recipes.row_stages(self.rows)
         inputs = [self.settings.merges[name], *self._external()]
-        return Stage(f"merge/{name}", lambda: inputs, after, (f"merges/{name}",), work)
+        return Stage(f"merge/{name}", lambda: inputs, after, (f"merges/{name}",), work, lambda: recipes.notes(recipe))
 
     def _score(self, model: Model, split: str, loss_only: bool = False) -> Stage:
         settings = self.settings

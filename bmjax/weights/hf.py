@@ -62,16 +62,24 @@ def open_params(directory: str | Path, config: ModelConfig) -> Checkpoint:
 
     Raises UserError when the files do not hold exactly the tensors that the config describes.
     """
-    checkpoint = open_checkpoint(directory)
+    checkpoint = check_params(open_checkpoint(directory), config)
+    if is_main():
+        for note in checkpoint.notes:
+            write_line(f"bmjax: note: {directory}: {note}")
+    return checkpoint
+
+
+def check_params(checkpoint: Checkpoint, config: ModelConfig, label: str | None = None) -> Checkpoint:
+    """Return the checkpoint of a model whose config is `config`, see `open_params`; UserError where it is another's.
+
+    label: what the error begins with; None: the directory.
+    """
     if config.tied and HEAD in checkpoint.tensors and EMBEDDING not in checkpoint.tensors:
         # safetensors' save_model keeps the first of two names.
         tensors = {EMBEDDING if name == HEAD else name: info for name, info in checkpoint.tensors.items()}
         checkpoint = replace(checkpoint, tensors=tensors)
     if fault := _fault(checkpoint, config):
-        raise UserError(f"{checkpoint.directory}: {fault}")
-    if is_main():
-        for note in checkpoint.notes:
-            write_line(f"bmjax: note: {directory}: {note}")
+        raise UserError(f"{label or checkpoint.directory}: {fault}")
     return checkpoint
 
 

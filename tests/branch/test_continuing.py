@@ -9,7 +9,7 @@ import safetensors.numpy
 from bmjax.branch.train import describe
 from bmjax.config import UserError
 from tests.branch.test_train import curve, run, settings, weights
-from tests.conftest import sums, write_rows
+from tests.conftest import sums, write_rows, write_student
 
 SHUFFLED = {"shuffle": True, "packing": True, "batch": 2, "accumulate": 1, "steps": 8, "freeze": ["embed/*"]}
 
@@ -97,6 +97,13 @@ def test_a_checkpoint_on_the_way_may_be_named(student, train_file, whole, tmp_pa
     start = tmp_path / "exports" / "exports" / "4"
     run(start, train_file, tmp_path / "on", **SHUFFLED, continue_from=str(whole[0] / "checkpoints" / "4"))
     assert equal(tmp_path / "on", whole[0])
+
+
+def test_a_student_of_other_sizes_is_named(train_file, whole, tmp_path):
+    other = write_student(tmp_path / "other", intermediate_size=48)
+    with pytest.raises(UserError, match=r"continue_from: .*no moments of the shapes of student '.*other'") as error:
+        run(other, train_file, tmp_path / "run", **SHUFFLED, continue_from=str(whole[0] / "checkpoints" / "4"))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

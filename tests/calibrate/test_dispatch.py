@@ -11,6 +11,7 @@ import safetensors.numpy
 from tokenizers import Tokenizer
 
 from bmjax.calibrate import dispatch, steps
+from bmjax.calibrate.check import check_steps
 from bmjax.calibrate.needs import needs_of
 from bmjax.config import UserError
 from bmjax.io.safetensors import open_checkpoint
@@ -215,7 +216,8 @@ def test_check_counts_the_steps_after_the_merge(models, tmp_path, stage):
 
     def checked(steps_after):
         made = read_recipe(recipe(models, "regmean", **CALIBRATION | {"steps": 0, stage: steps_after}))
-        ((step, needs),) = dispatch._check_steps(prepare(made, tmp_path / "out"))
+        (checked,) = check_steps(prepare(made, tmp_path / "out"))
+        step, needs = checked.step, checked.needs
         deep = replace(ModelConfig.from_dir(models / "base"), num_layers=1000)  # its weights outweigh its states
         return needs, needs_of(step, deep, 4).memory, " ".join(needs.lines(step))
 

@@ -6,6 +6,7 @@ import torch
 import transformers
 
 from bmjax.calibrate import dispatch, walk
+from bmjax.calibrate.judge import Loss
 from bmjax.config import UserError
 from tests.calibrate.tiny_models import batches, documents, recipe, tensors
 
@@ -13,8 +14,13 @@ from tests.calibrate.tiny_models import batches, documents, recipe, tensors
 @pytest.fixture
 def kept(monkeypatch):
     """Whatever is learned is kept: the loss of random models need not follow their states."""
-    losses = iter(range(9, 0, -1))
-    monkeypatch.setattr(walk.Judged, "losses", lambda self, params: [float(next(losses))] * len(self._streams))
+    nats = iter(range(9, 0, -1))
+
+    def losses(self, params):
+        loss = Loss(np.full(4, float(next(nats))), np.ones(4))
+        return [loss] * len(self._streams)
+
+    monkeypatch.setattr(walk.Judged, "losses", losses)
 
 
 def states(directory, tokens):

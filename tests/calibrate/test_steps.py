@@ -34,7 +34,7 @@ def test_what_does_not_help_on_held_out_rows_is_not_kept(models, tmp_path):
     said = []
     report = dispatch.merge(recipe(models, steps=3, learning_rate=300.0), tmp_path / "far", log=said.append)
     dispatch.merge(recipe(models, steps=0), tmp_path / "start")
-    assert report["kept"] == "start" and "not kept" in said[0]
+    assert report["kept"] == "start" and any("not kept" in line for line in said)
     far, start = tensors(tmp_path / "far"), tensors(tmp_path / "start")
     assert far.keys() == start.keys() and all(np.array_equal(far[key], start[key]) for key in far)
 

@@ -23,6 +23,13 @@ def reference(h, w, labels, mask):
     return total, dz @ w.T, np.einsum("btd,btv->dv", h, dz)
 
 
+def nats_by_token(h, w, labels):
+    """-log p(label) at every position, float64."""
+    z = np.asarray(h, np.float64) @ np.asarray(w, np.float64)
+    z -= z.max(-1, keepdims=True)
+    return np.log(np.exp(z).sum(-1)) - np.take_along_axis(z, labels[..., None], -1)[..., 0]
+
+
 @pytest.mark.parametrize("elements", [2**25, 1000])
 def test_sum_and_gradients(monkeypatch, elements):
     monkeypatch.setattr(loss, "CHUNK_ELEMENTS", elements)
@@ -40,6 +47,8 @@ def test_sum_and_gradients(monkeypatch, elements):
     assert (loss._chunk_count(64, 50) > 1) == (elements == 1000)
     alone = jax.jit(lambda h, w: loss.cross_entropy_sum(h, w, labels, mask))(h, w)
     np.testing.assert_allclose(alone, want, rtol=1e-5)
+    by_token = jax.jit(lambda h, w: loss.cross_entropy_by_token(h, w, labels))(h, w)
+    np.testing.assert_allclose(by_token, nats_by_token(h, w, labels), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("length", [31, 32])
@@ -63,11 +72,13 @@ def test_any_mesh(monkeypatch, length, elements, mesh):
         got, (dh, dw) = jax.jit(jax.value_and_grad(total, (0, 1)))(h, w)
         alone = jax.jit(total)(h, w)
         frozen = jax.jit(jax.grad(total))(h, w)
+        by_token = jax.jit(lambda h, w: loss.cross_entropy_by_token(h, w, labels))(h, w)
     want, want_dh, want_dw = reference(h, w, labels, mask)
     np.testing.assert_allclose([got, alone], 2 * want, rtol=1e-5)
     np.testing.assert_allclose(dh, 2 * want_dh, atol=1e-4)
     np.testing.assert_allclose(frozen, 2 * want_dh, atol=1e-4)
     np.testing.assert_allclose(dw, 2 * want_dw, atol=1e-4)
+    np.testing.assert_allclose(by_token, nats_by_token(h, w, labels), rtol=1e-5, atol=1e-6)
 
 
 def test_memory_does_not_grow_with_tokens_times_vocabulary():

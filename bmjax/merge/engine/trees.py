@@ -39,12 +39,12 @@ def merge_trees(
         recipe: a recipe, or what `read_recipe` reads.
         models: a tree for every name the recipe reads that is not a step. Leaves have the shapes of `table`.
         table: the layout of the trees, `bmjax.model.spec.table(config)`.
-        dtype: of the result; else the recipe's, else the donor's (the last step's base).
+        dtype: of the result, a floating-point type; else the recipe's, else the donor's (the last step's base).
     Returns:
         The last step's parameters, sharded as the donor's, and the report as in merge_report.json.
     Raises:
         UserError: a model that is not there, a leaf that is missing or misshapen, NaN or infinity in an input, and
-            what a recipe asks for that trees cannot have: slices, rows of other tokens.
+            what a recipe asks for that trees cannot have: slices, rows of other tokens; a dtype of whole numbers.
     """
     if not isinstance(recipe, Recipe):
         recipe = read_recipe(recipe)
@@ -55,6 +55,11 @@ def merge_trees(
         raise UserError(f"step '{sliced[0]}': slices are for files; parameter trees keep their layers")
     if recipe.tokenizer is not None and not recipe.tokenizer.is_the_bases:
         raise UserError("tokenizer: other tokens than the base's are for files; parameter trees keep their rows")
+    if dtype is not None and not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+        raise UserError(
+            f"dtype: {jnp.dtype(dtype).name} is no floating-point type, and merged weights would be rounded to 0; "
+            "give float32, bfloat16 or float16"
+        )
     merged: list[tuple[tuple[str, ...], jax.Array]] = []
     last = recipe.steps[-1]
     tensors: dict[str, TensorStats] = {}

@@ -87,7 +87,13 @@ def chat_of(layout: Layout, config: Mapping[str, Any], tokens: Vocabulary | None
         else:
             notes.append("chat_template: auto: no model has one, so the result has none")
         template = None if template == stored else template
-    elif template is None and stored is None and templates:
+    elif template is None and stored is not None:
+        if others := [f"'{name}'" for name, text in templates.items() if text.strip() != stored.strip()]:
+            notes.append(
+                f"the result's chat template, its tokenizer's own, is not that of {', '.join(others)}; write "
+                "chat_template: auto for the one that most models have, or name one"
+            )
+    elif template is None and templates:
         notes.append(
             f"the result has no chat template, as '{recipe.donor}', but '{next(iter(templates))}' has one; "
             "write chat_template: auto for the one that most models have"

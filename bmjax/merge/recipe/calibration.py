@@ -53,9 +53,19 @@ class CalibrationSettings(Settings):
         description="peak learning rate of those: up over the first quarter, then down along a straight line",
     )
     distill_temperature: float = Field(1.0, gt=0, description="both distributions' logits are divided by it")
-    documents: int = Field(2000, ge=2, description="at most so many documents of each domain, drawn by the seed")
+    documents: int = Field(2000, ge=2, description="at most so many documents of each model's data, drawn by the seed")
     held_out: int = Field(
-        64, ge=1, description="documents of each domain never trained on: what does not lower their loss is not kept"
+        64,
+        ge=1,
+        description="documents of each model's data that are not learned from, and judge where there is no "
+        "held_out_data: what does not lower their loss by more than noise is not kept. Of rows that a model was "
+        "trained on its loss is too low",
+    )
+    judged: int = Field(
+        64,
+        ge=1,
+        description="at most so many documents of each model's held_out_data judge instead, drawn by the seed: rows "
+        "that no model was trained on",
     )
     seq_len: int = Field(1024, ge=2, description="tokens a packed row")
     template: str | None = Field(

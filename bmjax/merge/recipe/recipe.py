@@ -97,9 +97,7 @@ class Recipe:
         """The names in it that mean files or directories below the working directory, or beside it."""
         source = [] if self.tokenizer is None or self.tokenizer.source in WORDS else [self.tokenizer.source]
         models = [part for name in (*self.inputs, *source) for part in self._parts(name) if part]
-        data = [
-            part for step in self.steps for rows in step.data for part in ([rows] if isinstance(rows, str) else rows)
-        ]
+        data = [part for step in self.steps for part in step.files_of_rows]
         templates = [step.calibration.template or "" for step in self.steps if step.calibration]
         names = [name for name in (*models, *data, *templates) if not url_of(name) and not name.startswith(("/", "~"))]
         return [name for name in names if os.path.lexists(name) or glob.has_magic(name)]
@@ -131,6 +129,7 @@ def read_recipe(
     source: str | Path | Mapping[str, Any],
     overrides: Sequence[str] = (),
     data: Mapping[str, str | list[str]] | None = None,
+    held_out_data: Mapping[str, str | list[str]] | None = None,
 ) -> Recipe:
     """Read a recipe.
 
@@ -139,6 +138,7 @@ def read_recipe(
             the result.
         overrides: `key.sub=value`, applied in order; `steps.NAME.key=value` for a step.
         data: rows of models by name, for methods that look at data, when the recipe gives a model none.
+        held_out_data: rows to judge such models by, which none was trained on.
 
     Raises:
         UserError: for a missing file, bad YAML, an unknown key, method, parameter or model name, a missing base_model
@@ -146,7 +146,7 @@ def read_recipe(
     """
     notes: list[str] = []
     top, blocks = read_blocks(source, overrides, notes)
-    blocks = [(at, _complete(block, data or {})) for at, block in blocks]
+    blocks = [(at, _complete(block, data or {}, held_out_data or {})) for at, block in blocks]
     names = [str(block.name) for _, block in blocks]
     blocks = [(at, with_one_name(block, top.sources, names, at)) for at, block in blocks]
     steps = tuple(build_step(block, at, notes, top.compat) for at, block in blocks)
@@ -175,7 +175,9 @@ def read_recipe(
     return Recipe(steps, top.sources, dtype, tuple(notes), text, top.seed, top.compat, tokenizer, template)
 
 
-def _complete(block: StepBlock, data: Mapping[str, str | list[str]]) -> StepBlock:
+def _complete(
+    block: StepBlock, data: Mapping[str, str | list[str]], held_out_data: Mapping[str, str | list[str]]
+) -> StepBlock:
     """Return the block with a name, and with the rows of models that it gives none."""
     entries = [{"model": entry} if isinstance(entry, str) else entry for entry in block.models or ()]
     changes: dict[str, Any] = {}
@@ -186,10 +188,14 @@ def _complete(block: StepBlock, data: Mapping[str, str | list[str]]) -> StepBloc
         taken = [block.base_model, block.parameters.get("rebase"), *models]
         changes["name"] = next(name for name in ("merged", "merge", "result", "student") if name not in taken)
     if data and block.models is not None and block.merge_method in CALIBRATED:
+        # An entry with rows of its own is as it stands: the others may have other columns.
+        rows = {name: {"data": of_model} for name, of_model in data.items()}
+        for name, of_model in held_out_data.items():
+            rows.get(name, {})["held_out_data"] = of_model
         changes["models"] = [
-            {"data": data[entry["model"]], **entry}
-            if isinstance(entry, Mapping) and isinstance(name := entry.get("model"), str) and name in data
-            else entry
+            entry
+            if not isinstance(entry, Mapping) or "data" in entry
+            else {**rows.get(str(entry.get("model")), {}), **entry}
             for entry in entries
         ]
     return block.model_copy(update=changes)

@@ -36,6 +36,7 @@ class Step:
     calibration: CalibrationSettings | None = None  # of a method that looks at data
     data: tuple[str | list[str], ...] = ()  # each branch's rows, for such a method
     columns: tuple[Mapping[str, str], ...] = ()  # each branch's templates for rows of other columns, beside `data`
+    held_out_data: tuple[str | list[str] | None, ...] = ()  # each branch's rows to judge by, None: some of `data`
 
     @property
     def models(self) -> Iterator[str]:
@@ -50,6 +51,12 @@ class Step:
             return tuple(dict.fromkeys(name for part in self.slices for name in part.step.reads))
         base = () if self.base is None else (self.base,)
         return tuple(dict.fromkeys([*base, *self.branches, *self.named.values()]))
+
+    @property
+    def files_of_rows(self) -> list[str]:
+        """The names of all rows that it reads."""
+        sources = [rows for rows in (*self.data, *self.held_out_data) if rows is not None]
+        return [name for rows in sources for name in ([rows] if isinstance(rows, str) else rows)]
 
     @property
     def named(self) -> dict[str, str]:
@@ -212,7 +219,8 @@ class _StepBuilder:
                 raise UserError(f"{method.name} merges all tensors: remove 'keep'")
             calibration, data = self.calibration(entries)
             columns = tuple(columns_of(entry) for entry in entries)
-            return replace(step, calibration=calibration, data=data, columns=columns)
+            held_out = tuple(entry.held_out_data for entry in entries)
+            return replace(step, calibration=calibration, data=data, columns=columns, held_out_data=held_out)
         levels = [part.parameters, block.parameters] if part else [block.parameters]
         if method.name == "slerp" and not any("t" in level for level in [*levels, entries[0].parameters]):
             self.note(f"slerp has no `t`: it takes {method.parameter('t').default}, halfway between the models")

@@ -48,7 +48,13 @@ class ModelEntry(_WithParameters):
     model: ModelName = Field(description="a directory, hub id, alias of `sources`, or an earlier step's name")
     parameters: Parameters = Field({}, description="this model's values of the method's per-model parameters")
     data: str | list[str] | None = Field(
-        None, description="learned and regmean: rows of the model's domain, in the formats that `bmjax train` reads"
+        None,
+        description="learned, layerwise, regmean: rows of the model's domain, in the formats that `bmjax train` reads",
+    )
+    held_out_data: str | list[str] | None = Field(
+        None,
+        description="rows of the domain that no model was trained on, in the columns of `data`: what does not lower "
+        "their loss is not kept; null: `held_out` documents of `data` judge",
     )
 
     prompt: str | None = Field(None, description="for data of other columns: what is asked, e.g. '{question}'")
@@ -62,6 +68,14 @@ class ModelEntry(_WithParameters):
         check_columns(self)
         if self.data is None and (given := columns_of(self)):
             raise ValueError(f"'{next(iter(given))}' maps the columns of 'data', which is missing")
+        if self.held_out_data is not None:
+            if self.data is None:
+                raise ValueError("'held_out_data' judges what is learned of 'data', which is missing")
+            names = [{value} if isinstance(value, str) else {*value} for value in (self.data, self.held_out_data)]
+            if both := names[0] & names[1]:
+                raise ValueError(
+                    f"'{min(both)}' is both 'data' and 'held_out_data'; name rows that no model was trained on"
+                )
         return self
 
     @model_validator(mode="before")

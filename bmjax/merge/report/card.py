@@ -35,8 +35,17 @@ def write_card(folder: Path, report: Mapping[str, Any], directories: Mapping[str
         versions=report["versions"],
         template=Path(__file__).with_name("card.md.jinja"),
         report=report,
+        judged_by=_judged_by(report["recipe"]),
         steps=steps,
         references={name: reference_of(report, name) for name in steps},
         licenses={name: ", ".join(dict.fromkeys(words)) for name, words in named.items() if words},
         recipe=public_values({key: value for key, value in report["recipe"].items() if value is not None}),
     )
+
+
+def _judged_by(recipe: Mapping[str, Any]) -> str:
+    """Return where the held-out rows of a merge that looks at data come from."""
+    entries = [entry for step in recipe["steps"] for entry in step.get("models", ()) if isinstance(entry, Mapping)]
+    if all("held_out_data" in entry for entry in entries if "data" in entry):
+        return "rows of `held_out_data`, which no model was to be trained on"
+    return "rows that were set aside of `data`: too low where a model was trained on them"

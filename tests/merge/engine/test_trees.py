@@ -179,6 +179,12 @@ def test_result_type_is_that_of_the_base_or_dtype():
     assert {str(x.dtype) for x in jax.tree.leaves(params)} == {"float32"}
 
 
+@pytest.mark.parametrize("dtype", ["int8", "uint8", np.int32, "bool"])
+def test_a_type_that_holds_no_fractions_is_refused(dtype):
+    with pytest.raises(UserError, match=r"dtype: \w+ is no floating-point type"):
+        merge_by("task_arithmetic", TREES["backbone"], {"math": TREES["math"]}, TABLE, dtype=dtype)
+
+
 def test_report_by_layer():
     moved = {**BACKBONE, **{k: v for k, v in BRANCHES["math"].items() if ".1." in k}}
     _, report = merge_by("arcee_fusion", TREES["backbone"], {"math": tree_of(SMALL, moved)}, TABLE)

@@ -88,6 +88,13 @@ def test_auto_prefers_the_donors_own_among_equals_and_changes_nothing_then(make,
     assert not (tmp_path / "out/chat_template.jinja").exists()
 
 
+def test_another_template_than_the_results_is_noted(make):
+    models = {"base": make("base", CHATML), "a": make("a", OTHER), "bb": make("bb", CHATML + "\n")}
+    (note,) = (note for note in planned(ties("a", "bb"), **models).notes if "chat template" in note)
+    assert "is not that of 'a';" in note and "chat_template: auto" in note
+    assert not any("'a'" in note for note in planned(ties("a", "bb", chat_template="chatml"), **models).notes)
+
+
 def test_auto_without_any_template_says_so(make):
     models = {"base": make("base"), "a": make("a")}
     result = planned(ties("a", chat_template="auto"), **models)
