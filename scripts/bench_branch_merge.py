@@ -49,23 +49,18 @@ MERGES = {
         "merge_method": "layerwise",
         **MODELS,
         "parameters": {
-            "rows": 16,
-            "batch": 2,
-            "steps": 60,
-            "documents": 500,
-            "held_out": 16,
-            "judged": 128,
-            "seq_len": 128,
+            "rows": 16, "batch": 2, "steps": 60, "documents": 500, "held_out": 16, "judged": 128, "seq_len": 128,
         },
     },
     "ties": {"merge_method": "ties", **MODELS, "parameters": {"weight": 1.0, "density": 0.5}},
-}
+}  # fmt: skip
 # Long distillations, on more documents: made where --only names them.
 _LONG = CALIBRATION | {"batch": 5, "documents": 3000, "distill_rate": 3e-4, "distill_temperature": 2.0}
 LONGER = {
     "distilled_40": {"merge_method": "regmean", **MODELS, "parameters": _LONG | {"distill": 40}},
     "distilled_80": {"merge_method": "learned", **MODELS, "parameters": _LONG | {"steps": 16, "distill": 80}},
     "distilled_120": {"merge_method": "learned", **MODELS, "parameters": _LONG | {"steps": 16, "distill": 120}},
+    "distilled_200": {"merge_method": "learned", **MODELS, "parameters": _LONG | {"steps": 16, "distill": 200}},
 }
 SPLITS = ("train", "validation", "test")
 
