@@ -241,7 +241,7 @@ def test_what_stands_beside_the_weights_is_that_of_any_merge(models, tmp_path, k
     beside = ["LICENSE", "modeling_other.py", "1_Pooling/config.json", "steps/notes.json", "preprocessor_config.json"]
     for name in beside:
         (donor / name).parent.mkdir(exist_ok=True)
-        (donor / name).write_text(f"the donor's {name}")
+        (donor / name).write_text(json.dumps({"about": f"the donor's {name}"}))
     (donor / "rows.jsonl").write_text("{}")
     config = json.loads((donor / "config.json").read_text())
     (donor / "config.json").write_text(json.dumps(config | {"eos_token_id": 1, "custom": [1, 2]}))
