@@ -64,7 +64,7 @@ def measure(options: argparse.Namespace, method: str) -> dict[str, Any]:
     recipe = options.work / f"{method}.json"
     merge_method, along, has_steps, last = METHODS[method]
     parameters = {
-        "rows": options.rows, "batch": 1, "held_out": 1, "documents": 60, "seq_len": options.seq_len, "along": along,
+        "rows": options.rows, "batch": 1, "held_out": 2, "documents": 60, "seq_len": options.seq_len, "along": along,
         "steps": options.steps if has_steps else 0, "compute_dtype": options.compute_dtype,
     }  # fmt: skip
     recipe.write_text(json.dumps({
