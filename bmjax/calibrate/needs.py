@@ -78,7 +78,7 @@ def needs_of(step: Step, config: ModelConfig, itemsize: int) -> Needs:
         # Two models, gradients and two moments; for each branch its head, and its states on the rows of all steps.
         teachers = branches * computed * config.hidden_size * (p.distill * p.batch * p.seq_len + config.vocab_size)
         memory = max(memory, 4 * 5 * spec.count(config) + teachers * bool(p.distill))
-    judged = sum(p.judged if rows else p.held_out for rows in step.held_out_data or (None,) * branches)
+    judged = sum(p.judged if rows else p.held_out for rows in step.held_out_data)
     # Disk: the states of rows between layers, and what is kept of the contributions.
     width = p.seq_len * config.hidden_size * computed
     streams = (p.along == "regmean") + 2 * layerwise + (p.along == "fisher")

@@ -38,12 +38,12 @@ def read_domains(step: Step, seed: int, student: Student) -> list[Domain]:
     Raises:
         UserError: for rows that cannot be read, and where too few are left to learn from, or none to judge by.
     """
-    p, held_out_data = step.calibration, step.held_out_data or (None,) * len(step.branches)
+    p = step.calibration
     assert p is not None and student.template is not None
     encoding = Encoding(student.tokenizer, student.template, p.seq_len, long_prompts="drop")
     domains = []
     for name, source, held_out_source, columns in zip(
-        step.branches, step.data, held_out_data, step.columns, strict=True
+        step.branches, step.data, step.held_out_data, step.columns, strict=True
     ):
         label = f"model '{name}'"
         rows = _rows(source, f"{label}: data", columns)
@@ -98,8 +98,7 @@ def read_domains(step: Step, seed: int, student: Student) -> list[Domain]:
 
 def notes_of_judge(step: Step) -> Iterator[str]:
     """Yield a line where a step is judged by rows that its models may have been trained on."""
-    held_out_data = step.held_out_data or (None,) * len(step.branches)
-    if names := [f"'{name}'" for name, rows in zip(step.branches, held_out_data, strict=True) if rows is None]:
+    if names := [f"'{name}'" for name, rows in zip(step.branches, step.held_out_data, strict=True) if rows is None]:
         yield (
             f"step '{step.name}': the held-out rows of {', '.join(names)} come from their data: if a model was trained "
             "on them, held-out losses are too low and judge badly; give held_out_data, rows that no model was trained "

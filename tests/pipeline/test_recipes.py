@@ -11,22 +11,13 @@ from bmjax.merge.recipe.recipe import read_recipe
 from bmjax.pipeline.check import describe
 from bmjax.pipeline.phases import Experiment, run
 from bmjax.pipeline.settings import RunSettings
-from tests.conftest import sums, write_rows, write_student
-
-REGMEAN = {
-    "merge_method": "regmean", "base_model": "backbone", "models": ["a", "b"],
-    "parameters": {"rows": 2, "held_out": 4, "seq_len": 128, "mesh": {"data": 1}},
-}  # fmt: skip
+from tests.conftest import sums, write_rows
+from tests.pipeline.two_domains import REGMEAN, write_domains
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("recipes")
-    write_student(folder / "student")
-    for seed, name in enumerate(("a", "b")):
-        write_rows(folder / f"{name}.jsonl", sums(60, seed))
-        write_rows(folder / f"{name}_test.jsonl", sums(6, 10 + seed))
-    return folder
+    return write_domains(tmp_path_factory.mktemp("recipes"), 60)
 
 
 def settings(folder, merge=REGMEAN, branch=None, domain=None, **changes):

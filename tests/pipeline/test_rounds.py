@@ -9,25 +9,16 @@ from bmjax.config import UserError
 from bmjax.io.safetensors import open_checkpoint
 from bmjax.pipeline.phases import run
 from bmjax.pipeline.settings import RunSettings
-from tests.conftest import sums, write_rows, write_student
+from tests.pipeline.two_domains import REGMEAN, write_domains
 
 TASK_ARITHMETIC = {
     "merge_method": "task_arithmetic", "base_model": "backbone", "models": ["a", "b"], "parameters": {"weight": 0.6},
-}  # fmt: skip
-REGMEAN = {
-    "merge_method": "regmean", "base_model": "backbone", "models": ["a", "b"],
-    "parameters": {"rows": 2, "held_out": 4, "seq_len": 128, "mesh": {"data": 1}},
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("rounds")
-    write_student(folder / "student", dtype="bfloat16")
-    for seed, name in enumerate(("a", "b")):
-        write_rows(folder / f"{name}.jsonl", sums(40, seed))
-        write_rows(folder / f"{name}_test.jsonl", sums(6, 10 + seed))
-    return folder
+    return write_domains(tmp_path_factory.mktemp("rounds"), 40, dtype="bfloat16")
 
 
 def settings(folder, **changes):

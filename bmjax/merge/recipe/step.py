@@ -325,9 +325,9 @@ class _StepBuilder:
             for level in levels:
                 common += (rules := _rules(parameter, level))
                 self.note(*remarks.shadow_remarks(name, rules))
-            own = [_rules(parameter, entry.parameters) for entry in entries]
+            entry_rules = [_rules(parameter, entry.parameters) for entry in entries]
             is_a_models = parameter.about.per_model or method.branches[1] == 1
-            for entry, rules in zip(entries, own, strict=True) if is_a_models else ():
+            for entry, rules in zip(entries, entry_rules, strict=True) if is_a_models else ():
                 of_model = f"{name} of model '{entry.model}'" if rules else name
                 self.note(*remarks.shadow_remarks(of_model, rules))
                 if parameter.default is not inspect.Parameter.empty:
@@ -336,7 +336,7 @@ class _StepBuilder:
                 if not is_a_models:
                     self.note(*remarks.remainder_remarks(name, common, parameter.default))
                 common.append(Rule((parameter.default,)))
-            per_model = [simplify(name, (*rules, *common)) for rules in own]
+            per_model = [simplify(name, (*rules, *common)) for rules in entry_rules]
             if parameter.about.per_model:
                 arguments[name] = tuple(per_model)
             else:
